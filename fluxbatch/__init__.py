@@ -1,0 +1,3 @@
+"""fluxbatch: a manifest of prompts in, FLUX pictures and a metadata manifest out."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,172 @@
+"""What the four models are made of. Shapes: B batch, L tokens, D width, H heads, K head width.
+
+Activations keep the dtype they arrive in and weights are cast to it, so a model's compute dtype
+is the dtype of its inputs; norms, softmax, rotary angles and timesteps are float32 throughout.
+
+Every parameter is declared on one line: shape, logical axes, initializer. Matrices are stored
+``[out, in]`` as checkpoints have them (a host transpose of bfloat16 runs at 0.2 GB/s) and the
+compiled program contracts over ``in``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+Array = jax.Array
+
+fan_in = jax.nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=-1, out_axis=-2)
+ones = jax.nn.initializers.ones
+zeros = jax.nn.initializers.zeros
+normal = jax.nn.initializers.normal
+
+
+def param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], init=fan_in) -> nnx.Param:
+    """A parameter with its logical axes; ``dist/mesh.py`` says which mesh axis each lies on."""
+    if len(shape) != len(axes):
+        raise ValueError(f"shape {shape} and axes {axes} differ in length")
+    return nnx.Param(init(rngs.params(), shape, jnp.float32), axes=axes)
+
+
+class Linear(nnx.Module):
+    """``y = x Wᵀ + b``: ``[..., in]`` → ``[..., out]``, or ``[B, L, in]`` → ``[B, H, L, K]``."""
+
+    def __init__(self, d_in: int, d_out: int, axes: tuple[str, str], *, bias: bool = True, rngs: nnx.Rngs, init=fan_in):
+        self.kernel = param(rngs, (d_out, d_in), axes, init)
+        self.bias = param(rngs, (d_out,), axes[:1], zeros) if bias else None
+
+    def __call__(self, x: Array) -> Array:
+        y = jax.lax.dot_general(x, self.kernel[...].astype(x.dtype), (((x.ndim - 1,), (1,)), ((), ())))
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+    def to_heads(self, x: Array, heads: int, split_head_dim: bool = True) -> Array:
+        """``[B, L, in]`` → ``[B, H, L, K]``. ``split_head_dim`` contracts straight into heads-major
+        layout (no transpose of activations); otherwise the flat product is reshaped."""
+        if not split_head_dim:
+            y = self(x)
+            return y.reshape(*y.shape[:2], heads, -1).swapaxes(1, 2)
+        kernel = self.kernel[...].astype(x.dtype).reshape(heads, -1, x.shape[-1])
+        y = jnp.einsum("bld,hkd->bhlk", x, kernel)
+        if self.bias is not None:
+            y = y + self.bias[...].astype(x.dtype).reshape(heads, 1, -1)
+        return y
+
+
+def from_heads(x: Array) -> Array:
+    """``[B, H, L, K]`` → ``[B, L, H·K]``."""
+    x = x.swapaxes(1, 2)
+    return x.reshape(*x.shape[:2], -1)
+
+
+class Embedding(nnx.Module):
+    """``[...]`` token ids → ``[..., D]``."""
+
+    def __init__(self, vocab: int, width: int, *, rngs: nnx.Rngs):
+        self.table = param(rngs, (vocab, width), ("vocab", "embed"), normal(0.02))
+
+    def __call__(self, ids: Array, dtype: Any) -> Array:
+        return self.table[...][ids].astype(dtype)
+
+
+class RMSNorm(nnx.Module):
+    """Scale-only norm over the last axis, in float32."""
+
+    def __init__(self, width: int, *, eps: float, rngs: nnx.Rngs, axis: str | None = None):
+        self.scale = param(rngs, (width,), (axis,), ones)
+        self.eps = eps
+
+    def __call__(self, x: Array) -> Array:
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        return (y * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+
+
+def layer_norm(x: Array, eps: float) -> Array:
+    """Norm over the last axis without parameters; returns float32."""
+    y = x.astype(jnp.float32)
+    y = y - jnp.mean(y, axis=-1, keepdims=True)
+    return y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+
+
+class LayerNorm(nnx.Module):
+    """Norm over the last axis with scale and bias, in float32."""
+
+    def __init__(self, width: int, *, eps: float, rngs: nnx.Rngs):
+        self.scale = param(rngs, (width,), (None,), ones)
+        self.bias = param(rngs, (width,), (None,), zeros)
+        self.eps = eps
+
+    def __call__(self, x: Array) -> Array:
+        return (layer_norm(x, self.eps) * self.scale[...] + self.bias[...]).astype(x.dtype)
+
+
+class GroupNorm(nnx.Module):
+    """``[B, h, w, C]`` normed over pixels and the channels of a group, in float32."""
+
+    def __init__(self, channels: int, groups: int, *, eps: float, rngs: nnx.Rngs):
+        self.scale = param(rngs, (channels,), (None,), ones)
+        self.bias = param(rngs, (channels,), (None,), zeros)
+        self.groups, self.eps = groups, eps
+
+    def __call__(self, x: Array) -> Array:
+        y = x.astype(jnp.float32).reshape(x.shape[0], -1, self.groups, x.shape[-1] // self.groups)
+        y = y - jnp.mean(y, axis=(1, 3), keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=(1, 3), keepdims=True) + self.eps)
+        return (y.reshape(x.shape) * self.scale[...] + self.bias[...]).astype(x.dtype)
+
+
+class Conv(nnx.Module):
+    """Square convolution, ``[B, h, w, in]`` → ``[B, h', w', out]``, kernel ``[out, in, k, k]``."""
+
+    def __init__(self, c_in: int, c_out: int, size: int, *, stride: int = 1, padding=None, rngs: nnx.Rngs):
+        init = normal(1 / math.sqrt(c_in * size * size))
+        self.kernel = param(rngs, (c_out, c_in, size, size), ("channels", None, None, None), init)
+        self.bias = param(rngs, (c_out,), ("channels",), zeros)
+        self.stride = stride
+        self.padding = ((size // 2, size // 2),) * 2 if padding is None else padding
+
+    def __call__(self, x: Array) -> Array:
+        y = jax.lax.conv_general_dilated(
+            x, self.kernel[...].astype(x.dtype), (self.stride,) * 2, self.padding,
+            dimension_numbers=("NHWC", "OIHW", "NHWC"))  # fmt: skip
+        return y + self.bias[...].astype(x.dtype)
+
+
+def stack(count: int, make: Callable[[nnx.Rngs], nnx.Module], rngs: nnx.Rngs) -> nnx.Module | None:
+    """``count`` modules of one kind as one module whose parameters have a leading layer axis.
+
+    One compiled body then serves all layers (57 blocks would compile for minutes).
+    """
+    if count == 0:
+        return None
+    build = nnx.vmap(make, in_axes=0, out_axes=0)
+    return nnx.split_rngs(splits=count)(build)(rngs)
+
+
+def scan(layers: nnx.Module | None, call: Callable[..., Any], carry: Any) -> Any:
+    """Folds ``carry = call(layer, carry)`` over the layers of a ``stack``."""
+    if layers is None:
+        return carry
+    graph, state = nnx.split(layers)
+
+    def body(carry, layer):
+        return call(nnx.merge(graph, layer), carry), None
+
+    return jax.lax.scan(body, carry, state)[0]
+
+
+def quick_gelu(x: Array) -> Array:
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+def gelu_tanh(x: Array) -> Array:
+    return jax.nn.gelu(x, approximate=True)
+
+
+def gelu_erf(x: Array) -> Array:
+    return jax.nn.gelu(x, approximate=False)

@@ -1,0 +1,86 @@
+"""The words every room shares. Standard library only."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Mapping
+from typing import Any
+
+
+class Exit(enum.IntEnum):
+    """What the process tells its launcher (also written to ``status.json``)."""
+
+    OK = 0  # every row has its image
+    BAD_INPUT = 2  # manifest, configuration or checkpoint is wrong; nothing was produced
+    REJECTED_ROWS = 3  # finished, but some rows went to rejects.jsonl
+    PREEMPTED = 75  # drained cleanly after a signal: run me again
+    PEER_LOST = 76  # another process of this replica died
+
+
+class UserError(Exception):
+    """A mistake of the user's: printed without a stack trace, exit code 2.
+
+    Every line names the file, line or key, the value found and what was expected.
+    """
+
+    def __init__(self, *lines: str):
+        super().__init__("\n".join(lines))
+        self.lines = lines
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Row:
+    """One image to make, with every parameter resolved. An image is a function of its Row.
+
+    ``index`` is the row's place in the expanded manifest (``num_images`` already unrolled) and
+    the ``{i}`` of its file name; it decides no pixel.
+    """
+
+    index: int
+    id: str
+    prompt: str
+    prompt_2: str  # what T5 reads; equal to ``prompt`` unless the manifest says otherwise
+    seed: int
+    height: int
+    width: int
+    num_inference_steps: int
+    guidance_scale: float
+    lora: tuple[tuple[str, float], ...] | None = None  # adapter → scale; None: the job's own
+    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # unknown fields, kept
+    named: bool = True  # whether the manifest gave the id (else it is the index)
+    where: str = ""  # "prompts.jsonl:12", for messages
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Batch:
+    """Rows of one compiled shape, at most ``size`` of them; the rest is padding."""
+
+    rows: tuple[Row, ...]
+    size: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.rows[0].height, self.rows[0].width
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Shard:
+    """The unit of text encoding and of record compaction."""
+
+    index: int
+    batches: tuple[Batch, ...]
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        return tuple(row for batch in self.batches for row in batch.rows)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Reject:
+    """A row (or a manifest line that never became one) that has no image, and why."""
+
+    where: str
+    reason: str
+    id: str | None = None
+    index: int | None = None
