@@ -1,0 +1,69 @@
+"""Prompts to token ids, and the cache of what a shard's prompts encode to."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from fluxbatch.types import Row, UserError
+
+Encode = Callable[[np.ndarray, np.ndarray], tuple[Any, Any]]
+
+
+class Tokenizers:
+    """CLIP's and T5's tokenizers; prompts become fixed-length, padded, truncated ids."""
+
+    def __init__(self, clip: str, t5: str, max_sequence_length: int):
+        from transformers import AutoTokenizer  # slow to import; only a run needs it
+
+        self.clip, self.t5 = (self._open(AutoTokenizer, folder) for folder in (clip, t5))
+        self.max_sequence_length = max_sequence_length
+        self.clip_length = self.clip.model_max_length
+
+    @staticmethod
+    def _open(auto: Any, folder: str) -> Any:
+        try:
+            return auto.from_pretrained(folder, local_files_only=True)
+        except Exception as error:  # transformers and tokenizers raise whatever their parsers raise
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise UserError(f"{folder}: the tokenizer cannot be read: {reason}") from error
+
+    def __call__(self, prompts: Sequence[str], prompts_2: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of ``prompts`` for CLIP ``[B, 77]`` and of ``prompts_2`` for T5 ``[B, max_sequence_length]``."""
+        pad = dict(padding="max_length", truncation=True, return_tensors="np")
+        clip = self.clip(list(prompts), max_length=self.clip_length, **pad)["input_ids"]
+        t5 = self.t5(list(prompts_2), max_length=self.max_sequence_length, **pad)["input_ids"]
+        return clip.astype(np.int32), t5.astype(np.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class TextStates:
+    """What a shard's distinct prompts encode to, on the host."""
+
+    states: dict[tuple[str, str], tuple[np.ndarray, np.ndarray]]
+
+    def batch(self, rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray]:
+        """T5 states ``[B, T, D]`` and pooled CLIP vectors ``[B, P]``."""
+        states, pooled = zip(*(self.states[row.prompt, row.prompt_2] for row in rows), strict=True)
+        return np.stack(states), np.stack(pooled)
+
+
+def encode(rows: Iterable[Row], tokenize: Tokenizers, encoders: Encode, batch_size: int) -> TextStates:
+    """Encodes each distinct (prompt, prompt_2) once, ``batch_size`` at a time (one compiled shape).
+
+    ``encoders`` maps CLIP and T5 ids to T5 states and pooled vectors on the device.
+    """
+    prompts = list(dict.fromkeys((row.prompt, row.prompt_2) for row in rows))
+    launched = []
+    for i in range(0, len(prompts), batch_size):
+        chunk = prompts[i : i + batch_size]
+        full = chunk + [chunk[-1]] * (batch_size - len(chunk))
+        launched.append((chunk, encoders(*tokenize(*zip(*full, strict=True)))))
+    states = {}
+    for chunk, (t5, pooled) in launched:
+        t5, pooled = np.asarray(t5), np.asarray(pooled)
+        states |= {prompt: (t5[i], pooled[i]) for i, prompt in enumerate(chunk)}
+    return TextStates(states)
