@@ -1,6 +1,6 @@
 """From a checkpoint's bytes to parameters on their devices, without a whole file in host memory.
 
-Each distinct local index of a parameter is read once, in ranges of rows, with a bounded number of
+Each distinct range of a parameter's rows that local devices own is read once, with a bounded number of
 bytes in flight, and goes to the devices that own it.
 """
 
@@ -25,6 +25,7 @@ IN_FLIGHT = 64 << 20  # bytes of reads under way: more was no faster
 READ = 8 << 20  # bytes of one read at most
 
 Progress = Callable[[int], None]
+Index = tuple[tuple[int, int], ...]  # of a local part: start and stop on each axis
 
 
 def path_of(keys: tuple[Any, ...]) -> str:
@@ -106,27 +107,30 @@ class Box:
 
     def __init__(self, shape: tuple[int, ...], sharding: jax.sharding.NamedSharding, dtype: np.dtype):
         self.shape, self.sharding, self.dtype = shape, sharding, dtype
-        self._devices: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
+        self._devices: dict[Index, list[jax.Device]] = {}
         for device, index in sharding.addressable_devices_indices_map(shape).items():
             key = tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
             self._devices.setdefault(key, []).append(device)
         self._arrays: list[jax.Array] = []
 
     def fill(self, pieces: list[Piece], stacked: bool, reader: Reader) -> None:
-        """Starts the reads of every local index."""
+        """Starts the reads: one for each distinct range of rows, whoever shares it."""
+        at = 1 if stacked else 0  # the axis of rows
+        groups: dict[tuple[int, int], list[tuple[Index, np.ndarray]]] = {}
         for index in self._devices:
-            buffer = np.empty([b - a for a, b in index], self.dtype)
-            left = _Countdown(lambda index=index, buffer=buffer: self._put(index, buffer))
+            groups.setdefault(index[at], []).append((index, np.empty([b - a for a, b in index], self.dtype)))
+        for rows, buffers in groups.items():
+            left = _Countdown(lambda buffers=buffers: self._put(buffers))
             for layer, piece in enumerate(pieces):
-                target, local = (buffer[layer], index[1:]) if stacked else (buffer, index)
-                for start, stop, row in _reads(piece, local[0]):
+                targets = [(buffer[layer] if stacked else buffer, index[at + 1 :]) for index, buffer in buffers]
+                for start, stop, row in _reads(piece, rows):
                     left.add()
-                    use = _copy(piece.tensor, target, row, local, left.done)
-                    reader.read(piece.tensor, start, stop, use)
+                    reader.read(piece.tensor, start, stop, _copy(piece.tensor, targets, row, left.done))
             left.done()
 
-    def _put(self, index: tuple[tuple[int, int], ...], buffer: np.ndarray) -> None:
-        self._arrays += [jax.device_put(buffer, device) for device in self._devices[index]]
+    def _put(self, buffers: list[tuple[Index, np.ndarray]]) -> None:
+        for index, buffer in buffers:
+            self._arrays += [jax.device_put(buffer, device) for device in self._devices[index]]
 
     def array(self) -> jax.Array:
         return jax.make_array_from_single_device_arrays(self.shape, self.sharding, self._arrays)
@@ -160,15 +164,15 @@ def _reads(piece: Piece, rows: tuple[int, int]):
         offset += last - first
 
 
-def _copy(tensor: Tensor, target: np.ndarray, row: int, local: tuple[tuple[int, int], ...], done: Callable[[], None]):
-    """Writes read rows into ``target`` from ``row`` on, cut to the local columns, cast on the way."""
+def _copy(tensor: Tensor, targets: list[tuple[np.ndarray, Index]], row: int, done: Callable[[], None]):
+    """Writes read rows into each target from ``row`` on, cut to its columns, cast on the way."""
 
     def use(data: bytes) -> None:
         rows = np.frombuffer(data, tensor.dtype).reshape(-1, *tensor.shape[1:])
-        if rows.ndim > target.ndim:  # a 1×1 convolution that the model has as a matrix
-            rows = rows.reshape(rows.shape[: target.ndim])
-        columns = tuple(slice(a, b) for a, b in local[1:])
-        target[row : row + len(rows)] = rows[(slice(None), *columns)]
+        for target, columns in targets:
+            # a 1×1 convolution may be a matrix in the model
+            cut = rows.reshape(rows.shape[: target.ndim])[(slice(None), *(slice(a, b) for a, b in columns))]
+            target[row : row + len(cut)] = cut
         done()
 
     return use

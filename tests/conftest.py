@@ -1,0 +1,59 @@
+"""What the tests share: eight CPU devices, the golden checkpoints, and the command line in-process."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import sys
+
+# Before JAX starts: sharded runs need devices to shard over; other tests use the first one.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import numpy as np
+import pytest
+from PIL import Image
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    """Peak signal to noise of two uint8 images, in dB; 99 when they are equal."""
+    assert a.shape == b.shape
+    error = np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2)
+    return 99.0 if error == 0 else float(10 * np.log10(255**2 / error))
+
+
+def pixels(path: pathlib.Path) -> np.ndarray:
+    return np.asarray(Image.open(path).convert("RGB"))
+
+
+def metadata(folder: pathlib.Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+
+
+def images(folder: pathlib.Path) -> dict[str, np.ndarray]:
+    """Pixels by row id."""
+    return {record["id"]: pixels(folder / record["file_name"]) for record in metadata(folder)}
+
+
+@pytest.fixture
+def golden() -> pathlib.Path:
+    return GOLDEN
+
+
+@pytest.fixture
+def cli(monkeypatch, capsys):
+    """Runs ``python -m fluxbatch.run ARGS`` in this process: (exit code, standard error)."""
+
+    def call(*args: object) -> tuple[int, str]:
+        from fluxbatch import run
+
+        monkeypatch.setattr(sys, "argv", ["fluxbatch.run", *map(str, args)])
+        with pytest.raises(SystemExit) as stop:
+            run.main()
+        return int(stop.value.code or 0), capsys.readouterr().err
+
+    return call
