@@ -5,12 +5,21 @@ Each default has one home, a YAML file under ``conf/``; the fields here are ``MI
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
+import math
+import re
+import string
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
+from pathlib import PurePosixPath
 from typing import Any
 
 from omegaconf import MISSING
 
+from fluxbatch.types import UserError
 
 # omegaconf takes enums, not Literals; names equal values so that YAML and messages agree.
 DType = Enum("DType", {n: n for n in ("auto", "float32", "bfloat16", "float16")})
@@ -115,3 +124,153 @@ class Job:
     shard_size: int = MISSING  # rows whose text is encoded together and whose records are compacted together
     jax_cache_dir: str | None = MISSING
     debug: bool = MISSING
+    sweep: dict[str, Any] = field(default_factory=dict)  # what a multirun varies, filled in by the CLI
+
+
+# The forward kernel's block sizes; the others, pasted along from training set-ups, change nothing.
+FLASH_BLOCKS = ("block_q", "block_kv", "block_kv_compute")
+FLASH_BLOCKS_BACKWARD = ("block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute", "block_q_dq", "block_kv_dq")
+
+
+def default_run_name(job: Job) -> str:
+    """The manifest's stem; for a single prompt its slug and a digest of all that decides the picture.
+
+    So the same command finds its finished work again, and another seed has another directory.
+    """
+    if job.manifest is not None:
+        return slug(PurePosixPath(job.manifest.replace("\\", "/")).stem, "manifest")
+    dtypes = (job.hardware.weights_dtype, job.hardware.activations_dtype)
+    text = (job.prompt, job.prompt_2, job.seed, job.num_images)
+    parts = [job.model, job.sampler, job.output, job.lora_config, *job.lora.values()]
+    parts = [*map(dataclasses.asdict, parts), list(job.lora), text, dtypes]
+    return f"{slug(job.prompt or '', 'prompt')}-{digest(parts)}"
+
+
+def digest(value: Any) -> str:
+    """Six hex digits that tell one JSON-like value (enums allowed) from another."""
+    text = json.dumps(value, sort_keys=True, default=lambda member: member.name)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:6]
+
+
+def slug(text: str, otherwise: str) -> str:
+    """At most 40 characters of ``text`` that are safe in a file name."""
+    words = re.sub(r"\W+", "-", text.lower()).strip("-_")
+    return (words if len(words) <= 40 else words[:41].rpartition("-")[0] or words[:40]) or otherwise
+
+
+def check(job: Job, rows: bool = True) -> None:
+    """Raise one `UserError` with a line for everything in ``job`` that cannot be.
+
+    ``rows``: whether the command makes pictures, and so needs a manifest or a prompt.
+    """
+    problems = [f"{key}={shown(value)}: expected {wanted}" for key, value, wanted in _offenders(job, rows)]
+    if problems:
+        raise UserError(*problems)
+
+
+def _offenders(job: Job, rows: bool) -> Iterator[tuple[str, Any, str]]:
+    """(key, value, what was expected) for each value that is wrong by itself or beside another."""
+    if rows and job.manifest is None and job.prompt is None:
+        yield "prompt", None, "a prompt, or manifest=FILE with many"
+    if job.manifest is not None and job.prompt is not None:
+        yield "prompt", job.prompt, f"either a prompt or a manifest, got manifest={shown(job.manifest)} as well"
+    if job.prompt is not None and not job.prompt.strip():
+        yield "prompt", job.prompt, "some text"
+
+    for group, names in {
+        "sampler": "num_inference_steps resolution height width max_sequence_length",
+        "sharding": "per_device_batch_size",
+        "": "num_images shard_size",
+    }.items():
+        for name in names.split():
+            value = getattr(getattr(job, group) if group else job, name)
+            if value is not None and value < 1:
+                yield f"{group}.{name}".lstrip("."), value, "a whole number from 1"
+    for key, value in {"seed": job.seed, "max_failures": job.max_failures}.items():
+        if value is not None and value < 0:
+            yield key, value, "a whole number from 0"
+
+    sampler = job.sampler
+    if not (math.isfinite(sampler.guidance_scale) and sampler.guidance_scale >= 0):
+        yield "sampler.guidance_scale", sampler.guidance_scale, "a number from 0 (dev: 3 to 5)"
+    for key in ("base_shift", "max_shift"):
+        value = getattr(sampler, key)
+        if value is not None and not math.isfinite(value):
+            yield f"sampler.{key}", value, "a finite number"
+
+    axes = {f"sharding.{k}": v for k, v in vars(job.sharding).items() if k.startswith("ici_")}
+    for key, value in axes.items():
+        if value < 1 and value != -1:
+            yield key, value, "a number of devices from 1, or -1 for all that are left"
+    automatic = [key for key, value in axes.items() if value == -1]
+    if len(automatic) > 1:
+        yield automatic[1], -1, f"a number of devices, as {automatic[0]} is already -1"
+
+    for name, size in (job.hardware.flash_block_sizes or {}).items():
+        key = f"hardware.flash_block_sizes.{name}"
+        if name not in FLASH_BLOCKS + FLASH_BLOCKS_BACKWARD:
+            yield key, size, f"one of {', '.join(FLASH_BLOCKS)} as the name"
+        elif size < 1:
+            yield key, size, "a whole number from 1"
+
+    output = job.output
+    if wanted := _template_fault(output.filename):
+        yield "output.filename", output.filename, wanted
+    if not 1 <= output.quality <= 100:
+        yield "output.quality", output.quality, "1 to 100"
+    if not 0 <= output.png_level <= 9:
+        yield "output.png_level", output.png_level, "0 to 9"
+    for key in ("output_dir", "manifest"):
+        value = getattr(job, key)
+        if value is not None and (not value.strip() or "\0" in value):
+            yield key, value, "a path"
+    if job.run_name is not None and not stays_inside(job.run_name):
+        yield "run_name", job.run_name, "a name, or a relative path without '..' or hidden parts"
+
+    yield from _lora_offenders(job)
+
+
+def _lora_offenders(job: Job) -> Iterator[tuple[str, Any, str]]:
+    arrays = {k: v for k, v in vars(job.lora_config).items() if isinstance(v, list)}
+    if len({len(values) for values in arrays.values()}) > 1:
+        lengths = ", ".join(f"{key} {len(values)}" for key, values in arrays.items())
+        yield "lora_config.lora_model_name_or_path", arrays["lora_model_name_or_path"], (
+            f"arrays of equal length, one entry per adapter; got {lengths}"
+        )
+    names = job.lora_config.adapter_name
+    scales = [(f"lora.{name}.scale", adapter.scale) for name, adapter in job.lora.items()]
+    scales += [(f"lora_config.scale[{i}]", scale) for i, scale in enumerate(job.lora_config.scale)]
+    for i, name in enumerate(names):
+        if not name.strip() or name in names[:i] or name in job.lora:
+            yield f"lora_config.adapter_name[{i}]", name, "a name that no other adapter has"
+    for key, scale in scales:
+        if not math.isfinite(scale):
+            yield key, scale, "a finite number, usually 0.0 to 1.0"
+
+
+def _template_fault(template: str) -> str | None:
+    """What a file name template ought to be, if this one is not."""
+    wanted = "{i}, {id} and {seed} only, with format specs as in {i:06}"
+    try:
+        parts = [part for part in string.Formatter().parse(template) if part[1] is not None]
+        fields = {name for _, name, _, _ in parts}
+        if fields - {"i", "id", "seed"} or any(conv or (name == "id" and spec) for _, name, spec, conv in parts):
+            return wanted
+        example = template.format(i=0, id="x", seed=0)
+    except (ValueError, KeyError, IndexError):
+        return wanted
+    if not {"i", "id"} & fields:
+        return "{i} or {id} in it, so that names differ"
+    return None if stays_inside(example) else "a relative path without '..' or hidden parts"
+
+
+def stays_inside(path: str) -> bool:
+    """Whether every part of a relative path is a plain name on any file system or bucket."""
+    return all(re.fullmatch(r"[^\s./\\\x00-\x1f:][^/\\\x00-\x1f:]*", part) for part in path.split("/"))
+
+
+def shown(value: Any) -> str:
+    """A value on one line, at most 80 characters of it."""
+    text = "null" if value is None else str(value)
+    text = text.replace("\n", "\\n")
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,211 @@
+"""From the words of a command line to overrides that Hydra's grammar takes.
+
+`num_inference_steps=8` becomes `sampler.num_inference_steps=8`, free text is quoted as Hydra
+wants it, and every key and value is held against the schema, so that all mistakes are reported
+at once, each with the key as it was typed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import re
+import typing
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from enum import Enum
+from types import NoneType
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, Quote, QuotedString
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from fluxbatch.config import shown
+from fluxbatch.types import UserError
+
+# The headings under which the parameters are documented are accepted as groups of bare names.
+HEADINGS = ("generation", "flow_matching", "performance", "parallelism", "system")
+PROMPTS = ("prompt", "prompt_2")  # a comma or a ${ in these is text
+QUOTED = r"""(?:'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*")"""
+QUOTED_SWEEP = rf"{QUOTED}(?:\s*,\s*{QUOTED})*"
+SWEEP_FUNCTION = r"(?:choice|shuffle|sort|tag)\(.*\)"
+
+
+def read(
+    words: Sequence[str], schema: type, groups: Mapping[str, Sequence[str]], multirun: bool
+) -> tuple[list[str], frozenset[str]]:
+    """Hydra's overrides for ``words``, and the full keys that hold still in a multirun.
+
+    ``groups``: the config groups with their options. Raises `UserError` with a line for every
+    word that is not an override, has an unknown key or a value of another type.
+    """
+    vocabulary = _Vocabulary(schema, groups)
+    if not any(word.startswith("model=") for word in words):
+        # The model's name alone, as MaxDiffusion has it, brings the model's sampler along.
+        words = [f"model={word[10:]}" if word.startswith("flux_name=") else word for word in words]
+    overrides: list[str] = []
+    entries: dict[str, list[str]] = {}  # lora.anime → its fields, as OmegaConf makes an entry only whole
+    problems: list[str] = []
+    fixed: set[str] = set()
+    parser, scratch = OverridesParser.create(), OmegaConf.structured(schema)
+    for word in words:
+        try:
+            override = vocabulary.translate(word, multirun)
+            parsed = parser.parse_override(override)
+            key, sweeps = parsed.key_or_group, parsed.is_sweep_override()
+            if sweeps and not multirun:
+                hint = "; several adapters go in brackets" if key == "lora" else ""
+                raise UserError(f"{shown(word)}: a comma asks for a sweep, which needs --multirun{hint}")
+            if key not in groups and not parsed.is_delete() and kind_of(schema, key)[0] is not None:
+                _try(scratch, schema, parsed, parser)
+            table, _, name = key.rpartition(".")
+            if override.startswith("++lora.") and name and not sweeps:
+                entries.setdefault(table, []).append(f"{name}:{parsed.get_value_element_as_str()}")
+                fixed.add(table)
+                continue
+            overrides.append(override)
+            if not sweeps:
+                fixed.add(key)
+        except UserError as error:
+            problems += error.lines
+        except OmegaConfBaseException:
+            full = "" if word.lstrip("+").startswith(key) else f" ({key})"
+            problems.append(f"{shown(word)}{full}: expected {expected(*kind_of(schema, key))}")
+        except HydraException as error:
+            problems.append(f"{shown(word)}: not a value that Hydra can read: {' '.join(str(error).split())}")
+    if problems:
+        raise UserError(*problems)
+    return [f"++{key}={{{','.join(fields)}}}" for key, fields in entries.items()] + overrides, frozenset(fixed)
+
+
+def _try(scratch: DictConfig, schema: type, override: Override, parser: OverridesParser) -> None:
+    """Put the values of an override into a scratch config, for OmegaConf to say what it cannot take."""
+    key = override.key_or_group
+    table = key.rpartition(".")[0]
+    if table and OmegaConf.select(scratch, table) is None:
+        kind, _ = kind_of(schema, table)
+        OmegaConf.update(scratch, table, kind() if dataclasses.is_dataclass(kind) else {})
+    swept = override.sweep_string_iterator() if override.is_discrete_sweep() else None
+    for text in swept or [override.get_value_element_as_str()]:
+        OmegaConf.update(scratch, key, parser.parse_override(f"x={text}").value(), merge=False)
+
+
+def leaves(schema: type, prefix: str = "") -> Iterator[str]:
+    """The full key of every value in a schema."""
+    for name, hint in typing.get_type_hints(schema).items():
+        if dataclasses.is_dataclass(hint):
+            yield from leaves(hint, f"{prefix}{name}.")
+        elif name != "sweep":
+            yield prefix + name
+
+
+def kind_of(schema: type, key: str) -> tuple[Any, bool]:
+    """The type of the value at a full key (None: no such key) and whether it may be null."""
+    kind, optional = schema, False
+    for part in key.split("."):
+        if dataclasses.is_dataclass(kind):
+            kind = typing.get_type_hints(kind).get(part)
+        else:
+            kind = typing.get_args(kind)[1] if typing.get_origin(kind) is dict else None
+        optional = NoneType in typing.get_args(kind)
+        if optional:
+            kind = next(k for k in typing.get_args(kind) if k is not NoneType)
+    return kind, optional
+
+
+def expected(kind: Any, optional: bool) -> str:
+    """A type in words."""
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        text = "one of " + ", ".join(kind.__members__)
+    elif typing.get_origin(kind) is list:
+        text = f"a list, [{expected(typing.get_args(kind)[0], False)}, …]"
+    elif typing.get_origin(kind) is dict:
+        text = f"{{name: {expected(typing.get_args(kind)[1], False)}, …}}"
+    elif dataclasses.is_dataclass(kind):
+        text = f"{{{', '.join(f.name for f in dataclasses.fields(kind))}}}"
+    else:
+        text = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(kind, "a value")
+    return text + (" or null" if optional else "")
+
+
+def quote(text: str) -> str:
+    """``text`` as a quoted string of Hydra's grammar."""
+    return QuotedString(text, Quote.single).with_quotes()
+
+
+def nearest(typed: str, known: Iterable[str]) -> str | None:
+    """The known word that was probably meant."""
+    return next(iter(difflib.get_close_matches(typed, known, 1, cutoff=0.7)), None)
+
+
+class _Vocabulary:
+    def __init__(self, schema: type, groups: Mapping[str, Sequence[str]]):
+        self.schema, self.groups = schema, groups
+        self.keys = list(leaves(schema))
+        self.nodes = {key.rpartition(".")[0] for key in self.keys}
+        names = [key.rpartition(".")[2] for key in self.keys]
+        self.full = {name: key for name, key in zip(names, self.keys) if names.count(name) == 1}
+
+    def translate(self, word: str, multirun: bool) -> str:
+        """One word as an override of Hydra's, its key in full and its text quoted."""
+        prefix, typed, equals, value = re.fullmatch(r"(\+\+|\+|~|)([^=]*)(=?)(.*)", word, re.DOTALL).groups()
+        group = re.split("[/@]", typed)[0]
+        if typed.startswith(("hydra.", "hydra/")) or (equals and group in self.groups):
+            return word
+        if not equals and prefix != "~":
+            raise UserError(f"{shown(word)}: expected key=value{self._nearest(typed)}")
+        head, dot, tail = typed.partition(".")
+        if head in HEADINGS:
+            head, dot, tail = tail.partition(".")
+        key = self.full.get(head, head) + dot + tail
+        kind, optional = kind_of(self.schema, key)
+        if kind is None or key.partition(".")[0] == "sweep":
+            raise UserError(f"{shown(word)}: there is no key {typed}{self._nearest(typed)}")
+        if not prefix and (key not in self.keys or typing.get_origin(kind) is dict) and key not in self.nodes:
+            prefix = "++"  # an open table, or an entry of one such as lora.anime.scale
+        if kind is str and not (optional and value == "null"):
+            value = _text(value, key in PROMPTS, multirun)
+        elif value.startswith(("{", "[")):
+            value = _from_json(value)
+        return f"{prefix}{key}{equals}{value}"
+
+    def _nearest(self, typed: str) -> str:
+        group, dot, name = typed.partition(".")
+        options = {option: f"{group}={option}" for group, names in self.groups.items() for option in names}
+        known = self.keys if dot else [*self.keys, *self.full, *self.groups, *options]
+        if near := nearest(typed, known) or nearest(name or typed, self.full):
+            return f"; did you mean {options.get(near, near)}?"
+        siblings = [key.partition(".")[2] for key in self.keys if dot and key.startswith(f"{group}.")]
+        return f"; {group} has {', '.join(siblings)}" if siblings else "; --cfg job lists them all"
+
+
+def _text(value: str, prompt: bool, multirun: bool) -> str:
+    """Free text as Hydra's grammar wants it; what is quoted already stays as it is."""
+    if prompt:  # ${ would be an interpolation: OmegaConf wants it, and the backslashes before it, escaped
+        value = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
+    if re.fullmatch(QUOTED_SWEEP if multirun else QUOTED, value, re.DOTALL):
+        return value
+    if multirun and not prompt:
+        if re.fullmatch(SWEEP_FUNCTION, value):
+            return value
+        return ",".join(part if part == "null" else quote(part) for part in value.split(","))
+    return quote(value)
+
+
+def _from_json(value: str) -> str:
+    """A JSON object or list, as MaxDiffusion's users paste them, in Hydra's grammar."""
+
+    def literal(item: Any) -> str:
+        if isinstance(item, dict):
+            return "{" + ",".join(f"{key}:{literal(child)}" for key, child in item.items()) + "}"
+        if isinstance(item, list):
+            return "[" + ",".join(map(literal, item)) + "]"
+        return quote(item) if isinstance(item, str) else json.dumps(item)
+
+    try:
+        return literal(json.loads(value))
+    except ValueError:
+        return value
