@@ -1,0 +1,69 @@
+"""Pixels ↔ image files: PNG, JPEG and WebP with the image's parameters inside."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Mapping
+
+import numpy as np
+from PIL import Image, PngImagePlugin
+
+EXTENSIONS = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
+
+_IMAGE_DESCRIPTION = 0x010E
+_JPEG_SEGMENT = 65_000  # a JPEG segment holds less than 64 KiB, and EXIF must fit into one
+
+
+def encode(pixels: np.ndarray, format: str, *, text: Mapping[str, str], png_level: int, quality: int) -> bytes:
+    """``pixels`` (uint8 [H, W, 3]) as the bytes of a file; the same input gives the same bytes.
+
+    ``text`` goes into iTXt chunks (PNG), or as one JSON object into EXIF ImageDescription (JPEG,
+    WebP), where a JPEG too small for it does without: the record has everything anyway.
+    """
+    image = Image.fromarray(_checked(pixels))
+    out = io.BytesIO()
+    if format == "png":
+        chunks = PngImagePlugin.PngInfo()
+        for key, value in text.items():
+            chunks.add_itxt(key, value)
+        image.save(out, "PNG", compress_level=png_level, pnginfo=chunks)
+    elif format in ("jpeg", "webp"):
+        exif = Image.Exif()
+        exif[_IMAGE_DESCRIPTION] = json.dumps(dict(text))
+        data = exif.tobytes()
+        if format == "jpeg" and len(data) > _JPEG_SEGMENT:
+            data = b""
+        image.save(out, format.upper(), quality=quality, exif=data)
+    else:
+        raise ValueError(f"format: got {format!r}, expected one of {', '.join(EXTENSIONS)}")
+    return out.getvalue()
+
+
+def decode(data: bytes) -> np.ndarray:
+    """An image file's pixels, uint8 [H, W, 3]. Raises ValueError when it is damaged."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return np.asarray(image.convert("RGB"))
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        raise ValueError(f"not a whole image: {error}") from None
+
+
+def pixel_sha256(pixels: np.ndarray) -> str:
+    """Hex sha256 of the raw RGB bytes with their shape, so that a reshaped image differs."""
+    pixels = np.ascontiguousarray(_checked(pixels))
+    digest = hashlib.sha256("x".join(map(str, pixels.shape)).encode())
+    digest.update(pixels)
+    return digest.hexdigest()
+
+
+def is_flat(pixels: np.ndarray) -> bool:
+    """Whether the whole image has one colour."""
+    return bool((pixels == pixels[:1, :1]).all())
+
+
+def _checked(pixels: np.ndarray) -> np.ndarray:
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[-1] != 3:
+        raise ValueError(f"pixels: got {pixels.dtype} {pixels.shape}, expected uint8 [H, W, 3]")
+    return pixels

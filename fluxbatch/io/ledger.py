@@ -1,0 +1,265 @@
+"""What is done, kept beside the output: a record makes its row done, and nothing else does.
+
+    .fluxbatch/job.json                   the facts of the job that every image depends on
+    .fluxbatch/records/WRITER-N.jsonl     a line an image: of one batch, one shard, or many shards
+    .fluxbatch/rejects/WRITER-N.jsonl     rows without an image, and why
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+from fluxbatch.io.log import Log, in_parallel, json_line
+from fluxbatch.io.match import Record, RecordId, describe, difference, digest, key_under, match, row_key
+from fluxbatch.io.names import Namer
+from fluxbatch.io.storage import NotFound, Store, join
+from fluxbatch.types import Reject, Row, UserError
+
+__all__ = ["METADATA", "REJECTS", "STATUS", "Ledger", "Record", "Tally", "row_key", "utc_now", "write_status"]
+
+METADATA, REJECTS, STATUS = "metadata.jsonl", "rejects.jsonl", "status.json"
+HIDDEN = ".fluxbatch/"  # Hugging Face's ImageFolder passes over what begins with a dot
+IMAGES = (".png", ".jpg", ".jpeg", ".webp")
+
+_JOB = HIDDEN + "job.json"
+_CHUNK = 10_000  # records in one object after the merge
+_WAY_OUT = "give another run_name=…, or overwrite=true to replace what differs"
+
+
+@dataclasses.dataclass(frozen=True)
+class Tally:
+    """How the manifest stands; ``rows`` counts its bad lines too."""
+
+    rows: int
+    done: int
+    rejects: tuple[Reject, ...]
+
+    @property
+    def left(self) -> int:
+        return self.rows - self.done - len(self.rejects)
+
+
+class Ledger:
+    """The records of one output place, as one process sees and extends them; safe in threads.
+
+    ``job_facts``: JSON-able, everything besides the row that decides its pixels.
+    ``writer_id``: another one for every start of every process; letters, digits, ``-`` and ``_``.
+    Raises UserError when the place holds a job of other facts, or images of unknown origin;
+    with ``overwrite`` what the other job left is removed instead. Where several processes share
+    a start, let one open the ledger before the others do.
+    """
+
+    def __init__(self, store: Store, job_facts: Mapping[str, object], *, writer_id: str, overwrite: bool = False):
+        self._store = store
+        self._facts = json.loads(json.dumps(job_facts))
+        self._facts_digest = digest(self._facts)
+        self._overwrite = overwrite
+        self._records = Log(store, HIDDEN + "records/", writer_id)
+        self._rejects = Log(store, HIDDEN + "rejects/", writer_id)
+        self._lock = threading.Lock()
+        self._batches: dict[str, Sequence[Record]] = {}  # object → records, since the last compaction
+        self._rows: dict[str, Row] = {}  # id → row of the manifest
+        self._bad_lines: tuple[Reject, ...] = ()
+        self._row_of: dict[RecordId, Row] = {}  # record → the row that it makes done
+        store.sweep()
+        self._agree()
+
+    def key(self, row: Row) -> str:
+        """``row_key`` under this job's facts."""
+        return key_under(row, self._facts_digest)
+
+    def assign(
+        self, rows: Sequence[Row], bad_lines: Iterable[Reject] = (), *, template: str, extension: str
+    ) -> tuple[list[Row], dict[int, str]]:
+        """The rows that have no image yet, and the file name of each by its ``row.index``.
+
+        The manifest may be in another order, longer or shorter than when the records were made.
+        The answer follows from rows and records alone. Records of rows that are gone are kept.
+        Raises UserError when a row was changed since its image was made, unless ``overwrite``.
+        """
+        namer = Namer(template, extension)
+        files: dict[RecordId, str] = {}
+        places: dict[RecordId, int] = {}
+        for record in self.records():
+            files[_id(record)] = record["file_name"]
+            places[_id(record)] = record["index"]
+        self._row_of, todo, changed = match(rows, self.key, places, self.records)
+        if changed and not self._overwrite:
+            raise UserError(*describe(changed), _WAY_OUT)
+        if changed:
+            gone = {_id(record) for _, record in changed}
+            self._drop(lambda record: _id(record) in gone)
+            files = {key: file for key, file in files.items() if key not in gone}
+        self._rows = {row.id: row for row in rows}
+        self._bad_lines = tuple(bad_lines)
+        return todo, namer.assign(todo, files.values())
+
+    def records(self) -> Iterator[Record]:
+        """Every record once, in no particular order."""
+        seen: set[RecordId] = set()
+        for _, _, record in self._records.scan():
+            if _id(record) not in seen:
+                seen.add(_id(record))
+                yield record
+
+    def commit(self, records: Sequence[Record]) -> None:
+        """Makes rows done, all of them at once. Only when their images are durable."""
+        if records:
+            name = self._records.append(map(json_line, records))
+            with self._lock:
+                self._batches[name] = records
+
+    def reject(self, rejects: Sequence[Reject]) -> None:
+        """Notes rows that got no image. The next start tries them again."""
+        if rejects:
+            now = utc_now()
+            self._rejects.append(json_line({**dataclasses.asdict(reject), "created": now}) for reject in rejects)
+
+    def compact(self) -> None:
+        """Merges the objects that this process has committed since the last call into one."""
+        with self._lock:
+            batches, self._batches = self._batches, {}
+        if len(batches) > 1:
+            self._records.append(json_line(record) for records in batches.values() for record in records)
+            self._records.delete(batches)
+
+    def merge(self) -> Tally:
+        """Writes metadata.jsonl (by index) and rejects.jsonl, compacts the ledger, and counts.
+
+        Any process that called ``assign`` may merge, at any time and while others commit or
+        merge: whoever writes last has read everything that was committed before.
+        """
+        while True:
+            lines: dict[RecordId, tuple[int, bytes]] = {}  # as metadata.jsonl has them
+            objects: dict[str, list[bytes]] = {}
+            done: set[str] = set()
+            for name, line, record in self._records.scan():
+                objects.setdefault(name, [])
+                if _id(record) in lines:
+                    continue
+                objects[name].append(line)
+                index = record["index"]
+                if row := self._row_made_by(record):
+                    done.add(row.id)
+                    if (row.id, row.index) != (record["id"], index):  # it stands elsewhere now
+                        index = row.index
+                        line = json_line({**record, "id": row.id, "index": index})
+                lines[_id(record)] = index, line
+            self._store.write(METADATA, b"".join(line for _, line in sorted(lines.values())))
+            rejects, reject_objects = self._merge_rejects(done)
+            unseen = {*self._records.names(), *self._rejects.names()} - objects.keys() - reject_objects
+            if not unseen:
+                break
+        self._compact_all(objects)
+        return Tally(len(self._rows) + len(self._bad_lines), len(done), rejects)
+
+    def _merge_rejects(self, done: set[str]) -> tuple[tuple[Reject, ...], set[str]]:
+        """Writes rejects.jsonl: what stands against rows of this manifest that are not done."""
+        latest: dict[str, dict] = {}
+        objects = set()
+        for name, _, line in self._rejects.scan():
+            objects.add(name)
+            if line["id"] in self._rows and line["id"] not in done:
+                known = latest.setdefault(line["id"], line)
+                latest[line["id"]] = max(known, line, key=lambda each: each["created"])
+        rejects = [Reject(line["where"], line["reason"], line["id"], line["index"]) for line in latest.values()]
+        rejects = sorted([*self._bad_lines, *rejects], key=lambda reject: reject.index or 0)
+        if rejects:
+            self._store.write(REJECTS, b"".join(json_line(self._reject_line(reject)) for reject in rejects))
+        else:
+            self._store.delete(REJECTS)
+        return tuple(rejects), objects
+
+    def _reject_line(self, reject: Reject) -> dict[str, object]:
+        row = self._rows.get(reject.id) if reject.id is not None else None
+        line = {"where": reject.where, "index": reject.index, "id": reject.id}
+        return {**line, **({"prompt": row.prompt} if row else {}), "reason": reject.reason}
+
+    def _compact_all(self, objects: Mapping[str, list[bytes]]) -> None:
+        """Small objects into large ones, so that a million rows end in about a hundred."""
+        with self._lock:
+            self._batches = {}
+        small = [name for name, lines in objects.items() if len(lines) < _CHUNK // 2]
+        if len(small) < 2:
+            return
+        lines = [line for name in small for line in objects[name]]
+        for start in range(0, len(lines), _CHUNK):
+            self._records.append(lines[start : start + _CHUNK])
+        self._records.delete(small)
+
+    def _row_made_by(self, record: Record) -> Row | None:
+        if _id(record) not in self._row_of:  # committed since ``assign``, or of a row that is gone
+            row = self._rows.get(record["id"])
+            if row is None or self.key(row) != record["key"]:
+                return None
+            self._row_of[_id(record)] = row
+        return self._row_of[_id(record)]
+
+    def _agree(self) -> None:
+        """Stores the job's facts on the first start, and compares them on every later one."""
+        stored = self._stored_facts()
+        if stored is None:
+            foreign = next((name for name in self._store.list() if name.endswith(IMAGES)), None)
+            # another process may have begun this very job between the two looks
+            if foreign and not self._overwrite and self._stored_facts() is None:
+                raise UserError(f"{join(self._store.url, foreign)}: is there already, without a record; {_WAY_OUT}")
+            if self._store.write(_JOB, self._facts_document(), if_absent=True):
+                return
+            stored = self._stored_facts() or {}
+        changed = difference(stored, self._facts)
+        # until there is a record, a changed configuration costs nothing
+        if changed and not self._overwrite and next(self.records(), None):
+            raise UserError(f"{self._store.url}: holds a job with another configuration", *changed, _WAY_OUT)
+        if changed:
+            self._drop(lambda record: True)
+            self._rejects.delete(self._rejects.names())
+            self._store.write(_JOB, self._facts_document())
+
+    def _stored_facts(self) -> dict | None:
+        try:
+            facts = json.loads(self._store.read(_JOB))
+        except NotFound:
+            return None
+        except ValueError:
+            facts = None
+        if not isinstance(facts, dict):
+            raise UserError(f"{join(self._store.url, _JOB)}: not a JSON object; restore it, or give another run_name=…")
+        return facts
+
+    def _facts_document(self) -> bytes:
+        return json.dumps(self._facts, indent=2, sort_keys=True).encode() + b"\n"
+
+    def _drop(self, unwanted: Callable[[Record], bool]) -> None:
+        """Removes records and then their images, so that no record is ever without its image."""
+        objects: dict[str, list[tuple[bytes, Record]]] = {}
+        for name, line, record in self._records.scan():
+            objects.setdefault(name, []).append((line, record))
+        kept_files = {r["file_name"] for lines in objects.values() for _, r in lines if not unwanted(r)}
+        gone_files = {r["file_name"] for lines in objects.values() for _, r in lines if unwanted(r)}
+        self._store.delete(METADATA)
+        for name, lines in objects.items():
+            kept = [line for line, record in lines if not unwanted(record)]
+            if len(kept) < len(lines):
+                if kept:
+                    self._records.append(kept)
+                self._records.delete([name])
+        in_parallel(self._store.delete, sorted(gone_files - kept_files))
+
+
+def _id(record: Record) -> RecordId:
+    return record["id"], record["key"]
+
+
+def utc_now() -> str:
+    """The time in ISO format, UTC, with microseconds: as text it sorts by time."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds")
+
+
+def write_status(store: Store, exit_code: int, reason: str, counts: Mapping[str, int]) -> None:
+    """status.json: what the exit code says, for launchers that lose it."""
+    status = {"exit_code": int(exit_code), "reason": reason, "counts": dict(counts), "time": utc_now()}
+    store.write(STATUS, json.dumps(status, indent=2).encode() + b"\n")

@@ -1,0 +1,89 @@
+"""JSON lines in a store that many processes append to without asking each other.
+
+An object is written once, whole, under a name that no other process uses. To compact is to write
+one larger object and only then to delete the smaller ones, so at any instant every line is there
+at least once; readers must take a doubled line for one.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from fluxbatch.io.storage import NotFound, StorageError, Store, join
+
+_PARALLEL = 16  # objects read or deleted at once: on object storage each one waits for the network
+
+A = TypeVar("A")
+B = TypeVar("B")
+
+
+class Log:
+    """The objects under ``prefix``. ``writer_id``: another one for every start of every process."""
+
+    def __init__(self, store: Store, prefix: str, writer_id: str):
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", writer_id):
+            raise ValueError(f"writer_id: got {writer_id!r}, expected letters, digits, - and _")
+        self._store = store
+        self._prefix = prefix
+        self._writer_id = writer_id
+        self._lock = threading.Lock()
+        self._count = 0
+
+    def append(self, lines: Iterable[bytes]) -> str:
+        """Writes one object and returns its name. It is durable then."""
+        with self._lock:
+            self._count += 1
+            name = f"{self._prefix}{self._writer_id}-{self._count:06d}.jsonl"
+        if not self._store.write(name, b"".join(lines), if_absent=True):
+            raise StorageError(f"{join(self._store.url, name)}: two processes have one writer id", fatal=True)
+        return name
+
+    def scan(self) -> Iterator[tuple[str, bytes, Any]]:
+        """(object, line, value of the line) of everything, read piece by piece."""
+        read: set[str] = set()
+        # An object that vanishes meanwhile was compacted into one that the next listing shows.
+        while names := [name for name in self.names() if name not in read]:
+            read.update(names)
+            for start in range(0, len(names), _PARALLEL):
+                window = names[start : start + _PARALLEL]
+                for name, data in zip(window, in_parallel(self._read, window), strict=True):
+                    yield from self._lines(name, data)
+
+    def names(self) -> list[str]:
+        return list(self._store.list(self._prefix))
+
+    def delete(self, names: Iterable[str]) -> None:
+        in_parallel(self._store.delete, names)
+
+    def _read(self, name: str) -> bytes:
+        try:
+            return self._store.read(name)
+        except NotFound:
+            return b""
+
+    def _lines(self, name: str, data: bytes) -> Iterator[tuple[str, bytes, Any]]:
+        for number, line in enumerate(data.splitlines(keepends=True), 1):
+            try:
+                yield name, line, json.loads(line)
+            except ValueError:
+                place = f"{join(self._store.url, name)}:{number}"
+                raise StorageError(f"{place}: not a line of JSON; is the disk damaged?", fatal=True) from None
+
+
+def in_parallel(function: Callable[[A], B], items: Iterable[A]) -> list[B]:
+    """``function`` of every item, in order; the first error is raised when all have ended."""
+    items = list(items)
+    if len(items) < 2:
+        return [function(item) for item in items]
+    with ThreadPoolExecutor(min(_PARALLEL, len(items))) as pool:
+        return list(pool.map(function, items))
+
+
+def json_line(value: Any) -> bytes:
+    """One line of JSON, in UTF-8 as people write it."""
+    return json.dumps(value, ensure_ascii=False).encode() + b"\n"

@@ -1,0 +1,280 @@
+"""The manifest of prompts → rows with every parameter resolved. Every bad line is named."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from fluxbatch.config import Job
+from fluxbatch.io import lines
+from fluxbatch.io.lines import BadLine, Line, described
+from fluxbatch.io.storage import StorageError, open_stream
+from fluxbatch.types import Reject, Row, UserError
+
+MAX_SEED = 2**64 - 1
+_MAX_SIDE = 16_384  # pixels
+_MAX_STEPS = 1_000
+_MAX_IMAGES = 100_000  # per row
+_MAX_ID = 200  # bytes: with its extension it must fit a file name
+_SHOWN = 50  # bad lines in one message
+_PROMPT_COLUMNS = ("prompt", "caption", "text")
+_INTEGERS = ("seed", "height", "width", "num_inference_steps", "num_images")
+_FIELDS = ("prompt", "prompt_2", "id", "guidance_scale", "lora", *_INTEGERS)
+
+
+def read_rows(job: Job, *, multiple: int = 16) -> tuple[list[Row], list[Reject]]:
+    """The job's rows, from ``job.manifest`` (.jsonl, .txt, .tsv, .csv) or ``job.prompt``.
+
+    ``multiple``: what heights and widths must divide by (the model's latent grid).
+    A row's index counts a bad line as one row, so no row's index or seed depends on which other
+    lines are good. Bad lines come back as Rejects with ``manifest_errors=quarantine``.
+
+    Raises UserError naming every bad line otherwise; also when there is no row at all.
+    """
+    resolve = _Resolver(job, multiple)
+    if job.manifest is None:
+        if job.prompt is None:
+            raise UserError("nothing to do: give manifest=FILE or prompt=TEXT")
+        fields = {"prompt": job.prompt, "prompt_2": job.prompt_2}
+        return _collect(iter([Line(0, fields)]), resolve, lambda number: "prompt=", quarantine=False)
+    if job.prompt is not None:
+        raise UserError("manifest and prompt are both given: expected one of them")
+    quarantine = job.manifest_errors.name == "quarantine"
+    try:
+        with open_stream(job.manifest) as stream:
+            parsed = _parsed(stream, job.manifest, job.prompt_column)
+            rows, rejects = _collect(parsed, resolve, lambda n: f"{job.manifest}:{n}", quarantine)
+    except StorageError as error:
+        raise UserError(f"manifest: {error}") from None
+    if not rows and not rejects:
+        raise UserError(f"{job.manifest}: no rows in it")
+    return rows, rejects
+
+
+def _collect(
+    parsed: Iterator[Line], resolve: _Resolver, where: Callable[[int], str], quarantine: bool
+) -> tuple[list[Row], list[Reject]]:
+    rows: list[Row] = []
+    rejects: list[Reject] = []
+    index = 0
+    for number, fields in parsed:
+        try:
+            made = resolve(fields, index, where(number))
+            rows += made
+            index += len(made)
+        except BadLine as error:
+            rejects.append(Reject(where(number), str(error), index=index))
+            index += 1
+    if rejects and not quarantine:
+        more = len(rejects) - _SHOWN
+        listed = [f"{r.where}: {r.reason}" for r in rejects[:_SHOWN]]
+        raise UserError(*listed, *([f"… and {more} more bad lines"] if more > 0 else []))
+    return rows, rejects
+
+
+def _parsed(stream: Any, name: str, prompt_column: str | None) -> Iterator[Line]:
+    """The file's lines, whatever its format, with the prompt under ``prompt``."""
+    extension = name.rpartition(".")[2].lower()
+    if extension in ("jsonl", "ndjson"):
+        return _renamed(lines.json_lines(stream), {prompt_column or "prompt": "prompt"})
+    if extension == "txt":
+        return lines.prompt_lines(stream)
+    if extension in ("tsv", "csv"):
+        columns, parsed = lines.table_lines(stream, "\t" if extension == "tsv" else ",", name)
+        known = {column: column.lower() for column in columns if column.lower() in _FIELDS}
+        prompt = _prompt_column(columns, prompt_column, name)
+        known = {column: field for column, field in known.items() if field != "prompt"}
+        return map(_converted, _renamed(parsed, {**known, prompt: "prompt"}))
+    raise UserError(f"{name}: expected a manifest that ends in .jsonl, .txt, .tsv or .csv")
+
+
+def _prompt_column(columns: list[str], wanted: str | None, name: str) -> str:
+    by_lower = {column.lower(): column for column in reversed(columns)}
+    for candidate in _PROMPT_COLUMNS if wanted is None else (wanted,):
+        if candidate in columns or candidate.lower() in by_lower:
+            return candidate if candidate in columns else by_lower[candidate.lower()]
+    expected = "prompt, caption or text (or name it: prompt_column=…)" if wanted is None else json.dumps(wanted)
+    raise UserError(f"{name}:1: got the columns {', '.join(map(json.dumps, columns))}, expected {expected}")
+
+
+def _renamed(parsed: Iterator[Line], names: Mapping[str, str]) -> Iterator[Line]:
+    if all(old == new for old, new in names.items()):
+        return parsed
+
+    def rename(fields: Any) -> Any:
+        if isinstance(fields, BadLine):
+            return fields
+        # what another column calls "prompt" is not the prompt, and would take its place
+        kept = {k: v for k, v in fields.items() if k in names or k not in names.values()}
+        return {names.get(key, key): value for key, value in kept.items()}
+
+    return (Line(number, rename(fields)) for number, fields in parsed)
+
+
+def _converted(line: Line) -> Line:
+    """Cells of a table have no types: numbers where numbers belong, and empty means not given.
+
+    What cannot be converted stays a string, which the resolver then refuses by name.
+    """
+    if isinstance(line.fields, BadLine):
+        return line
+    fields = {key: cell for key, cell in line.fields.items() if cell.strip() or key not in _FIELDS}
+    for key in _INTEGERS:
+        if key in fields and re.fullmatch(r"\s*[+-]?[0-9]{1,30}\s*", fields[key]):
+            fields[key] = int(fields[key])
+    with contextlib.suppress(KeyError, ValueError):
+        fields["guidance_scale"] = float(fields["guidance_scale"])
+    with contextlib.suppress(KeyError, ValueError, RecursionError):
+        fields["lora"] = json.loads(fields["lora"])
+    return Line(line.number, fields)
+
+
+class _Resolver:
+    """Named values of one line → its rows, with the job's settings where the line is silent."""
+
+    def __init__(self, job: Job, multiple: int):
+        sampler = job.sampler
+        self._multiple = multiple
+        self._seed = job.seed
+        self._adapters = {*job.lora, *job.lora_config.adapter_name}
+        self._seen: dict[str, str] = {}  # id → where
+        self._defaults = {
+            "height": sampler.resolution if sampler.height is None else sampler.height,
+            "width": sampler.resolution if sampler.width is None else sampler.width,
+            "num_inference_steps": sampler.num_inference_steps,
+            "guidance_scale": float(sampler.guidance_scale),
+            "num_images": job.num_images,
+        }
+        problems: list[str] = []
+        self._numbers({**self._defaults, "seed": job.seed}, problems)
+        if problems:  # a setting of the job, not of a line
+            homes = {"seed": "", "num_images": ""}
+            raise UserError(*(homes.get(p.split(":")[0], "sampler.") + p for p in problems))
+
+    def __call__(self, fields: dict[str, Any] | BadLine, index: int, where: str) -> list[Row]:
+        """Raises BadLine with everything that is wrong with the line."""
+        if isinstance(fields, BadLine):
+            raise fields
+        given = {key: value for key, value in fields.items() if value is not None}
+        problems: list[str] = []
+        prompt = _text(given, "prompt", problems)
+        if "prompt" not in given:
+            problems.append("prompt: missing")
+        prompt_2 = _text(given, "prompt_2", problems) if "prompt_2" in given else prompt
+        base = _id(given, problems)
+        numbers = self._numbers({**self._defaults, **given}, problems)
+        lora = self._lora(given, problems)
+        if problems:
+            raise BadLine("; ".join(problems))
+
+        count, seed = numbers["num_images"], numbers.get("seed", self._seed + index)
+        if seed + count - 1 > MAX_SEED:
+            raise BadLine(f"seed: {seed + count - 1} is more than 2**64 - 1")
+        if base is None:
+            ids = [str(index + k) for k in range(count)]
+        else:
+            ids = [base] if count == 1 else [f"{base}-{k}" for k in range(count)]
+        for id in ids:
+            if id in self._seen:
+                by_default = "" if base is not None else " (its number, as it gives none)"
+                raise BadLine(f"id: {json.dumps(id)}{by_default} is already that of {self._seen[id]}")
+        self._seen.update(dict.fromkeys(ids, where))
+        extra = {key: value for key, value in fields.items() if key not in _FIELDS}
+        return [
+            Row(
+                index=index + k,
+                id=id,
+                prompt=prompt,
+                prompt_2=prompt_2,
+                seed=seed + k,
+                height=numbers["height"],
+                width=numbers["width"],
+                num_inference_steps=numbers["num_inference_steps"],
+                guidance_scale=numbers["guidance_scale"],
+                lora=lora,
+                extra=extra,
+                named=base is not None,
+                where=where,
+            )
+            for k, id in enumerate(ids)
+        ]
+
+    def _numbers(self, given: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
+        numbers: dict[str, Any] = {}
+        for key, low, high, step in (
+            ("seed", 0, MAX_SEED, 1),
+            ("height", self._multiple, _MAX_SIDE, self._multiple),
+            ("width", self._multiple, _MAX_SIDE, self._multiple),
+            ("num_inference_steps", 1, _MAX_STEPS, 1),
+            ("num_images", 1, _MAX_IMAGES, 1),
+        ):
+            if key not in given:
+                continue
+            value = given[key]
+            if type(value) is not int:  # a bool is an int to isinstance
+                problems.append(f"{key}: got {described(value)}, expected an integer")
+            elif not low <= value <= high or value % step:
+                kind = "an integer" if step == 1 else f"a multiple of {step}"
+                limit = "2**64 - 1" if high == MAX_SEED else high
+                problems.append(f"{key}: got {described(value).split(' ')[0]}, expected {kind} from {low} to {limit}")
+            numbers[key] = value
+        numbers["guidance_scale"] = _float("guidance_scale", given["guidance_scale"], problems, low=0.0)
+        return numbers
+
+    def _lora(self, given: Mapping[str, Any], problems: list[str]) -> tuple[tuple[str, float], ...] | None:
+        if "lora" not in given:
+            return None
+        if not isinstance(given["lora"], dict):
+            problems.append(f'lora: got {described(given["lora"])}, expected an object like {{"adapter": 0.8}}')
+            return None
+        scales = []
+        for adapter, scale in given["lora"].items():
+            if adapter not in self._adapters:
+                have = ", ".join(sorted(self._adapters)) or "none; add lora=…"
+                problems.append(f"lora: no adapter {described(adapter).split(' (')[0]} in this job (it has {have})")
+            scales.append((adapter, _float(f"lora.{adapter}", scale, problems)))
+        return tuple(sorted(scales))
+
+
+def _text(given: Mapping[str, Any], key: str, problems: list[str]) -> str:
+    value = given.get(key, " ")
+    if not isinstance(value, str):
+        problems.append(f"{key}: got {described(value)}, expected a string")
+    elif key in given and not value.strip():
+        problems.append(f"{key}: empty")
+    elif "\0" in value:
+        problems.append(f"{key}: contains a NUL character")
+    elif not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
+        problems.append(f"{key}: not UTF-8")  # bytes of the command line that are no text
+    return value
+
+
+def _id(given: Mapping[str, Any], problems: list[str]) -> str | None:
+    """The id that the line gives: usable as a file name, and not a way out of the output place."""
+    value = given.get("id")
+    if value is None:
+        return None
+    if type(value) is int and abs(value) <= MAX_SEED:
+        value = str(value)
+    if not isinstance(value, str):
+        problems.append(f"id: got {described(value)}, expected a string")
+    elif not value or value[0] == "." or len(value.encode()) > _MAX_ID or re.search(r"[/\\\x00-\x1f\x7f-\x9f]", value):
+        problems.append(
+            f"id: got {described(value).rpartition(' (')[0]}, expected 1 to {_MAX_ID} bytes "
+            "without slashes, control characters or a leading dot"
+        )
+    return value
+
+
+def _float(key: str, value: Any, problems: list[str], low: float = -math.inf) -> float:
+    if type(value) not in (int, float):
+        problems.append(f"{key}: got {described(value)}, expected a number")
+    elif not math.isfinite(value) or abs(value) > 1e6 or value < low:
+        problems.append(f"{key}: got {described(value).split(' (')[0]}, expected a number{' of at least 0' if low == 0 else ''}")
+    else:
+        return float(value)
+    return math.nan

@@ -1,0 +1,144 @@
+"""Which rows of a manifest the records of earlier starts make done. Pure."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from fluxbatch.types import Row
+
+Record = dict[str, Any]
+RecordId = tuple[str, str]  # id, key
+
+_SHOWN = 20  # changed rows in one message
+
+
+def row_key(row: Row, job_facts: Mapping[str, Any]) -> str:
+    """Digest (32 hex digits) of everything that decides the pixels: not the place, id or batch."""
+    return key_under(row, digest(job_facts))
+
+
+def key_under(row: Row, facts_digest: str) -> str:
+    """``row_key`` with the digest of the job's facts at hand."""
+    return digest([decisive(row), facts_digest])
+
+
+def decisive(row: Row) -> dict[str, Any]:
+    """The row's parameters that decide its pixels, under the names and in the form of a record."""
+    return {
+        "prompt": row.prompt,
+        "prompt_2": row.prompt_2,
+        "seed": row.seed,
+        "height": row.height,
+        "width": row.width,
+        "num_inference_steps": row.num_inference_steps,
+        "guidance_scale": row.guidance_scale,
+        "lora": None if row.lora is None else dict(row.lora),
+    }
+
+
+def digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
+
+
+class Match(NamedTuple):
+    """``row_of``: record → the row it makes done. ``todo``: rows that no record makes done;
+    those that did change since their record was made are in ``changed`` as well."""
+
+    row_of: dict[RecordId, Row]
+    todo: list[Row]
+    changed: list[tuple[Row, Record]]
+
+
+def match(
+    rows: Sequence[Row], key: Callable[[Row], str], places: Mapping[RecordId, int], records: Callable[[], Iterable[Record]]
+) -> Match:
+    """Rows and records by id and key; what is left, by what tells a moved row from a changed one.
+
+    ``places``: the index in every record. ``records``: all of them again, and in full; called
+    only when some rows may have moved or changed.
+    """
+    row_of: dict[RecordId, Row] = {}
+    todo: dict[str, tuple[Row, str]] = {}  # by id
+    for row in rows:
+        record_id = row.id, key(row)
+        if record_id in places:
+            row_of[record_id] = row
+        else:
+            todo[row.id] = row, record_id[1]
+
+    left = {record_id for record_id in places if record_id not in row_of}
+    ids = {id for id, _ in left}
+    if not left or not any(id in ids or not row.named for id, (row, _) in todo.items()):
+        return Match(row_of, [row for row, _ in todo.values()], [])
+
+    def pair(handle_of_record: Callable[[Record], Any], handle_of_row: Callable[[Row, str], Any]) -> None:
+        """Makes rows done by the records that have the same handle, each record once."""
+        by_handle = defaultdict(deque)
+        for record in remembered:
+            if (record["id"], record["key"]) not in row_of:
+                by_handle[handle_of_record(record)].append((record["id"], record["key"]))
+        for row, key in list(todo.values()):
+            if alike := by_handle.get(handle_of_row(row, key)):
+                row_of[alike.popleft()] = row
+                del todo[row.id]
+
+    remembered = [record for record in records() if (record["id"], record["key"]) in left]
+    remembered.sort(key=lambda record: record["index"])
+    # A row without an id of its own may stand elsewhere now: the key finds it.
+    pair(lambda r: (_own_id(r), r["key"]), lambda row, key: (row.id if row.named else None, key))
+    # A row without a seed of its own that stands elsewhere would get another seed now. It is the
+    # same row when all else is equal and its seed was as far from its place.
+    pair(
+        lambda r: (_own_id(r), _but_seed(r), r["seed"] - r["index"]),
+        lambda row, _: (row.id if row.named else None, _but_seed(decisive(row)), row.seed - row.index),
+    )
+    changed = [
+        (todo[record["id"]][0], record)
+        for record in remembered
+        if (record["id"], record["key"]) not in row_of and record["id"] in todo
+    ]
+    return Match(row_of, [row for row, _ in todo.values()], changed)
+
+
+def describe(changed: Sequence[tuple[Row, Record]]) -> Iterator[str]:
+    """A line per changed row: where it is, and every field with its old and new value."""
+    for row, record in changed[:_SHOWN]:
+        fields = ", ".join(difference(record, decisive(row), only_new=True)) or "the job's configuration changed"
+        yield f"{row.where}: {fields} since {record['file_name']} was made (id {json.dumps(row.id)})"
+    if len(changed) > _SHOWN:
+        yield f"… and {len(changed) - _SHOWN} more changed rows"
+
+
+def difference(old: Mapping[str, Any], new: Mapping[str, Any], *, only_new: bool = False) -> list[str]:
+    """``key: old → new`` of the keys with other values; nested mappings by dotted keys."""
+    if only_new:
+        old = {key: old.get(key) for key in new}
+    old, new = dict(_flat(old)), dict(_flat(new))
+    keys = dict.fromkeys([*new, *old])
+    return [f"{k}: {_shown(old.get(k))} → {_shown(new.get(k))}" for k in keys if old.get(k) != new.get(k)]
+
+
+def _own_id(record: Record) -> str | None:
+    return None if record["id"] == str(record["index"]) else record["id"]
+
+
+def _but_seed(values: Mapping[str, Any]) -> str:
+    fields = ("prompt", "prompt_2", "height", "width", "num_inference_steps", "guidance_scale", "lora")
+    return digest([values[field] for field in fields])
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}…"

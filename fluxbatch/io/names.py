@@ -1,0 +1,72 @@
+"""File names of images: a template over ``{i}``, ``{id}`` and ``{seed}``, and no name twice."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Iterable, Sequence
+
+from fluxbatch.io.storage import StorageError, check_name
+from fluxbatch.types import Row, UserError
+
+FIELDS = ("i", "id", "seed")
+_RESERVED = ("contact_sheet.png",)  # the gallery's
+
+
+class Namer:
+    """``template`` with ``extension`` (".png") added, unless it ends so already.
+
+    Raises UserError when the template names anything but the three fields, or leaves the
+    output place.
+    """
+
+    def __init__(self, template: str, extension: str):
+        self._template = template if template.endswith(extension) else template + extension
+        try:
+            fields = [(field, spec) for _, field, spec, _ in string.Formatter().parse(template) if field is not None]
+            for field, spec in fields:
+                if field not in FIELDS or "{" in spec:
+                    raise ValueError(f"no field {{{field}}}")
+            self._has_index = any(field == "i" for field, _ in fields)
+            check_name(self._name(0, "id", 0))
+            if self._name(0, "id", 0).startswith(".") or "/." in self._template:
+                raise ValueError("a hidden file")
+        except (ValueError, KeyError, IndexError, StorageError) as error:
+            expected = "a file name with {i}, {id} or {seed}, like flux_{i}"
+            raise UserError(f"output.filename: got {template!r} ({error}), expected {expected}") from None
+
+    def assign(self, rows: Sequence[Row], taken: Iterable[str]) -> dict[int, str]:
+        """Row index → file name. ``taken``: the names of images that are already there.
+
+        A row whose own name is taken gets that of the lowest free index, in the order of the
+        rows; so rows that are done meanwhile, under the names given here, change no other name.
+        """
+        # file systems that ignore case would let Cat.png overwrite cat.png
+        used = {name.casefold() for name in (*_RESERVED, *taken)}
+        names: dict[int, str] = {}
+        displaced = []
+        for row in sorted(rows, key=lambda row: row.index):
+            name = self._name(row.index, row.id, row.seed)
+            if name.casefold() in used:
+                displaced.append(row)
+            else:
+                used.add(name.casefold())
+                names[row.index] = name
+        free = 0
+        for row in displaced:
+            attempt = 0 if not self._has_index else free
+            while (name := self._other(row, attempt)).casefold() in used:
+                attempt += 1
+            if self._has_index:
+                free = attempt
+            used.add(name.casefold())
+            names[row.index] = name
+        return names
+
+    def _name(self, index: int, id: str, seed: int) -> str:
+        return self._template.format(i=index, id=id, seed=seed)
+
+    def _other(self, row: Row, attempt: int) -> str:
+        if self._has_index:
+            return self._name(attempt, row.id, row.seed)
+        stem, dot, extension = self._name(row.index, row.id, row.seed).rpartition(".")
+        return f"{stem}_{attempt + 1}{dot}{extension}"

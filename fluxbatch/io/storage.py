@@ -1,0 +1,218 @@
+"""One small interface over the places that hold a run: a local directory or ``gs://bucket/prefix``.
+
+A write is durable and whole when it returns, or it did not happen. Names are relative, with ``/``
+between their parts; a name that would leave the store is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+from fluxbatch.types import UserError
+
+# What no retry and no other row can cure: these stop the job.
+_FATAL_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
+_TEMP = ".tmp"
+_ABANDONED_AFTER = 3600.0  # seconds; no write of ours holds a temp file that long
+
+
+class StorageError(Exception):
+    """The place could not be read or written: one line that names it. Never holds credentials.
+
+    ``fatal``: every later write will fail as well (disk full, no permission, no such bucket).
+    """
+
+    def __init__(self, message: str, *, fatal: bool = False):
+        super().__init__(message)
+        self.fatal = fatal
+
+
+class NotFound(StorageError):
+    """The name is not in the store."""
+
+
+class Store(Protocol):
+    """Whole objects by name. Every method raises ``StorageError`` and is safe to call from threads."""
+
+    url: str
+
+    def read(self, name: str) -> bytes:
+        """The object's bytes. ``NotFound`` when it is not there."""
+
+    def write(self, name: str, data: bytes, *, if_absent: bool = False) -> bool:
+        """Put the object there, durably and at once. False: ``if_absent`` and the name was taken."""
+
+    def list(self, prefix: str = "") -> Iterator[str]:
+        """Names that begin with ``prefix``, sorted."""
+
+    def delete(self, name: str) -> None:
+        """Remove the object; one that is not there is fine."""
+
+    def exists(self, name: str) -> bool: ...
+
+    def sweep(self) -> None:
+        """Remove what killed writers left half done (never anything under a real name)."""
+
+
+def open_store(url: str) -> Store:
+    """The store at a local path or ``gs://bucket/prefix``. Creates nothing.
+
+    Raises StorageError: the bucket is not there, or the credentials are missing or refused.
+    """
+    if _is_gcs(url):
+        from fluxbatch.io.gcs import GcsStore  # slow to import, and only needed here
+
+        return GcsStore(url)
+    return LocalStore(url)
+
+
+@contextlib.contextmanager
+def open_stream(url: str) -> Iterator[BinaryIO]:
+    """The file at a local path or ``gs://`` address as a byte stream, read piece by piece."""
+    if _is_gcs(url):
+        from fluxbatch.io.gcs import open_object
+
+        with open_object(url) as stream:
+            yield stream
+        return
+    with _translated(url):
+        stream = open(url, "rb")  # noqa: SIM115 (the caller's own errors must not be translated)
+    with stream:
+        yield stream
+
+
+def read_bytes(url: str) -> bytes:
+    """All bytes of the file at a local path or ``gs://`` address."""
+    with open_stream(url) as stream:
+        return stream.read()
+
+
+def join(url: str, *names: str) -> str:
+    """``url/name/…`` for local paths and ``gs://`` addresses alike."""
+    return "/".join([url.rstrip("/") or "/", *names]) if names else url
+
+
+def check_name(name: str) -> None:
+    """Refuses a name that could mean a place outside the store."""
+    parts = name.split("/")
+    bad = any(part in ("", ".", "..") or len(part.encode("utf-8", "replace")) > 255 for part in parts)
+    if bad or "\\" in name or any(ord(c) < 32 or ord(c) == 127 for c in name):
+        raise StorageError(f"{name!r}: not a name inside the output place", fatal=True)
+
+
+def _is_gcs(url: str) -> bool:
+    if "://" in url and not url.startswith("gs://"):
+        raise UserError(f"{url}: expected a local path or gs://bucket/prefix")
+    return url.startswith("gs://")
+
+
+class LocalStore:
+    """A directory: temp file beside the target, fsync, rename, fsync of the directory."""
+
+    def __init__(self, root: str):
+        self.url = os.fspath(root)
+        self._root = Path(root)
+
+    def read(self, name: str) -> bytes:
+        with _translated(self._place(name)):
+            return self._path(name).read_bytes()
+
+    def write(self, name: str, data: bytes, *, if_absent: bool = False) -> bool:
+        path = self._path(name)
+        temp = path.with_name(f".{uuid.uuid4().hex}{_TEMP}")
+        with _translated(self._place(name)):
+            _make_directory(path.parent)
+            try:
+                with open(temp, "xb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                if if_absent:
+                    try:
+                        os.link(temp, path)  # unlike a rename, fails when the name is taken
+                    except FileExistsError:
+                        return False
+                else:
+                    os.replace(temp, path)
+            finally:
+                temp.unlink(missing_ok=True)
+            _sync_directory(path.parent)
+        return True
+
+    def list(self, prefix: str = "") -> Iterator[str]:
+        for path in self._walk(prefix):
+            name = path.relative_to(self._root).as_posix()
+            if name.startswith(prefix) and path.suffix != _TEMP:
+                yield name
+
+    def delete(self, name: str) -> None:
+        path = self._path(name)
+        with _translated(self._place(name)), contextlib.suppress(FileNotFoundError):
+            path.unlink()
+            _sync_directory(path.parent)
+
+    def exists(self, name: str) -> bool:
+        with _translated(self._place(name)):
+            return self._path(name).is_file()
+
+    def sweep(self) -> None:
+        for path in self._walk(""):
+            if path.suffix == _TEMP and path.name.startswith("."):
+                with _translated(str(path)), contextlib.suppress(FileNotFoundError):
+                    if time.time() - path.stat().st_mtime > _ABANDONED_AFTER:
+                        path.unlink()
+
+    def _walk(self, prefix: str) -> Iterator[Path]:
+        """Files below the deepest directory that ``prefix`` names, in the order of their names."""
+        top = self._root / prefix.rpartition("/")[0]
+        with _translated(str(top)):
+            entries = []
+            if top.is_dir():
+                entries = sorted(os.scandir(top), key=lambda e: e.name + "/" * e.is_dir())
+        for entry in entries:
+            if entry.is_dir():
+                yield from self._walk(f"{Path(entry.path).relative_to(self._root).as_posix()}/")
+            else:
+                yield Path(entry.path)
+
+    def _path(self, name: str) -> Path:
+        check_name(name)
+        return self._root / name
+
+    def _place(self, name: str) -> str:
+        return join(self.url, name)
+
+
+@contextlib.contextmanager
+def _translated(place: str) -> Iterator[None]:
+    """Turns an OSError into a StorageError that names the place."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise NotFound(f"{place}: no such file") from None
+    except OSError as error:
+        reason = (error.strerror or type(error).__name__).lower()
+        raise StorageError(f"{place}: {reason}", fatal=error.errno in _FATAL_ERRNOS) from error
+
+
+def _make_directory(path: Path) -> None:
+    if not path.is_dir():
+        _make_directory(path.parent)
+        path.mkdir(exist_ok=True)
+        _sync_directory(path.parent)
+
+
+def _sync_directory(path: Path) -> None:
+    """A rename survives a power cut only once its directory is synced."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,237 @@
+"""Pixels → files → records, in threads behind the device. Nothing else in the program writes images.
+
+A batch is copied back from the device, encoded and written image by image in parallel, and then
+recorded. ``put`` returns at once while fewer than ``depth`` batches are on their way, so the
+device computes the next one meanwhile and memory stays bounded.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from fluxbatch.config import Job
+from fluxbatch.io.images import encode, is_flat, pixel_sha256
+from fluxbatch.io.ledger import Ledger, Record, utc_now
+from fluxbatch.io.match import decisive
+from fluxbatch.io.storage import StorageError, Store
+from fluxbatch.types import Reject, Row
+
+_ATTEMPTS = 3
+_BACKOFF = 0.5  # seconds before the second attempt, doubled before the third
+
+
+class TooManyFailures(Exception):
+    """Rows failed and ``on_error=stop`` or ``max_failures`` says that this ends the job."""
+
+
+class Writer:
+    """Context manager around one run; leaving it waits for everything that was put.
+
+    ``facts``: what a record says besides its row and its file (model, digests, dtypes, …).
+    ``retry``: makes a row again that came out non-finite → (uint8 [H, W, 3], finite).
+    ``on_image``: called once for every row, with whether it has its image now; from any thread.
+    ``depth``: batches on their way at once.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        ledger: Ledger,
+        job: Job,
+        *,
+        facts: Mapping[str, Any],
+        retry: Callable[[Row], tuple[np.ndarray, bool]] | None = None,
+        on_image: Callable[[Row, bool], None] | None = None,
+        depth: int = 3,
+        threads: int | None = None,
+    ):
+        self._store = store
+        self._ledger = ledger
+        self._output = job.output
+        self._failures_that_end = 1 if job.on_error.name == "stop" else job.max_failures
+        self._facts = dict(facts)
+        self._retry = retry
+        self._retrying = threading.Lock()  # it may need the device's memory: one row at a time
+        self._on_image = on_image
+        self._room = threading.BoundedSemaphore(depth)
+        self._batches = ThreadPoolExecutor(depth, thread_name_prefix="batch")
+        # compression takes a core each; on object storage threads mostly wait for the network
+        self._images = ThreadPoolExecutor(threads or max(8, os.cpu_count() or 1), thread_name_prefix="image")
+        self._lock = threading.Lock()
+        self._error: BaseException | None = None
+        self._last_copy = 0.0
+        self.written = 0  # images recorded
+        self.rejected = 0
+        self.bytes = 0
+        self.waited = 0.0  # seconds that ``put`` waited for room: the writing was the bottleneck
+
+    def put(
+        self,
+        rows: Sequence[Row],
+        names: Mapping[int, str],
+        pixels: Any,
+        finite: Any,
+        seconds: float | None = None,
+    ) -> None:
+        """Hands over one batch; waits while ``depth`` earlier ones are on their way.
+
+        ``pixels`` uint8 [B, H, W, 3] and ``finite`` bool [B], arrays that NumPy can copy back,
+        B ≥ len(rows): what is beyond the rows is padding. ``names``: file name by row index.
+        ``seconds``: the device's time for one image; None: measured from batch to batch.
+        Raises what went wrong with an earlier batch, if that ends the job.
+        """
+        start = time.monotonic()
+        self._room.acquire()
+        self.waited += time.monotonic() - start
+        if self._error:
+            self._room.release()
+            raise self._error
+        self._submit(self._write_batch, tuple(rows), names, pixels, finite, seconds, start)
+
+    def compact(self) -> None:
+        """At the end of a shard: its records become one object, in the background."""
+        self._room.acquire()
+        self._submit(self._ledger.compact)
+
+    def close(self) -> None:
+        """Waits until everything that was put is written and recorded.
+
+        Raises what ended the job, if anything did.
+        """
+        self._batches.shutdown()
+        self._images.shutdown()
+        if self._error:
+            raise self._error
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.close()
+            return
+        self._batches.shutdown()  # what was put is finished all the same; the first error stays
+        self._images.shutdown()
+
+    def _submit(self, task: Callable[..., None], *arguments: Any) -> None:
+        def run() -> None:
+            try:
+                task(*arguments)
+            except BaseException as error:  # noqa: BLE001 (raised by the next put, or by close)
+                self._error = self._error or error
+            finally:
+                self._room.release()
+
+        self._batches.submit(run)
+
+    def _write_batch(
+        self,
+        rows: Sequence[Row],
+        names: Mapping[int, str],
+        pixels: Any,
+        finite: Any,
+        seconds: float | None,
+        start: float,
+    ) -> None:
+        pixels = np.asarray(pixels)[: len(rows)]  # waits for the device
+        finite = np.asarray(finite)[: len(rows)]
+        with self._lock:
+            now = time.monotonic()
+            share = (now - max(start, self._last_copy)) / len(rows) if seconds is None else seconds
+            self._last_copy = now
+        outcomes = list(
+            self._images.map(
+                lambda row, image, good: self._write_image(row, names[row.index], image, bool(good), share),
+                rows,
+                pixels,
+                finite,
+            )
+        )
+        records = [outcome for outcome in outcomes if isinstance(outcome, dict)]
+        rejects = [outcome for outcome in outcomes if isinstance(outcome, Reject)]
+        fatal = next((outcome for outcome in outcomes if isinstance(outcome, StorageError)), None)
+        self._attempt(self._ledger.commit, records)
+        self._attempt(self._ledger.reject, rejects)
+        self._count(rows, outcomes)
+        if fatal:
+            raise fatal
+        if rejects and self._failures_that_end is not None and self.rejected >= self._failures_that_end:
+            last = rejects[-1]
+            raise TooManyFailures(f"{last.where}: {last.reason} (stopped after {self.rejected} failed rows, as asked)")
+
+    def _write_image(
+        self, row: Row, name: str, pixels: np.ndarray, finite: bool, seconds: float
+    ) -> Record | Reject | StorageError:
+        """The row's record, its reject, or the error that ends the job."""
+        try:
+            if not finite and self._retry:
+                with self._retrying:
+                    pixels, finite = self._retry(row)
+            if not finite:
+                return self._reject(row, "the image is not finite (NaN or infinity)")
+            record = self._record(row, name, np.ascontiguousarray(pixels), seconds)
+            self._attempt(self._encode_and_write, record, pixels)
+            return record
+        except StorageError as error:
+            return error if error.fatal else self._reject(row, str(error))
+        except Exception as error:  # noqa: BLE001 (one image never costs the others)
+            return self._reject(row, f"{type(error).__name__}: {error}")
+
+    def _encode_and_write(self, record: Record, pixels: np.ndarray) -> None:
+        # only what decides the pixels: the same image is then the same file, byte for byte
+        unstable = ("file_name", "index", "seconds", "created", "flags")
+        parameters = {key: value for key, value in record.items() if key not in unstable}
+        data = encode(
+            pixels,
+            self._output.format.name,
+            text={"parameters": json.dumps(parameters, ensure_ascii=False), "Software": "fluxbatch"},
+            png_level=self._output.png_level,
+            quality=self._output.quality,
+        )
+        self._store.write(record["file_name"], data)
+        with self._lock:
+            self.bytes += len(data)
+
+    def _record(self, row: Row, name: str, pixels: np.ndarray, seconds: float) -> Record:
+        record = {
+            "file_name": name,
+            "id": row.id,
+            "index": row.index,
+            **decisive(row),
+            **self._facts,
+            "sha256": pixel_sha256(pixels),
+            "seconds": round(seconds, 4),
+            "created": utc_now(),
+            "flags": ["flat"] if is_flat(pixels) else [],
+            "key": self._ledger.key(row),
+        }
+        return {**record, **{key: value for key, value in row.extra.items() if key not in record}}
+
+    def _reject(self, row: Row, reason: str) -> Reject:
+        return Reject(row.where, reason, row.id, row.index)
+
+    def _attempt(self, action: Callable[..., None], *arguments: Any) -> None:
+        """Tries again what may pass: not a full disk, and not a missing permission."""
+        for attempt in range(_ATTEMPTS):
+            try:
+                return action(*arguments)
+            except (StorageError, OSError) as error:
+                if getattr(error, "fatal", False) or attempt == _ATTEMPTS - 1:
+                    raise
+                time.sleep(_BACKOFF * 2**attempt)
+
+    def _count(self, rows: Sequence[Row], outcomes: Sequence[Record | Reject | StorageError]) -> None:
+        with self._lock:
+            for row, outcome in zip(rows, outcomes, strict=True):
+                self.written += isinstance(outcome, dict)
+                self.rejected += isinstance(outcome, Reject)
+                if self._on_image and not isinstance(outcome, StorageError):
+                    self._on_image(row, isinstance(outcome, dict))
