@@ -61,7 +61,7 @@ def main(
         print("fluxbatch: interrupted", file=sys.stderr)
         code = 130
     except Exception as error:  # the task's own were met in _HydraTask: this is about the configuration
-        code = _report(error, debug="debug=true" in argv)
+        code = _report(error, schema, debug=bool({"debug=true", "debug=True"} & {*argv}))
     sys.exit(code)
 
 
@@ -131,7 +131,7 @@ class _HydraTask:
                 print("fluxbatch:", job.run_name, *(config.shown(f"{k}={v}") for k, v in job.sweep.items()), file=sys.stderr)
             code = int(self.task(job))
         except (UserError, HydraException, OmegaConfBaseException) as error:
-            return _report(error, debug=bool(cfg.get("debug")))
+            return _report(error, self.schema, debug=bool(cfg.get("debug")))
         except Exception:  # not the user's mistake: the whole story, without Hydra's part in it
             traceback.print_exc()
             return 1
@@ -188,16 +188,16 @@ def _usage(message: str) -> NoReturn:
     raise UserError(message + hint)
 
 
-def _report(error: BaseException, debug: bool) -> int:
+def _report(error: BaseException, schema: type[Job], debug: bool) -> int:
     """Print a mistake, a line for each part of it, and return its exit code."""
     if debug or os.environ.get("HYDRA_FULL_ERROR") == "1":
         traceback.print_exception(error)
-    for line in error.lines if isinstance(error, UserError) else [_explain(error)]:
+    for line in error.lines if isinstance(error, UserError) else [_explain(error, schema)]:
         print("fluxbatch: error:", line, file=sys.stderr)
     return Exit.BAD_INPUT
 
 
-def _explain(error: BaseException) -> str:
+def _explain(error: BaseException, schema: type[Job]) -> str:
     """Hydra's, OmegaConf's, YAML's and the system's messages in one line."""
     if isinstance(error, MissingConfigException) and error.options:
         group, _, option = (error.missing_cfg_file or "").rpartition("/")
@@ -208,11 +208,13 @@ def _explain(error: BaseException) -> str:
     text = f"{error}\n{cause or ''}" if str(error) else type(error).__name__
     key = re.search(r"full_key: (\S+)", text)
     text = re.sub(r"\s*\b(full_key: |reference_type=|object_type=).*", "", text)
+    if key and key[1].startswith("lora.") and "struct" in text:
+        text = "no such adapter is chosen; lora=NAME chooses one, the arrays of lora_config name files"
     if isinstance(error, MissingMandatoryValue):
         text = "a value is missing"
     if key is None:
         return " ".join(text.split())
-    kind = overrides.kind_of(Job, key[1])
-    near = overrides.nearest(key[1], overrides.leaves(Job))
+    kind = overrides.kind_of(schema, key[1])
+    near = overrides.nearest(key[1], overrides.leaves(schema))
     hint = f"; expected {overrides.expected(*kind)}" if kind[0] else f"; did you mean {near}?" if near else ""
     return f"{key[1]}: {' '.join(text.split())}{hint}"

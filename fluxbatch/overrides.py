@@ -47,7 +47,6 @@ def read(
         # The model's name alone, as MaxDiffusion has it, brings the model's sampler along.
         words = [f"model={word[10:]}" if word.startswith("flux_name=") else word for word in words]
     overrides: list[str] = []
-    entries: dict[str, list[str]] = {}  # lora.anime → its fields, as OmegaConf makes an entry only whole
     problems: list[str] = []
     fixed: set[str] = set()
     parser, scratch = OverridesParser.create(), OmegaConf.structured(schema)
@@ -61,14 +60,8 @@ def read(
                 raise UserError(f"{shown(word)}: a comma asks for a sweep, which needs --multirun{hint}")
             if key not in groups and not parsed.is_delete() and kind_of(schema, key)[0] is not None:
                 _try(scratch, schema, parsed, parser)
-            table, _, name = key.rpartition(".")
-            if override.startswith("++lora.") and name and not sweeps:
-                entries.setdefault(table, []).append(f"{name}:{parsed.get_value_element_as_str()}")
-                fixed.add(table)
-                continue
             overrides.append(override)
-            if not sweeps:
-                fixed.add(key)
+            (fixed.discard if sweeps else fixed.add)(key)
         except UserError as error:
             problems += error.lines
         except OmegaConfBaseException:
@@ -78,19 +71,20 @@ def read(
             problems.append(f"{shown(word)}: not a value that Hydra can read: {' '.join(str(error).split())}")
     if problems:
         raise UserError(*problems)
-    return [f"++{key}={{{','.join(fields)}}}" for key, fields in entries.items()] + overrides, frozenset(fixed)
+    return overrides, frozenset(fixed)
 
 
 def _try(scratch: DictConfig, schema: type, override: Override, parser: OverridesParser) -> None:
     """Put the values of an override into a scratch config, for OmegaConf to say what it cannot take."""
     key = override.key_or_group
-    table = key.rpartition(".")[0]
-    if table and OmegaConf.select(scratch, table) is None:
-        kind, _ = kind_of(schema, table)
-        OmegaConf.update(scratch, table, kind() if dataclasses.is_dataclass(kind) else {})
+    for part in (key.rpartition(".")[0], key):  # OmegaConf merges only into what is there
+        kind, _ = kind_of(schema, part) if part else (None, False)
+        if (dataclasses.is_dataclass(kind) or typing.get_origin(kind) is dict) and not OmegaConf.select(scratch, part):
+            OmegaConf.update(scratch, part, kind() if dataclasses.is_dataclass(kind) else {})
     swept = override.sweep_string_iterator() if override.is_discrete_sweep() else None
     for text in swept or [override.get_value_element_as_str()]:
-        OmegaConf.update(scratch, key, parser.parse_override(f"x={text}").value(), merge=False)
+        value = parser.parse_override(f"x={text}").value()
+        OmegaConf.update(scratch, key, value, merge=isinstance(value, dict))
 
 
 def leaves(schema: type, prefix: str = "") -> Iterator[str]:
@@ -145,7 +139,6 @@ class _Vocabulary:
     def __init__(self, schema: type, groups: Mapping[str, Sequence[str]]):
         self.schema, self.groups = schema, groups
         self.keys = list(leaves(schema))
-        self.nodes = {key.rpartition(".")[0] for key in self.keys}
         names = [key.rpartition(".")[2] for key in self.keys]
         self.full = {name: key for name, key in zip(names, self.keys) if names.count(name) == 1}
 
@@ -164,8 +157,8 @@ class _Vocabulary:
         kind, optional = kind_of(self.schema, key)
         if kind is None or key.partition(".")[0] == "sweep":
             raise UserError(f"{shown(word)}: there is no key {typed}{self._nearest(typed)}")
-        if not prefix and (key not in self.keys or typing.get_origin(kind) is dict) and key not in self.nodes:
-            prefix = "++"  # an open table, or an entry of one such as lora.anime.scale
+        if not prefix and re.match(r"hardware\.flash_block_sizes\b", key):
+            prefix = "++"  # an open table
         if kind is str and not (optional and value == "null"):
             value = _text(value, key in PROMPTS, multirun)
         elif value.startswith(("{", "[")):
