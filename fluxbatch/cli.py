@@ -128,7 +128,8 @@ class _HydraTask:
         try:
             job = self._job(cfg)
             if job.sweep:
-                print("fluxbatch:", job.run_name, *(config.shown(f"{k}={v}") for k, v in job.sweep.items()), file=sys.stderr)
+                varied = (config.shown(f"{key}={value}") for key, value in job.sweep.items())
+                print("fluxbatch:", job.run_name, *varied, file=sys.stderr)
             code = int(self.task(job))
         except (UserError, HydraException, OmegaConfBaseException) as error:
             return _report(error, self.schema, debug=bool(cfg.get("debug")))
