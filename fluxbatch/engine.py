@@ -32,6 +32,7 @@ class Engine:
     weights_dtype: str
     activations_dtype: str
     facts: Mapping[str, Any]  # what decides the pixels besides the row
+    record: Mapping[str, Any]  # what every image's record says of the model
 
     @property
     def nbytes(self) -> int:
@@ -75,7 +76,9 @@ def open_engine(job: Job, platform: str) -> Engine:
         "max_sequence_length": sampler.max_sequence_length,
         "schedule": dataclasses.asdict(schedule),
     }
-    return Engine(checkpoint, plans, tokenizers, schedule, make_mesh(shape), weights, activations, facts)
+    record = {"model": job.model.flux_name, "model_digest": facts["model_digest"], "model_revision": checkpoint.revision}
+    record |= {key: facts[key] for key in ("max_sequence_length", "weights_dtype", "activations_dtype")}
+    return Engine(checkpoint, plans, tokenizers, schedule, make_mesh(shape), weights, activations, facts, record)
 
 
 def _collect(makers: Mapping[str, Callable[[], load.Plan]]) -> dict[str, load.Plan]:

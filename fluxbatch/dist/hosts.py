@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import signal
+import time
 from collections.abc import Iterator
 
 import jax
@@ -32,6 +34,11 @@ def start(platform: str, cache_dir: str | None) -> str:
     if platform not in ("auto", found):
         raise UserError(f"hardware={platform}: this process already runs on {found}")
     return found
+
+
+def start_id() -> str:
+    """Another word for every start of every process."""
+    return f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(4)}"
 
 
 class Drain:

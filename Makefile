@@ -1,0 +1,40 @@
+# Two commands do all their own set-up: `make demo` and `make test`.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+VENV ?= .venv
+RUN = $(VENV)/bin/python
+PYTEST = $(RUN) -m pytest
+
+.PHONY: demo test parity slow clean
+
+demo: $(VENV)/.base
+	$(RUN) -m fluxbatch.run manifest=jobs/demo/prompts.jsonl run_name=demo
+
+test: $(VENV)/.test
+	$(PYTEST) -m "not parity and not slow" -n 2 --durations=5
+
+parity: $(VENV)/.parity
+	$(PYTEST) -m "parity and not slow" -n 2 --durations=5
+
+slow: $(VENV)/.test
+	$(PYTEST) -m "slow and not parity" --durations=5
+
+clean:
+	rm -rf $(VENV) outputs dist build .pytest_cache .hypothesis
+
+$(VENV)/bin/python:
+	@test -n "$(PYTHON)" || { echo "fluxbatch needs Python 3.11 or newer: none found" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.base: pyproject.toml | $(VENV)/bin/python
+	$(RUN) -m pip install --quiet --disable-pip-version-check --editable .
+	@touch $@
+
+$(VENV)/.test: pyproject.toml | $(VENV)/bin/python
+	$(RUN) -m pip install --quiet --disable-pip-version-check --editable ".[test]"
+	@touch $@ $(VENV)/.base
+
+# torch by its exact version: a range would take a build with CUDA along
+$(VENV)/.parity: pyproject.toml | $(VENV)/bin/python
+	$(RUN) -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(RUN) -m pip install --quiet --disable-pip-version-check --editable ".[test,parity]"
+	@touch $@ $(VENV)/.test $(VENV)/.base

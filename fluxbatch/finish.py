@@ -1,0 +1,96 @@
+"""The end of a run: merged metadata, gallery, status, summary and exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+
+from fluxbatch.config import Job
+from fluxbatch.engine import Engine
+from fluxbatch.io.gallery import write_contact_sheet, write_gallery, write_grid
+from fluxbatch.io.ledger import METADATA, REJECTS, Ledger, Tally, write_status
+from fluxbatch.io.storage import StorageError, Store, join, open_store
+from fluxbatch.report import Report
+from fluxbatch.types import Exit
+
+REASONS = {
+    Exit.OK: "every row has its image",
+    Exit.REJECTED_ROWS: "finished; some rows were rejected, see rejects.jsonl",
+    Exit.PREEMPTED: "stopped by a signal after a clean drain: run the same command again",
+}
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What there is to say about a run once it is over, however it ended."""
+
+    job: Job
+    engine: Engine
+    store: Store
+    ledger: Ledger
+    report: Report
+    before: int  # rows that were done when it started
+
+    def finished(self, cut: Exit | None) -> int:
+        """All batches are through, or the run was drained (``cut``)."""
+        with self.report.stage("finish"):
+            tally = self.ledger.merge()
+            code = cut if cut is not None and tally.left else Exit.REJECTED_ROWS if tally.rejects else Exit.OK
+            counts = self._counts(tally)
+            self.store.write("config.yaml", self._config())
+        summary = self.report.summary(counts, join(self.store.url, METADATA))
+        if self.job.output.gallery:
+            title = self.job.run_name or ""
+            records = _lines(self.store.read(METADATA))
+            write_gallery(self.store, records, _lines(self.store.read(REJECTS)) if tally.rejects else [], title, summary)
+            write_contact_sheet(self.store, records, title=title)
+            print(f"look at    {join(self.store.url, 'index.html')} or {join(self.store.url, 'contact_sheet.png')}")
+            if self.job.sweep:
+                print(f"the sweep  {_write_grid(self.job)}")
+        self._status(code, REASONS[code], counts)
+        if code != Exit.OK:
+            self.report.say(REASONS[code])
+        return code
+
+    def stopped(self, error: Exception) -> int:
+        """The output place failed or too many rows did; what was written stays and counts."""
+        self.report.say(f"error: {error}")
+        with contextlib.suppress(StorageError):
+            tally = self.ledger.merge()
+            self._status(1, str(error), self._counts(tally))
+        return 1
+
+    def _counts(self, tally: Tally) -> dict[str, int]:
+        made = max(0, tally.done - self.before)
+        return {"rows": tally.rows, "made": made, "before": self.before, "rejected": len(tally.rejects), "left": tally.left}
+
+    def _status(self, code: int, reason: str, counts: dict[str, int]) -> None:
+        write_status(self.store, code, reason, counts)
+
+    def _config(self) -> bytes:
+        """The resolved configuration, and what the checkpoint made of it."""
+        job = OmegaConf.to_container(OmegaConf.structured(self.job), enum_to_str=True)
+        assert isinstance(job, dict)
+        resolved = job | {"resolved": self.engine.facts}
+        return yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True).encode("utf-8", "surrogatepass")
+
+
+def _lines(data: bytes) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in data.splitlines()]
+
+
+def _write_grid(job: Job) -> str:
+    """The page of a multirun, rewritten as its jobs finish: what each one varied is in its config."""
+    assert job.run_name is not None
+    root = open_store(join(job.output_dir, *job.run_name.split("/")[:-1]))
+    jobs = {}
+    for name in root.list():
+        if name.count("/") == 1 and name.endswith("/config.yaml"):
+            jobs[name.partition("/")[0]] = yaml.safe_load(root.read(name)).get("sweep") or {}
+    write_grid(root, dict(sorted(jobs.items(), key=lambda item: (len(item[0]), item[0]))), job.run_name.split("/")[-2])
+    return join(root.url, "index.html")

@@ -1,0 +1,73 @@
+"""``python -m fluxbatch.run``: a manifest of prompts in, pictures and a metadata manifest out.
+
+    manifest row → shard → batch → encode → denoise → decode → write → manifest
+"""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+from fluxbatch import cli
+from fluxbatch.config import Job
+from fluxbatch.types import Exit
+
+
+def run(job: Job) -> int:
+    """Makes the images that the job still lacks; returns the exit code."""
+    # Here and not above: --help and --cfg must not wait for JAX.
+    from fluxbatch import batching, finish, text
+    from fluxbatch.dist import hosts
+    from fluxbatch.engine import open_engine
+    from fluxbatch.io.images import EXTENSIONS
+    from fluxbatch.io.ledger import Ledger
+    from fluxbatch.io.manifest import read_rows
+    from fluxbatch.io.storage import StorageError, join, open_store
+    from fluxbatch.report import Report
+    from fluxbatch.writer import TooManyFailures, Writer
+
+    report = Report()
+    with report.stage("open"):  # everything that can be wrong, before a weight is read
+        engine = open_engine(job, hosts.start(job.hardware.platform.name, job.jax_cache_dir))
+        rows, bad_lines = read_rows(job, multiple=engine.multiple)
+        store = open_store(join(job.output_dir, job.run_name))
+        ledger = Ledger(store, engine.facts | {"format": job.output.format.name}, writer_id=hosts.start_id(), overwrite=job.overwrite)
+        todo, names = ledger.assign(rows, bad_lines, template=job.output.filename, extension=EXTENSIONS[job.output.format.name])
+        batch_size = job.sharding.per_device_batch_size * engine.devices
+        shards = batching.plan(todo, batch_size, job.shard_size)
+
+    outcome = finish.Outcome(job, engine, store, ledger, report, before=len(rows) - len(todo))
+    with hosts.drain_on_signals() as drain:
+        try:
+            if shards:
+                with report.stage("load"), report.bar(engine.nbytes, "loading", "B", unit_scale=True) as bar:
+                    pipeline = engine.load(job.hardware.offload_encoders, bar.update)
+                with (
+                    report.stage("generate"),
+                    report.bar(len(todo), "images", "img") as bar,
+                    Writer(store, ledger, job, facts=engine.record, on_image=lambda row, ok: bar.update()) as writer,
+                ):
+                    for shard in shards:
+                        pipeline.encoders_in()
+                        states = text.encode(shard.rows, engine.tokenizers, pipeline.encode, batch_size)
+                        pipeline.encoders_out()
+                        for batch in shard.batches:
+                            if drain.requested:
+                                break
+                            padded = batching.padded(batch.rows, batch.size)
+                            latents = pipeline.denoise(padded, *states.batch(padded))
+                            pixels, finite = pipeline.decode(latents, *batch.shape)
+                            writer.put(batch.rows, names, pixels, finite)
+                        writer.compact()
+                        if drain.requested:
+                            break
+        except (StorageError, TooManyFailures) as error:
+            return outcome.stopped(error)
+        return outcome.finished(Exit.PREEMPTED if drain.requested else None)
+
+
+def main() -> NoReturn:
+    cli.main(run)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+"""Whole runs through the command line on the golden checkpoints: the pictures diffusers made, whatever
+the batch size, the devices and the sharding; one compilation per shape; records that say it all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import numpy as np
+import pytest
+from conftest import images, metadata, pixels, psnr
+from PIL import Image
+
+
+def flags(golden, tmp_path, name="run", variant="dev", **more):
+    given = {
+        "pretrained_model_name_or_path": golden / variant,
+        "max_sequence_length": 24,
+        "hardware": "cpu",
+        "output_dir": tmp_path,
+        "run_name": name,
+        "jax_cache_dir": "null",
+    }
+    return [f"{key}={value}" for key, value in (given | more).items()]
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    """23 rows of three sizes, several step counts and guidances, repeated and long prompts."""
+    sizes = [(32, 32), (32, 48), (48, 32)]
+    rows = [
+        {"id": f"r{i}", "prompt": f"prompt {i % 7} " + "word " * (i % 5) * 4, "seed": 1000 + i // 2, "height": sizes[i % 3][0],
+         "width": sizes[i % 3][1], "num_inference_steps": 1 + i % 4, "guidance_scale": float(i % 3)}
+        for i in range(23)
+    ]  # fmt: skip
+    path = tmp_path / "mixed.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("variant", ["dev", "schnell"])
+def test_goldens(cli, golden, tmp_path, variant):
+    code, _ = cli(*flags(golden, tmp_path, variant=variant, manifest=golden / f"{variant}.jsonl", per_device_batch_size=2))
+    assert code == 0
+    expected = np.load(golden / f"{variant}.npz")
+    made = images(tmp_path / "run")
+    assert made.keys() == set(expected.files)
+    for name, picture in made.items():
+        assert psnr(picture, expected[name]) >= 50
+    # Blind unless another row's picture is far away.
+    assert psnr(made["g0"], made["g3"]) < 30
+
+
+def test_a_picture_depends_on_its_row_alone(cli, golden, tmp_path, mixed):
+    reference = None
+    for batch, sharding in ((3, "single"), (1, "single"), (4, "single"), (1, "ddp"), (1, "fsdp"), (2, "ddp")):
+        name = f"{sharding}{batch}"
+        extra = {"ici_data_parallelism": 2} if name == "ddp2" else {}
+        code, _ = cli(*flags(golden, tmp_path, name, manifest=mixed, per_device_batch_size=batch, sharding=sharding, **extra))
+        assert code == 0
+        made = images(tmp_path / name)
+        assert len(made) == 23
+        reference = reference or made
+        for key, picture in made.items():
+            assert np.abs(picture.astype(int) - reference[key].astype(int)).max() <= 1, (name, key)
+
+
+def test_one_compilation_per_shape(cli, golden, tmp_path, mixed, monkeypatch):
+    """23 rows of three sizes: 32×48 and 48×32 have as many tokens and share a denoiser; prompts, seeds, guidance and steps compile nothing."""
+    from fluxbatch import pipeline
+
+    made = []
+    init = pipeline.Pipeline.__init__
+    monkeypatch.setattr(pipeline.Pipeline, "__init__", lambda self, *a, **k: (init(self, *a, **k), made.append(self))[0])
+    assert cli(*flags(golden, tmp_path, manifest=mixed, per_device_batch_size=2, shard_size=8))[0] == 0
+    (one,) = made
+    assert one._denoise._cache_size() == 2
+    assert one._decode._cache_size() == 3
+    assert one._encode._cache_size() == 1
+
+
+def test_the_record_says_it_all(cli, golden, tmp_path):
+    rows = [{"prompt": "a fox", "id": "fox", "seed": 5, "category": "animals"}, {"prompt": "two", "prompt_2": "deux", "num_images": 2}]
+    manifest = tmp_path / "rows.jsonl"
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, _ = cli(*flags(golden, tmp_path, manifest=manifest, resolution=32, num_inference_steps=2, seed=40))
+    assert code == 0
+    folder = tmp_path / "run"
+    records = metadata(folder)
+    assert [r["file_name"] for r in records] == ["flux_0.png", "flux_1.png", "flux_2.png"]
+    assert [r["id"] for r in records] == ["fox", "1-0", "1-1"]
+    assert [r["seed"] for r in records] == [5, 41, 42]
+    assert records[0]["category"] == "animals" and records[1]["prompt_2"] == "deux"
+    for record in records:
+        assert {"height", "width", "num_inference_steps", "guidance_scale", "model", "model_digest", "seconds", "created", "key"} <= record.keys()
+        picture = Image.open(folder / record["file_name"])
+        assert record["prompt"] in " ".join(map(str, picture.text.values()))
+        assert len(record["sha256"]) == hashlib.sha256().digest_size * 2
+    assert records[1]["sha256"] != records[2]["sha256"]
+    assert (folder / "config.yaml").read_text()
+    assert json.loads((folder / "status.json").read_text())["exit_code"] == 0
+    assert "<html" in (folder / "index.html").read_text()[:500].lower()
+
+
+def test_a_second_start_has_nothing_to_do(cli, golden, tmp_path, mixed):
+    args = flags(golden, tmp_path, manifest=mixed, per_device_batch_size=4)
+    assert cli(*args)[0] == 0
+    before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "run").glob("*.png")}
+    assert cli(*args)[0] == 0
+    assert before == {p.name: p.stat().st_mtime_ns for p in (tmp_path / "run").glob("*.png")}
+    code, err = cli(*args, "max_shift=2.0")
+    assert code == 2 and "max_shift" in err and "run_name" in err
+
+
+def test_single_prompt_and_formats(cli, golden, tmp_path):
+    for form in ("png", "jpeg", "webp"):
+        args = flags(golden, tmp_path, form, prompt="a cat, (sitting) = 3: 'x'", resolution=32, num_inference_steps=1, output=form)
+        assert cli(*args)[0] == 0
+        (record,) = metadata(tmp_path / form)
+        assert record["prompt"] == "a cat, (sitting) = 3: 'x'"
+        assert pixels(tmp_path / form / record["file_name"]).shape == (32, 32, 3)
+
+
+def test_non_finite_rows_are_set_aside(cli, golden, tmp_path):
+    manifest = tmp_path / "rows.jsonl"
+    manifest.write_text('{"prompt": "good", "id": "good"}\n{"prompt": "bad", "id": "bad", "guidance_scale": 1e38}\n')
+    code, _ = cli(*flags(golden, tmp_path, manifest=manifest, resolution=32, num_inference_steps=1, per_device_batch_size=2))
+    assert code == 3
+    assert [r["id"] for r in metadata(tmp_path / "run")] == ["good"]
+    (reject,) = (json.loads(line) for line in (tmp_path / "run" / "rejects.jsonl").read_text().splitlines())
+    assert reject["id"] == "bad" and "finite" in reject["reason"]
+    assert not (tmp_path / "run" / "flux_1.png").exists()
+
+
+def test_multirun_gives_each_job_a_directory(cli, golden, tmp_path):
+    args = flags(golden, tmp_path, "sweep", prompt="a fox", resolution=32)
+    code, _ = cli("--multirun", *args, "num_inference_steps=1,2")
+    assert code == 0
+    steps = [metadata(tmp_path / "sweep" / str(n))[0]["num_inference_steps"] for n in (0, 1)]
+    assert steps == [1, 2]
+    assert (tmp_path / "sweep" / "index.html").exists()
+
+
+@pytest.mark.parametrize("args,words", [
+    (["pretrained_model_name_or_path=nowhere"], ["nowhere"]),
+    (["resolution=33"], ["33"]),
+    (["attention=flash"], ["flash", "TPU"]),
+    (["attention=cudnn_flash_te"], ["cudnn_flash_te", "GPU"]),
+    (["hardware=tpu"], ["tpu"]),
+    (["ici_data_parallelism=16"], ["16", "8"]),
+    (["lora_config.lora_model_name_or_path=[nowhere.safetensors]", "lora_config.weight_name=[null]", "lora_config.adapter_name=[a]",
+      "lora_config.scale=[1.0]", "lora_config.from_pt=[true]"], ["nowhere.safetensors"]),
+])  # fmt: skip
+def test_mistakes_stop_before_weights(cli, golden, tmp_path, monkeypatch, args, words):
+    from fluxbatch.weights import load
+
+    monkeypatch.setattr(load, "load", lambda *a: pytest.fail("weights were read"))
+    code, err = cli(*flags(golden, tmp_path, prompt="a fox", resolution=32), *args)
+    assert code == 2
+    assert all(word in err for word in words), err
+    assert "Traceback" not in err and len(err.strip().splitlines()) == 1
+    assert not (tmp_path / "run" / "metadata.jsonl").exists()
+
+
+def test_parti_prompts(cli, golden, tmp_path):
+    """Real prompts, where they are at hand."""
+    parti = next((p / "shared/data/PartiPrompts.tsv" for p in golden.parents if (p / "shared/data/PartiPrompts.tsv").exists()), None)
+    if parti is None:
+        pytest.skip("PartiPrompts is not here")
+    lines = parti.read_text().splitlines(keepends=True)
+    (tmp_path / "parti.tsv").write_text("".join(lines[:1] + lines[100:1600:37]))
+    code, _ = cli(*flags(golden, tmp_path, manifest=tmp_path / "parti.tsv", resolution=32, num_inference_steps=2, per_device_batch_size=8))
+    records = metadata(tmp_path / "run")
+    assert code == 0 and len(records) >= 40 and {"Category", "Challenge"} <= records[0].keys()
