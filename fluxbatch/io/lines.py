@@ -15,6 +15,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from fluxbatch.types import UserError
 
+TAB = "\t"
 MAX_LINE = 10_000_000  # bytes; longer lines are never held
 _MAX_QUOTED_LINES = 100  # physical lines that one quoted CSV field may span
 
@@ -53,7 +54,7 @@ def table_lines(stream: BinaryIO, delimiter: str, name: str) -> tuple[list[str],
     columns = [cell.strip() for cell in cells or []]
     doubled = sorted({c for c in columns if c and columns.count(c) > 1})
     if doubled:
-        raise UserError(f"{name}:{number}: column {_shown(doubled[0])} is there more than once")
+        raise UserError(f"{name}:{number}: column {shown(doubled[0])} is there more than once")
     return columns, _table(lines, columns, delimiter)
 
 
@@ -80,7 +81,7 @@ def _quoted_cells(
 
     A quote that is never closed costs only its own line: what was read ahead stays to be read.
     """
-    if delimiter == "\t":
+    if delimiter == TAB:
         return text.split("\t")  # TSV has no multi-line fields: a lone quote is a character
     for count in range(_MAX_QUOTED_LINES):
         if count == len(ahead):
@@ -107,9 +108,9 @@ def _cells(text: str, delimiter: str) -> list[str] | BadLine | None:
     except csv.Error as error:
         if "unexpected end of data" in str(error):
             return None
-        if delimiter == "\t" and "expected after" in str(error):
+        if delimiter == TAB and "expected after" in str(error):
             return text.split("\t")
-        return BadLine(f"not {'TSV' if delimiter == chr(9) else 'CSV'}: {error}")
+        return BadLine(f"not {'TSV' if delimiter == TAB else 'CSV'}: {error}")
 
 
 def _object(text: str) -> dict[str, Any] | BadLine:
@@ -124,7 +125,7 @@ def _object(text: str) -> dict[str, Any] | BadLine:
     except BadLine as error:
         return error
     except ValueError:
-        return BadLine("not JSON that can be read: a number has too many digits")
+        return BadLine("a number has too many digits")
     except RecursionError:
         return BadLine("nested too deeply")
     if not isinstance(value, dict):
@@ -136,7 +137,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise BadLine(f"{_shown(next(k for k in keys if keys.count(k) > 1))} is given more than once")
+        raise BadLine(f"{shown(next(k for k in keys if keys.count(k) > 1))} is given more than once")
     return fields
 
 
@@ -178,14 +179,15 @@ def _text_lines(stream: BinaryIO) -> Iterator[tuple[int, str | BadLine]]:
 
 def described(value: Any) -> str:
     """A JSON value as messages show it: short, on one line, with its type."""
-    kinds = {str: "string", bool: "boolean", int: "number", float: "number", list: "array", dict: "object"}
     if value is None:
         return "null"
-    if isinstance(value, (list, dict)):
-        return f"an {kinds[type(value)]}"
-    return f"{_shown(value)} ({kinds[type(value)]})"
+    if isinstance(value, list | dict):
+        return "an array" if isinstance(value, list) else "an object"
+    kinds = {str: "string", bool: "boolean", int: "number", float: "number"}
+    return f"{shown(value)} ({kinds[type(value)]})"
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A JSON value, short and on one line."""
     text = json.dumps(value)
     return text if len(text) <= 60 else f"{text[:57]}…"

@@ -11,13 +11,14 @@ from typing import Any
 
 from fluxbatch.config import Job
 from fluxbatch.io import lines
-from fluxbatch.io.lines import BadLine, Line, described
+from fluxbatch.io.lines import TAB, BadLine, Line, described, shown
 from fluxbatch.io.storage import StorageError, open_stream
 from fluxbatch.types import Reject, Row, UserError
 
 MAX_SEED = 2**64 - 1
 _MAX_SIDE = 16_384  # pixels
 _MAX_STEPS = 1_000
+_MAX_FLOAT = 1e4  # of guidance and LoRA scales: beyond it bfloat16 only makes NaN
 _MAX_IMAGES = 100_000  # per row
 _MAX_ID = 200  # bytes: with its extension it must fit a file name
 _SHOWN = 50  # bad lines in one message
@@ -84,7 +85,7 @@ def _parsed(stream: Any, name: str, prompt_column: str | None) -> Iterator[Line]
     if extension == "txt":
         return lines.prompt_lines(stream)
     if extension in ("tsv", "csv"):
-        columns, parsed = lines.table_lines(stream, "\t" if extension == "tsv" else ",", name)
+        columns, parsed = lines.table_lines(stream, TAB if extension == "tsv" else ",", name)
         known = {column: column.lower() for column in columns if column.lower() in _FIELDS}
         prompt = _prompt_column(columns, prompt_column, name)
         known = {column: field for column, field in known.items() if field != "prompt"}
@@ -151,9 +152,11 @@ class _Resolver:
         }
         problems: list[str] = []
         self._numbers({**self._defaults, "seed": job.seed}, problems)
-        if problems:  # a setting of the job, not of a line
-            homes = {"seed": "", "num_images": ""}
-            raise UserError(*(homes.get(p.split(":")[0], "sampler.") + p for p in problems))
+        if problems:  # of a setting of the job, not of a line
+            homes = {key: f"sampler.{key}" for key in ("height", "width", "num_inference_steps", "guidance_scale")}
+            homes |= {key: "sampler.resolution" for key in ("height", "width") if getattr(sampler, key) is None}
+            named = (problem.partition(":") for problem in problems)
+            raise UserError(*dict.fromkeys(f"{homes.get(key, key)}:{rest}" for key, _, rest in named))
 
     def __call__(self, fields: dict[str, Any] | BadLine, index: int, where: str) -> list[Row]:
         """Raises BadLine with everything that is wrong with the line."""
@@ -220,7 +223,7 @@ class _Resolver:
             elif not low <= value <= high or value % step:
                 kind = "an integer" if step == 1 else f"a multiple of {step}"
                 limit = "2**64 - 1" if high == MAX_SEED else high
-                problems.append(f"{key}: got {described(value).split(' ')[0]}, expected {kind} from {low} to {limit}")
+                problems.append(f"{key}: got {shown(value)}, expected {kind} from {low} to {limit}")
             numbers[key] = value
         numbers["guidance_scale"] = _float("guidance_scale", given["guidance_scale"], problems, low=0.0)
         return numbers
@@ -233,10 +236,11 @@ class _Resolver:
             return None
         scales = []
         for adapter, scale in given["lora"].items():
-            if adapter not in self._adapters:
+            if adapter in self._adapters:
+                scales.append((adapter, _float(f"lora.{adapter}", scale, problems)))
+            else:
                 have = ", ".join(sorted(self._adapters)) or "none; add lora=…"
-                problems.append(f"lora: no adapter {described(adapter).split(' (')[0]} in this job (it has {have})")
-            scales.append((adapter, _float(f"lora.{adapter}", scale, problems)))
+                problems.append(f"lora: no adapter {shown(adapter)} in this job (it has {have})")
         return tuple(sorted(scales))
 
 
@@ -264,7 +268,7 @@ def _id(given: Mapping[str, Any], problems: list[str]) -> str | None:
         problems.append(f"id: got {described(value)}, expected a string")
     elif not value or value[0] == "." or len(value.encode()) > _MAX_ID or re.search(r"[/\\\x00-\x1f\x7f-\x9f]", value):
         problems.append(
-            f"id: got {described(value).rpartition(' (')[0]}, expected 1 to {_MAX_ID} bytes "
+            f"id: got {shown(value)}, expected 1 to {_MAX_ID} bytes "
             "without slashes, control characters or a leading dot"
         )
     return value
@@ -273,8 +277,8 @@ def _id(given: Mapping[str, Any], problems: list[str]) -> str | None:
 def _float(key: str, value: Any, problems: list[str], low: float = -math.inf) -> float:
     if type(value) not in (int, float):
         problems.append(f"{key}: got {described(value)}, expected a number")
-    elif not math.isfinite(value) or abs(value) > 1e6 or value < low:
-        problems.append(f"{key}: got {described(value).split(' (')[0]}, expected a number{' of at least 0' if low == 0 else ''}")
+    elif not math.isfinite(value) or abs(value) > _MAX_FLOAT or value < low:
+        problems.append(f"{key}: got {shown(value)}, expected a number from {max(low, -_MAX_FLOAT):g} to {_MAX_FLOAT:g}")
     else:
         return float(value)
     return math.nan
