@@ -1,0 +1,614 @@
+"""The ledger: done once, never lost; a change is refused by name; any instant may be the last."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+import threading
+import time
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import plain
+from fluxbatch.io import ledger as module
+from fluxbatch.io.images import decode, encode, pixel_sha256
+from fluxbatch.io.ledger import Ledger, row_key, write_status
+from fluxbatch.io.match import decisive
+from fluxbatch.io.names import Namer
+from fluxbatch.io.storage import NotFound, StorageError, check_name
+from fluxbatch.types import Reject, UserError
+
+FACTS = {"model_digest": "abc", "sampler": {"base_shift": 0.5, "max_shift": 1.15}}
+
+
+class MemoryStore:
+    """A store in a dictionary; ``die_after`` operations its process is dead, halfway through one."""
+
+    url = "memory"
+
+    def __init__(self, objects: dict[str, bytes] | None = None, die_after: int | None = None):
+        self.objects = {} if objects is None else objects
+        self.operations = 0
+        self.die_after = die_after
+        self.lock = threading.Lock()
+
+    def _step(self) -> None:
+        with self.lock:
+            self.operations += 1
+            if self.die_after is not None and self.operations > self.die_after:
+                raise Killed
+
+    def read(self, name):
+        check_name(name)
+        self._step()
+        try:
+            return self.objects[name]
+        except KeyError:
+            raise NotFound(name) from None
+
+    def write(self, name, data, *, if_absent=False):
+        check_name(name)
+        self._step()  # dead before it is durable
+        with self.lock:
+            if if_absent and name in self.objects:
+                return False
+            self.objects[name] = bytes(data)
+        self._step()  # dead before anyone hears of it
+        return True
+
+    def list(self, prefix=""):
+        self._step()
+        return iter(sorted(name for name in list(self.objects) if name.startswith(prefix)))
+
+    def delete(self, name):
+        check_name(name)
+        self._step()
+        self.objects.pop(name, None)
+        self._step()
+
+    def exists(self, name):
+        return name in self.objects
+
+    def sweep(self):
+        pass
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: no handler of the program sees it."""
+
+
+_starts = iter(range(10**9))
+
+
+def open_ledger(store, facts=FACTS, **options):
+    return Ledger(store, facts, writer_id=f"start-{next(_starts)}", **options)
+
+
+def assign(ledger, rows, bad_lines=(), template="flux_{i}"):
+    return ledger.assign(rows, bad_lines, template=template, extension=".png")
+
+
+def record(ledger, row, file_name):
+    facts = {"file_name": file_name, "id": row.id, "index": row.index, **decisive(row)}
+    return facts | {"sha256": pixel_sha256(plain.pixels(row)), "key": ledger.key(row), **row.extra}
+
+
+def produce(store, ledger, rows, names):
+    """One batch: the images, then their records."""
+    for row in rows:
+        store.write(names[row.index], encode(plain.pixels(row), "png", text={}, png_level=1, quality=90))
+    ledger.commit([record(ledger, row, names[row.index]) for row in rows])
+
+
+def run(store, rows, batch_size=3, batches=None, facts=FACTS, **options):
+    """One start of a job over ``rows``, ended after some ``batches``; its tally."""
+    ledger = open_ledger(store, facts, **options)
+    todo, names = assign(ledger, rows)
+    starts = range(0, len(todo), batch_size)
+    for k, start in enumerate(starts[:batches]):
+        produce(store, ledger, todo[start : start + batch_size], names)
+        if k % 2:
+            ledger.compact()
+    return ledger.merge()
+
+
+def metadata(store):
+    return [json.loads(line) for line in store.objects["metadata.jsonl"].splitlines()]
+
+
+def check(store, rows):
+    """Every row once, with its own picture; no picture beside them; metadata in the rows' order."""
+    lines = metadata(store)
+    assert [line["id"] for line in lines] == [row.id for row in rows]
+    for line, row in zip(lines, rows, strict=True):
+        image = decode(store.objects[line["file_name"]])
+        assert line["sha256"] == pixel_sha256(image) == pixel_sha256(plain.pixels(row))
+        assert line["index"] == row.index
+    images = [name for name in store.objects if name.endswith(".png")]
+    assert sorted(images) == sorted(line["file_name"] for line in lines)
+
+
+# --- keys ----------------------------------------------------------------------------------
+
+
+def test_the_key_is_of_everything_that_decides_the_pixels_and_of_nothing_else():
+    row = plain.row(3)
+    key = row_key(row, FACTS)
+    for change in (
+        {"prompt": "x"},
+        {"prompt_2": "x"},
+        {"seed": 1},
+        {"height": 32},
+        {"width": 32},
+        {"num_inference_steps": 5},
+        {"guidance_scale": 1.0},
+        {"lora": ()},
+        {"lora": (("anime", 0.5),)},
+    ):
+        assert row_key(dataclasses.replace(row, **change), FACTS) != key, change
+    for change in ({"index": 9}, {"id": "x"}, {"named": True}, {"where": "x"}, {"extra": {"a": 1}}):
+        assert row_key(dataclasses.replace(row, **change), FACTS) == key, change
+    assert row_key(row, {**FACTS, "model_digest": "abd"}) != key
+    assert row_key(row, {**FACTS, "sampler": {"base_shift": 0.5, "max_shift": 1.2}}) != key
+    assert row_key(row, dict(reversed(FACTS.items()))) == key
+    assert open_ledger(MemoryStore()).key(row) == key
+
+
+# --- resume --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_another_start_goes_on_and_a_third_has_nothing_to_do(named):
+    rows = [plain.row(k, **({"id": f"r{k}"} if named else {})) for k in range(10)]
+    store = MemoryStore()
+    tally = run(store, rows, batch_size=3, batches=2)
+    assert (tally.rows, tally.done, tally.left, tally.rejects) == (10, 6, 4, ())
+    assert run(store, rows, batch_size=4).left == 0
+    check(store, rows)
+    before = dict(store.objects)
+    assert assign(open_ledger(store), rows) == ([], {})
+    assert run(store, rows).done == 10
+    assert store.objects == before  # nothing is written again
+
+
+def test_rows_may_be_appended_and_removed():
+    rows = [plain.row(k) for k in range(6)]
+    store = MemoryStore()
+    run(store, rows[:4])
+    todo, names = assign(open_ledger(store), rows)
+    assert todo == rows[4:] and names == {4: "flux_4.png", 5: "flux_5.png"}
+    tally = run(store, rows[:2])  # the records of the others are kept
+    assert (tally.rows, tally.done) == (2, 2)
+    assert [line["id"] for line in metadata(store)] == ["0", "1", "2", "3"]
+    run(store, rows)
+    check(store, rows)
+
+
+def shuffled(rows, own_seeds):
+    """The same rows in another order; without seeds of their own they would get other seeds."""
+    order = list(rows)
+    random.Random(1).shuffle(order)
+    return [
+        dataclasses.replace(
+            row,
+            index=k,
+            id=row.id if row.named else str(k),
+            seed=row.seed if own_seeds else 42 + k,
+            where=f"m.jsonl:{k + 1}",
+        )
+        for k, row in enumerate(order)
+    ]
+
+
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("own_seeds", [True, False])
+def test_rows_may_come_in_another_order(named, own_seeds):
+    rows = [plain.row(k, **({"id": f"r{k}"} if named else {})) for k in range(12)]
+    store = MemoryStore()
+    run(store, rows, batches=2)
+    done = {line["prompt"]: line for line in metadata(store)}
+    again = shuffled(rows, own_seeds)
+    todo, names = assign(open_ledger(store), again)
+    assert sorted(row.prompt for row in todo) == sorted(row.prompt for row in rows if row.prompt not in done)
+    assert not {*names.values()} & {line["file_name"] for line in done.values()}
+    run(store, again)
+    lines = metadata(store)
+    assert [(line["id"], line["index"]) for line in lines] == [(row.id, row.index) for row in again]
+    assert len({line["file_name"] for line in lines}) == 12
+    for line in lines:
+        made = done.get(line["prompt"], line)
+        assert (line["seed"], line["sha256"], line["file_name"]) == (made["seed"], made["sha256"], made["file_name"])
+    run(store, rows)  # and back
+    assert [line["prompt"] for line in metadata(store)] == [row.prompt for row in rows]
+
+
+def test_equal_rows_are_matched_once_each():
+    rows = [plain.row(k, prompt="same", seed=7) for k in range(4)]
+    store = MemoryStore()
+    run(store, rows[:2])
+    todo, _ = assign(open_ledger(store), rows)
+    assert [row.index for row in todo] == [2, 3]
+    moved = [plain.row(0, prompt="other"), *(plain.row(k, prompt="same", seed=7) for k in range(1, 4))]
+    todo, names = assign(open_ledger(store), moved)
+    assert [row.prompt for row in todo] == ["other", "same"] and names[0] == "flux_2.png"
+
+
+def test_a_changed_row_is_refused_by_name():
+    rows = [plain.row(k, id=f"r{k}") for k in range(3)] + [plain.row(3)]
+    store = MemoryStore()
+    run(store, rows)
+    before = dict(store.objects)
+    changed = list(rows)
+    changed[1] = dataclasses.replace(rows[1], guidance_scale=3.5, prompt="new")
+    changed[3] = dataclasses.replace(rows[3], num_inference_steps=8)
+    with pytest.raises(UserError) as error:
+        assign(open_ledger(store), changed)
+    first, second, way_out = error.value.lines
+    assert first == (
+        'm.jsonl:2: prompt: "prompt 1" → "new", guidance_scale: 0.0 → 3.5 since flux_1.png was made (id "r1")'
+    )
+    assert second == 'm.jsonl:4: num_inference_steps: 4 → 8 since flux_3.png was made (id "3")'
+    assert "run_name=" in way_out and "overwrite=true" in way_out
+    assert store.objects == before
+
+    tally = run(store, changed, overwrite=True)
+    assert tally.left == 0
+    check(store, changed)
+    kept = {line["id"]: line for line in metadata(store)}
+    old = {line["id"]: line for line in map(json.loads, before["metadata.jsonl"].splitlines())}
+    assert (kept["r0"], kept["r2"]) == (old["r0"], old["r2"])
+
+
+def test_a_changed_configuration_is_refused_by_key():
+    rows = [plain.row(k) for k in range(3)]
+    store = MemoryStore()
+    run(store, rows)
+    before = dict(store.objects)
+    facts = {"model_digest": "abd", "sampler": {"base_shift": 0.5, "max_shift": 1.2}, "lora": {"anime": 1.0}}
+    with pytest.raises(UserError) as error:
+        open_ledger(store, facts)
+    assert error.value.lines[:-1] == (
+        "memory: holds a job with another configuration",
+        'model_digest: "abc" → "abd"',
+        "sampler.max_shift: 1.15 → 1.2",
+        "lora.anime: null → 1.0",
+    )
+    assert "run_name=" in error.value.lines[-1] and "overwrite=true" in error.value.lines[-1]
+    assert store.objects == before
+
+    other = [plain.row(k) for k in range(2)]
+    ledger = open_ledger(store, facts, overwrite=True)
+    assert [name for name in store.objects if name.endswith((".png", "s.jsonl"))] == []
+    assert assign(ledger, other)[0] == other
+    run(store, other, facts=facts, overwrite=True)
+    check(store, other)
+    # asked for again, as by a scheduler that repeats the command: what is there is kept
+    assert assign(open_ledger(store, facts, overwrite=True), other)[0] == []
+
+
+def test_a_configuration_may_change_while_nothing_is_made_yet():
+    store = MemoryStore()
+    open_ledger(store, {"a": 1})
+    open_ledger(store, {"a": 2})
+    assert json.loads(store.objects[".fluxbatch/job.json"]) == {"a": 2}
+
+
+def test_images_of_unknown_origin_are_not_written_over():
+    store = MemoryStore({"flux_0.png": b"somebody's"})
+    with pytest.raises(UserError, match=r"flux_0.png: is there already, without a record; .*overwrite=true"):
+        open_ledger(store)
+    open_ledger(store, overwrite=True)
+
+
+# --- rejects -------------------------------------------------------------------------------
+
+
+def test_rejected_rows_are_listed_and_tried_again():
+    rows = [plain.row(k) for k in (0, 1, 3)]
+    bad_line = Reject("m.jsonl:3", "not JSON", index=2)
+    store = MemoryStore()
+    ledger = open_ledger(store)
+    todo, names = assign(ledger, rows, [bad_line])
+    produce(store, ledger, todo[:1], names)
+    ledger.reject([Reject("m.jsonl:2", "first reason", "1", 1)])
+    ledger.reject([Reject("m.jsonl:4", "NaN", "3", 3)])
+    tally = ledger.merge()
+    assert (tally.rows, tally.done, tally.left, len(tally.rejects)) == (4, 1, 0, 3)
+    lines = [json.loads(line) for line in store.objects["rejects.jsonl"].splitlines()]
+    assert lines == [
+        {"where": "m.jsonl:2", "index": 1, "id": "1", "prompt": "prompt 1", "reason": "first reason"},
+        {"where": "m.jsonl:3", "index": 2, "id": None, "reason": "not JSON"},
+        {"where": "m.jsonl:4", "index": 3, "id": "3", "prompt": "prompt 3", "reason": "NaN"},
+    ]
+
+    ledger = open_ledger(store)
+    todo, names = assign(ledger, rows, [bad_line])
+    assert [row.id for row in todo] == ["1", "3"]
+    produce(store, ledger, todo[1:], names)
+    ledger.reject([Reject("m.jsonl:2", "second reason", "1", 1)])
+    tally = ledger.merge()
+    assert [reject.reason for reject in tally.rejects] == ["second reason", "not JSON"]
+
+    fixed = sorted([*rows, plain.row(2)], key=lambda row: row.index)
+    assert run(store, fixed).rejects == ()
+    assert "rejects.jsonl" not in store.objects
+    check(store, fixed)
+
+
+# --- compaction ----------------------------------------------------------------------------
+
+
+def test_a_million_rows_do_not_mean_a_million_objects(monkeypatch):
+    monkeypatch.setattr(module, "_CHUNK", 100)
+    store = MemoryStore()
+    rows = [plain.row(k) for k in range(1000)]
+    ledger = open_ledger(store)
+    assign(ledger, rows)
+    for start in range(0, 1000, 2):
+        ledger.commit([record(ledger, row, f"flux_{row.index}.png") for row in rows[start : start + 2]])
+        if start % 20 == 18:
+            ledger.compact()
+            objects = len([name for name in store.objects if "/records/" in name])
+            assert objects == (start + 2) / 20
+    ledger.merge()
+    assert len([name for name in store.objects if "/records/" in name]) == 10
+    before = dict(store.objects)
+    ledger = open_ledger(store)
+    assert assign(ledger, rows)[0] == []
+    ledger.merge()
+    assert store.objects == before  # large objects are left alone
+
+
+def test_a_doubled_record_counts_once():
+    rows = [plain.row(k) for k in range(4)]
+    store = MemoryStore()
+    run(store, rows)
+    (name,) = (name for name in store.objects if "/records/" in name)
+    store.objects[name.replace("start", "copy")] = store.objects[name]
+    assert run(store, rows).done == 4
+    check(store, rows)
+
+
+def test_a_damaged_record_is_named_with_its_line():
+    store = MemoryStore()
+    run(store, [plain.row(k) for k in range(4)])
+    (name,) = (name for name in store.objects if "/records/" in name)
+    store.objects[name] = store.objects[name][:-20]
+    with pytest.raises(StorageError, match=f"memory/{name}:4: not a line of JSON"):
+        assign(open_ledger(store), [plain.row(0)])
+    store.objects[".fluxbatch/job.json"] = b"{"
+    with pytest.raises(UserError, match="job.json: not a JSON object"):
+        open_ledger(store)
+
+
+# --- any instant may be the last -----------------------------------------------------------
+
+
+def states_are_sound(store):
+    """What must hold at every instant: no record without its whole image."""
+    for name, data in store.objects.items():
+        if "/records/" in name or name == "metadata.jsonl":
+            for line in map(json.loads, data.splitlines()):
+                assert line["file_name"] in store.objects, f"{name}: record without its image"
+                assert pixel_sha256(decode(store.objects[line["file_name"]])) == line["sha256"]
+
+
+def operations(start, **options):
+    """How many operations ``start`` takes when nothing goes wrong."""
+    store = MemoryStore()
+    start(store, **options)
+    return store.operations
+
+
+def test_killed_at_every_instant_and_resumed():
+    rows = [plain.row(k) for k in range(8)]
+    for instant in range(operations(lambda store: run(store, rows, batch_size=2))):
+        store = MemoryStore(die_after=instant)
+        with pytest.raises(Killed):
+            run(store, rows, batch_size=2)
+        states_are_sound(store)
+        recorded = {line["id"] for n, d in store.objects.items() if "/records/" in n for line in map(json.loads, d.splitlines())}
+        images = [name for name in store.objects if name.endswith(".png")]
+        assert len(images) - len(recorded) <= 2, "more than one batch to make again"
+        again = MemoryStore(store.objects)
+        todo, _ = assign(open_ledger(again), rows)
+        assert {row.id for row in todo} == {row.id for row in rows} - recorded
+        run(again, rows, batch_size=3)
+        check(again, rows)
+
+
+def test_killed_at_every_instant_of_a_resume():
+    rows = [plain.row(k) for k in range(6)]
+    begun = MemoryStore()
+    run(begun, rows, batch_size=1, batches=3)
+    counted = MemoryStore(dict(begun.objects))
+    run(counted, rows, batch_size=2)
+    for instant in range(counted.operations):
+        store = MemoryStore(dict(begun.objects), die_after=instant)
+        with pytest.raises(Killed):
+            run(store, rows, batch_size=2)
+        states_are_sound(store)
+        again = MemoryStore(store.objects)
+        run(again, rows)
+        check(again, rows)
+
+
+@pytest.mark.parametrize("what", ["row", "configuration"])
+def test_killed_at_every_instant_of_an_overwrite(what):
+    rows = [plain.row(k) for k in range(5)]
+    facts = FACTS
+    changed = rows
+    if what == "row":
+        changed = [*rows[:2], dataclasses.replace(rows[2], seed=1, prompt="new"), *rows[3:]]
+    else:
+        facts = {**FACTS, "model_digest": "abd"}
+    begun = MemoryStore()
+    run(begun, rows)
+    counted = MemoryStore(dict(begun.objects))
+    run(counted, changed, facts=facts, overwrite=True)
+    for instant in range(counted.operations):
+        store = MemoryStore(dict(begun.objects), die_after=instant)
+        with pytest.raises(Killed):
+            run(store, changed, facts=facts, overwrite=True)
+        states_are_sound(store)
+        again = MemoryStore(store.objects)
+        run(again, changed, facts=facts, overwrite=True)
+        check(again, changed)
+
+
+# --- several processes ---------------------------------------------------------------------
+
+
+def test_processes_write_into_one_ledger_without_asking_each_other():
+    rows = [plain.row(k) for k in range(60)]
+    store = MemoryStore()
+    tallies = []
+
+    def replica(part):
+        ledger = open_ledger(store)
+        todo, names = assign(ledger, rows)
+        mine = [row for row in todo if row.index % 3 == part]
+        for start in range(0, len(mine), 2):
+            produce(store, ledger, mine[start : start + 2], names)
+            if start % 8 == 6:
+                ledger.compact()
+        tallies.append(ledger.merge())
+
+    for _ in range(5):
+        store.objects.clear()
+        threads = [threading.Thread(target=replica, args=(part,)) for part in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        check(store, rows)
+        assert tallies[-1].left == 0
+
+
+def test_a_merge_sees_what_is_committed_while_it_works():
+    rows = [plain.row(k) for k in range(4)]
+
+    class Busy(MemoryStore):
+        """Another process commits its batch, and compacts, while metadata.jsonl is written."""
+
+        other = None
+
+        def write(self, name, data, **options):
+            if name == "metadata.jsonl" and self.other:
+                other, self.other = self.other, None
+                other()
+            return super().write(name, data, **options)
+
+    store = Busy()
+    first, second = open_ledger(store), open_ledger(store)
+    _, names = assign(first, rows)
+    assign(second, rows)
+    produce(store, first, rows[:2], names)
+    store.other = lambda: (
+        produce(store, second, rows[2:3], names),
+        produce(store, second, rows[3:], names),
+        second.compact(),
+    )
+    assert first.merge().done == 4
+    check(store, rows)
+
+
+def test_two_processes_with_one_writer_id_are_noticed():
+    store = MemoryStore()
+    ledgers = [Ledger(store, FACTS, writer_id="same") for _ in range(2)]
+    ledgers[0].commit([record(ledgers[0], plain.row(0), "a.png")])
+    with pytest.raises(StorageError, match="two processes have one writer id"):
+        ledgers[1].commit([record(ledgers[1], plain.row(1), "b.png")])
+    with pytest.raises(ValueError, match="writer_id"):
+        Ledger(store, FACTS, writer_id="../x")
+
+
+# --- file names ----------------------------------------------------------------------------
+
+
+def names_of(template, rows, taken=()):
+    return Namer(template, ".png").assign(rows, taken)
+
+
+def test_templates():
+    row = plain.row(7, id="cat", seed=5)
+    for template, name in (
+        ("flux_{i}", "flux_7.png"),
+        ("flux_{i:05d}.png", "flux_00007.png"),
+        ("{id}", "cat.png"),
+        ("{seed}/{id}-{i}", "5/cat-7.png"),
+        ("plain", "plain.png"),
+    ):
+        assert names_of(template, [row]) == {7: name}
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["../{i}", "/tmp/{i}", "{i}/../../x", "{x}", "{i.real}", "{id[0]}", "{}", "{i", "{i:{seed}}", ".{i}", "a/.b/{i}", "a\\{i}", "{i!r:>0}{q}", "{i:q}", "a\n{i}"],
+)
+def test_templates_cannot_leave_the_output_place(template):
+    with pytest.raises(UserError, match=r"output.filename: got .*expected a file name with \{i\}, \{id\} or \{seed\}"):
+        Namer(template, ".png")
+
+
+def test_no_name_is_given_twice():
+    rows = [plain.row(0, id="Cat", seed=1), plain.row(1, id="cat", seed=1), plain.row(2, id="contact_sheet", seed=1)]
+    assert names_of("{id}", rows) == {0: "Cat.png", 1: "cat_1.png", 2: "contact_sheet_1.png"}
+    assert names_of("{seed}", rows) == {0: "1.png", 1: "1_1.png", 2: "1_2.png"}
+    assert names_of("flux_{i}", rows, ["flux_1.png", "flux_3.png"]) == {0: "flux_0.png", 2: "flux_2.png", 1: "flux_4.png"}
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.permutations(range(8)), st.sets(st.integers(0, 12)), st.sets(st.integers(0, 7)), st.sampled_from(["f_{i}", "{seed}"])
+)
+def test_names_do_not_change_while_rows_get_done(order, taken, done, template):
+    rows = [plain.row(k, seed=k % 3) for k in order]
+    taken = [template.format(i=k, seed=k % 3) + ".png" for k in taken]
+    names = names_of(template, rows, taken)
+    assert len({*names.values(), *taken}) == 8 + len({*taken})
+    left = [row for row in rows if row.index not in done]
+    later = names_of(template, left, [*taken, *(names[k] for k in done)])
+    assert later == {row.index: names[row.index] for row in left}
+
+
+# --- and ------------------------------------------------------------------------------------
+
+
+def test_status():
+    store = MemoryStore()
+    write_status(store, 75, "preempted", {"done": 3})
+    status = json.loads(store.objects["status.json"])
+    assert (status["exit_code"], status["reason"], status["counts"]) == (75, "preempted", {"done": 3})
+
+
+def million(count):
+    """Seconds to open, match, name and merge a ledger of ``count`` records."""
+    store = MemoryStore()
+    rows = [plain.row(k, id=f"row-{k}", prompt=f"a prompt of the usual length, of a cat on a mat, number {k}") for k in range(count)]
+    ledger = open_ledger(store)
+    for start in range(0, count, 5000):
+        ledger.commit([record(ledger, row, f"flux_{row.index}.png") for row in rows[start : start + 5000] if row.index % 10])
+    start = time.process_time()
+    again = open_ledger(store)
+    todo, names = assign(again, rows)
+    assert len(todo) == len(names) == count // 10
+    assert again.merge().left == count // 10
+    return time.process_time() - start
+
+
+def test_a_large_ledger_is_read_in_seconds(monkeypatch):
+    monkeypatch.setattr(plain, "pixels", lambda row, fixed=plain.pixels(plain.row(0)): fixed)
+    assert million(20_000) < 6.0
+
+
+@pytest.mark.slow
+def test_a_million_records_are_read_in_minutes(monkeypatch):
+    monkeypatch.setattr(plain, "pixels", lambda row, fixed=plain.pixels(plain.row(0)): fixed)
+    seconds = million(1_000_000)
+    print(f"a million records: {seconds:.0f} s")
+    assert seconds < 300
