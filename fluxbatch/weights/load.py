@@ -1,28 +1,35 @@
 """From a checkpoint's bytes to parameters on their devices, without a whole file in host memory.
 
 Each distinct range of a parameter's rows that local devices own is read once, with a bounded number of
-bytes in flight, and goes to the devices that own it.
+bytes in flight, and goes to the devices that own it: on the CPU into the array itself, elsewhere layer
+by layer through short-lived staging buffers into arrays that already lie on the devices.
 """
 
 from __future__ import annotations
 
+import abc
 import collections
 import dataclasses
-from collections.abc import Callable
+import functools
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tensorstore as ts
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from fluxbatch.dist.mesh import param_sharding
-from fluxbatch.types import UserError
+from fluxbatch.weights import cast
 from fluxbatch.weights.rules import Piece, Table, assign
 from fluxbatch.weights.source import Source, Tensor
 
-IN_FLIGHT = 64 << 20  # bytes of reads under way: more was no faster
+IN_FLIGHT = 64 << 20  # bytes of reads under way, and of copies to devices: more was no faster
 READ = 8 << 20  # bytes of one read at most
+SMALL = 256 << 10  # a tensor up to this size is read whole, not part by part
 
 Progress = Callable[[int], None]
 Index = tuple[tuple[int, int], ...]  # of a local part: start and stop on each axis
@@ -57,83 +64,226 @@ def plan(make: Callable[[nnx.Rngs], nnx.Module], tensors: dict[str, Tensor], tab
 
 
 def load(plan: Plan, mesh: jax.sharding.Mesh, dtype: Any, progress: Progress = lambda _: None) -> nnx.Module:
-    """Streams the weights onto ``mesh`` as ``dtype`` and returns the module."""
+    """Streams the weights onto ``mesh`` as ``dtype`` and returns the module.
+
+    Raises UserError, naming file and tensor, when bytes are missing, cut short, damaged (where the
+    format has checksums) or changed since the plan was made.
+    """
     reader = Reader(plan.source, progress)
-    boxes: list[tuple[Any, Box]] = []
+    scales = _scales(plan, reader)
+    make = HostBox if on_host(mesh) else functools.partial(DeviceBox, copies=collections.deque())
+    loaded = []
     for keys, leaf in nnx.to_flat_state(plan.state):
         shape, axes = leaf.get_value().shape, leaf.get_metadata()["axes"]
-        box = Box(shape, param_sharding(mesh, shape, axes), np.dtype(dtype))
-        box.fill(plan.pieces[path_of(keys)], len(shape) > len(axes), reader)
-        boxes.append((leaf, box))
+        box = make(shape, len(shape) > len(axes), param_sharding(mesh, shape, axes), np.dtype(dtype))
+        for layer, piece in enumerate(plan.pieces[path_of(keys)]):
+            _fill(box, layer, piece, scales.get(id(piece.tensor)), reader)
+        loaded.append((keys, leaf, box))
     reader.drain()
-    flat = [(keys, leaf.replace(box.array())) for (keys, leaf), (_, box) in zip(nnx.to_flat_state(plan.state), boxes, strict=True)]
-    return nnx.merge(plan.graph, nnx.from_flat_state(flat))
+    return nnx.merge(plan.graph, nnx.from_flat_state([(keys, leaf.replace(box.array())) for keys, leaf, box in loaded]))
+
+
+def on_host(mesh: jax.sharding.Mesh) -> bool:
+    """Whether the devices' memory is the host's."""
+    return mesh.devices.flat[0].platform == "cpu"
+
+
+def _scales(plan: Plan, reader: Reader) -> dict[int, np.ndarray]:
+    """The float32 scales of quantized tensors, by the tensor's identity: one number, or one a row."""
+    tensors = {id(p.tensor): p.tensor for pieces in plan.pieces.values() for p in pieces if p.tensor.scale is not None}
+    scales: dict[int, np.ndarray] = {}
+    for key, tensor in tensors.items():
+        shape = (-1,) if math.prod(tensor.scale.shape) > 1 else ()
+        keep = lambda rows, key=key, shape=shape: scales.update({key: rows.astype(np.float32).reshape(shape)})  # noqa: E731
+        reader.read(tensor.scale, 0, tensor.scale.shape[0] if tensor.scale.shape else 1, keep)
+    reader.drain()
+    return scales
 
 
 class Reader:
-    """Ranged reads with at most ``IN_FLIGHT`` bytes under way, finished in order."""
+    """Reads of rows with at most ``IN_FLIGHT`` bytes under way, finished in the order of asking."""
 
     def __init__(self, source: Source, progress: Progress):
         self.source, self.progress = source, progress
-        self._pending: collections.deque[tuple[ts.Future, Tensor, int, Callable[[bytes], None]]] = collections.deque()
+        self._pending: collections.deque[tuple[ts.Future, Tensor, int, int, Callable[[np.ndarray], None]]] = collections.deque()
         self._bytes = 0
 
-    def read(self, tensor: Tensor, start: int, stop: int, use: Callable[[bytes], None]) -> None:
-        while self._pending and self._bytes + stop - start > IN_FLIGHT:
+    def read(self, tensor: Tensor, first: int, last: int, use: Callable[[np.ndarray], None]) -> None:
+        size = (last - first) * tensor.row_bytes
+        while self._pending and self._bytes + size > IN_FLIGHT:
             self._finish()
-        self._pending.append((self.source.start_read(tensor.file, start, stop), tensor, stop - start, use))
-        self._bytes += stop - start
+        self._pending.append((self.source.start_rows(tensor, first, last), tensor, first, last, use))
+        self._bytes += size
 
     def drain(self) -> None:
         while self._pending:
             self._finish()
 
     def _finish(self) -> None:
-        future, tensor, size, use = self._pending.popleft()
-        try:
-            data = self.source.finish_read(future, tensor.file, size)
-        except UserError as error:
-            raise UserError(f"{error} (tensor {tensor.name})") from error
-        self._bytes -= size
-        use(data)
-        self.progress(size)
+        future, tensor, first, last, use = self._pending.popleft()
+        rows = self.source.finish_rows(future, tensor, first, last)
+        use(rows)
+        self._bytes -= (last - first) * tensor.row_bytes
+        self.progress((last - first) * tensor.row_bytes)
 
 
-class Box:
-    """A parameter under way: one host buffer per distinct local index, put on its devices when full.
+class Box(abc.ABC):
+    """A parameter under way, as one part for each distinct index of the local devices."""
 
-    Buffers are never reused: on CPU, ``device_put`` keeps the buffer as the array.
-    """
-
-    def __init__(self, shape: tuple[int, ...], sharding: jax.sharding.NamedSharding, dtype: np.dtype):
-        self.shape, self.sharding, self.dtype = shape, sharding, dtype
-        self._devices: dict[Index, list[jax.Device]] = {}
+    def __init__(self, shape: tuple[int, ...], stacked: bool, sharding: NamedSharding, dtype: np.dtype):
+        self.shape, self.stacked, self.sharding, self.dtype = shape, stacked, sharding, dtype
+        self.devices: dict[Index, list[jax.Device]] = {}
         for device, index in sharding.addressable_devices_indices_map(shape).items():
             key = tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
-            self._devices.setdefault(key, []).append(device)
-        self._arrays: list[jax.Array] = []
+            self.devices.setdefault(key, []).append(device)
 
-    def fill(self, pieces: list[Piece], stacked: bool, reader: Reader) -> None:
-        """Starts the reads: one for each distinct range of rows, whoever shares it."""
-        at = 1 if stacked else 0  # the axis of rows
-        groups: dict[tuple[int, int], list[tuple[Index, np.ndarray]]] = {}
-        for index in self._devices:
-            groups.setdefault(index[at], []).append((index, np.empty([b - a for a, b in index], self.dtype)))
-        for rows, buffers in groups.items():
-            left = _Countdown(lambda buffers=buffers: self._put(buffers))
-            for layer, piece in enumerate(pieces):
-                targets = [(buffer[layer] if stacked else buffer, index[at + 1 :]) for index, buffer in buffers]
-                for start, stop, row in _reads(piece, rows):
-                    left.add()
-                    reader.read(piece.tensor, start, stop, _copy(piece.tensor, targets, row, left.done))
-            left.done()
+    @abc.abstractmethod
+    def open(self, layer: int, piece: Piece) -> list[tuple[Index, np.ndarray]]:
+        """Where to write a layer: each part's index within the layer, and its buffer."""
 
-    def _put(self, buffers: list[tuple[Index, np.ndarray]]) -> None:
-        for index, buffer in buffers:
-            self._arrays += [jax.device_put(buffer, device) for device in self._devices[index]]
+    @abc.abstractmethod
+    def close(self, layer: int, scale: np.ndarray | None) -> None:
+        """All buffers of the layer are written."""
+
+    def scale(self, scale: np.ndarray | None) -> np.ndarray | None:
+        """What values are multiplied by when they are written into a buffer."""
+        return scale
+
+    @abc.abstractmethod
+    def array(self) -> jax.Array:
+        """The parameter, once every layer is closed."""
+
+    def _on_devices(self, buffers: dict[Index, np.ndarray], shape: tuple[int, ...], sharding: NamedSharding) -> jax.Array:
+        arrays = [jax.device_put(buffers[index], device) for index, devices in self.devices.items() for device in devices]
+        return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+
+
+class HostBox(Box):
+    """On the CPU: ``device_put`` keeps an aligned buffer as the array, so it is never reused."""
+
+    def __init__(self, *args: Any):
+        super().__init__(*args)
+        self._buffers = {index: aligned([b - a for a, b in index], self.dtype) for index in self.devices}
+
+    def open(self, layer: int, piece: Piece) -> list[tuple[Index, np.ndarray]]:
+        if not self.stacked:
+            return list(self._buffers.items())
+        return [(index[1:], buffer[layer]) for index, buffer in self._buffers.items()]
+
+    def close(self, layer: int, scale: np.ndarray | None) -> None:
+        pass  # the buffers are views of the array to be
 
     def array(self) -> jax.Array:
-        return jax.make_array_from_single_device_arrays(self.shape, self.sharding, self._arrays)
+        return self._on_devices(self._buffers, self.shape, self.sharding)
+
+
+class DeviceBox(Box):
+    """On an accelerator: a layer is staged as the file has it, cast and put in its place there.
+
+    ``copies`` under way are bounded too, over all boxes together.
+    """
+
+    def __init__(self, *args: Any, copies: collections.deque[tuple[jax.Array, int]]):
+        super().__init__(*args)
+        self._copies = copies
+        spec = self.sharding.spec[1:] if self.stacked else self.sharding.spec
+        self._layer_sharding = NamedSharding(self.sharding.mesh, PartitionSpec(*spec))
+        self._staged: dict[int, dict[Index, np.ndarray]] = {}
+        self._array: jax.Array | None = None
+
+    def open(self, layer: int, piece: Piece) -> list[tuple[Index, np.ndarray]]:
+        at = 1 if self.stacked else 0
+        self._staged[layer] = {i: np.empty([b - a for a, b in i[at:]], piece.tensor.dtype) for i in self.devices}
+        return [(index[at:], buffer) for index, buffer in self._staged[layer].items()]
+
+    def scale(self, scale: np.ndarray | None) -> None:
+        return None  # applied on the device
+
+    def close(self, layer: int, scale: np.ndarray | None) -> None:
+        parts = self._staged.pop(layer)
+        staged = self._on_devices(parts, self.shape[1:] if self.stacked else self.shape, self._layer_sharding)
+        if not self.stacked:
+            self._array = _converted(self.sharding, self.dtype)(staged, scale)
+        else:
+            if self._array is None:
+                self._array = jnp.zeros(self.shape, self.dtype, device=self.sharding)
+            self._array = _placed(self.sharding)(self._array, staged, scale, layer)
+        self._copies.append((staged, sum(buffer.nbytes for buffer in parts.values())))
+        while sum(size for _, size in self._copies) > IN_FLIGHT:
+            self._copies.popleft()[0].block_until_ready()
+
+    def array(self) -> jax.Array:
+        assert self._array is not None
+        return self._array
+
+
+@functools.lru_cache
+def _converted(sharding: NamedSharding, dtype: np.dtype) -> Callable[..., jax.Array]:
+    return jax.jit(functools.partial(_scaled, dtype), out_shardings=sharding)
+
+
+@functools.lru_cache
+def _placed(sharding: NamedSharding) -> Callable[..., jax.Array]:
+    def place(stack: jax.Array, layer: jax.Array, scale: jax.Array | None, at: int) -> jax.Array:
+        return jax.lax.dynamic_update_index_in_dim(stack, _scaled(stack.dtype, layer, scale), at, 0)
+
+    return jax.jit(place, donate_argnums=0, out_shardings=sharding)
+
+
+def _scaled(dtype: Any, values: jax.Array, scale: jax.Array | None) -> jax.Array:
+    return (values if scale is None else values.astype(jnp.float32) * scale).astype(dtype)
+
+
+def aligned(shape: list[int], dtype: np.dtype) -> np.ndarray:
+    """An empty array at an address that JAX's CPU devices take over without a copy."""
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.empty(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def _fill(box: Box, layer: int, piece: Piece, scale: np.ndarray | None, reader: Reader) -> None:
+    """Starts the reads of one layer: one for each distinct range of rows, whoever shares it."""
+    tensor = piece.tensor
+    count = sum(b - a for a, b in piece.rows)
+    parts = box.open(layer, piece)
+    if scale is not None and scale.ndim:  # in the target's order, beside its other axes
+        scale = np.concatenate([scale[a:b] for a, b in piece.rows]).reshape(-1, *[1] * (parts[0][1].ndim - 1))
+    ranges = {index[0] for index, _ in parts} if count * tensor.row_bytes > SMALL else {(0, count)}
+    left = _Countdown(lambda: box.close(layer, scale))
+    for rows in sorted(ranges):
+        for first, last, row in _reads(piece, rows):
+            left.add()
+            reader.read(tensor, first, last, _copy(parts, row, box.scale(scale), left.done))
+    left.done()
+
+
+def _reads(piece: Piece, rows: tuple[int, int]) -> Iterator[tuple[int, int, int]]:
+    """Ranges of the tensor's rows that make up the target's ``rows``, and the target's row of each."""
+    tensor, offset = piece.tensor, 0
+    step = max(1, READ // max(1, tensor.row_bytes * tensor.chunk)) * tensor.chunk
+    for first, last in piece.rows:
+        low, high = max(rows[0], offset), min(rows[1], offset + last - first)
+        for row in range(low, high, step):
+            start = first + row - offset
+            yield start, start + min(step, high - row), row
+        offset += last - first
+
+
+def _copy(parts: list[tuple[Index, np.ndarray]], row: int, scale: np.ndarray | None, done: Callable[[], None]):
+    """Writes read rows, the target's from ``row`` on, into the parts they belong to."""
+
+    def use(rows: np.ndarray) -> None:
+        for (own, *columns), buffer in parts:
+            low, high = max(own[0], row), min(own[1], row + len(rows))
+            if low < high:
+                # a 1×1 convolution may be a matrix in the model
+                values = rows.reshape(rows.shape[: buffer.ndim])[(slice(low - row, high - row), *(slice(a, b) for a, b in columns))]
+                factor = scale[low:high] if scale is not None and scale.ndim else scale
+                cast.copy(buffer[low - own[0] : high - own[0]], values, factor)
+        done()
+
+    return use
 
 
 class _Countdown:
@@ -149,30 +299,3 @@ class _Countdown:
         self._left -= 1
         if not self._left:
             self._then()
-
-
-def _reads(piece: Piece, rows: tuple[int, int]):
-    """Byte ranges of the piece that make up the target's ``rows``: (start, stop, local row)."""
-    tensor, offset = piece.tensor, 0
-    step = max(1, READ // max(1, tensor.row_bytes))
-    for first, last in piece.rows:
-        low, high = max(rows[0], offset), min(rows[1], offset + last - first)
-        for row in range(low, high, step):
-            count = min(step, high - row)
-            start = tensor.start + (first + row - offset) * tensor.row_bytes
-            yield start, start + count * tensor.row_bytes, row - rows[0]
-        offset += last - first
-
-
-def _copy(tensor: Tensor, targets: list[tuple[np.ndarray, Index]], row: int, done: Callable[[], None]):
-    """Writes read rows into each target from ``row`` on, cut to its columns, cast on the way."""
-
-    def use(data: bytes) -> None:
-        rows = np.frombuffer(data, tensor.dtype).reshape(-1, *tensor.shape[1:])
-        for target, columns in targets:
-            # a 1×1 convolution may be a matrix in the model
-            cut = rows.reshape(rows.shape[: target.ndim])[(slice(None), *(slice(a, b) for a, b in columns))]
-            target[row : row + len(cut)] = cut
-        done()
-
-    return use

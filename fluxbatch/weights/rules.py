@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from fluxbatch.types import UserError
-from fluxbatch.weights.source import Tensor
+from fluxbatch.weights.source import FLOATS, Tensor
 
 # Rows (axis 0) start/of .. stop/of of the source, e.g. (1, 2, 3): the middle third.
 Rows = tuple[int, int, int]
@@ -85,9 +85,12 @@ def assign(
                 unknown.append(name)
                 continue
             shape = tuple(targets[path])[1:] if stacked[path] else tuple(targets[path])
-            piece = Piece(tensor, tuple((tensor.shape[0] * a // n, tensor.shape[0] * b // n) for a, b, n in rule.rows))
+            count = tensor.shape[0] if tensor.shape else 1
+            piece = Piece(tensor, tuple((count * a // n, count * b // n) for a, b, n in rule.rows))
             got = (sum(b - a for a, b in piece.rows), *tensor.shape[1:])
-            if got != shape and not (math.prod(got) == math.prod(shape) and got[: len(shape)] == shape):
+            if tensor.dtype not in FLOATS.values():
+                wrong.append(f"{name}: dtype {tensor.dtype}, expected one of {', '.join(FLOATS)} (other quantizations are not read)")
+            elif got != shape and not (math.prod(got) == math.prod(shape) and got[: len(shape)] == shape):
                 wrong.append(f"{name}: shape {list(got)}, the model expects {list(shape)} for {path}")
             elif filled[path][layer] is not None:
                 wrong.append(f"{name}: {path} is filled already by {filled[path][layer].tensor.name}")

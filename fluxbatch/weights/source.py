@@ -1,7 +1,8 @@
 """Bytes of a checkpoint, wherever it lies: small files, safetensors headers, ranged reads.
 
-Everything goes through TensorStore key-value stores, so a local directory and ``gs://`` are one
-path, and a range of rows is one contiguous read.
+Everything goes through TensorStore key-value stores, so a local directory, ``gs://`` and ``http(s)://``
+are one path, and a range of rows is one contiguous read. What TensorStore would let pass in silence
+(a missing object, a short read, an object that changes between two reads) is an error here.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ import dataclasses
 import json
 import math
 import os
+import re
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import urlsplit
 
 import ml_dtypes
 import numpy as np
@@ -19,20 +22,28 @@ import tensorstore as ts
 
 from fluxbatch.types import UserError
 
-DTYPES = {
+FLOATS = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F64": np.dtype(np.float64),
-    "I64": np.dtype(np.int64),  # buffers (position ids) that tables ignore by name
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
 }
+# Never weights here: buffers that tables ignore by name, or a quantization that is not read.
+OTHERS = {"BOOL": np.bool_, "U8": np.uint8, "I8": np.int8, "I16": np.int16, "U16": np.uint16, "I32": np.int32, "U32": np.uint32,
+          "I64": np.int64, "U64": np.uint64}  # fmt: skip
+DTYPES = FLOATS | {name: np.dtype(kind) for name, kind in OTHERS.items()}
 MAX_HEADER = 100 << 20  # safetensors' own bound
-RETRIES = {"max_retries": 8, "initial_delay": "200ms", "max_delay": "5s"}
+# Transient failures are tried again for about 20 s (TensorStore's own default is a quarter of an hour);
+# a read that has not moved for STALLED seconds is given up.
+RETRIES = {"max_retries": 7, "initial_delay": "200ms", "max_delay": "5s"}
+STALLED = 120.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """One tensor of a safetensors file: bytes ``start`` .. ``stop`` of ``file``."""
+    """One tensor of a file: bytes ``start`` .. ``stop`` of a safetensors file."""
 
     name: str
     file: str
@@ -40,6 +51,8 @@ class Tensor:
     shape: tuple[int, ...]
     start: int
     stop: int
+    scale: Tensor | None = None  # of a quantized tensor: what its values are multiplied by, one number or one a row
+    chunk: int = 1  # rows that can only be read together
 
     @property
     def row_bytes(self) -> int:
@@ -47,20 +60,18 @@ class Tensor:
 
 
 class Source:
-    """A directory of a checkpoint, local or ``gs://bucket/prefix``."""
+    """A directory of a checkpoint: local, ``gs://bucket/prefix`` or ``http(s)://host/path``."""
 
     def __init__(self, url: str):
-        self.url = url.rstrip("/")
-        if self.url.startswith("gs://"):
-            bucket, _, prefix = self.url[5:].partition("/")
-            spec: dict[str, Any] = {"driver": "gcs", "bucket": bucket, "path": f"{prefix}/" if prefix else ""}
-        else:
-            self.url = os.path.abspath(self.url)
-            spec = {"driver": "file", "path": self.url + "/"}
-        self._kv = ts.KvStore.open(spec, context=ts.Context({"gcs_request_retries": RETRIES})).result()
+        self.url = url.removeprefix("file://").rstrip("/")
+        self.local = "://" not in self.url
+        self.url = os.path.abspath(self.url) if self.local else self.url
+        context = {f"{name}_request_retries": RETRIES for name in ("gcs", "http")}
+        self._kv = ts.KvStore.open(store_spec(self.url), context=ts.Context(context)).result()
+        self._generations: dict[str, bytes] = {}
 
     def __truediv__(self, name: str) -> Source:
-        return Source(f"{self.url}/{name}")
+        return type(self)(f"{self.url}/{name}")
 
     def path(self, name: str) -> str:
         return f"{self.url}/{name}"
@@ -70,30 +81,57 @@ class Source:
         return self._kv.read(name, byte_range=slice(start, stop))
 
     def finish_read(self, future: ts.Future, name: str, size: int | None = None) -> bytes:
-        """The bytes of a read; UserError if the object is missing, unreadable or shorter than ``size``."""
-        try:
-            result = future.result()
-        except (ValueError, OSError) as error:
-            raise UserError(f"{self.path(name)}: cannot be read: {_first_line(error)}") from error
+        """The bytes of a read; UserError if the object is missing, unreadable, shorter than ``size``
+        or no longer the one that was read before."""
+        result = self.wait(future, name)
         if result.state != "value":
             raise UserError(f"{self.path(name)}: not found")
         if size is not None and len(result.value) != size:
             raise UserError(f"{self.path(name)}: read {len(result.value)} bytes where {size} were expected: the file is truncated")
+        generation = result.stamp.generation
+        if self._generations.setdefault(name, generation) != generation:
+            raise UserError(f"{self.path(name)}: changed while it was being read")
         return result.value
+
+    def wait(self, future: ts.Future, name: str) -> Any:
+        try:
+            return future.result(timeout=STALLED)
+        except TimeoutError as error:
+            raise UserError(f"{self.path(name)}: no answer for {STALLED:.0f} s") from error
+        except (ValueError, OSError) as error:
+            raise UserError(f"{self.path(name)}: cannot be read: {_first_line(error)}") from error
+
+    def start_rows(self, tensor: Tensor, first: int, last: int) -> ts.Future:
+        """Rows ``first`` .. ``last`` of a tensor under way; ``finish_rows`` returns them."""
+        return self.start_read(tensor.file, tensor.start + first * tensor.row_bytes, tensor.start + last * tensor.row_bytes)
+
+    def finish_rows(self, future: ts.Future, tensor: Tensor, first: int, last: int) -> np.ndarray:
+        """``[last - first, …]`` in the tensor's dtype (a tensor without axes is one row); UserError
+        names the file and the tensor."""
+        try:
+            data = self.finish_read(future, tensor.file, (last - first) * tensor.row_bytes)
+        except UserError as error:
+            raise UserError(f"{error} (tensor {tensor.name})") from error
+        return np.frombuffer(data, tensor.dtype).reshape(-1, *tensor.shape[1:])
 
     def read(self, name: str, start: int | None = None, stop: int | None = None) -> bytes:
         size = None if start is None or stop is None else stop - start
         return self.finish_read(self.start_read(name, start, stop), name, size)
 
     def exists(self, name: str) -> bool:
+        future = self._kv.read(name, byte_range=slice(0, 0))
+        if not self.local:
+            return self.wait(future, name).state == "value"
         try:
-            return self._kv.read(name, byte_range=slice(0, 0)).result().state == "value"
+            return future.result().state == "value"
         except (ValueError, OSError):
-            return False  # a directory, or nothing there
+            return False  # a directory
 
     def files(self) -> list[str]:
-        """Names of the objects below this directory."""
-        return sorted(key.decode() for key in self._kv.list().result())
+        """Names of the objects below this directory; none where the store cannot list (HTTP)."""
+        if self.url.startswith("http"):
+            return []
+        return sorted(key.decode() for key in self.wait(self._kv.list(), ""))
 
     def json(self, name: str) -> dict[str, Any]:
         """A JSON object; UserError when it is missing or malformed."""
@@ -107,7 +145,18 @@ class Source:
 
     def size(self, name: str) -> int | None:
         """Bytes of a local file; None where the store does not say."""
-        return None if self.url.startswith("gs://") else os.stat(self.path(name)).st_size
+        return os.stat(self.path(name)).st_size if self.local else None
+
+
+def store_spec(url: str) -> dict[str, Any]:
+    """TensorStore's specification of the key-value store below ``url``."""
+    if url.startswith("gs://"):
+        bucket, _, prefix = url[5:].partition("/")
+        return {"driver": "gcs", "bucket": bucket, "path": f"{prefix}/" if prefix else ""}
+    if "://" in url:
+        parts = urlsplit(url)
+        return {"driver": "http", "base_url": f"{parts.scheme}://{parts.netloc}", "path": f"{parts.path}/"}
+    return {"driver": "file", "path": f"{url}/"}
 
 
 def _first_line(error: BaseException) -> str:
@@ -160,9 +209,9 @@ def read_headers(source: Source, stems: tuple[str, ...]) -> dict[str, Tensor]:
     ``<stem>.safetensors``; the index and the headers must agree both ways."""
     for stem in stems:
         if source.exists(f"{stem}.safetensors.index.json"):
-            return _read_indexed(source, f"{stem}.safetensors.index.json")
+            return with_scales(_read_indexed(source, f"{stem}.safetensors.index.json"), source.url)
         if source.exists(f"{stem}.safetensors"):
-            return read_header(source, f"{stem}.safetensors")
+            return with_scales(read_header(source, f"{stem}.safetensors"), source.path(f"{stem}.safetensors"))
     wanted = " or ".join(f"{stem}.safetensors" for stem in stems)
     raise UserError(f"{source.url}: no weights: expected {wanted} (pickled .bin files are not read)")
 
@@ -183,6 +232,24 @@ def _read_indexed(source: Source, index: str) -> dict[str, Tensor]:
     if extra := tensors.keys() - weight_map.keys():
         raise UserError(f"{where}: does not list {sorted(extra)[0]}, which {tensors[min(extra)].file} holds")
     return tensors
+
+
+# What fp8 files carry beside a weight: its scale under one of two names, and notes for fp8 arithmetic.
+_SCALE = re.compile(r"(.+\.)(?:scale_weight|weight_scale)")
+_FP8_NOTES = re.compile(r"(?:.*\.)?(?:scaled_fp8|scale_input|input_scale|comfy_quant)")
+
+
+def with_scales(tensors: dict[str, Tensor], where: str) -> dict[str, Tensor]:
+    """The tensors with the scales of fp8 files attached to the weights they belong to."""
+    whole = {name: tensor for name, tensor in tensors.items() if not (_SCALE.fullmatch(name) or _FP8_NOTES.fullmatch(name))}
+    for name, scale in tensors.items():
+        if match := _SCALE.fullmatch(name):
+            weight = whole.get(f"{match[1]}weight")
+            if weight is None or math.prod(scale.shape) not in (1, weight.shape[0]) or scale.dtype not in FLOATS.values():
+                shape = None if weight is None else list(weight.shape)
+                raise UserError(f"{where}: {name}: a scale of shape {list(scale.shape)} for a weight of shape {shape}: expected one number, or one for each row")
+            whole[weight.name] = dataclasses.replace(weight, scale=scale)
+    return whole
 
 
 def sampled(source: Source, file: str, whole: int = 64 << 20, blocks: int = 64, block: int = 64 << 10) -> Iterator[bytes]:

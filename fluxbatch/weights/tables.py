@@ -54,6 +54,46 @@ FLUX_DIFFUSERS = Table(
     )
 )  # fmt: skip
 
+
+def _bfl_norm(pattern: str, target: str) -> Rule:
+    return Rule(rf"{pattern}\.(?:scale|weight)", f"{target}.scale")
+
+
+def _bfl_stream(stream: str) -> tuple[Rule, ...]:
+    src, dst = rf"double_blocks\.(\d+)\.{stream}_", f"double_blocks[{{0}}].{stream}."
+    return (
+        *linear(src + r"mod\.lin", dst + "mod"),
+        *(r for i, n in enumerate("qkv") for r in linear(src + r"attn\.qkv", dst + f"qkv.{n}", ((i, i + 1, 3),))),
+        _bfl_norm(src + r"attn\.norm\.query_norm", dst + "qkv.query_norm"),
+        _bfl_norm(src + r"attn\.norm\.key_norm", dst + "qkv.key_norm"),
+        *linear(src + r"attn\.proj", dst + "proj"),
+        *linear(src + r"mlp\.0", dst + "mlp_in"),
+        *linear(src + r"mlp\.2", dst + "mlp_out"),
+    )
+
+
+_BFL_SINGLE = r"single_blocks\.(\d+)\."
+
+# Black Forest Labs' own files, and ComfyUI's: the model is named after them.
+FLUX_BFL = Table(
+    (
+        *(r for n in ("img_in", "txt_in") for r in linear(n, n)),
+        *(r for n in ("time_in", "vector_in", "guidance_in") for part in ("in_layer", "out_layer")
+          for r in linear(rf"{n}\.{part}", f"{n}.{part}")),
+        *_bfl_stream("img"),
+        *_bfl_stream("txt"),
+        *linear(_BFL_SINGLE + r"modulation\.lin", _SINGLE_TO + "mod"),
+        # linear1 is q, k, v and the MLP's first layer (4 × as wide) in one
+        *(r for i, n in enumerate("qkv") for r in linear(_BFL_SINGLE + "linear1", _SINGLE_TO + f"qkv.{n}", ((i, i + 1, 7),))),
+        *linear(_BFL_SINGLE + "linear1", _SINGLE_TO + "mlp_in", ((3, 7, 7),)),
+        *linear(_BFL_SINGLE + "linear2", _SINGLE_TO + "out"),
+        _bfl_norm(_BFL_SINGLE + r"norm\.query_norm", _SINGLE_TO + "qkv.query_norm"),
+        _bfl_norm(_BFL_SINGLE + r"norm\.key_norm", _SINGLE_TO + "qkv.key_norm"),
+        *linear(r"final_layer\.adaLN_modulation\.1", "final_mod"),
+        *linear(r"final_layer\.linear", "final_out"),
+    )
+)  # fmt: skip
+
 _T5, _T5_TO = r"encoder\.block\.(\d+)\.layer\.", "blocks[{0}]."
 
 T5 = Table(
@@ -120,3 +160,30 @@ VAE_ENCODER = Table(
     (*_vae_half("encoder", "down_blocks", "down", "downsamplers"), *linear("quant_conv", "quant")),
     ignored=(r"decoder\..*", r"post_quant_conv\..*"),
 )
+
+
+def vae_bfl(levels: int) -> Table:
+    """``ae.safetensors``: the decoder's resolutions are counted from the finest, ours from the coarsest."""
+    rules = [
+        *linear(r"decoder\.conv_in", "conv_in"),
+        *linear(r"decoder\.conv_out", "conv_out"),
+        *norm(r"decoder\.norm_out", "norm_out"),
+        *norm(r"decoder\.mid\.attn_1\.norm", "mid.attn_1.norm"),
+        *(r for n in "qkv" for r in linear(rf"decoder\.mid\.attn_1\.{n}", f"mid.attn_1.{n}")),
+        *linear(r"decoder\.mid\.attn_1\.proj_out", "mid.attn_1.out"),
+        *linear("post_quant_conv", "post_quant"),
+    ]
+    blocks = [(rf"decoder\.mid\.block_{i}", f"mid.block_{i}") for i in (1, 2)]
+    for level in range(levels):
+        src, dst = rf"decoder\.up\.{levels - 1 - level}", f"up.{level}"
+        blocks.append((rf"{src}\.block\.(\d+)", f"{dst}.block.{{0}}"))
+        rules += linear(rf"{src}\.upsample\.conv", f"{dst}.conv")
+    for src, dst in blocks:
+        rules += [*norm(rf"{src}\.norm1", f"{dst}.norm1"), *norm(rf"{src}\.norm2", f"{dst}.norm2")]
+        rules += [*linear(rf"{src}\.conv1", f"{dst}.conv1"), *linear(rf"{src}\.conv2", f"{dst}.conv2")]
+        rules += linear(rf"{src}\.nin_shortcut", f"{dst}.shortcut")
+    return Table(tuple(rules), ignored=(r"encoder\..*", r"quant_conv\..*"))
+
+
+# A converted checkpoint has the model's own names.
+NATIVE = Table((Rule("(.+)", "{0}"),))
