@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ class Tokenizers:
     """CLIP's and T5's tokenizers; prompts become fixed-length, padded, truncated ids."""
 
     def __init__(self, clip: str, t5: str, max_sequence_length: int):
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would say that torch is missing
         from transformers import AutoTokenizer  # slow to import; only a run needs it
 
         self.clip, self.t5 = (self._open(AutoTokenizer, folder) for folder in (clip, t5))

@@ -61,7 +61,8 @@ def splash(q: Array, k: Array, v: Array, *, blocks: Mapping[str, int] | None = N
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     heads, length, width = q.shape[1:]
-    sizes = splash_blocks(length) | dict(blocks or {})
+    chosen = splash_blocks(length)
+    sizes = chosen | {name: size for name, size in (blocks or {}).items() if name in chosen}  # the forward kernel's
     multiple = math.lcm(sizes["block_q"], sizes["block_kv"])
     padded = -(-length // multiple) * multiple
     pad = ((0, 0), (0, 0), (0, padded - length), (0, 0))
