@@ -1,8 +1,8 @@
 """Pixels → files → records, in threads behind the device. Nothing else in the program writes images.
 
-A batch is copied back from the device, encoded and written image by image in parallel, and then
-recorded. ``put`` returns at once while fewer than ``depth`` batches are on their way, so the
-device computes the next one meanwhile and memory stays bounded.
+A batch is copied back from the device, its images are encoded and written in parallel, and then
+it is recorded. One batch at a time is on this way while the device makes the next: memory is
+bounded, and a kill costs no more than what was not yet recorded of that one.
 """
 
 from __future__ import annotations
@@ -37,8 +37,7 @@ class Writer:
 
     ``facts``: what a record says besides its row and its file (model, digests, dtypes, …).
     ``retry``: makes a row again that came out non-finite → (uint8 [H, W, 3], finite).
-    ``on_image``: called once for every row, with whether it has its image now; from any thread.
-    ``depth``: batches on their way at once.
+    ``on_image``: called once for every row, with whether it has its image now; from a thread.
     """
 
     def __init__(
@@ -50,8 +49,6 @@ class Writer:
         facts: Mapping[str, Any],
         retry: Callable[[Row], tuple[np.ndarray, bool]] | None = None,
         on_image: Callable[[Row, bool], None] | None = None,
-        depth: int = 3,
-        threads: int | None = None,
     ):
         self._store = store
         self._ledger = ledger
@@ -61,17 +58,17 @@ class Writer:
         self._retry = retry
         self._retrying = threading.Lock()  # it may need the device's memory: one row at a time
         self._on_image = on_image
-        self._room = threading.BoundedSemaphore(depth)
-        self._batches = ThreadPoolExecutor(depth, thread_name_prefix="batch")
+        self._room = threading.Semaphore(1)
+        self._batches = ThreadPoolExecutor(1, thread_name_prefix="batch")
         # compression takes a core each; on object storage threads mostly wait for the network
-        self._images = ThreadPoolExecutor(threads or max(8, os.cpu_count() or 1), thread_name_prefix="image")
+        self._images = ThreadPoolExecutor(max(16, os.cpu_count() or 1), thread_name_prefix="image")
         self._lock = threading.Lock()
         self._error: BaseException | None = None
-        self._last_copy = 0.0
+        self._begun = 0.0  # when the device could begin the batch at hand
         self.written = 0  # images recorded
         self.rejected = 0
         self.bytes = 0
-        self.waited = 0.0  # seconds that ``put`` waited for room: the writing was the bottleneck
+        self.waited = 0.0  # seconds in ``put``: for the device, or for a writing that is slower
 
     def put(
         self,
@@ -81,20 +78,21 @@ class Writer:
         finite: Any,
         seconds: float | None = None,
     ) -> None:
-        """Hands over one batch; waits while ``depth`` earlier ones are on their way.
+        """Hands over one batch, once the one before it is recorded.
 
         ``pixels`` uint8 [B, H, W, 3] and ``finite`` bool [B], arrays that NumPy can copy back,
         B ≥ len(rows): what is beyond the rows is padding. ``names``: file name by row index.
         ``seconds``: the device's time for one image; None: measured from batch to batch.
         Raises what went wrong with an earlier batch, if that ends the job.
         """
-        start = time.monotonic()
+        called = time.monotonic()
         self._room.acquire()
-        self.waited += time.monotonic() - start
+        self.waited += time.monotonic() - called
         if self._error:
             self._room.release()
             raise self._error
-        self._submit(self._write_batch, tuple(rows), names, pixels, finite, seconds, start)
+        self._begun = self._begun or called
+        self._submit(self._write_batch, tuple(rows), names, pixels, finite, seconds)
 
     def compact(self) -> None:
         """At the end of a shard: its records become one object, in the background."""
@@ -139,14 +137,12 @@ class Writer:
         pixels: Any,
         finite: Any,
         seconds: float | None,
-        start: float,
     ) -> None:
         pixels = np.asarray(pixels)[: len(rows)]  # waits for the device
         finite = np.asarray(finite)[: len(rows)]
-        with self._lock:
-            now = time.monotonic()
-            share = (now - max(start, self._last_copy)) / len(rows) if seconds is None else seconds
-            self._last_copy = now
+        now = time.monotonic()
+        share = (now - self._begun) / len(rows) if seconds is None else seconds
+        self._begun = now
         outcomes = list(
             self._images.map(
                 lambda row, image, good: self._write_image(row, names[row.index], image, bool(good), share),

@@ -1,0 +1,82 @@
+"""Image files: pixels unharmed, parameters inside, damage noticed."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fluxbatch.io.images import decode, encode, is_flat, pixel_sha256
+
+OPTIONS = {"png_level": 6, "quality": 90}
+TEXT = {"parameters": json.dumps({"prompt": 'ein <b>Bär</b> 🐻 "x"\n', "seed": 2**64 - 1}, ensure_ascii=False)}
+
+
+def noise(height=24, width=40):
+    return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def smooth(height=32, width=48):
+    y, x = np.mgrid[:height, :width]
+    return np.stack([x * 5, y * 7, x + y], -1).astype(np.uint8)
+
+
+def test_png_is_lossless_and_carries_its_parameters():
+    data = encode(noise(), "png", text=TEXT, **OPTIONS)
+    np.testing.assert_array_equal(decode(data), noise())
+    with Image.open(io.BytesIO(data)) as image:
+        assert (image.format, image.size, image.mode) == ("PNG", (40, 24), "RGB")
+        assert json.loads(image.text["parameters"]) == json.loads(TEXT["parameters"])
+    assert data == encode(noise(), "png", text=TEXT, **OPTIONS)
+    assert len(encode(smooth(), "png", text={}, png_level=9, quality=0)) < len(
+        encode(smooth(), "png", text={}, png_level=0, quality=0)
+    )
+
+
+@pytest.mark.parametrize(("format", "name"), [("jpeg", "JPEG"), ("webp", "WEBP")])
+def test_lossy_formats(format, name):
+    data = encode(smooth(), format, text=TEXT, **OPTIONS)
+    assert np.abs(decode(data).astype(int) - smooth()).mean() < 10
+    with Image.open(io.BytesIO(data)) as image:
+        assert (image.format, image.size) == (name, (48, 32))
+        assert json.loads(image.getexif()[0x010E]) == TEXT
+    assert len(encode(smooth(), format, text={}, png_level=0, quality=30)) < len(data)
+    huge = {"parameters": "x" * 200_000}  # more than a JPEG's EXIF holds: the image is written all the same
+    assert decode(encode(smooth(), format, text=huge, **OPTIONS)).shape == smooth().shape
+
+
+@pytest.mark.parametrize("format", ["png", "jpeg", "webp"])
+def test_damage_is_noticed(format):
+    data = encode(noise(64, 64), format, text={}, **OPTIONS)
+    for damaged in (b"", b"no image", data[: len(data) // 2], data[:30]):
+        with pytest.raises(ValueError, match="not a whole image"):
+            decode(damaged)
+
+
+def test_the_hash_is_of_pixels_and_shape():
+    assert len(pixel_sha256(noise())) == 64
+    assert pixel_sha256(noise()) == pixel_sha256(np.asfortranarray(noise()))
+    assert pixel_sha256(noise()) != pixel_sha256(noise().reshape(40, 24, 3))
+    changed = noise()
+    changed[3, 4, 1] ^= 1
+    assert pixel_sha256(noise()) != pixel_sha256(changed)
+
+
+def test_flat_images():
+    assert is_flat(np.full((8, 8, 3), [1, 2, 3], np.uint8))
+    almost = np.zeros((8, 8, 3), np.uint8)
+    almost[7, 7, 2] = 1
+    assert not is_flat(almost)
+
+
+@pytest.mark.parametrize(
+    "pixels", [np.zeros((8, 8, 3)), np.zeros((8, 8), np.uint8), np.zeros((8, 8, 4), np.uint8), np.zeros((2, 8, 8, 3), np.uint8)]
+)
+def test_other_arrays_are_refused(pixels):
+    with pytest.raises(ValueError, match="expected uint8"):
+        encode(pixels, "png", text={}, **OPTIONS)
+    with pytest.raises(ValueError, match="format: got 'gif'"):
+        encode(noise(), "gif", text={}, **OPTIONS)
