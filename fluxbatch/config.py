@@ -37,6 +37,7 @@ class Model:
     revision: str | None = MISSING
     clip_model_name_or_path: str | None = MISSING
     t5xxl_model_name_or_path: str | None = MISSING
+    vae_model_name_or_path: str | None = MISSING
 
 
 @dataclass

@@ -22,7 +22,7 @@ FLUX = "transformer/diffusion_pytorch_model.safetensors"
 
 
 def model(path, **other):
-    return Model("x", str(path), None, other.get("clip"), other.get("t5"))
+    return Model("x", str(path), None, other.get("clip"), other.get("t5"), other.get("vae"))
 
 
 @pytest.fixture

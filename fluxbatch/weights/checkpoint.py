@@ -1,10 +1,13 @@
-"""A FLUX checkpoint as a set of components, opened from headers and configs alone."""
+"""A FLUX checkpoint as a set of components, opened from headers and configs alone.
+
+Three layouts, told apart by what is there: diffusers' directory, single files (Black Forest Labs',
+ComfyUI's), and the converted copy that ``fluxbatch.convert`` writes.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib.resources
 import json
 import os
 import tempfile
@@ -19,12 +22,12 @@ from fluxbatch.models.flux import Flux, FluxConfig
 from fluxbatch.models.t5 import T5Config, T5Encoder
 from fluxbatch.models.vae import Decoder, VaeConfig
 from fluxbatch.types import UserError
-from fluxbatch.weights import load, tables
+from fluxbatch.weights import load, native, single, tables
+from fluxbatch.weights.find import find, snapshot, split
 from fluxbatch.weights.rules import Table
-from fluxbatch.weights.source import Source, Tensor, read_headers, sampled
+from fluxbatch.weights.source import Source, Tensor, read_header, read_headers, sampled, with_scales
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt", "spiece.model")
-EMBEDDED = importlib.resources.files("fluxbatch") / "checkpoints"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,19 +38,28 @@ class Kind:
     module: Callable[..., nnx.Module]
     table: Table
     stems: tuple[str, ...]
+    classes: tuple[str, ...]  # what its config.json may say it is
+    key: str | None = None  # of the configuration, naming where it lives if not with the base model
+    files: tuple[str, ...] = ()  # its usual names as a single file
+    folders: tuple[str, ...] = ()  # ComfyUI's, beside the transformer's
 
 
+CLIP_FILES = ("clip_l.safetensors",)
+T5_FILES = ("t5xxl_fp16.safetensors", "t5xxl_fp8_e4m3fn_scaled.safetensors", "t5xxl_fp8_e4m3fn.safetensors")
 KINDS = {
-    "transformer": Kind(FluxConfig, Flux, tables.FLUX_DIFFUSERS, ("diffusion_pytorch_model", "model")),
-    "text_encoder": Kind(ClipConfig, ClipTextEncoder, tables.CLIP, ("model",)),
-    "text_encoder_2": Kind(T5Config, T5Encoder, tables.T5, ("model",)),
-    "vae": Kind(VaeConfig, Decoder, tables.VAE_DECODER, ("diffusion_pytorch_model", "model")),
-}
-CLASSES = {
-    "transformer": ("FluxTransformer2DModel",),
-    "text_encoder": ("CLIPTextModel", "CLIPModel"),
-    "text_encoder_2": ("T5EncoderModel", "T5ForConditionalGeneration", "T5Model"),
-    "vae": ("AutoencoderKL",),
+    "transformer": Kind(FluxConfig, Flux, tables.FLUX_DIFFUSERS, ("diffusion_pytorch_model", "model"), ("FluxTransformer2DModel",)),
+    "text_encoder": Kind(ClipConfig, ClipTextEncoder, tables.CLIP, ("model",), ("CLIPTextModel", "CLIPModel"),
+                         "clip_model_name_or_path", CLIP_FILES, ("text_encoders", "clip")),
+    "text_encoder_2": Kind(T5Config, T5Encoder, tables.T5, ("model",), ("T5EncoderModel", "T5ForConditionalGeneration", "T5Model"),
+                           "t5xxl_model_name_or_path", T5_FILES, ("text_encoders", "clip")),
+    "vae": Kind(VaeConfig, Decoder, tables.VAE_DECODER, ("diffusion_pytorch_model", "model"), ("AutoencoderKL",),
+                "vae_model_name_or_path", ("ae.safetensors",), ("vae",)),
+}  # fmt: skip
+# Each tokenizer's encoder, and for FLUX.1's vocabularies the public repository that has it: single files
+# come without one.
+TOKENIZERS = {
+    "tokenizer": ("text_encoder", 49408, "openai/clip-vit-large-patch14"),
+    "tokenizer_2": ("text_encoder_2", 32128, "google/t5-v1_1-xxl"),
 }
 
 
@@ -57,11 +69,13 @@ class Component:
     source: Source
     config: Any
     tensors: Mapping[str, Tensor]
+    table: Table
+    where: str  # its config.json, or the file whose shapes gave the config
 
     def plan(self, **options: Any) -> load.Plan:
         """Which bytes fill which parameter; UserError lists every disagreement."""
         make = lambda rngs: self.kind.module(self.config, rngs=rngs, **options)  # noqa: E731
-        return load.plan(make, dict(self.tensors), self.kind.table, self.source)
+        return load.plan(make, dict(self.tensors), self.table, self.source)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,15 +85,22 @@ class Checkpoint:
     tokenizer_2: str  # and of T5's
     scheduler: Mapping[str, Any]
     revision: str | None  # commit of a Hugging Face snapshot
+    converted_from: str | None = None  # digest of what a converted copy was made from
 
     def digest(self) -> str:
-        """16 hex digits over configs, tokenizers and the weights' bytes (large files: samples)."""
+        """16 hex digits over configs, tokenizers and the weights' bytes (large files: samples); of a
+        converted copy, whose bytes have checksums, those of its origin."""
+        if self.converted_from is not None:
+            return self.converted_from
         digest = hashlib.sha256(json.dumps(self.scheduler, sort_keys=True).encode())
+        seen = set()
         for name, component in sorted(self.components.items()):
-            digest.update(name.encode() + component.source.read("config.json"))
+            digest.update(name.encode() + json.dumps(dataclasses.asdict(component.config), sort_keys=True).encode())
             for file in sorted({tensor.file for tensor in component.tensors.values()}):
-                for part in sampled(component.source, file):
-                    digest.update(part)
+                if (path := component.source.path(file)) not in seen:
+                    seen.add(path)
+                    for part in sampled(component.source, file):
+                        digest.update(part)
         for folder in (self.tokenizer, self.tokenizer_2):
             for file in TOKENIZER_FILES:
                 if os.path.exists(path := os.path.join(folder, file)):
@@ -90,90 +111,123 @@ class Checkpoint:
 
 def open_checkpoint(model: Model) -> Checkpoint:
     """Finds the checkpoint and reads its configs and headers; UserError for anything unsound."""
-    base, revision = find(model.pretrained_model_name_or_path, "model.pretrained_model_name_or_path", model.revision)
-    root = Source(base)
-    index = root.json("model_index.json") if root.exists("model_index.json") else {}
+    place, revision = find(model.pretrained_model_name_or_path, "model.pretrained_model_name_or_path", model.revision)
+    folder, file = split(place)
+    root = Source(folder)
+    index = root.json("model_index.json") if file is None and root.exists("model_index.json") else {}
     if index.get("_class_name", "FluxPipeline") not in ("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline"):
         raise UserError(f"{root.path('model_index.json')}: a {index['_class_name']}, expected a FluxPipeline")
+    marker = native.read_marker(root) if file is None else None
+    file = file or (_only_file(root) if marker is None else None)
+    whole = _read_file(root, file) if file else {}
 
-    clip, clip_tokenizer = root / "text_encoder", root / "tokenizer"
-    if model.clip_model_name_or_path:
-        clip, clip_tokenizer = _encoder(model.clip_model_name_or_path, "model.clip_model_name_or_path", "text_encoder", "tokenizer")
-    t5, t5_tokenizer = root / "text_encoder_2", root / "tokenizer_2"
-    if model.t5xxl_model_name_or_path:
-        t5, t5_tokenizer = _encoder(model.t5xxl_model_name_or_path, "model.t5xxl_model_name_or_path", "text_encoder_2", "tokenizer_2")
-    sources = {"transformer": root / "transformer", "text_encoder": clip, "text_encoder_2": t5, "vae": root / "vae"}
-    components = {name: _component(name, source) for name, source in sources.items()}
-
-    flux, vae = components["transformer"].config, components["vae"].config
+    opened = {name: _open(name, model, root, file, whole, marker) for name in KINDS}
+    components = {name: component for name, (component, _) in opened.items()}
+    if file:
+        prefixes = {found[2] for name in KINDS if (found := single.recognise(name, whole))}
+        single.check_whole(whole, list(prefixes), root.path(file))
+    flux = components["transformer"]
     for key, got, expected, of in (
-        ("in_channels", flux.in_channels, 4 * vae.latent_channels, "4 × the VAE's latent_channels"),
-        ("joint_attention_dim", flux.joint_attention_dim, components["text_encoder_2"].config.d_model, "T5's d_model"),
-        ("pooled_projection_dim", flux.pooled_projection_dim, components["text_encoder"].config.hidden_size, "CLIP's hidden_size"),
+        ("in_channels", flux.config.in_channels, 4 * components["vae"].config.latent_channels, "4 × the VAE's latent_channels"),
+        ("joint_attention_dim", flux.config.joint_attention_dim, components["text_encoder_2"].config.d_model, "T5's d_model"),
+        ("pooled_projection_dim", flux.config.pooled_projection_dim, components["text_encoder"].config.hidden_size, "CLIP's hidden_size"),
     ):
         if got != expected:
-            raise UserError(f"{sources['transformer'].path('config.json')}: {key} is {got}, expected {expected} ({of})")
-    scheduler = root / "scheduler"
-    return Checkpoint(
-        components, _tokenizer(clip_tokenizer), _tokenizer(t5_tokenizer), scheduler.json("scheduler_config.json"), revision
-    )
+            raise UserError(f"{flux.where}: {key} is {got}, expected {expected} ({of})")
+
+    tokenizers = {}
+    for name, (encoder, vocabulary, repo) in TOKENIZERS.items():
+        known = repo if components[encoder].config.vocab_size == vocabulary else None
+        home = opened[encoder][1]  # a model directory of its own has its tokenizer beside the weights
+        tokenizers[name] = _tokenizer([*([home / name, home] if home else []), root / name], known)
+    if file and not root.exists("scheduler/scheduler_config.json"):
+        scheduler = single.schedule(flux.config.guidance_embeds)
+    else:
+        scheduler = (root / "scheduler").json("scheduler_config.json")
+    return Checkpoint(components, **tokenizers, scheduler=scheduler, revision=revision or (marker or {}).get("revision"),
+                      converted_from=(marker or {}).get("digest"))  # fmt: skip
 
 
-def find(name: str, key: str, revision: str | None = None, patterns: tuple[str, ...] | None = None) -> tuple[str, str | None]:
-    """A directory or ``gs://`` URL for an embedded name, a path, a URL or a Hugging Face repo id,
-    and the snapshot's commit if there is one."""
-    if name.startswith("gs://"):
-        return name, None
-    if os.path.isdir(path := os.path.expanduser(name)):
-        return path, None
-    if "/" not in name and (EMBEDDED / name / "model_index.json").is_file():
-        return str(EMBEDDED / name), None
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise UserError(f"{key}: {name!r} is not there: expected a directory, gs://bucket/prefix or a Hugging Face repo id")
-    path = _snapshot(name, key, revision, patterns)
-    return path, os.path.basename(path)
+def _open(
+    name: str, model: Model, root: Source, file: str | None, whole: Mapping[str, Tensor], marker: Mapping[str, Any] | None
+) -> tuple[Component, Source | None]:
+    """A component, and the directory of a text encoder that the configuration names apart."""
+    kind = KINDS[name]
+    if kind.key and (given := getattr(model, kind.key)):
+        patterns = tuple(f"{prefix}*.{end}" for prefix in ("", f"{name}/", "tokenizer*/") for end in ("json", "safetensors", "txt", "model"))
+        place, other = split(find(given, f"model.{kind.key}", patterns=patterns)[0])
+        home = Source(place)
+        if other:
+            return _from_file(name, home, other, _read_file(home, other)), home
+        return _from_directory(name, home / name if home.exists(f"{name}/config.json") else home), home
+    if marker is not None:
+        return _from_directory(name, root / name, marker), None
+    if file and (name == "transformer" or single.recognise(name, whole)):
+        return _from_file(name, root, file, whole), None
+    if root.exists(f"{name}/config.json"):
+        return _from_directory(name, root / name), None
+    folders = [root, *(root / f"../{folder}" for folder in kind.folders if root.local)]
+    for folder in folders:
+        for other in kind.files:
+            if folder.exists(other):
+                return _from_file(name, folder, other, _read_file(folder, other)), None
+    if not file:
+        return _from_directory(name, root / name), None  # says what is missing
+    raise UserError(f"{root.path(file)}: no {name} in it or beside it: expected {root.path(name)}/ or {kind.files[0]} in "
+                    f"{', '.join(folder.url for folder in folders)}, or model.{kind.key}=…")  # fmt: skip
 
 
-def _snapshot(repo: str, key: str, revision: str | None, patterns: tuple[str, ...] | None) -> str:
-    """The cached snapshot of a Hugging Face repository (token and cache from the usual environment)."""
-    import huggingface_hub
-    from huggingface_hub import errors
+def _only_file(root: Source) -> str | None:
+    """The transformer's file in a directory of single files."""
+    if root.exists("transformer/config.json"):
+        return None
+    names = sorted(os.listdir(root.url)) if root.local else root.files()
+    files = [n for n in names if "/" not in n and n.startswith("flux") and n.endswith(".safetensors")]
+    if len(files) > 1:
+        raise UserError(f"{root.url}: holds {', '.join(files)}: name one of them")
+    return files[0] if files else None
 
-    parts = ("transformer", "text_encoder", "text_encoder_2", "vae", "scheduler", "tokenizer", "tokenizer_2")
-    patterns = patterns or ("model_index.json", *(f"{part}/*" for part in parts))
+
+def _read_file(source: Source, file: str) -> dict[str, Tensor]:
+    return with_scales(read_header(source, file), source.path(file))
+
+
+def _from_file(name: str, source: Source, file: str, whole: Mapping[str, Tensor]) -> Component:
+    kind, where = KINDS[name], source.path(file)
+    found = single.recognise(name, whole)
+    if found is None:
+        raise UserError(f"{where}: no {name} in it: its tensors are called {', '.join(list(whole)[:3])}, …")
+    tensors, table, _ = found
     try:
-        return huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=list(patterns))
-    except errors.GatedRepoError as error:
-        raise UserError(
-            f"{key}: {repo} is gated: accept its licence at https://huggingface.co/{repo}, "
-            "then `hf auth login` or set HF_TOKEN") from error  # fmt: skip
-    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
-        at = f" at revision {revision}" if revision else ""
-        raise UserError(f"{key}: {repo!r}{at} is neither a directory here nor a repository on Hugging Face that this token may read") from error
-    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.HFValidationError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{key}: {repo!r} is not a directory here, and Hugging Face cannot be reached: {reason}") from error
+        config = single.sizes(name, tensors, table)
+        beside = next((json for path in (f"{name}/config.json", "config.json") if (json := _declared(kind, source, path))), None)
+        config = (beside.get("text_config", beside) if beside else single.constants(name, config)) | config
+        return Component(kind, source, kind.config.from_json(config), tensors, table, where)
+    except KeyError as error:
+        raise UserError(f"{where}: no tensor gives the size of {error} of the {name}") from error
+    except (ValueError, TypeError, IndexError) as error:
+        raise UserError(f"{where}: {error}") from error
 
 
-def _encoder(name: str, key: str, folder: str, tokenizer: str) -> tuple[Source, Source]:
-    """A text encoder that lives elsewhere: in a pipeline's layout, or a model directory of its own."""
-    layout = ("*.json", "*.safetensors", "*.txt", "*.model")
-    base, _ = find(name, key, patterns=(*layout, f"{folder}/*", f"{tokenizer}/*"))
-    source = Source(base)
-    if source.exists(f"{folder}/config.json"):
-        return source / folder, source / tokenizer
-    return source, source
+def _declared(kind: Kind, source: Source, path: str) -> dict[str, Any] | None:
+    """The config at ``path`` if it says it is of this kind."""
+    config = source.json(path) if source.exists(path) else {}
+    return config if _class_of(config) in kind.classes else None
 
 
-def _component(name: str, source: Source) -> Component:
+def _class_of(config: Mapping[str, Any]) -> str | None:
+    return config.get("_class_name") or next(iter(config.get("architectures") or ()), None)
+
+
+def _from_directory(name: str, source: Source, marker: Mapping[str, Any] | None = None) -> Component:
     kind = KINDS[name]
     if not source.exists("config.json"):
         raise UserError(f"{source.path('config.json')}: not found: the checkpoint has no {name}")
     config = source.json("config.json")
     where = source.path("config.json")
-    declared = config.get("_class_name") or next(iter(config.get("architectures") or ()), None)
-    if declared is not None and declared not in CLASSES[name]:
-        raise UserError(f"{where}: is a {declared}, expected {' or '.join(CLASSES[name])}")
+    declared = _class_of(config)
+    if declared is not None and declared not in kind.classes:
+        raise UserError(f"{where}: is a {declared}, expected {' or '.join(kind.classes)}")
     try:
         parsed = kind.config.from_json(config)
         if missing := [f.name for f in dataclasses.fields(parsed) if getattr(parsed, f.name) is None]:
@@ -182,18 +236,32 @@ def _component(name: str, source: Source) -> Component:
         raise UserError(f"{where}: key {error} is missing") from error
     except (ValueError, TypeError) as error:
         raise UserError(f"{where}: {error}") from error
-    return Component(kind, source, parsed, read_headers(source, kind.stems))
+    if marker is not None:
+        arrays = native.Arrays(source.url)
+        return Component(kind, arrays, parsed, native.tensors(marker, name, arrays), tables.NATIVE, where)
+    tensors = read_headers(source, kind.stems)
+    own, table, prefix = single.recognise(name, tensors) or (tensors, kind.table, "")
+    return Component(kind, source, parsed, tensors if prefix else own, kind.table if prefix else table, where)
 
 
-def _tokenizer(source: Source) -> str:
-    """A local directory with the tokenizer's files."""
-    present = [name for name in TOKENIZER_FILES if source.exists(name)]
-    if not {"tokenizer.json", "vocab.json", "spiece.model"} & set(present):
-        raise UserError(f"{source.url}: no tokenizer: expected tokenizer.json, vocab.json with merges.txt, or spiece.model")
-    if not source.url.startswith("gs://"):
-        return source.url
+def _tokenizer(homes: list[Source], repo: str | None) -> str:
+    """A local directory with the tokenizer's files: the first of ``homes`` that has them, else ``repo``."""
+    for home in homes:
+        present = [file for file in TOKENIZER_FILES if home.exists(file)]
+        if {"tokenizer.json", "vocab.json", "spiece.model"} & set(present):
+            return home.url if home.local else _copied(home, present)
+    where = homes[-1].url
+    if repo is None:
+        raise UserError(f"{where}: no tokenizer: expected tokenizer.json, vocab.json with merges.txt, or spiece.model")
+    try:
+        return snapshot(repo, where, None, TOKENIZER_FILES)
+    except UserError as error:
+        raise UserError(f"{where}: no tokenizer, and {repo} has it, but: {error}") from error
+
+
+def _copied(source: Source, files: list[str]) -> str:
     folder = tempfile.mkdtemp(prefix="fluxbatch-tokenizer-")
-    for name in present:
+    for name in files:
         with open(os.path.join(folder, name), "wb") as file:
             file.write(source.read(name))
     return folder

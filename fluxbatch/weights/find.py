@@ -1,0 +1,72 @@
+"""Where the model that a user names lies: a directory, a single file, a URL, or a Hugging Face repo."""
+
+from __future__ import annotations
+
+import importlib.resources
+import os
+
+from fluxbatch.types import UserError
+
+EMBEDDED = importlib.resources.files("fluxbatch") / "checkpoints"
+SUFFIX = ".safetensors"
+PICKLED = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+PARTS = ("transformer", "text_encoder", "text_encoder_2", "vae", "scheduler", "tokenizer", "tokenizer_2")
+
+
+def find(name: str, key: str, revision: str | None = None, patterns: tuple[str, ...] | None = None) -> tuple[str, str | None]:
+    """A directory, ``.safetensors`` file or URL of either for an embedded name, a path, a URL, a Hugging
+    Face repo id or ``owner/repo/file.safetensors``; and the snapshot's commit if there is one.
+
+    ``patterns``: the files to fetch of a repository. UserError says what was looked for.
+    """
+    path = os.path.expanduser(name)
+    if name.endswith((*PICKLED, ".gguf", ".sft")) and not os.path.isdir(path):
+        why = "pickled files are not read, they can run code" if name.endswith(PICKLED) else "this format is not read"
+        raise UserError(f"{key}: {name!r}: expected a {SUFFIX} file: {why}")
+    if name.startswith(("gs://", "http://", "https://")):
+        return name.rstrip("/"), None
+    if os.path.isdir(path):
+        return path, None
+    if os.path.isfile(path):
+        if not path.endswith(SUFFIX):
+            raise UserError(f"{key}: {name!r}: expected a {SUFFIX} file or a directory")
+        return path, None
+    if "/" not in name and (EMBEDDED / name / "model_index.json").is_file():
+        return str(EMBEDDED / name), None
+    owner, _, rest = name.partition("/")
+    repo, _, file = rest.partition("/")
+    if not repo or name.startswith((".", "/", "~")) or name.endswith("/") or (file and not file.endswith(SUFFIX)) or repo.endswith(SUFFIX):
+        raise UserError(f"{key}: {name!r} is not there: expected a directory, a {SUFFIX} file, gs://bucket/prefix, "
+                        "http(s)://… or a Hugging Face repo id")  # fmt: skip
+    patterns = patterns or ("model_index.json", "ae.safetensors", *(f"{part}/*" for part in PARTS))
+    if file:
+        patterns = (file, *(p for p in patterns if not p.startswith("transformer/") or p.endswith(".json")))
+    folder = snapshot(f"{owner}/{repo}", key, revision, patterns)
+    return (os.path.join(folder, file) if file else folder), os.path.basename(folder)
+
+
+def split(place: str) -> tuple[str, str | None]:
+    """Directory and file name of a ``.safetensors`` file; the directory itself and None."""
+    if not place.endswith(SUFFIX) or os.path.isdir(place):
+        return place, None
+    folder, _, file = place.rpartition("/")
+    return folder or ("/" if place.startswith("/") else "."), file
+
+
+def snapshot(repo: str, key: str, revision: str | None, patterns: tuple[str, ...]) -> str:
+    """The cached snapshot of a Hugging Face repository (token and cache from the usual environment)."""
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    try:
+        return huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=list(patterns))
+    except errors.GatedRepoError as error:
+        raise UserError(
+            f"{key}: {repo} is gated: accept its licence at https://huggingface.co/{repo}, "
+            "then `hf auth login` or set HF_TOKEN") from error  # fmt: skip
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
+        at = f" at revision {revision}" if revision else ""
+        raise UserError(f"{key}: {repo!r}{at} is neither a directory here nor a repository on Hugging Face that this token may read") from error
+    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.HFValidationError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{key}: {repo!r} is not a directory here, and Hugging Face cannot be reached: {reason}") from error
