@@ -12,7 +12,7 @@ import collections
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -33,6 +33,8 @@ SMALL = 256 << 10  # a tensor up to this size is read whole, not part by part
 
 Progress = Callable[[int], None]
 Index = tuple[tuple[int, int], ...]  # of a local part: start and stop on each axis
+Edit = Callable[[np.ndarray], np.ndarray]  # one layer of a parameter, float32 → float32
+Edits = Mapping[tuple[str, int], Edit]  # by path and layer (0 of a parameter that is not stacked)
 
 
 def path_of(keys: tuple[Any, ...]) -> str:
@@ -63,24 +65,49 @@ def plan(make: Callable[[nnx.Rngs], nnx.Module], tensors: dict[str, Tensor], tab
     return Plan(source, graph, state, assign(tensors, table, shapes, stacked, source.url))
 
 
-def load(plan: Plan, mesh: jax.sharding.Mesh, dtype: Any, progress: Progress = lambda _: None) -> nnx.Module:
+def load(
+    plan: Plan, mesh: jax.sharding.Mesh, dtype: Any, progress: Progress = lambda _: None, edits: Edits | None = None
+) -> nnx.Module:
     """Streams the weights onto ``mesh`` as ``dtype`` and returns the module.
 
-    Raises UserError, naming file and tensor, when bytes are missing, cut short, damaged (where the
-    format has checksums) or changed since the plan was made.
+    Layers with an edit are read whole on every host and changed in float32 on the way, so the result does
+    not depend on the sharding. Raises UserError, naming file and tensor, when bytes are missing, cut
+    short, damaged (where the format has checksums) or changed since the plan was made.
     """
+    leaves = nnx.to_flat_state(plan.state)
+    return nnx.merge(plan.graph, nnx.from_flat_state(_stream(plan, leaves, mesh, dtype, progress, edits or {})))
+
+
+def reload(
+    plan: Plan, state: Any, paths: Collection[str], mesh: jax.sharding.Mesh, dtype: Any,
+    progress: Progress = lambda _: None, edits: Edits | None = None,
+) -> Any:  # fmt: skip
+    """``state`` with the parameters at ``paths`` streamed anew, as ``load`` would load them now.
+
+    The old ones are freed one by one if the caller has let go of ``state``.
+    """
+    fresh = dict(nnx.to_flat_state(state))
+    del state
+    for keys, leaf in nnx.to_flat_state(plan.state):
+        if path_of(keys) in paths:
+            fresh[keys] = leaf  # frees the old array
+            [(_, fresh[keys])] = _stream(plan, [(keys, leaf)], mesh, dtype, progress, edits or {})
+    return nnx.from_flat_state(list(fresh.items()))
+
+
+def _stream(plan: Plan, leaves: Any, mesh: jax.sharding.Mesh, dtype: Any, progress: Progress, edits: Edits) -> list[tuple[Any, Any]]:
     reader = Reader(plan.source, progress)
     scales = _scales(plan, reader)
     make = HostBox if on_host(mesh) else functools.partial(DeviceBox, copies=collections.deque())
     loaded = []
-    for keys, leaf in nnx.to_flat_state(plan.state):
-        shape, axes = leaf.get_value().shape, leaf.get_metadata()["axes"]
+    for keys, leaf in leaves:
+        shape, axes, path = leaf.get_value().shape, leaf.get_metadata()["axes"], path_of(keys)
         box = make(shape, len(shape) > len(axes), param_sharding(mesh, shape, axes), np.dtype(dtype))
-        for layer, piece in enumerate(plan.pieces[path_of(keys)]):
-            _fill(box, layer, piece, scales.get(id(piece.tensor)), reader)
+        for layer, piece in enumerate(plan.pieces[path]):
+            _fill(box, layer, piece, scales.get(id(piece.tensor)), reader, edits.get((path, layer)))
         loaded.append((keys, leaf, box))
     reader.drain()
-    return nnx.merge(plan.graph, nnx.from_flat_state([(keys, leaf.replace(box.array())) for keys, leaf, box in loaded]))
+    return [(keys, leaf.replace(box.array())) for keys, leaf, box in loaded]
 
 
 def on_host(mesh: jax.sharding.Mesh) -> bool:
@@ -138,8 +165,8 @@ class Box(abc.ABC):
             self.devices.setdefault(key, []).append(device)
 
     @abc.abstractmethod
-    def open(self, layer: int, piece: Piece) -> list[tuple[Index, np.ndarray]]:
-        """Where to write a layer: each part's index within the layer, and its buffer."""
+    def open(self, layer: int, dtype: np.dtype) -> list[tuple[Index, np.ndarray]]:
+        """Where to write a layer that comes as ``dtype``: each part's index within the layer, and its buffer."""
 
     @abc.abstractmethod
     def close(self, layer: int, scale: np.ndarray | None) -> None:
@@ -165,7 +192,7 @@ class HostBox(Box):
         super().__init__(*args)
         self._buffers = {index: aligned([b - a for a, b in index], self.dtype) for index in self.devices}
 
-    def open(self, layer: int, piece: Piece) -> list[tuple[Index, np.ndarray]]:
+    def open(self, layer: int, dtype: np.dtype) -> list[tuple[Index, np.ndarray]]:
         if not self.stacked:
             return list(self._buffers.items())
         return [(index[1:], buffer[layer]) for index, buffer in self._buffers.items()]
@@ -191,9 +218,9 @@ class DeviceBox(Box):
         self._staged: dict[int, dict[Index, np.ndarray]] = {}
         self._array: jax.Array | None = None
 
-    def open(self, layer: int, piece: Piece) -> list[tuple[Index, np.ndarray]]:
+    def open(self, layer: int, dtype: np.dtype) -> list[tuple[Index, np.ndarray]]:
         at = 1 if self.stacked else 0
-        self._staged[layer] = {i: np.empty([b - a for a, b in i[at:]], piece.tensor.dtype) for i in self.devices}
+        self._staged[layer] = {i: np.empty([b - a for a, b in i[at:]], dtype) for i in self.devices}
         return [(index[at:], buffer) for index, buffer in self._staged[layer].items()]
 
     def scale(self, scale: np.ndarray | None) -> None:
@@ -242,19 +269,39 @@ def aligned(shape: list[int], dtype: np.dtype) -> np.ndarray:
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
-def _fill(box: Box, layer: int, piece: Piece, scale: np.ndarray | None, reader: Reader) -> None:
+def _fill(box: Box, layer: int, piece: Piece, scale: np.ndarray | None, reader: Reader, edit: Edit | None) -> None:
     """Starts the reads of one layer: one for each distinct range of rows, whoever shares it."""
     tensor = piece.tensor
     count = sum(b - a for a, b in piece.rows)
-    parts = box.open(layer, piece)
+    parts = box.open(layer, tensor.dtype if edit is None else np.dtype(np.float32))
     if scale is not None and scale.ndim:  # in the target's order, beside its other axes
         scale = np.concatenate([scale[a:b] for a, b in piece.rows]).reshape(-1, *[1] * (parts[0][1].ndim - 1))
+    if edit is not None:
+        return _fill_edited(box, layer, piece, scale, reader, edit, parts)
     ranges = {index[0] for index, _ in parts} if count * tensor.row_bytes > SMALL else {(0, count)}
     left = _Countdown(lambda: box.close(layer, scale))
     for rows in sorted(ranges):
         for first, last, row in _reads(piece, rows):
             left.add()
             reader.read(tensor, first, last, _copy(parts, row, box.scale(scale), left.done))
+    left.done()
+
+
+def _fill_edited(box: Box, layer: int, piece: Piece, scale: np.ndarray | None, reader: Reader, edit: Edit, parts) -> None:
+    """Starts the reads of a whole layer, which is changed before its parts are cut from it."""
+    shape = box.shape[1:] if box.stacked else box.shape
+    whole = np.empty(shape, np.float32)
+
+    def finish() -> None:
+        changed = edit(whole)
+        for index, buffer in parts:
+            cast.copy(buffer, changed[tuple(slice(a, b) for a, b in index)], None)
+        box.close(layer, None)
+
+    left = _Countdown(finish)
+    for first, last, row in _reads(piece, (0, shape[0])):
+        left.add()
+        reader.read(piece.tensor, first, last, _copy([(tuple((0, n) for n in shape), whole)], row, scale, left.done))
     left.done()
 
 
