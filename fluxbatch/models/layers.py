@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 Array = jax.Array
@@ -33,28 +34,64 @@ def param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], 
     return nnx.Param(init(rngs.params(), shape, jnp.float32), axes=axes)
 
 
+class LowRank(nnx.Module):
+    """What low-rank adapters add to a linear layer, to each row of a batch in its own proportion:
+    ``((x Aᵀ) · s) Bᵀ`` with the ranks of all adapters side by side.
+
+    ``ranks``: how many of the ranks each adapter has. ``rows`` holds s ``[B, R]`` and is put in by
+    ``set_rows`` while a program is traced, so scales are data.
+    """
+
+    def __init__(self, a: Array, b: Array, ranks: tuple[int, ...]):
+        self.a, self.b, self.ranks = nnx.Param(a), nnx.Param(b), ranks
+        self.rows = nnx.data(None)
+
+    def __call__(self, x: Array) -> Array:
+        """``[B, …, in]`` → ``[B, …, out]``."""
+        y = x @ self.a[...].astype(x.dtype).T
+        rows = self.rows[...].astype(x.dtype)
+        return (y * rows.reshape(rows.shape[0], *[1] * (x.ndim - 2), -1)) @ self.b[...].astype(x.dtype).T
+
+
+def set_rows(model: nnx.Module, scales: Array) -> nnx.Module:
+    """Gives every ``LowRank`` of ``model`` the scale of each row and adapter, ``[B, adapters]``."""
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, LowRank):
+            ranks = np.repeat(np.arange(len(module.ranks)), module.ranks)
+            rows = scales[:, ranks]
+            layers = module.a[...].shape[:-2]
+            module.rows = nnx.Variable(jnp.broadcast_to(rows, (*layers, *rows.shape)))
+    return model
+
+
 class Linear(nnx.Module):
     """``y = x Wᵀ + b``: ``[..., in]`` → ``[..., out]``, or ``[B, L, in]`` → ``[B, H, L, K]``."""
 
     def __init__(self, d_in: int, d_out: int, axes: tuple[str, str], *, bias: bool = True, rngs: nnx.Rngs, init=fan_in):
         self.kernel = param(rngs, (d_out, d_in), axes, init)
         self.bias = param(rngs, (d_out,), axes[:1], zeros) if bias else None
+        self.lora: LowRank | None = nnx.data(None)
 
     def __call__(self, x: Array) -> Array:
         y = jax.lax.dot_general(x, self.kernel[...].astype(x.dtype), (((x.ndim - 1,), (1,)), ((), ())))
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+        y = y if self.bias is None else y + self.bias[...].astype(x.dtype)
+        return y if self.lora is None else y + self.lora(x)
 
     def to_heads(self, x: Array, heads: int, split_head_dim: bool = True) -> Array:
         """``[B, L, in]`` → ``[B, H, L, K]``. ``split_head_dim`` contracts straight into heads-major
         layout (no transpose of activations); otherwise the flat product is reshaped."""
         if not split_head_dim:
-            y = self(x)
-            return y.reshape(*y.shape[:2], heads, -1).swapaxes(1, 2)
+            return split_heads(self(x), heads)
         kernel = self.kernel[...].astype(x.dtype).reshape(heads, -1, x.shape[-1])
         y = jnp.einsum("bld,hkd->bhlk", x, kernel)
         if self.bias is not None:
             y = y + self.bias[...].astype(x.dtype).reshape(heads, 1, -1)
-        return y
+        return y if self.lora is None else y + split_heads(self.lora(x), heads)
+
+
+def split_heads(x: Array, heads: int) -> Array:
+    """``[B, L, H·K]`` → ``[B, H, L, K]``."""
+    return x.reshape(*x.shape[:2], heads, -1).swapaxes(1, 2)
 
 
 def from_heads(x: Array) -> Array:
