@@ -97,14 +97,14 @@ def reload(
 
 def _stream(plan: Plan, leaves: Any, mesh: jax.sharding.Mesh, dtype: Any, progress: Progress, edits: Edits) -> list[tuple[Any, Any]]:
     reader = Reader(plan.source, progress)
-    scales = _scales(plan, reader)
+    scales = read_scales([piece for pieces in plan.pieces.values() for piece in pieces], reader)
     make = HostBox if on_host(mesh) else functools.partial(DeviceBox, copies=collections.deque())
     loaded = []
     for keys, leaf in leaves:
         shape, axes, path = leaf.get_value().shape, leaf.get_metadata()["axes"], path_of(keys)
         box = make(shape, len(shape) > len(axes), param_sharding(mesh, shape, axes), np.dtype(dtype))
         for layer, piece in enumerate(plan.pieces[path]):
-            _fill(box, layer, piece, scales.get(id(piece.tensor)), reader, edits.get((path, layer)))
+            fill(box, layer, piece, scales.get(id(piece.tensor)), reader, edits.get((path, layer)))
         loaded.append((keys, leaf, box))
     reader.drain()
     return [(keys, leaf.replace(box.array())) for keys, leaf, box in loaded]
@@ -115,9 +115,9 @@ def on_host(mesh: jax.sharding.Mesh) -> bool:
     return mesh.devices.flat[0].platform == "cpu"
 
 
-def _scales(plan: Plan, reader: Reader) -> dict[int, np.ndarray]:
+def read_scales(pieces: list[Piece], reader: Reader) -> dict[int, np.ndarray]:
     """The float32 scales of quantized tensors, by the tensor's identity: one number, or one a row."""
-    tensors = {id(p.tensor): p.tensor for pieces in plan.pieces.values() for p in pieces if p.tensor.scale is not None}
+    tensors = {id(p.tensor): p.tensor for p in pieces if p.tensor.scale is not None}
     scales: dict[int, np.ndarray] = {}
     for key, tensor in tensors.items():
         shape = (-1,) if math.prod(tensor.scale.shape) > 1 else ()
@@ -269,7 +269,7 @@ def aligned(shape: list[int], dtype: np.dtype) -> np.ndarray:
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
-def _fill(box: Box, layer: int, piece: Piece, scale: np.ndarray | None, reader: Reader, edit: Edit | None) -> None:
+def fill(box: Box, layer: int, piece: Piece, scale: np.ndarray | None, reader: Reader, edit: Edit | None = None) -> None:
     """Starts the reads of one layer: one for each distinct range of rows, whoever shares it."""
     tensor = piece.tensor
     count = sum(b - a for a, b in piece.rows)
