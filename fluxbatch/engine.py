@@ -76,7 +76,7 @@ def open_engine(job: Job, platform: str) -> Engine:
         "max_sequence_length": sampler.max_sequence_length,
         "schedule": dataclasses.asdict(schedule),
     }
-    record = {"model": job.model.flux_name, "model_digest": facts["model_digest"], "model_revision": checkpoint.revision}
+    record = {"model": job.model.pretrained_model_name_or_path, "model_digest": facts["model_digest"], "model_revision": checkpoint.revision}
     record |= {key: facts[key] for key in ("max_sequence_length", "weights_dtype", "activations_dtype")}
     return Engine(checkpoint, plans, tokenizers, schedule, make_mesh(shape), weights, activations, facts, record)
 

@@ -18,6 +18,8 @@ from fluxbatch.io.storage import StorageError, Store, join, open_store
 from fluxbatch.report import Report
 from fluxbatch.types import Exit
 
+CONFIG = "config.yaml"
+
 REASONS = {
     Exit.OK: "every row has its image",
     Exit.REJECTED_ROWS: "finished; some rows were rejected, see rejects.jsonl",
@@ -36,13 +38,16 @@ class Outcome:
     report: Report
     before: int  # rows that were done when it started
 
+    def started(self) -> None:
+        """Leaves the resolved configuration with the output, for whoever finds it there later."""
+        self.store.write(CONFIG, self._config())
+
     def finished(self, cut: Exit | None) -> int:
         """All batches are through, or the run was drained (``cut``)."""
         with self.report.stage("finish"):
             tally = self.ledger.merge()
             code = cut if cut is not None and tally.left else Exit.REJECTED_ROWS if tally.rejects else Exit.OK
             counts = self._counts(tally)
-            self.store.write("config.yaml", self._config())
         summary = self.report.summary(counts, join(self.store.url, METADATA))
         if self.job.output.gallery:
             title = self.job.run_name or ""
@@ -90,7 +95,7 @@ def _write_grid(job: Job) -> str:
     root = open_store(join(job.output_dir, *job.run_name.split("/")[:-1]))
     jobs = {}
     for name in root.list():
-        if name.count("/") == 1 and name.endswith("/config.yaml"):
+        if name.count("/") == 1 and name.endswith(f"/{CONFIG}"):
             jobs[name.partition("/")[0]] = yaml.safe_load(root.read(name)).get("sweep") or {}
     write_grid(root, dict(sorted(jobs.items(), key=lambda item: (len(item[0]), item[0]))), job.run_name.split("/")[-2])
     return join(root.url, "index.html")

@@ -26,7 +26,7 @@ def run(job: Job) -> int:
     from fluxbatch.writer import TooManyFailures, Writer
 
     report = Report()
-    with report.stage("open"):  # everything that can be wrong, before a weight is read
+    with report.stage("open"):  # whatever can be wrong, before a weight is read
         engine = open_engine(job, hosts.start(job.hardware.platform.name, job.jax_cache_dir))
         rows, bad_lines = read_rows(job, multiple=engine.multiple)
         store = open_store(join(job.output_dir, job.run_name))
@@ -35,7 +35,9 @@ def run(job: Job) -> int:
         batch_size = job.sharding.per_device_batch_size * engine.devices
         shards = batching.plan(todo, batch_size, job.shard_size)
 
-    outcome = finish.Outcome(job, engine, store, ledger, report, before=len(rows) - len(todo))
+        outcome = finish.Outcome(job, engine, store, ledger, report, before=len(rows) - len(todo))
+        outcome.started()
+
     with hosts.drain_on_signals() as drain:
         try:
             if shards:

@@ -23,7 +23,7 @@ _TEMP = ".tmp"
 _ABANDONED_AFTER = 3600.0  # seconds; no write of ours holds a temp file that long
 
 
-class StorageError(Exception):
+class StorageError(UserError):
     """The place could not be read or written: one line that names it. Never holds credentials.
 
     ``fatal``: every later write will fail as well (disk full, no permission, no such bucket).
