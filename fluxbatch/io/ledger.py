@@ -19,10 +19,11 @@ from fluxbatch.io.names import Namer
 from fluxbatch.io.storage import NotFound, Store, join
 from fluxbatch.types import Reject, Row, UserError
 
-__all__ = ["METADATA", "REJECTS", "STATUS", "Ledger", "Record", "Tally", "row_key", "utc_now", "write_status"]
+__all__ = ["Ledger", "Record", "Tally", "read_records", "remove", "row_key", "utc_now", "write_status"]
 
 METADATA, REJECTS, STATUS = "metadata.jsonl", "rejects.jsonl", "status.json"
 HIDDEN = ".fluxbatch/"  # Hugging Face's ImageFolder passes over what begins with a dot
+RECORDS = HIDDEN + "records/"
 IMAGES = (".png", ".jpg", ".jpeg", ".webp")
 
 _JOB = HIDDEN + "job.json"
@@ -58,7 +59,7 @@ class Ledger:
         self._facts = json.loads(json.dumps(job_facts))
         self._facts_digest = digest(self._facts)
         self._overwrite = overwrite
-        self._records = Log(store, HIDDEN + "records/", writer_id)
+        self._records = Log(store, RECORDS, writer_id)
         self._rejects = Log(store, HIDDEN + "rejects/", writer_id)
         self._lock = threading.Lock()
         self._batches: dict[str, Sequence[Record]] = {}  # object → records, since the last compaction
@@ -92,7 +93,7 @@ class Ledger:
             raise UserError(*describe(changed), _WAY_OUT)
         if changed:
             gone = {_id(record) for _, record in changed}
-            self._drop(lambda record: _id(record) in gone)
+            remove(self._store, self._records, lambda record: _id(record) in gone)
             files = {key: file for key, file in files.items() if key not in gone}
         self._rows = {row.id: row for row in rows}
         self._bad_lines = tuple(bad_lines)
@@ -215,7 +216,7 @@ class Ledger:
         if changed and not self._overwrite and next(self.records(), None):
             raise UserError(f"{self._store.url}: holds a job with another configuration", *changed, _WAY_OUT)
         if changed:
-            self._drop(lambda record: True)
+            remove(self._store, self._records, lambda record: True)
             self._rejects.delete(self._rejects.names())
             self._store.write(_JOB, self._facts_document())
 
@@ -233,21 +234,37 @@ class Ledger:
     def _facts_document(self) -> bytes:
         return json.dumps(self._facts, indent=2, sort_keys=True).encode() + b"\n"
 
-    def _drop(self, unwanted: Callable[[Record], bool]) -> None:
-        """Removes records and then their images, so that no record is ever without its image."""
-        objects: dict[str, list[tuple[bytes, Record]]] = {}
-        for name, line, record in self._records.scan():
-            objects.setdefault(name, []).append((line, record))
-        kept_files = {r["file_name"] for lines in objects.values() for _, r in lines if not unwanted(r)}
-        gone_files = {r["file_name"] for lines in objects.values() for _, r in lines if unwanted(r)}
-        self._store.delete(METADATA)
-        for name, lines in objects.items():
-            kept = [line for line, record in lines if not unwanted(record)]
-            if len(kept) < len(lines):
-                if kept:
-                    self._records.append(kept)
-                self._records.delete([name])
-        in_parallel(self._store.delete, sorted(gone_files - kept_files))
+
+def read_records(store: Store) -> Iterator[Record]:
+    """Every record of the place once; from metadata.jsonl where the ledger was not copied along."""
+    log = Log(store, RECORDS, "reader")
+    if log.names():
+        seen: set[RecordId] = set()
+        for _, _, record in log.scan():
+            if _id(record) not in seen:
+                seen.add(_id(record))
+                yield record
+    elif store.exists(METADATA):
+        yield from map(json.loads, store.read(METADATA).splitlines())
+
+
+def remove(store: Store, log: Log, unwanted: Callable[[Record], bool]) -> None:
+    """Removes records and then their images, so that no record is ever without its image."""
+    objects: dict[str, list[tuple[bytes, Record]]] = {}
+    for name, line, record in log.scan():
+        objects.setdefault(name, []).append((line, record))
+    every = [record for lines in objects.values() for _, record in lines]
+    files = {record["file_name"] for record in every if unwanted(record)}
+    if not files:
+        return
+    store.delete(METADATA)  # it lists them too, until the next merge
+    for name, lines in objects.items():
+        kept = [line for line, record in lines if not unwanted(record)]
+        if len(kept) < len(lines):
+            if kept:
+                log.append(kept)
+            log.delete([name])
+    in_parallel(store.delete, sorted(files - {record["file_name"] for record in every if not unwanted(record)}))
 
 
 def _id(record: Record) -> RecordId:

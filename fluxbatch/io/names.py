@@ -9,7 +9,7 @@ from fluxbatch.io.storage import StorageError, check_name
 from fluxbatch.types import Row, UserError
 
 FIELDS = ("i", "id", "seed")
-_RESERVED = ("contact_sheet.png",)  # the gallery's
+RESERVED = ("contact_sheet.png",)  # the gallery's
 
 
 class Namer:
@@ -41,7 +41,7 @@ class Namer:
         rows; so rows that are done meanwhile, under the names given here, change no other name.
         """
         # file systems that ignore case would let Cat.png overwrite cat.png
-        used = {name.casefold() for name in (*_RESERVED, *taken)}
+        used = {name.casefold() for name in (*RESERVED, *taken)}
         names: dict[int, str] = {}
         displaced = []
         for row in sorted(rows, key=lambda row: row.index):

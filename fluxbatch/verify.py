@@ -1,0 +1,140 @@
+"""``python -m fluxbatch.verify output_dir=… [run_name=…]``: checks every record against its image.
+
+Lists images that are missing, damaged or orphaned (without a record); exit code 0 when there are
+none, else 3. ``repair=true`` forgets the records of missing and damaged images, so that the next
+start of the same job makes them again. Without ``run_name`` every run in the place is checked.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import secrets
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import NoReturn
+
+from tqdm import tqdm
+
+from fluxbatch import cli
+from fluxbatch.config import Job
+from fluxbatch.io.images import decode, pixel_sha256
+from fluxbatch.io.ledger import HIDDEN, IMAGES, METADATA, RECORDS, Record, read_records, remove
+from fluxbatch.io.log import Log, in_parallel
+from fluxbatch.io.names import RESERVED
+from fluxbatch.io.storage import NotFound, StorageError, Store, join, open_store
+from fluxbatch.types import Exit, UserError
+
+_AT_ONCE = 64  # images read and decoded before the next are asked for
+
+
+@dataclasses.dataclass
+class VerifyJob(Job):
+    repair: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Findings:
+    """File names; of ``damaged`` with what is wrong."""
+
+    images: int
+    missing: tuple[str, ...]
+    damaged: dict[str, str]
+    orphaned: tuple[str, ...]
+
+    def __bool__(self) -> bool:
+        return bool(self.missing or self.damaged or self.orphaned)
+
+
+def verify(job: VerifyJob) -> int:
+    """Checks the run, or every run below ``job.output_dir``, and prints what it finds."""
+    try:
+        found = [_report(store, job.repair) for store in _runs(job)]
+    except StorageError as error:
+        raise UserError(str(error)) from None
+    return Exit.REJECTED_ROWS if any(found) else Exit.OK
+
+
+def check(store: Store) -> Findings:
+    """Every record of one run against its image, and every image against the records."""
+    missing, damaged, recorded = [], {}, set()
+    records = tqdm(read_records(store), desc=store.url, unit="image", disable=None, leave=False)
+    for window in _windows(records):
+        for record, fault in zip(window, in_parallel(lambda record: _fault(store, record), window), strict=True):
+            recorded.add(record["file_name"])
+            if fault is None:
+                missing.append(record["file_name"])
+            elif fault:
+                damaged[record["file_name"]] = fault
+    orphaned = [n for n in store.list() if n.endswith(IMAGES) and n not in RESERVED and n not in recorded]
+    return Findings(len(recorded), tuple(missing), damaged, tuple(orphaned))
+
+
+def _fault(store: Store, record: Record) -> str | None:
+    """What is wrong with the record's image: "" nothing, None it is not there."""
+    try:
+        pixels = decode(store.read(record["file_name"]))
+    except NotFound:
+        return None
+    except ValueError as error:
+        return str(error)
+    height, width, _ = pixels.shape
+    if (height, width) != (record["height"], record["width"]):
+        return f"{width}×{height} pixels, but {record['width']}×{record['height']} were recorded"
+    if record["file_name"].endswith(".png") and pixel_sha256(pixels) != record["sha256"]:
+        return "other pixels than were recorded"
+    return ""
+
+
+def _report(store: Store, repair: bool) -> Findings:
+    found = check(store)
+    print(
+        f"{store.url}: {found.images} records, {len(found.missing)} images missing, "
+        f"{len(found.damaged)} damaged, {len(found.orphaned)} without a record"
+    )
+    for name in found.missing:
+        print(f"  missing   {name}")
+    for name, fault in found.damaged.items():
+        print(f"  damaged   {name}: {fault}")
+    for name in found.orphaned:
+        print(f"  orphaned  {name}")
+    if repair and (found.missing or found.damaged):
+        bad = {*found.missing, *found.damaged}
+        remove(store, Log(store, RECORDS, f"repair-{secrets.token_hex(4)}"), lambda record: record["file_name"] in bad)
+        print(f"  repaired  {len(bad)} rows are to be made again: start the same job once more")
+    return found
+
+
+def _runs(job: Job) -> Iterator[Store]:
+    """The run that is named, or all that lie in the output place."""
+    place = join(job.output_dir, *([job.run_name] if job.run_name else []))
+    names = {_run_of(name) for name in open_store(place).list()} - {None}
+    if not names:
+        raise UserError(f"{place}: no run in it; expected output_dir=… (and run_name=…) of a run")
+    return (open_store(join(place, *filter(None, [name]))) for name in sorted(names))
+
+
+def _run_of(name: str) -> str | None:
+    """The directory of the run that a file tells of."""
+    place, _, file = f"/{name}".rpartition("/")
+    if file == METADATA:
+        return place[1:]
+    return f"{place}/".partition(f"/{HIDDEN}")[0][1:] if f"/{HIDDEN}" in f"{place}/" else None
+
+
+def _windows(records: Iterable[Record]) -> Iterator[list[Record]]:
+    records = iter(records)
+    while window := list(islice(records, _AT_ONCE)):
+        yield window
+
+
+def main() -> NoReturn:
+    cli.main(
+        verify,
+        schema=VerifyJob,
+        rows=False,
+        about="verify: check every record against its image (output_dir=…, run_name=…, repair=true).",
+    )
+
+
+if __name__ == "__main__":
+    main()

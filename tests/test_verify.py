@@ -1,0 +1,107 @@
+"""Verify: whatever happens to the images of a run is found, and repaired by one more start."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+
+import pytest
+
+import plain
+from fluxbatch import verify
+from fluxbatch.config import ImageFormat, Output
+from fluxbatch.io.images import encode
+from fluxbatch.io.storage import open_store
+from test_writer import start
+
+ROWS = [plain.row(k, height=8, width=8) for k in range(6)]
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Runs ``python -m fluxbatch.verify ARGS``: (exit code, standard output and error)."""
+
+    def call(*args):
+        monkeypatch.setattr(sys, "argv", ["fluxbatch.verify", *map(str, args)])
+        with pytest.raises(SystemExit) as stop:
+            verify.main()
+        out, err = capsys.readouterr()
+        return stop.value.code, out + err
+
+    return call
+
+
+@pytest.fixture
+def run(tmp_path):
+    """The directory of a whole run."""
+    start(open_store(str(tmp_path / "out" / "demo")), ROWS)
+    return tmp_path / "out" / "demo"
+
+
+def damage(run):
+    """One image gone, one cut short, one of other pixels, one of another size, one too many."""
+    (run / "flux_0.png").unlink()
+    (run / "flux_1.png").write_bytes((run / "flux_1.png").read_bytes()[:-50])
+    shutil.copy(run / "flux_5.png", run / "flux_2.png")
+    large = plain.pixels(ROWS[3]).repeat(2, axis=0)
+    (run / "flux_3.png").write_bytes(encode(large, "png", text={}, png_level=1, quality=90))
+    shutil.copy(run / "flux_5.png", run / "flux_77.png")
+
+
+def test_a_whole_run(run, command):
+    (run / "contact_sheet.png").write_bytes(b"the gallery's")
+    code, text = command(f"output_dir={run.parent}", "run_name=demo")
+    assert code == 0
+    assert text == f"{run}: 6 records, 0 images missing, 0 damaged, 0 without a record\n"
+
+
+def test_everything_that_is_wrong_is_listed(run, command):
+    damage(run)
+    code, text = command(f"output_dir={run.parent}", "run_name=demo")
+    assert code == 3
+    first, *findings = text.splitlines()
+    assert first == f"{run}: 6 records, 1 images missing, 3 damaged, 1 without a record"
+    assert findings[0] == "  missing   flux_0.png"
+    assert findings[1].startswith("  damaged   flux_1.png: not a whole image: ")
+    assert findings[2] == "  damaged   flux_2.png: other pixels than were recorded"
+    assert findings[3] == "  damaged   flux_3.png: 8×16 pixels, but 8×8 were recorded"
+    assert findings[4:] == ["  orphaned  flux_77.png"]
+
+
+def test_a_repaired_run_is_whole_after_one_more_start(run, command):
+    damage(run)
+    (run / "flux_77.png").unlink()
+    code, text = command(f"output_dir={run.parent}", "run_name=demo", "repair=true")
+    assert code == 3 and "  repaired  4 rows are to be made again" in text
+    _, writer = start(open_store(str(run)), ROWS)
+    assert writer.written == 4
+    assert command(f"output_dir={run.parent}", "run_name=demo")[0] == 0
+
+
+def test_every_run_below_the_output_place(run, command):
+    start(open_store(str(run.parent / "sweep" / "0")), ROWS[:2])
+    (run / "flux_0.png").unlink()
+    shutil.rmtree(run / ".fluxbatch")  # copied without what is hidden: metadata.jsonl tells as much
+    code, text = command(f"output_dir={run.parent}")
+    assert code == 3
+    assert [line.partition(",")[0] for line in text.splitlines()] == [
+        f"{run}: 6 records",
+        "  missing   flux_0.png",
+        f"{run.parent}/sweep/0: 2 records",
+    ]
+    assert command(f"output_dir={run.parent}", "run_name=sweep/0")[0] == 0
+
+
+def test_lossy_images_are_checked_by_their_size(tmp_path):
+    output = Output(format=ImageFormat.jpeg, filename="{i}", quality=50, png_level=1, gallery=False)
+    store = open_store(str(tmp_path))
+    start(store, ROWS[:2], plain.job(output=output))
+    assert not verify.check(store)
+    store.write("1.jpg", encode(plain.pixels(ROWS[1])[:4], "jpeg", text={}, png_level=0, quality=50))
+    assert verify.check(store).damaged == {"1.jpg": "8×4 pixels, but 8×8 were recorded"}
+
+
+def test_nothing_to_verify(tmp_path, command):
+    code, text = command(f"output_dir={tmp_path}", "run_name=nope")
+    assert code == 2
+    assert text == f"fluxbatch: error: {tmp_path}/nope: no run in it; expected output_dir=… (and run_name=…) of a run\n"
