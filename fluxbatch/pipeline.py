@@ -96,7 +96,7 @@ class Pipeline:
     def _run(self, program: Any, *args: Any) -> Any:
         # float32 means float32: TPUs and GPUs would multiply in bfloat16 or TF32.
         precision = "highest" if self.dtype == jnp.float32 else "default"
-        with jax.default_matmul_precision(precision), self.mesh:
+        with jax.default_matmul_precision(precision):
             return program(*args)
 
 
