@@ -371,6 +371,33 @@ def test_a_doubled_record_counts_once():
     store.objects[name.replace("start", "copy")] = store.objects[name]
     assert run(store, rows).done == 4
     check(store, rows)
+    (name,) = (name for name in store.objects if "/records/" in name)
+    assert len(store.objects[name].splitlines()) == 4
+
+
+def test_records_that_are_compacted_while_they_are_read_are_seen():
+    rows = [plain.row(k) for k in range(40)]
+
+    class Compacted(MemoryStore):
+        """Another process compacts after the first object was read."""
+
+        def read(self, name):
+            data = super().read(name)
+            if "/records/" in name and self.other:
+                other, self.other = self.other, None
+                other.compact()
+            return data
+
+    store = Compacted()
+    store.other = None
+    ledger = open_ledger(store)
+    _, names = assign(ledger, rows)
+    for row in rows:
+        produce(store, ledger, [row], names)
+    again = open_ledger(store)
+    store.other = ledger
+    assert sorted(int(line["id"]) for line in again.records()) == list(range(40))
+    assert len(again.merge().rejects) == 0
 
 
 def test_a_damaged_record_is_named_with_its_line():
@@ -572,6 +599,7 @@ def test_names_do_not_change_while_rows_get_done(order, taken, done, template):
     names = names_of(template, rows, taken)
     assert len({*names.values(), *taken}) == 8 + len({*taken})
     left = [row for row in rows if row.index not in done]
+    assert names_of(template, sorted(rows, key=lambda row: row.index), taken) == names
     later = names_of(template, left, [*taken, *(names[k] for k in done)])
     assert later == {row.index: names[row.index] for row in left}
 
