@@ -164,7 +164,7 @@ def _open(
         return _from_directory(name, root / name, marker), None
     if file and (name == "transformer" or single.recognise(name, whole)):
         return _from_file(name, root, file, whole), None
-    if root.exists(f"{name}/config.json"):
+    if _has_weights(name, root / name):
         return _from_directory(name, root / name), None
     folders = [root, *(root / f"../{folder}" for folder in kind.folders if root.local)]
     for folder in folders:
@@ -177,9 +177,13 @@ def _open(
                     f"{', '.join(folder.url for folder in folders)}, or model.{kind.key}=…")  # fmt: skip
 
 
+def _has_weights(name: str, directory: Source) -> bool:
+    return any(directory.exists(f"{stem}.safetensors{end}") for stem in KINDS[name].stems for end in ("", ".index.json"))
+
+
 def _only_file(root: Source) -> str | None:
     """The transformer's file in a directory of single files."""
-    if root.exists("transformer/config.json"):
+    if _has_weights("transformer", root / "transformer"):
         return None
     names = sorted(os.listdir(root.url)) if root.local else root.files()
     files = [n for n in names if "/" not in n and n.startswith("flux") and n.endswith(".safetensors")]

@@ -50,6 +50,16 @@ class Plan:
     state: Any  # abstract parameters
     pieces: dict[str, list[Piece]]
 
+    @functools.cached_property
+    def shapes(self) -> dict[str, tuple[int | None, tuple[int, ...]]]:
+        """Of each parameter: its layers (None: it is not stacked), and the shape of one."""
+        found = {}
+        for keys, leaf in nnx.to_flat_state(self.state):
+            shape = tuple(leaf.get_value().shape)
+            stacked = len(shape) > len(leaf.get_metadata()["axes"])
+            found[path_of(keys)] = (shape[0], shape[1:]) if stacked else (None, shape)
+        return found
+
     @property
     def nbytes(self) -> int:
         """Bytes to read for one copy of the weights."""
@@ -74,7 +84,7 @@ def load(
     not depend on the sharding. Raises UserError, naming file and tensor, when bytes are missing, cut
     short, damaged (where the format has checksums) or changed since the plan was made.
     """
-    leaves = nnx.to_flat_state(plan.state)
+    leaves = list(nnx.to_flat_state(plan.state))
     return nnx.merge(plan.graph, nnx.from_flat_state(_stream(plan, leaves, mesh, dtype, progress, edits or {})))
 
 
@@ -97,7 +107,7 @@ def reload(
 
 def _stream(plan: Plan, leaves: Any, mesh: jax.sharding.Mesh, dtype: Any, progress: Progress, edits: Edits) -> list[tuple[Any, Any]]:
     reader = Reader(plan.source, progress)
-    scales = read_scales([piece for pieces in plan.pieces.values() for piece in pieces], reader)
+    scales = read_scales([piece for keys, _ in leaves for piece in plan.pieces[path_of(keys)]], reader)
     make = HostBox if on_host(mesh) else functools.partial(DeviceBox, copies=collections.deque())
     loaded = []
     for keys, leaf in leaves:

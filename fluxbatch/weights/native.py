@@ -29,8 +29,14 @@ CHUNK = 512 << 10  # bytes of a chunk at least
 SHARD = 64 << 20  # bytes of one file, about
 
 _DTYPES = {dtype.name: dtype for dtype in FLOATS.values()}
+BFLOAT16 = _DTYPES["bfloat16"]
 # Checked data is kept for a moment: the layers of a small parameter share one chunk.
 _CONTEXT = {"cache_pool": {"total_bytes_limit": 16 << 20}, **{f"{name}_request_retries": RETRIES for name in ("gcs", "http")}}
+
+
+def dtype_of(name: str) -> np.dtype | None:
+    """The dtype of that name; None for ``auto``."""
+    return _DTYPES.get(name)
 
 
 def grid(shape: tuple[int, ...], stacked: bool, itemsize: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
