@@ -21,7 +21,7 @@ from fluxbatch.io.images import decode, pixel_sha256
 from fluxbatch.io.ledger import HIDDEN, IMAGES, METADATA, RECORDS, Record, read_records, remove
 from fluxbatch.io.log import Log, in_parallel
 from fluxbatch.io.names import RESERVED
-from fluxbatch.io.storage import NotFound, StorageError, Store, join, open_store
+from fluxbatch.io.storage import NotFound, Store, join, open_store
 from fluxbatch.types import Exit, UserError
 
 _AT_ONCE = 64  # images read and decoded before the next are asked for
@@ -47,10 +47,7 @@ class Findings:
 
 def verify(job: VerifyJob) -> int:
     """Checks the run, or every run below ``job.output_dir``, and prints what it finds."""
-    try:
-        found = [_report(store, job.repair) for store in _runs(job)]
-    except StorageError as error:
-        raise UserError(str(error)) from None
+    found = [_report(store, job.repair) for store in _runs(job)]
     return Exit.REJECTED_ROWS if any(found) else Exit.OK
 
 

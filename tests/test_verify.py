@@ -105,3 +105,9 @@ def test_nothing_to_verify(tmp_path, command):
     code, text = command(f"output_dir={tmp_path}", "run_name=nope")
     assert code == 2
     assert text == f"fluxbatch: error: {tmp_path}/nope: no run in it; expected output_dir=… (and run_name=…) of a run\n"
+
+
+def test_a_place_that_cannot_be_read(run, command):
+    (run / "file").write_bytes(b"")
+    code, text = command(f"output_dir={run}/flux_0.png", "run_name=x")
+    assert code == 2 and text.count("\n") == 1
