@@ -4,7 +4,7 @@ VENV ?= .venv
 RUN = $(VENV)/bin/python
 PYTEST = $(RUN) -m pytest
 
-.PHONY: demo test parity slow clean
+.PHONY: demo test parity slow soak clean
 
 demo: $(VENV)/.base
 	$(RUN) -m fluxbatch.run manifest=jobs/demo/prompts.jsonl run_name=demo
@@ -17,6 +17,10 @@ parity: $(VENV)/.parity
 
 slow: $(VENV)/.test
 	$(PYTEST) -m "slow and not parity" --durations=5
+
+# The long form of the crash tests: 50 kills
+soak: $(VENV)/.test
+	FLUXBATCH_SOAK=50 $(PYTEST) tests/test_crash.py -m slow --durations=5
 
 clean:
 	rm -rf $(VENV) outputs dist build .pytest_cache .hypothesis
