@@ -31,6 +31,10 @@ VARIANTS = {
     "schnell": dict(heads=3, head_dim=8, axes=(2, 2, 4), layers=1, single=3, channels=8, guidance=False, dynamic=False, act="gelu"),
 }
 
+# What the package carries as its default model until a trained one takes its place.
+PLACEHOLDER = dict(heads=2, head_dim=32, axes=(8, 12, 12), layers=1, single=2, channels=16, guidance=False, dynamic=False,
+                   act="quick_gelu", width=64, clip_length=77, vae=(16, 16, 32, 32))  # fmt: skip
+
 
 def tokenizers(length: int) -> tuple[CLIPTokenizer, T5TokenizerFast]:
     """Character-level tokenizers of the two kinds, without any downloaded vocabulary."""
@@ -56,14 +60,14 @@ def loud(module: torch.nn.Module, std: float, generator: torch.Generator) -> tor
     return module.eval()
 
 
-def pipeline(heads, head_dim, axes, layers, single, channels, guidance, dynamic, act, seed=0, width=32, clip_length=24) -> FluxPipeline:
+def pipeline(heads, head_dim, axes, layers, single, channels, guidance, dynamic, act, seed=0, width=32, clip_length=24, vae=(8, 16, 16)) -> FluxPipeline:
     g = torch.Generator().manual_seed(seed)
     clip_tokenizer, t5_tokenizer = tokenizers(clip_length)
     flux = FluxTransformer2DModel(
         in_channels=4 * channels, num_layers=layers, num_single_layers=single, attention_head_dim=head_dim, num_attention_heads=heads,
         joint_attention_dim=width, pooled_projection_dim=width, guidance_embeds=guidance, axes_dims_rope=axes)  # fmt: skip
-    vae = AutoencoderKL(
-        down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3, block_out_channels=(8, 16, 16),
+    decoder = AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * len(vae), up_block_types=["UpDecoderBlock2D"] * len(vae), block_out_channels=vae,
         layers_per_block=1, latent_channels=channels, norm_num_groups=4, scaling_factor=0.36, shift_factor=0.11,
         use_quant_conv=False, use_post_quant_conv=False)  # fmt: skip
     clip = CLIPTextModel(CLIPTextConfig(
@@ -74,7 +78,7 @@ def pipeline(heads, head_dim, axes, layers, single, channels, guidance, dynamic,
         vocab_size=len(t5_tokenizer), d_model=width, d_kv=8, d_ff=2 * width, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu"))  # fmt: skip
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0 if dynamic else 1.0, use_dynamic_shifting=dynamic)
     return FluxPipeline(
-        scheduler=scheduler, vae=loud(vae, 0.12, g), text_encoder=loud(clip, 0.3, g), tokenizer=clip_tokenizer,
+        scheduler=scheduler, vae=loud(decoder, 0.12, g), text_encoder=loud(clip, 0.3, g), tokenizer=clip_tokenizer,
         text_encoder_2=loud(t5, 0.3, g), tokenizer_2=t5_tokenizer, transformer=loud(flux, 0.2, g))  # fmt: skip
 
 
@@ -105,6 +109,8 @@ def main(names: list[str]) -> None:
         todo = rows(VARIANTS[name]["dynamic"])
         (HERE / f"{name}.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in todo))
         np.savez_compressed(HERE / f"{name}.npz", **{row["id"]: render(pipe, row, 24) for row in todo})
+    if not names:
+        pipeline(**PLACEHOLDER).to(torch.bfloat16).save_pretrained(HERE.parents[1] / "fluxbatch" / "checkpoints" / "flux-mini")
 
 
 if __name__ == "__main__":
