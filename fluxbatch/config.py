@@ -27,6 +27,7 @@ Attention = Enum("Attention", {n: n for n in ("auto", "dot_product", "flash", "c
 Platform = Enum("Platform", {n: n for n in ("auto", "cpu", "gpu", "tpu")})
 ImageFormat = Enum("ImageFormat", {n: n for n in ("png", "jpeg", "webp")})
 ManifestErrors = Enum("ManifestErrors", {n: n for n in ("stop", "quarantine")})
+Verify = Enum("Verify", {n: n for n in ("none", "digest")})
 OnError = Enum("OnError", {n: n for n in ("continue", "stop")})
 
 
@@ -38,6 +39,7 @@ class Model:
     clip_model_name_or_path: str | None = MISSING
     t5xxl_model_name_or_path: str | None = MISSING
     vae_model_name_or_path: str | None = MISSING
+    verify: Verify = MISSING
 
 
 @dataclass

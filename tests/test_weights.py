@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from fluxbatch.config import Model
+from fluxbatch.config import Model, Verify
 from fluxbatch.dist.mesh import make_mesh, mesh_shape
 from fluxbatch.types import UserError
 from fluxbatch.weights import load
@@ -22,7 +22,7 @@ FLUX = "transformer/diffusion_pytorch_model.safetensors"
 
 
 def model(path, **other):
-    return Model("x", str(path), None, other.get("clip"), other.get("t5"), other.get("vae"))
+    return Model("x", str(path), None, other.get("clip"), other.get("t5"), other.get("vae"), Verify[other.get("verify", "none")])
 
 
 @pytest.fixture

