@@ -109,7 +109,6 @@ def test_every_option_composes(command, turn):
     ("model", "steps", "guidance", "resolution", "tokens"),
     [
         ("flux-mini", 4, 0.0, 128, 32),
-        ("flux-mini-dev", 20, 3.5, 128, 32),
         ("flux-schnell", 4, 0.0, 1024, 256),
         ("flux-dev", 28, 3.5, 1024, 512),
     ],
