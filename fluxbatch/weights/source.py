@@ -67,7 +67,10 @@ class Source:
         self.local = "://" not in self.url
         self.url = os.path.abspath(self.url) if self.local else self.url
         context = {f"{name}_request_retries": RETRIES for name in ("gcs", "http")}
-        self._kv = ts.KvStore.open(store_spec(self.url), context=ts.Context(context)).result()
+        try:
+            self._kv = ts.KvStore.open(store_spec(self.url), context=ts.Context(context)).result()
+        except (ValueError, OSError) as error:
+            raise UserError(f"{self.url}: not a place that can be opened: {_first_line(error)}") from error
         self._generations: dict[str, bytes] = {}
         self.sizes: dict[str, int] = {}  # of the files whose headers were read
 
