@@ -57,6 +57,13 @@ def test_unset_fields_come_from_the_job(manifest):
     assert apple.lora is None and pear.where.endswith("m.jsonl:3")
 
 
+def test_a_second_prompt_for_all(manifest):
+    rows, _ = manifest('{"prompt": "a"}\n{"prompt": "b", "prompt_2": "own"}\n', prompt_2="in oil")
+    assert [row.prompt_2 for row in rows] == ["in oil", "own"]
+    with pytest.raises(UserError, match="^prompt_2: empty$"):
+        read_rows(plain.job(prompt="a", prompt_2=" "))
+
+
 def test_every_field_of_a_line(manifest):
     line = {
         "id": "cat",

@@ -95,6 +95,13 @@ def test_other_schemes_are_refused():
             open_store(url)
 
 
+def test_a_link_that_leads_back_up_is_not_followed(tmp_path):
+    store = LocalStore(str(tmp_path))
+    store.write("run/a", b"x")
+    (tmp_path / "run" / "up").symlink_to(tmp_path)
+    assert list(store.list()) == ["run/a", "run/up"]
+
+
 # --- local ---------------------------------------------------------------------------------
 
 

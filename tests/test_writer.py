@@ -279,15 +279,15 @@ def job_seconds(write_seconds, device_seconds=0.2, batches=10):
     seconds = time.monotonic() - begin
     assert ledger.merge().done == 4 * batches
     shares = [line["seconds"] for line in ledger.records()]
-    assert np.median(shares) == pytest.approx(device_seconds / 4, rel=0.3)
+    assert np.median(shares) == pytest.approx(device_seconds / 4, rel=0.5)
     return seconds
 
 
 def test_slow_writes_hide_behind_the_device():
     """Each write 50 ms slower: only the last batch's image and record show, and not all the others."""
     fast, slow = job_seconds(0.0), job_seconds(0.05)
-    assert fast == pytest.approx(10 * 0.2, rel=0.2)
-    assert slow - fast < 0.1 + 0.05 * fast
+    assert fast < 3.0  # 10 batches of 0.2 s
+    assert slow - fast < 0.4  # 0.1 when measured alone; 1.0 if every batch waited for its writes
 
 
 def test_put_waits_when_the_writing_is_slower():

@@ -40,8 +40,7 @@ def read_rows(job: Job, *, multiple: int = 16) -> tuple[list[Row], list[Reject]]
     if job.manifest is None:
         if job.prompt is None:
             raise UserError("nothing to do: give manifest=FILE or prompt=TEXT")
-        fields = {"prompt": job.prompt, "prompt_2": job.prompt_2}
-        return _collect(iter([Line(0, fields)]), resolve, lambda number: "prompt=", quarantine=False)
+        return _collect(iter([Line(0, {"prompt": job.prompt})]), resolve, lambda number: "prompt=", quarantine=False)
     if job.prompt is not None:
         raise UserError("manifest and prompt are both given: expected one of them")
     quarantine = job.manifest_errors.name == "quarantine"
@@ -141,6 +140,7 @@ class _Resolver:
         sampler = job.sampler
         self._multiple = multiple
         self._seed = job.seed
+        self._prompt_2 = job.prompt_2
         self._adapters = {*job.lora, *job.lora_config.adapter_name}
         self._seen: dict[str, str] = {}  # id → where
         self._defaults = {
@@ -151,6 +151,8 @@ class _Resolver:
             "num_images": job.num_images,
         }
         problems: list[str] = []
+        if job.prompt_2 is not None:
+            _text({"prompt_2": job.prompt_2}, "prompt_2", problems)
         self._numbers({**self._defaults, "seed": job.seed}, problems)
         if problems:  # of a setting of the job, not of a line
             homes = {key: f"sampler.{key}" for key in ("height", "width", "num_inference_steps", "guidance_scale")}
@@ -167,7 +169,7 @@ class _Resolver:
         prompt = _text(given, "prompt", problems)
         if "prompt" not in given:
             problems.append("prompt: missing")
-        prompt_2 = _text(given, "prompt_2", problems) if "prompt_2" in given else prompt
+        prompt_2 = _text(given, "prompt_2", problems) if "prompt_2" in given else self._prompt_2 or prompt
         base = _id(given, problems)
         numbers = self._numbers({**self._defaults, **given}, problems)
         lora = self._lora(given, problems)

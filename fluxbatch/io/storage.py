@@ -177,9 +177,9 @@ class LocalStore:
         with _translated(str(top)):
             entries = []
             if top.is_dir():
-                entries = sorted(os.scandir(top), key=lambda e: e.name + "/" * e.is_dir())
+                entries = sorted(os.scandir(top), key=lambda e: e.name + "/" * e.is_dir(follow_symlinks=False))
         for entry in entries:
-            if entry.is_dir():
+            if entry.is_dir(follow_symlinks=False):  # a link may lead back up
                 yield from self._walk(f"{Path(entry.path).relative_to(self._root).as_posix()}/")
             else:
                 yield Path(entry.path)
