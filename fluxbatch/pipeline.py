@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
@@ -19,8 +19,10 @@ from flax import nnx
 from fluxbatch import sampling
 from fluxbatch.dist.mesh import batch_sharding, replicated
 from fluxbatch.models.flux import rope_table
+from fluxbatch.models.layers import set_rows
 from fluxbatch.models.vae import Decoder
 from fluxbatch.types import Row
+from fluxbatch.weights.lora_apply import Loras
 
 
 @dataclasses.dataclass
@@ -36,12 +38,17 @@ class Models:
 class Pipeline:
     """Runs batches of rows; returns device arrays without waiting for them."""
 
-    def __init__(self, models: Models, mesh: jax.sharding.Mesh, dtype: Any, schedule: sampling.Schedule, offload_encoders: bool):
+    def __init__(
+        self, models: Models, mesh: jax.sharding.Mesh, dtype: Any, schedule: sampling.Schedule, offload_encoders: bool,
+        lora: Loras | None = None,
+    ):  # fmt: skip
+        """``lora``: the adapters that stand beside the weights, mixed row by row."""
         self.mesh, self.dtype, self.schedule = mesh, jnp.dtype(dtype), schedule
         self.flux_config, self.vae_config = models.flux.cfg, models.vae.cfg
         split = {name: nnx.split(getattr(models, name)) for name in ("flux", "clip", "t5", "vae")}
         self._states = {name: state for name, (_, state) in split.items()}
         graphs = {name: graph for name, (graph, _) in split.items()}
+        self._lora = lora
         self._offload = offload_encoders and _host_memory(mesh) is not None
         batch = batch_sharding(mesh)
         jit = functools.partial(jax.jit, out_shardings=batch)
@@ -54,9 +61,17 @@ class Pipeline:
         """Heights and widths must be whole numbers of packed tokens: this many pixels."""
         return 2 * self.vae_config.scale
 
-    def encode(self, clip_ids: np.ndarray, t5_ids: np.ndarray) -> tuple[jax.Array, jax.Array]:
-        """Ids ``[B, 77]``, ``[B, T]`` → T5 states ``[B, T, D]`` and pooled vectors ``[B, P]``."""
-        return self._run(self._encode, self._states["clip"], self._states["t5"], *self._put(clip_ids, t5_ids))
+    def encode(self, clip_ids: np.ndarray, t5_ids: np.ndarray, rows: Sequence[Row]) -> tuple[jax.Array, jax.Array]:
+        """Ids ``[B, 77]``, ``[B, T]`` of rows → T5 states ``[B, T, D]`` and pooled vectors ``[B, P]``."""
+        return self._run(self._encode, self._states["clip"], self._states["t5"], *self._put(clip_ids, t5_ids), *self._scales(rows))
+
+    def text_mix(self, row: Row) -> Hashable:
+        """What the encoding of a row's prompts depends on besides them."""
+        return () if self._lora is None else self._lora.text_mix(row)
+
+    def swap(self, name: str, change: Callable[[Any], Any]) -> None:
+        """Replaces the weights of one network by what ``change`` makes of them; shapes stay."""
+        self._states[name] = change(self._states.pop(name))
 
     def encoders_out(self) -> None:
         """Moves CLIP and T5 to host memory, if asked for and the device has a host memory space."""
@@ -83,12 +98,17 @@ class Pipeline:
         guidance = np.array([row.guidance_scale for row in rows], np.float32)
         rope = rope_table(text.shape[1], height // 2, width // 2, self.flux_config.axes_dims_rope)
         rope = jax.device_put(rope, replicated(self.mesh))
-        return self._run(self._denoise, self._states["flux"], *self._put(latents, text, pooled, sigmas, counts, guidance), rope)
+        arrays = self._put(latents, text, pooled, sigmas, counts, guidance)
+        return self._run(self._denoise, self._states["flux"], *arrays, rope, *self._scales(rows))
 
     def decode(self, latents: jax.Array, height: int, width: int) -> tuple[jax.Array, jax.Array]:
         """Latents → pixels ``[B, height, width, 3]`` uint8, and whether each image is finite ``[B]``."""
         scale = self.vae_config.scale
         return self._run(self._decode, self._states["vae"], latents, height // scale, width // scale)
+
+    def _scales(self, rows: Sequence[Row]) -> list[jax.Array]:
+        """Each row's mix of adapters, if it has one of its own."""
+        return [] if self._lora is None else self._put(self._lora.scales(rows))
 
     def _put(self, *arrays: np.ndarray) -> list[jax.Array]:
         return jax.device_put(list(arrays), batch_sharding(self.mesh))
@@ -106,14 +126,19 @@ def _host_memory(mesh: jax.sharding.Mesh) -> str | None:
     return "pinned_host" if device.platform != "cpu" and "pinned_host" in kinds else None
 
 
-def _encode(clip_graph, t5_graph, dtype, clip, t5, clip_ids, t5_ids):
-    pooled = nnx.merge(clip_graph, clip)(clip_ids, dtype)
-    return nnx.merge(t5_graph, t5)(t5_ids, dtype), pooled
+def _model(graph, state, scales=None):
+    model = nnx.merge(graph, state)
+    return model if scales is None else set_rows(model, scales)
 
 
-def _denoise(graph, dtype, state, latents, text, pooled, sigmas, counts, guidance, rope):
+def _encode(clip_graph, t5_graph, dtype, clip, t5, clip_ids, t5_ids, scales=None):
+    pooled = _model(clip_graph, clip, scales)(clip_ids, dtype)
+    return _model(t5_graph, t5, scales)(t5_ids, dtype), pooled
+
+
+def _denoise(graph, dtype, state, latents, text, pooled, sigmas, counts, guidance, rope, scales=None):
     """Euler steps from noise to latents; a row that has had its ``counts`` steps stands still."""
-    flux = nnx.merge(graph, state)
+    flux = _model(graph, state, scales)
 
     def step(i, x):
         now, then = sigmas[:, i], sigmas[:, i + 1]

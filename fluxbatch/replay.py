@@ -49,7 +49,7 @@ def replay(job: ReplayJob) -> int:
         print(f"changed since: {line}")
     pipeline = engine.load(False, lambda _: None)
     rows = [_row(record)] * engine.devices
-    states = text.encode(rows, engine.tokenizers, pipeline.encode, len(rows))
+    states = text.encode(rows, engine.tokenizers, pipeline, len(rows))
     pixels, finite = pipeline.decode(pipeline.denoise(rows, *states.batch(rows)), record["height"], record["width"])
     made = np.asarray(pixels)[0]
     if not np.asarray(finite)[0]:

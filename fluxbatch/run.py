@@ -50,7 +50,7 @@ def run(job: Job) -> int:
                 ):
                     for shard in shards:
                         pipeline.encoders_in()
-                        states = text.encode(shard.rows, engine.tokenizers, pipeline.encode, batch_size)
+                        states = text.encode(shard.rows, engine.tokenizers, pipeline, batch_size)
                         pipeline.encoders_out()
                         for batch in shard.batches:
                             if drain.requested:

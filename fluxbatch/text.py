@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
 from fluxbatch.types import Row, UserError
-
-Encode = Callable[[np.ndarray, np.ndarray], tuple[Any, Any]]
 
 
 class Tokenizers:
@@ -41,31 +39,45 @@ class Tokenizers:
         return clip.astype(np.int32), t5.astype(np.int32)
 
 
+class Encoders(Protocol):
+    """What of ``pipeline.Pipeline`` is needed here."""
+
+    def encode(self, clip_ids: np.ndarray, t5_ids: np.ndarray, rows: Sequence[Row]) -> tuple[Any, Any]: ...
+
+    def text_mix(self, row: Row) -> Hashable: ...
+
+
 @dataclasses.dataclass(frozen=True)
 class TextStates:
     """What a shard's distinct prompts encode to, on the host."""
 
-    states: dict[tuple[str, str], tuple[np.ndarray, np.ndarray]]
+    states: dict[Hashable, tuple[np.ndarray, np.ndarray]]
+    key: Callable[[Row], Hashable]
 
     def batch(self, rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray]:
         """T5 states ``[B, T, D]`` and pooled CLIP vectors ``[B, P]``."""
-        states, pooled = zip(*(self.states[row.prompt, row.prompt_2] for row in rows), strict=True)
+        states, pooled = zip(*(self.states[self.key(row)] for row in rows), strict=True)
         return np.stack(states), np.stack(pooled)
 
 
-def encode(rows: Iterable[Row], tokenize: Tokenizers, encoders: Encode, batch_size: int) -> TextStates:
-    """Encodes each distinct (prompt, prompt_2) once, ``batch_size`` at a time (one compiled shape).
-
-    ``encoders`` maps CLIP and T5 ids to T5 states and pooled vectors on the device.
+def encode(rows: Iterable[Row], tokenize: Tokenizers, encoders: Encoders, batch_size: int) -> TextStates:
+    """Encodes each distinct (prompt, prompt_2) once, ``batch_size`` at a time (one compiled shape);
+    once for each mix where adapters change the encoders.
     """
-    prompts = list(dict.fromkeys((row.prompt, row.prompt_2) for row in rows))
+
+    def key(row: Row) -> Hashable:
+        return row.prompt, row.prompt_2, encoders.text_mix(row)
+
+    distinct = {key(row): row for row in rows}
+    prompts = list(distinct)
     launched = []
     for i in range(0, len(prompts), batch_size):
         chunk = prompts[i : i + batch_size]
-        full = chunk + [chunk[-1]] * (batch_size - len(chunk))
-        launched.append((chunk, encoders(*tokenize(*zip(*full, strict=True)))))
+        full = [distinct[prompt] for prompt in chunk + [chunk[-1]] * (batch_size - len(chunk))]
+        ids = tokenize([row.prompt for row in full], [row.prompt_2 for row in full])
+        launched.append((chunk, encoders.encode(*ids, full)))
     states = {}
     for chunk, (t5, pooled) in launched:
         t5, pooled = np.asarray(t5), np.asarray(pooled)
         states |= {prompt: (t5[i], pooled[i]) for i, prompt in enumerate(chunk)}
-    return TextStates(states)
+    return TextStates(states, key)
