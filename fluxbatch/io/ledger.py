@@ -101,11 +101,7 @@ class Ledger:
 
     def records(self) -> Iterator[Record]:
         """Every record once, in no particular order."""
-        seen: set[RecordId] = set()
-        for _, _, record in self._records.scan():
-            if _id(record) not in seen:
-                seen.add(_id(record))
-                yield record
+        return _once(self._records)
 
     def commit(self, records: Sequence[Record]) -> None:
         """Makes rows done, all of them at once. Only when their images are durable."""
@@ -238,14 +234,17 @@ class Ledger:
 def read_records(store: Store) -> Iterator[Record]:
     """Every record of the place once; from metadata.jsonl where the ledger was not copied along."""
     log = Log(store, RECORDS, "reader")
-    if log.names():
-        seen: set[RecordId] = set()
-        for _, _, record in log.scan():
-            if _id(record) not in seen:
-                seen.add(_id(record))
-                yield record
-    elif store.exists(METADATA):
-        yield from map(json.loads, store.read(METADATA).splitlines())
+    if log.names() or not store.exists(METADATA):
+        return _once(log)
+    return map(json.loads, store.read(METADATA).splitlines())
+
+
+def _once(log: Log) -> Iterator[Record]:
+    seen: set[RecordId] = set()
+    for _, _, record in log.scan():
+        if _id(record) not in seen:
+            seen.add(_id(record))
+            yield record
 
 
 def remove(store: Store, log: Log, unwanted: Callable[[Record], bool]) -> None:
