@@ -330,6 +330,19 @@ def test_wrong_single_files(golden, tmp_path):
     assert "name one of them" in complaint(tmp_path / "it")
 
 
+def test_tokenizers_of_single_files(golden, tmp_path):
+    """They come without: beside them, else from the public repositories that have FLUX.1's (offline here)."""
+    from fluxbatch.weights.checkpoint import TOKENIZERS, _tokenizer
+    from fluxbatch.weights.source import Source
+
+    beside = Source(str(golden / "dev/tokenizer"))
+    nothing = Source(str(tmp_path / "tokenizer"))
+    for _, _, repo in TOKENIZERS.values():
+        assert _tokenizer([nothing, beside], repo) == beside.url
+        with pytest.raises(UserError, match=f"{nothing.url}: no tokenizer, and {repo} has it, but"):
+            _tokenizer([nothing], repo)
+
+
 class Ranges(http.server.SimpleHTTPRequestHandler):
     """A file server that knows ranges."""
 

@@ -1,0 +1,216 @@
+"""How fast, from how many bytes and in how much memory weights load. All figures are of this machine.
+
+    python jobs/weights/bench.py                       # a table: ours, a plain read, safetensors' own loader
+    python jobs/weights/bench.py --gigabytes 8 --rounds 3
+    python jobs/weights/bench.py measure FILE --mesh 1,8      # one load, as JSON
+
+Each load is a fresh process, and the ways take turns, so that the page cache and the machine's other work
+treat them alike; the best of the rounds counts. The file is in the page cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+HERE = pathlib.Path(__file__)
+WAYS = ("plain", "safetensors", "fluxbatch", "converted")
+
+
+def anonymous() -> int:
+    """Bytes of anonymous memory of this process that are resident."""
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
+
+
+class Peak(threading.Thread):
+    """The most anonymous memory held while it runs, sampled every 2 ms."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.start_bytes = self.bytes = anonymous()
+        self.running = True
+
+    def run(self) -> None:
+        while self.running:
+            self.bytes = max(self.bytes, anonymous())
+            time.sleep(0.002)
+
+    def __enter__(self) -> Peak:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.running = False
+        self.join()
+        self.bytes = max(self.bytes, anonymous())
+
+
+def bytes_read() -> int:
+    import tensorstore as ts
+
+    found = ts.experimental_collect_matching_metrics("/tensorstore/kvstore/file/bytes_read")
+    return sum(value["value"] for metric in found for value in metric["values"])
+
+
+def plain(path: str) -> Callable[[], object]:
+    """Four threads read the file into fresh memory, and nothing else."""
+    import numpy as np
+
+    def read() -> object:
+        size, block = os.path.getsize(path), 16 << 20
+        buffer = np.empty(size, np.uint8)
+        with open(path, "rb") as file, ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda at: os.preadv(file.fileno(), [buffer[at : at + block]], at), range(0, size, block)))
+        return buffer
+
+    return read
+
+
+def safetensors(path: str) -> Callable[[], object]:
+    """What most loaders do: the whole file as NumPy arrays, then onto the device."""
+    import jax
+    from safetensors.numpy import load_file
+
+    return lambda: jax.block_until_ready([jax.device_put(value) for value in load_file(path).values()])
+
+
+def fluxbatch(path: str, mesh: tuple[int, int], dtype: str) -> tuple[Callable[[], object], int]:
+    """Our load of a BFL file or of a converted copy; and the bytes of one copy of the weights."""
+    import jax
+    from flax import nnx
+
+    from fluxbatch.dist.mesh import make_mesh
+    from fluxbatch.models.flux import Flux, FluxConfig
+    from fluxbatch.weights import load, native, single, tables
+    from fluxbatch.weights.source import Source, read_header
+
+    folder, file = os.path.split(path)
+    if marker := native.read_marker(Source(path)):
+        source = native.Arrays(os.path.join(path, "transformer"))
+        tensors, table = native.tensors(marker, "transformer", source), tables.NATIVE
+        config = FluxConfig.from_json(source.json("config.json"))
+    else:
+        source = Source(folder)
+        tensors, table, _ = single.recognise("transformer", read_header(source, file))
+        sizes = single.sizes("transformer", tensors, table)
+        config = FluxConfig.from_json(single.constants("transformer", sizes) | sizes)
+    plan = load.plan(lambda rngs: Flux(config, rngs=rngs), tensors, table, source)
+    devices = make_mesh(mesh)
+    return lambda: jax.block_until_ready(jax.tree.leaves(nnx.state(load.load(plan, devices, dtype), nnx.Param))), plan.nbytes
+
+
+def measure(args: argparse.Namespace) -> dict[str, object]:
+    """One load in this process."""
+    import jax
+
+    mesh = tuple(int(n) for n in args.mesh.split(","))
+    if args.processes > 1:
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.distributed.initialize(f"127.0.0.1:{args.port}", args.processes, args.index)
+    nbytes = os.path.getsize(args.file) if os.path.isfile(args.file) else 0
+    if args.way in ("fluxbatch", "converted"):
+        run, nbytes = fluxbatch(args.file, mesh, args.dtype)
+    else:
+        run = {"plain": plain, "safetensors": safetensors}[args.way](args.file)
+    jax.device_put(0.0).block_until_ready()
+    before = bytes_read()
+    with Peak() as peak:
+        start = time.perf_counter()
+        held = run()
+        seconds = time.perf_counter() - start
+    result = {"way": args.way, "seconds": seconds, "gigabytes_per_second": nbytes / seconds / 1e9, "bytes": nbytes}
+    if isinstance(held, list):
+        parts = {(i, str(shard.index)): shard.data.nbytes for i, x in enumerate(held) for shard in x.addressable_shards}
+        arrays = sum(shard.data.nbytes for x in held for shard in x.addressable_shards)
+        result |= {"owned": sum(parts.values()), "arrays": arrays, "read": bytes_read() - before,
+                   "extra": peak.bytes - peak.start_bytes - arrays}  # fmt: skip
+    return result
+
+
+def in_process(way: str, path: pathlib.Path, mesh: str = "1,1", dtype: str = "bfloat16", devices: int = 1, processes: int = 1) -> list[dict]:
+    """The measurements of one load in fresh processes, one for each process of the mesh."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices // processes}",
+                                "PYTHONPATH": str(HERE.parents[2])}  # fmt: skip
+    port = str(20000 + os.getpid() % 20000)
+    running = [
+        subprocess.Popen(
+            [sys.executable, HERE, "measure", path, "--way", way, "--mesh", mesh, "--dtype", dtype,
+             "--processes", str(processes), "--index", str(i), "--port", port],
+            env=environment, stdout=subprocess.PIPE, text=True)  # fmt: skip
+        for i in range(processes)
+    ]
+    answers = [process.communicate()[0] for process in running]
+    if any(process.returncode for process in running):
+        raise RuntimeError(f"{way}: a measurement failed")
+    return [json.loads(answer.splitlines()[-1]) for answer in answers]
+
+
+def converted(file: pathlib.Path) -> pathlib.Path:
+    """The transformer alone as ``fluxbatch.convert`` writes it."""
+    from fluxbatch.models.flux import FluxConfig
+    from fluxbatch.weights import convert, single
+    from fluxbatch.weights.checkpoint import KINDS, Checkpoint, Component
+    from fluxbatch.weights.source import Source, read_header
+
+    source = Source(str(file.parent))
+    tensors, table, _ = single.recognise("transformer", read_header(source, file.name))
+    sizes = single.sizes("transformer", tensors, table)
+    config = FluxConfig.from_json(single.constants("transformer", sizes) | sizes)
+    transformer = Component(KINDS["transformer"], source, config, tensors, table, str(file))
+    to = file.parent / "converted"
+    convert.convert(Checkpoint({"transformer": transformer}, "", "", {}, None), str(to), None)
+    return to
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", nargs="?", choices=["measure"])
+    parser.add_argument("file", nargs="?")
+    parser.add_argument("--way", choices=WAYS, default="fluxbatch")
+    parser.add_argument("--mesh", default="1,1")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--index", type=int, default=0)
+    parser.add_argument("--port", type=int, default=0)
+    parser.add_argument("--gigabytes", type=float, default=2.0)
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    if args.what:
+        print(json.dumps(measure(args)))
+        return
+
+    sys.path[:0] = [str(HERE.parent), str(HERE.parents[2])]
+    import random_model
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = pathlib.Path(folder, "flux1-random.safetensors")
+        size = random_model.write(file, random_model.flux_shapes(*random_model.shape_of(args.gigabytes)))
+        places = {way: file for way in WAYS} | {"converted": converted(file)}
+        best: dict[str, dict] = {}
+        for _ in range(args.rounds):
+            for way in WAYS:
+                (result,) = in_process(way, places[way])
+                if way not in best or result["seconds"] < best[way]["seconds"]:
+                    best[way] = result
+        (sharded,) = in_process("fluxbatch", file, "1,8", devices=8)
+        print(f"{size / 1e9:.2f} GB of bfloat16, best of {args.rounds}, {os.cpu_count()} cores")
+        for way, result in best.items():
+            ratio = best["plain"]["seconds"] / result["seconds"]
+            extra = f"{result['extra'] / 2**20:8.0f} MiB over the arrays" if "extra" in result else ""
+            print(f"{way:12} {result['gigabytes_per_second']:6.2f} GB/s  {ratio:5.2f} × plain {extra}")
+        print(f"{'8 devices':12} {sharded['gigabytes_per_second']:6.2f} GB/s  {sharded['extra'] / 2**20:.0f} MiB over the arrays, "
+              f"{sharded['read'] / sharded['owned']:.4f} × the bytes owned")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

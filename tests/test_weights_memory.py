@@ -1,0 +1,75 @@
+"""Weights pass through a small window: host memory, and bytes read by TensorStore's own counters."""
+
+from __future__ import annotations
+
+import importlib.util
+import pathlib
+import shutil
+
+import pytest
+
+from fluxbatch.weights import load
+
+JOB = pathlib.Path(__file__).parents[1] / "jobs/weights"
+ALLOWED = load.IN_FLIGHT + (128 << 20)
+
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(f"weights_{name}", JOB / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+bench, random_model = script("bench"), script("random_model")
+
+
+def written(folder, gigabytes):
+    file = folder / "flux1-random.safetensors"
+    random_model.write(file, random_model.flux_shapes(*random_model.shape_of(gigabytes)))
+    return file
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("random")
+    yield written(folder, 0.4)
+    shutil.rmtree(folder)  # pytest would keep it
+
+
+def check(result, header=1 << 20):
+    assert result["extra"] <= ALLOWED, result
+    # `owned` is in bfloat16, as the file is
+    assert result["read"] <= 1.01 * result["owned"] + header, result
+
+
+def test_memory_and_bytes_on_eight_devices(small):
+    (result,) = bench.in_process("fluxbatch", small, "1,8", devices=8)
+    check(result)
+    assert result["arrays"] == result["owned"] == result["bytes"]
+
+
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_each_process_reads_what_it_owns(small, processes):
+    results = bench.in_process("fluxbatch", small, "1,8", devices=8, processes=processes)
+    for result in results:
+        check(result)
+        assert result["owned"] <= 1.02 * result["bytes"] / processes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gigabytes", [2, 8])
+def test_memory_does_not_grow_with_the_checkpoint(tmp_path, gigabytes):
+    file = written(tmp_path, gigabytes)
+    try:
+        check(*bench.in_process("fluxbatch", file, "1,8", devices=8))
+    finally:
+        file.unlink()
+
+
+@pytest.mark.slow
+def test_a_converted_copy_too(small):
+    copy = bench.converted(small)
+    check(*bench.in_process("converted", copy, "1,8", devices=8))
+    for result in bench.in_process("converted", copy, "1,8", devices=8, processes=2):
+        check(result)
