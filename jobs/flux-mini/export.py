@@ -1,0 +1,68 @@
+"""Writes trained parameters as a diffusers pipeline, through the name tables that loading uses."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from flax import nnx
+from safetensors.numpy import save_file
+
+from fluxbatch.weights import tables
+from fluxbatch.weights.rules import Table, split_layer
+
+SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 1.0, "use_dynamic_shifting": False,
+             "base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}  # fmt: skip
+INDEX = {"_class_name": "FluxPipeline", "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+         "text_encoder": ["transformers", "CLIPTextModel"], "text_encoder_2": ["transformers", "T5EncoderModel"],
+         "tokenizer": ["transformers", "CLIPTokenizer"], "tokenizer_2": ["transformers", "T5TokenizerFast"],
+         "transformer": ["diffusers", "FluxTransformer2DModel"], "vae": ["diffusers", "AutoencoderKL"]}  # fmt: skip
+
+
+def named(state: Any, table: Table) -> dict[str, np.ndarray]:
+    """The state's arrays by the names that a checkpoint has for them: the table read backwards."""
+    arrays = {".".join(map(str, keys)): np.asarray(leaf.get_value()) for keys, leaf in nnx.to_flat_state(state)}
+    out: dict[str, np.ndarray] = {}
+    for rule in table.rules:
+        count = len(re.findall(r"\(\\d\+\)", rule.pattern))
+        for numbers in [()] if count == 0 else np.ndindex(*[40] * count):
+            path, layer = split_layer(rule.target.format(*numbers))
+            if path not in arrays or ("[" in rule.target and layer >= len(arrays[path])):
+                continue
+            value = arrays[path][layer] if "[" in rule.target else arrays[path]
+            if rule.rows == tables.SWAP_HALVES:
+                value = np.concatenate(np.split(value, 2)[::-1])
+            name = re.sub(r"\(\?:(?:[^)]*\|)?([^)|]*)\)\??", r"\1", rule.pattern)  # prefixes written, the last name of several
+            for number in numbers:
+                name = name.replace(r"(\d+)", str(number), 1)
+            out[name.replace("\\", "")] = np.ascontiguousarray(value.astype(ml_dtypes.bfloat16))
+    if missing := len(arrays) - len({split_layer(p)[0] for p in arrays}):
+        raise ValueError(f"{missing} arrays without a name")
+    return out
+
+
+def write(folder: pathlib.Path, vae: dict, flux: dict, text: Mapping[str, dict], vae_params: Any, params: Mapping[str, Any]) -> None:
+    """Configs and weights (bfloat16) beside the tokenizers that are there already."""
+    levels = len(vae["block_out_channels"])
+    vae = {"_class_name": "AutoencoderKL", "act_fn": "silu", "in_channels": 3, "out_channels": 3, "force_upcast": False,
+           "down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels} | vae  # fmt: skip
+    parts = {
+        "transformer": ({"_class_name": "FluxTransformer2DModel", "patch_size": 1} | flux, named(params["flux"], tables.FLUX_DIFFUSERS)),
+        "text_encoder": ({"architectures": ["CLIPTextModel"], "model_type": "clip_text_model"} | text["clip"], named(params["clip"], tables.CLIP)),
+        "text_encoder_2": ({"architectures": ["T5EncoderModel"], "model_type": "t5", "tie_word_embeddings": False, "is_encoder_decoder": False}
+                           | text["t5"], named(params["t5"], tables.T5)),
+        "vae": (vae, named(vae_params[0], tables.VAE_ENCODER) | named(vae_params[1], tables.VAE_DECODER)),
+    }  # fmt: skip
+    for name, (config, tensors) in parts.items():
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        (folder / name / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        stem = "model" if name.startswith("text") else "diffusion_pytorch_model"
+        save_file(tensors, folder / name / f"{stem}.safetensors", metadata={"format": "pt"})
+    (folder / "scheduler").mkdir(exist_ok=True)
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER, indent=2) + "\n")
+    (folder / "model_index.json").write_text(json.dumps(INDEX, indent=2) + "\n")
