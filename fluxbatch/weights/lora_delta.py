@@ -21,6 +21,11 @@ def _cut(x: np.ndarray, rows: Rows) -> np.ndarray:
     return np.concatenate([x[a:b] for a, b in rows]) if len(rows) > 1 else x[slice(*rows[0])]
 
 
+def _norm2(a: np.ndarray, b: np.ndarray) -> float:
+    """The square of the Frobenius norm of B A."""
+    return float(np.vdot(a @ a.T, b.T @ b))
+
+
 class Delta(abc.ABC):
     """A change of one weight, its own alpha included; the user's scale comes on top."""
 
@@ -80,8 +85,7 @@ class Product(Delta):
         return wide(self.a), wide(self.b) * np.float32(self.scale)
 
     def norm2(self) -> float:
-        a, b = self.factors()
-        return float(np.vdot(a @ a.T, b.T @ b))
+        return _norm2(*self.factors())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +119,9 @@ class Hadamard(Delta):
         a = (a1[:, None, :] * a2[None, :, :]).reshape(-1, a1.shape[1])
         return a, (b1[:, :, None] * b2[:, None, :]).reshape(len(b1), -1) * np.float32(self.scale)
 
+    def norm2(self) -> float:
+        return _norm2(*self.factors()) if self.rank <= 8 else super().norm2()
+
 
 @dataclasses.dataclass(frozen=True)
 class Kronecker(Delta):
@@ -146,8 +153,11 @@ class Kronecker(Delta):
         return (one[i][:, :, None] * two[k][:, None, :]).reshape(len(self.rows), -1)
 
     def full(self) -> np.ndarray:
-        one, two = (wide(w[0]) if len(w) == 1 else wide(w[0]) @ wide(w[1]) for w in (self.w1, self.w2))
-        return self._of_rows(one * np.float32(self.scale), two)
+        return self._of_rows(_whole(self.w1) * np.float32(self.scale), _whole(self.w2))
+
+    def norm2(self) -> float:
+        one, two = (np.sum(np.square(_whole(w)), axis=1) for w in (self.w1, self.w2))
+        return self.scale**2 * float(np.sum(self._of_rows(one[:, None], two[:, None])))
 
     def factors(self) -> tuple[np.ndarray, np.ndarray]:
         """``(U1 V1) ⊗ (U2 V2) = (U1 ⊗ U2)(V1 ⊗ V2)``."""
@@ -155,6 +165,10 @@ class Kronecker(Delta):
             return super().factors()
         (u1, v1), (u2, v2) = (_as_product([wide(x) for x in w]) for w in (self.w1, self.w2))
         return np.kron(v1, v2), self._of_rows(u1 * np.float32(self.scale), u2)
+
+
+def _whole(w: tuple[np.ndarray, ...]) -> np.ndarray:
+    return wide(w[0]) if len(w) == 1 else wide(w[0]) @ wide(w[1])
 
 
 def _as_product(w: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
