@@ -1,0 +1,122 @@
+"""Adapters through diffusers' ``load_lora_weights`` and ``set_adapters``, PEFT and LyCORIS, and through ours:
+the same pictures, merged and row by row."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import json
+
+import lora_files as files
+import numpy as np
+import pytest
+from conftest import GOLDEN, psnr
+
+from fluxbatch import cli, text
+from fluxbatch.dist import hosts
+from fluxbatch.engine import open_engine
+from fluxbatch.io.manifest import read_rows
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("peft")
+pytest.importorskip("diffusers")
+pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("default")]
+
+spec = importlib.util.spec_from_file_location("generate", GOLDEN / "generate.py")
+generate = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(generate)
+
+# dev: two blocks of each kind, guidance
+SIZE = files.Size(width=32, double=2, single=2, channels=16, context=32, pooled=32, head=16, factor=4, clip=(32, 64, 2), t5=(32, 32, 64, 2))
+ROW = {"prompt": "a red apple on a blue background", "height": 32, "width": 32, "num_inference_steps": 2, "guidance_scale": 2.0}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    generate.pipeline(**generate.VARIANTS["dev"], seed=5).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def pipe(model, monkeypatch):
+    """diffusers' pipeline; its converters, which know only FLUX.1's own size, are told this one's."""
+    from diffusers import FluxPipeline
+    from diffusers.loaders import lora_conversion_utils as converters
+    from diffusers.loaders import lora_pipeline
+
+    d = SIZE.width
+    for name in ("_convert_kohya_flux_lora_to_diffusers", "_convert_bfl_flux_control_lora_to_diffusers", "_convert_fal_kontext_lora_to_diffusers"):
+        source = inspect.getsource(getattr(converters, name))
+        for old, new in (("[3072, 3072, 3072, 12288]", f"{[d, d, d, 4 * d]}"), ("inner_dim = 3072", f"inner_dim = {d}"), ("range(19)", f"range({SIZE.double})"),
+                         ("range(38)", f"range({SIZE.single})"), ("num_layers = 19", f"num_layers = {SIZE.double}"), ("num_single_layers = 38", f"num_single_layers = {SIZE.single}")):  # fmt: skip
+            source = source.replace(old, new)
+        scope = dict(vars(converters))
+        exec(source, scope)
+        monkeypatch.setattr(lora_pipeline, name, scope[name])
+    pipe = FluxPipeline.from_pretrained(model)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def theirs(pipe, mix, seed=0) -> np.ndarray:
+    if mix:
+        pipe.set_adapters(list(mix), list(mix.values()))
+    else:
+        pipe.disable_lora()
+    image = generate.render(pipe, ROW | {"seed": seed}, 24)
+    if not mix:
+        pipe.enable_lora()
+    return image
+
+
+def ours(model, tmp_path, monkeypatch, adapters, mixes, **options) -> list[np.ndarray]:
+    """Pictures of rows that differ in their mixes."""
+    manifest = tmp_path / "rows.jsonl"
+    manifest.write_text("".join(json.dumps(ROW | {"seed": 0, "lora": mix}) + "\n" for mix in mixes))
+    names = list(adapters)
+    arrays = {
+        "lora_model_name_or_path": [str(adapters[name]) for name in names], "weight_name": ["null"] * len(names), "adapter_name": names,
+        "scale": [1.0] * len(names), "from_pt": ["true"] * len(names)}  # fmt: skip
+    flags = {"pretrained_model_name_or_path": model, "manifest": manifest, "max_sequence_length": 24, "hardware": "cpu",
+             "weights_dtype": "float32", "activations_dtype": "float32", "output_dir": tmp_path} | options  # fmt: skip
+    args = [f"{key}={value}" for key, value in flags.items()] + [f"lora_config.{key}=[{','.join(map(str, value))}]" for key, value in arrays.items()]
+    jobs = []
+    monkeypatch.setattr("sys.argv", ["fluxbatch.run", *args])
+    with pytest.raises(SystemExit):
+        cli.main(lambda job: jobs.append(job) or 0)
+    engine = open_engine(jobs[0], hosts.start("cpu", None))
+    rows = engine.resolve(read_rows(jobs[0], multiple=engine.multiple)[0])
+    pipeline = engine.load(False, lambda _: None, rows)
+    states = text.encode(rows, engine.tokenizers, pipeline, len(rows))
+    pixels, _ = pipeline.decode(pipeline.denoise(rows, *states.batch(rows)), 32, 32)
+    return list(np.asarray(pixels))
+
+
+# what diffusers cannot load, or loads otherwise than trainers mean it, is compared elsewhere
+DIFFUSERS = ("diffusers", "diffusers with alphas", "AI-toolkit", "mixed", "kohya", "kohya, all layers", "ComfyUI, down and up",
+             "OneTrainer", "XLabs", "BFL control", "fal")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DIFFUSERS)
+def test_as_diffusers_does(pipe, model, tmp_path, monkeypatch, name):
+    """Two adapters of mixed ranks and alphas, the second partial: each alone, both, none."""
+    whole = name in ("BFL control", "fal")  # diffusers wants every key of these
+    adapters = {}
+    for seed, adapter in enumerate("ab"):
+        maker = files.Maker(seed, size=0.15, keep=1.0 if whole or not seed else 0.5)
+        tensors = files.FORMATS[name](SIZE, maker)
+        if name == "kohya, all layers":  # diffusers drops the alphas of the last layer
+            tensors = {k: v for k, v in tensors.items() if not ("final_layer" in k and k.endswith("alpha"))}
+        adapters[adapter] = files.save(tmp_path / f"{adapter}.safetensors", tensors)
+        pipe.load_lora_weights(str(adapters[adapter]), adapter_name=adapter)
+    mixes = [{"a": 1.0}, {"b": 0.7}, {"a": 0.4, "b": -0.6}, {}]
+    expected = [theirs(pipe, mix) for mix in mixes]
+    rest = expected[-1]
+    assert all(psnr(picture, rest) < 30 for picture in expected[:-1])  # the adapters do something
+    merged = [ours(model, tmp_path, monkeypatch, adapters, [mix])[0] for mix in mixes]
+    for mix, picture, wanted in zip(mixes, merged, expected, strict=True):
+        assert psnr(picture, wanted) >= 50, ("merged", mix)
+    if name != "BFL control":
+        for mix, picture, wanted in zip(mixes, ours(model, tmp_path, monkeypatch, adapters, mixes), expected, strict=True):
+            assert psnr(picture, wanted) >= 50, ("row by row", mix)
