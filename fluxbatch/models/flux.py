@@ -202,15 +202,22 @@ class Flux(nnx.Module):
     def __call__(self, img: Array, txt: Array, pooled: Array, t: Array, guidance: Array, rope: tuple[Array, Array]) -> Array:
         """img ``[B, L, C]``, txt ``[B, T, joint_attention_dim]``, pooled ``[B, P]``, t and guidance
         ``[B]`` (guidance is read only if the model was distilled with it), rope from ``rope_table``."""
+        img, txt, vec = self.embed(img, txt, pooled, t, guidance)
+        img, txt = scan(self.double_blocks, lambda block, x: block(*x, vec, rope, self), (img, txt))
+        x = jnp.concatenate([txt, img], axis=1)
+        x = scan(self.single_blocks, lambda block, x: block(x, vec, rope, self), x)
+        return self.finish(x[:, txt.shape[1] :], vec)
+
+    def embed(self, img: Array, txt: Array, pooled: Array, t: Array, guidance: Array) -> tuple[Array, Array, Array]:
+        """What the blocks start from: image ``[B, L, D]``, text ``[B, T, D]`` and the vector ``[B, D]``
+        that modulates them all."""
         dtype = img.dtype
         vec = self.time_in(timestep_embedding(t).astype(dtype)) + self.vector_in(pooled.astype(dtype))
         if self.guidance_in is not None:
             vec = vec + self.guidance_in(timestep_embedding(guidance).astype(dtype))
-        vec = jax.nn.silu(vec)
+        return self.img_in(img), self.txt_in(txt.astype(dtype)), jax.nn.silu(vec)
 
-        img, txt = self.img_in(img), self.txt_in(txt.astype(dtype))
-        img, txt = scan(self.double_blocks, lambda block, x: block(*x, vec, rope, self), (img, txt))
-        x = jnp.concatenate([txt, img], axis=1)
-        x = scan(self.single_blocks, lambda block, x: block(x, vec, rope, self), x)
+    def finish(self, img: Array, vec: Array) -> Array:
+        """``[B, L, D]`` as the blocks leave it → velocity ``[B, L, C]``."""
         shift, scale = jnp.split(self.final_mod(vec), 2, axis=-1)
-        return self.final_out(modulate(x[:, txt.shape[1] :], shift, scale))
+        return self.final_out(modulate(img, shift, scale))

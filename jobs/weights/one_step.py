@@ -1,0 +1,62 @@
+"""One denoising step of a full-size FLUX, block by block, and the memory it took.
+
+    python jobs/weights/random_model.py DIR                       # 24 GB
+    python jobs/weights/one_step.py DIR/flux1-random.safetensors
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pathlib
+import sys
+import time
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fluxbatch.dist.mesh import make_mesh
+from fluxbatch.models import attention
+from fluxbatch.models.flux import Flux, FluxConfig, rope_table
+from fluxbatch.weights import load, single
+from fluxbatch.weights.source import Source, read_header
+from fluxbatch.weights.stream import StreamedFlux
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("file")
+    parser.add_argument("--side", type=int, default=128, help="pixels")
+    parser.add_argument("--words", type=int, default=128, help="text tokens")
+    args = parser.parse_args()
+    start = time.perf_counter()
+    folder, name = os.path.split(os.path.abspath(args.file))
+    source = Source(folder)
+    tensors, table, _ = single.recognise("transformer", read_header(source, name))
+    sizes = single.sizes("transformer", tensors, table)
+    config = FluxConfig.from_json(single.constants("transformer", sizes) | sizes)
+    plan = load.plan(lambda rngs: Flux(config, rngs=rngs, attention=attention.by_name("auto", "cpu")), tensors, table, source)
+    print(f"opened and planned: {plan.nbytes:,} bytes of weights in {time.perf_counter() - start:.1f} s")
+
+    rng, side = np.random.default_rng(0), args.side // 16
+    latents, text, pooled = (
+        jnp.asarray(rng.standard_normal((1, *shape)), jnp.float32)
+        for shape in ((side * side, config.in_channels), (args.words, config.joint_attention_dim), (config.pooled_projection_dim,))
+    )
+    rope = rope_table(args.words, side, side, config.axes_dims_rope)
+    flux = StreamedFlux(plan, make_mesh((1, 1)), "bfloat16")
+    for step in range(2):  # the second one compiles nothing
+        start = time.perf_counter()
+        out = flux.denoise(latents + 0, text, pooled, jnp.array([[1.0, 0.9]]), jnp.array([1]), jnp.array([3.5]), rope, jnp.bfloat16)
+        finite = bool(np.isfinite(out).all())
+        print(f"step {step}: {time.perf_counter() - start:.1f} s, {out.shape} {'finite' if finite else 'NOT FINITE'}")
+    with open("/proc/self/status") as status:
+        peak = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+    print(f"resident memory at most {peak / 2**30:.2f} GiB")
+
+
+if __name__ == "__main__":
+    main()
