@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import yaml
@@ -48,16 +49,16 @@ class Outcome:
             tally = self.ledger.merge()
             code = cut if cut is not None and tally.left else Exit.REJECTED_ROWS if tally.rejects else Exit.OK
             counts = self._counts(tally)
+        write_status(self.store, code, REASONS[code], counts)
         summary = self.report.summary(counts, join(self.store.url, METADATA))
-        if self.job.output.gallery:
+        if self.job.output.gallery and cut is None:  # a machine that is taken away does not wait for pages
             title = self.job.run_name or ""
-            records = _lines(self.store.read(METADATA))
-            write_gallery(self.store, records, _lines(self.store.read(REJECTS)) if tally.rejects else [], title, summary)
-            write_contact_sheet(self.store, records, title=title)
+            rejects = self._lines(REJECTS) if tally.rejects else ()
+            write_gallery(self.store, self._lines(METADATA), rejects, title, summary)
+            write_contact_sheet(self.store, self._lines(METADATA), title=title)
             print(f"look at    {join(self.store.url, 'index.html')} or {join(self.store.url, 'contact_sheet.png')}")
             if self.job.sweep:
                 print(f"the sweep  {_write_grid(self.job)}")
-        self._status(code, REASONS[code], counts)
         if code != Exit.OK:
             self.report.say(REASONS[code])
         return code
@@ -67,26 +68,22 @@ class Outcome:
         self.report.say(f"error: {error}")
         with contextlib.suppress(StorageError):
             tally = self.ledger.merge()
-            self._status(1, str(error), self._counts(tally))
+            write_status(self.store, 1, str(error), self._counts(tally))
         return 1
 
     def _counts(self, tally: Tally) -> dict[str, int]:
         made = max(0, tally.done - self.before)
         return {"rows": tally.rows, "made": made, "before": self.before, "rejected": len(tally.rejects), "left": tally.left}
 
-    def _status(self, code: int, reason: str, counts: dict[str, int]) -> None:
-        write_status(self.store, code, reason, counts)
+    def _lines(self, name: str) -> Iterator[dict[str, Any]]:
+        return (json.loads(line) for line in self.store.read(name).splitlines())
 
     def _config(self) -> bytes:
         """The resolved configuration, and what the checkpoint made of it."""
         job = OmegaConf.to_container(OmegaConf.structured(self.job), enum_to_str=True)
         assert isinstance(job, dict)
-        resolved = job | {"resolved": self.engine.facts}
+        resolved = job | {"resolved": self.engine.facts, "lora_coverage": self.engine.lora.coverage()}
         return yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True).encode("utf-8", "surrogatepass")
-
-
-def _lines(data: bytes) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in data.splitlines()]
 
 
 def _write_grid(job: Job) -> str:

@@ -37,6 +37,7 @@ def replay(job: ReplayJob) -> int:
     store = open_store(join(job.output_dir, *([job.run_name] if job.run_name else [])))
     found = yaml.safe_load(store.read(CONFIG))
     facts = found.pop("resolved")
+    del found["lora_coverage"]  # said of the adapters, not asked of them
     recorded = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Job), found))
     assert isinstance(recorded, Job)
     records = (json.loads(line) for line in store.read(METADATA).splitlines())

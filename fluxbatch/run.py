@@ -29,6 +29,7 @@ def run(job: Job) -> int:
     with report.stage("open"):  # whatever can be wrong, before a weight is read
         engine = open_engine(job, hosts.start(job.hardware.platform.name, job.jax_cache_dir))
         rows, bad_lines = read_rows(job, multiple=engine.multiple)
+        rows = engine.resolve(rows)  # each row with its mix of LoRA adapters
         store = open_store(join(job.output_dir, job.run_name))
         ledger = Ledger(store, engine.facts | {"format": job.output.format.name}, writer_id=hosts.start_id(), overwrite=job.overwrite)
         todo, names = ledger.assign(rows, bad_lines, template=job.output.filename, extension=EXTENSIONS[job.output.format.name])
@@ -37,12 +38,14 @@ def run(job: Job) -> int:
 
         outcome = finish.Outcome(job, engine, store, ledger, report, before=len(rows) - len(todo))
         outcome.started()
+        for line in engine.lora.table():
+            report.say(line)
 
     with hosts.drain_on_signals() as drain:
         try:
             if shards:
                 with report.stage("load"), report.bar(engine.nbytes, "loading", "B", unit_scale=True) as bar:
-                    pipeline = engine.load(job.hardware.offload_encoders, bar.update)
+                    pipeline = engine.load(job.hardware.offload_encoders, bar.update, rows)
                 with (
                     report.stage("generate"),
                     report.bar(len(todo), "images", "img") as bar,
@@ -62,9 +65,9 @@ def run(job: Job) -> int:
                         writer.compact()
                         if drain.requested:
                             break
+            return outcome.finished(Exit.PREEMPTED if drain.requested else None)
         except (StorageError, TooManyFailures) as error:
             return outcome.stopped(error)
-        return outcome.finished(Exit.PREEMPTED if drain.requested else None)
 
 
 def main() -> NoReturn:

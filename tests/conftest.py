@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import pathlib
@@ -46,14 +47,14 @@ def golden() -> pathlib.Path:
 
 @pytest.fixture
 def cli(monkeypatch, capsys):
-    """Runs ``python -m fluxbatch.run ARGS`` in this process: (exit code, standard error)."""
+    """Runs ``python -m fluxbatch.ENTRY ARGS`` in this process: (exit code, standard error; output)."""
 
-    def call(*args: object) -> tuple[int, str]:
-        from fluxbatch import run
-
-        monkeypatch.setattr(sys, "argv", ["fluxbatch.run", *map(str, args)])
+    def call(*args: object, entry: str = "run") -> tuple[int, str]:
+        command = importlib.import_module(f"fluxbatch.{entry}")
+        monkeypatch.setattr(sys, "argv", [f"fluxbatch.{entry}", *map(str, args)])
         with pytest.raises(SystemExit) as stop:
-            run.main()
-        return int(stop.value.code or 0), capsys.readouterr().err
+            command.main()
+        out, err = capsys.readouterr()
+        return int(stop.value.code or 0), err if entry == "run" else err + out
 
     return call

@@ -101,6 +101,32 @@ def test_sigkill_at_random_instants(place, exact):
     check(place, name, exact)
 
 
+@pytest.mark.parametrize("rate", [0.0, 0.1], ids=["a bucket", "a bucket that fails one request in ten"])
+def test_sigkill_on_cloud_storage(place, rate):
+    gcs_faults = pytest.importorskip("gcs_faults")
+    from fluxbatch.io.images import decode, pixel_sha256
+    from fluxbatch.io.storage import open_store
+
+    whole = {r["id"]: r["sha256"] for r in metadata(place / "whole")}
+    with gcs_faults.serve(rate=rate):
+        store = open_store("gs://bucket/out/run")
+        killed = 0
+        while True:
+            process = start(place, "run", output_dir="gs://bucket/out")
+            before = sum(name.endswith(".png") for name in store.list())
+            if killed < max(1, KILLS // 5):
+                goal = before + ROWS // (max(1, KILLS // 5) + 1)
+                wait_until(process, lambda: sum(name.endswith(".png") for name in store.list()) >= goal)  # noqa: B023
+                process.kill()
+            if process.wait() == 0:
+                break
+            killed += 1
+        records = [json.loads(line) for line in store.read("metadata.jsonl").splitlines()]
+        assert {r["id"]: r["sha256"] for r in records} == whole and len(records) == ROWS
+        assert sum(name.endswith(".png") for name in store.list()) == ROWS
+        assert all(pixel_sha256(decode(store.read(r["file_name"]))) == r["sha256"] for r in records[::7])
+
+
 def test_sigterm_drains_and_the_next_start_goes_on(place):
     run = place / "drained"
     process = start(place, "drained", batch=4)

@@ -121,6 +121,26 @@ def test_a_second_start_has_nothing_to_do(cli, golden, tmp_path, mixed):
     assert code == 2 and "max_shift" in err and "run_name" in err
 
 
+def test_replay_and_verify(cli, golden, tmp_path):
+    assert cli(*flags(golden, tmp_path, manifest=golden / "dev.jsonl", per_device_batch_size=4, activations_dtype="bfloat16"))[0] == 0
+    here = [f"output_dir={tmp_path}", "run_name=run"]
+    code, said = cli(*here, "id=g1", entry="replay")
+    assert code == 0 and "same pixels" in said
+    assert cli(*here, entry="verify")[0] == 0
+    code, said = cli(*here, "id=nobody", entry="replay")
+    assert code == 2 and "nobody" in said and "Traceback" not in said
+
+    damaged = tmp_path / "run" / "flux_2.png"
+    Image.fromarray(np.zeros_like(pixels(damaged))).save(damaged)
+    code, said = cli(*here, entry="verify")
+    assert code == 3 and "flux_2.png" in said
+    lines = metadata(tmp_path / "run")
+    lines[1]["sha256"] = "0" * 64
+    (tmp_path / "run" / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    code, said = cli(*here, "id=g1", entry="replay")
+    assert code == 3 and "largest difference 0 of 255" in said
+
+
 def test_single_prompt_and_formats(cli, golden, tmp_path):
     for form in ("png", "jpeg", "webp"):
         args = flags(golden, tmp_path, form, prompt="a cat, (sitting) = 3: 'x'", resolution=32, num_inference_steps=1, output=form)
