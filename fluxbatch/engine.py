@@ -107,9 +107,11 @@ PARTS = {"t5": "text_encoder_2", "clip": "text_encoder", "flux": "transformer", 
 def open_engine(job: Job, platform: str) -> Engine:
     """Opens the checkpoint and checks it against the job; UserError for anything that cannot work."""
     hardware, sampler = job.hardware, job.sampler
+    default = "float32" if platform == "cpu" else "bfloat16"
+    weights, activations = (default if d.name == "auto" else d.name for d in (hardware.weights_dtype, hardware.activations_dtype))
     try:
         shape = mesh_shape(job.sharding.ici_data_parallelism, job.sharding.ici_fsdp_parallelism, len(jax.devices()))
-        attend = attention.by_name(hardware.attention.name, platform, hardware.flash_block_sizes)
+        attend = attention.by_name(hardware.attention.name, platform, activations, hardware.flash_block_sizes)
     except ValueError as error:
         raise UserError(str(error)) from error
     checkpoint = open_checkpoint(job.model)
@@ -117,8 +119,6 @@ def open_engine(job: Job, platform: str) -> Engine:
     plans = _collect({name: lambda c=c, o=options.get(name, {}): c.plan(**o) for name, c in checkpoint.components.items()})
     tokenizers = Tokenizers(checkpoint.tokenizer, checkpoint.tokenizer_2, sampler.max_sequence_length)
     schedule = Schedule.of(checkpoint.scheduler, sampler.time_shift, sampler.base_shift, sampler.max_shift)
-    default = "float32" if platform == "cpu" else "bfloat16"
-    weights, activations = (default if d.name == "auto" else d.name for d in (hardware.weights_dtype, hardware.activations_dtype))
     facts = {
         "model_digest": checkpoint.digest(),
         "weights_dtype": weights,

@@ -70,14 +70,20 @@ def encode(rows: Iterable[Row], tokenize: Tokenizers, encoders: Encoders, batch_
 
     distinct = {key(row): row for row in rows}
     prompts = list(distinct)
-    launched = []
+    states: dict[Hashable, tuple[np.ndarray, np.ndarray]] = {}
+
+    def collect(chunk: list[Hashable], encoded: tuple[Any, Any]) -> None:
+        t5, pooled = np.asarray(encoded[0]), np.asarray(encoded[1])
+        states.update((prompt, (t5[i], pooled[i])) for i, prompt in enumerate(chunk))
+
+    before = None
     for i in range(0, len(prompts), batch_size):
         chunk = prompts[i : i + batch_size]
         full = [distinct[prompt] for prompt in chunk + [chunk[-1]] * (batch_size - len(chunk))]
-        ids = tokenize([row.prompt for row in full], [row.prompt_2 for row in full])
-        launched.append((chunk, encoders.encode(*ids, full)))
-    states = {}
-    for chunk, (t5, pooled) in launched:
-        t5, pooled = np.asarray(t5), np.asarray(pooled)
-        states |= {prompt: (t5[i], pooled[i]) for i, prompt in enumerate(chunk)}
+        launched = encoders.encode(*tokenize([row.prompt for row in full], [row.prompt_2 for row in full]), full)
+        if before is not None:  # copied back while the device encodes the next ones
+            collect(*before)
+        before = chunk, launched
+    if before is not None:
+        collect(*before)
     return TextStates(states, key)

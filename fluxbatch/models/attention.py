@@ -87,18 +87,21 @@ def splash_blocks(length: int) -> dict[str, int]:
     return {"block_q": size, "block_kv": size, "block_kv_compute": compute}
 
 
-def by_name(name: str, platform: str, blocks: Mapping[str, int] | None = None) -> AttentionFn:
-    """The attention called ``name`` on this ``platform`` (cpu, gpu, tpu).
+def by_name(name: str, platform: str, dtype: str, blocks: Mapping[str, int] | None = None) -> AttentionFn:
+    """The attention called ``name`` on this ``platform`` (cpu, gpu, tpu) for activations of ``dtype``.
 
     Raises ValueError when the hardware cannot serve the name: never a silent fall-back.
     """
+    half = dtype != "float32"
     if name == "auto":
-        name = {"gpu": "cudnn_flash_te", "tpu": "flash"}.get(platform, "dot_product")
+        name = {"gpu": "cudnn_flash_te" if half else "dot_product", "tpu": "flash"}.get(platform, "dot_product")
     serves = {"flash": "tpu", "cudnn_flash_te": "gpu"}
     if name in serves and platform != serves[name]:
         raise ValueError(
             f"hardware.attention={name} needs a {serves[name].upper()}, this is a {platform.upper()}: "
             "use attention=dot_product or attention=auto")  # fmt: skip
+    if name == "cudnn_flash_te" and not half:
+        raise ValueError(f"hardware.attention={name} needs activations_dtype=bfloat16 or float16, got {dtype}")
     if name == "flash":
         return functools.partial(splash, blocks=blocks)
     if name == "cudnn_flash_te":

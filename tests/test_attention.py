@@ -1,0 +1,65 @@
+"""Every attention against the plain one; names that the hardware cannot serve are refused."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fluxbatch.models import attention
+
+
+def qkv(b, h, l, k, m=None):
+    keys = jax.random.split(jax.random.key(l), 3)
+    return [jax.random.normal(key, (b, h, n, k)) for key, n in zip(keys, (l, m or l, m or l), strict=True)]
+
+
+def reference(q, k, v):
+    """In float64, written out."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    scores = q @ k.swapaxes(-1, -2) / np.sqrt(q.shape[-1])
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return weights / weights.sum(-1, keepdims=True) @ v
+
+
+@pytest.mark.parametrize("l,m", [(7, 7), (96, 33), (2048, 2048)])
+def test_plain_and_blocked(l, m):
+    inputs = qkv(2, 3, l, 8, m)
+    expected = reference(*inputs)
+    for attend in (attention.dot_product, attention.blocked):
+        assert np.abs(np.asarray(jax.jit(attend)(*inputs)) - expected).max() < 2e-6
+
+
+@pytest.mark.parametrize("length,blocks", [(256, None), (200, None), (384, {"block_q": 128, "block_kv": 128, "block_kv_compute": 128})])
+def test_splash_in_interpret_mode(length, blocks):
+    """Padding to whole blocks must not be attended to."""
+    inputs = qkv(2, 2, length, 128)
+    got = attention.splash(*inputs, blocks=blocks, interpret=True)
+    assert got.shape == inputs[0].shape
+    assert np.abs(np.asarray(got) - reference(*inputs)).max() < 1e-4
+
+
+def test_splash_blocks_divide_what_they_pad_to():
+    assert attention.splash_blocks(4608) == {"block_q": 2304, "block_kv": 2304, "block_kv_compute": 768}
+    assert attention.splash_blocks(4352)["block_q"] == 2176
+    for length in (1, 127, 128, 1000, 4352, 4608, 5000):
+        blocks = attention.splash_blocks(length)
+        padded = -(-length // 128) * 128
+        assert padded % blocks["block_q"] == 0 and blocks["block_kv"] % blocks["block_kv_compute"] == 0
+
+
+def test_names():
+    assert attention.by_name("auto", "cpu", "float32") is attention.blocked
+    assert attention.by_name("auto", "gpu", "bfloat16") is attention.cudnn
+    assert attention.by_name("auto", "gpu", "float32") is attention.dot_product  # cuDNN has no float32
+    with pytest.raises(ValueError, match="TPU.*CPU"):
+        attention.by_name("flash", "cpu", "float32")
+    with pytest.raises(ValueError, match="GPU.*TPU"):
+        attention.by_name("cudnn_flash_te", "tpu", "bfloat16")
+    with pytest.raises(ValueError, match="bfloat16.*float32"):
+        attention.by_name("cudnn_flash_te", "gpu", "float32")
+
+
+def test_scores_are_float32():
+    """Scores beyond float16's range must not overflow."""
+    q, k, v = (x.astype(jnp.float16) for x in qkv(1, 1, 32, 8))
+    assert np.isfinite(np.asarray(attention.dot_product(q * 300, k * 300, v))).all()
