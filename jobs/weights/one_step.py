@@ -38,7 +38,7 @@ def main() -> None:
     tensors, table, _ = single.recognise("transformer", read_header(source, name))
     sizes = single.sizes("transformer", tensors, table)
     config = FluxConfig.from_json(single.constants("transformer", sizes) | sizes)
-    plan = load.plan(lambda rngs: Flux(config, rngs=rngs, attention=attention.by_name("auto", "cpu")), tensors, table, source)
+    plan = load.plan(lambda rngs: Flux(config, rngs=rngs, attention=attention.by_name("auto", "cpu", "bfloat16")), tensors, table, source)
     print(f"opened and planned: {plan.nbytes:,} bytes of weights in {time.perf_counter() - start:.1f} s")
 
     rng, side = np.random.default_rng(0), args.side // 16
