@@ -17,7 +17,7 @@ from fluxbatch.io.gallery import write_contact_sheet, write_gallery, write_grid
 from fluxbatch.io.ledger import METADATA, REJECTS, Ledger, Tally, write_status
 from fluxbatch.io.storage import StorageError, Store, join, open_store
 from fluxbatch.report import Report
-from fluxbatch.types import Exit
+from fluxbatch.types import Exit, UserError
 
 CONFIG = "config.yaml"
 
@@ -40,8 +40,24 @@ class Outcome:
     before: int  # rows that were done when it started
 
     def started(self) -> None:
-        """Leaves the resolved configuration with the output, for whoever finds it there later."""
+        """Leaves the resolved configuration with the output, for whoever finds it there later; a process
+        that is killed leaves its status as it is here."""
         self.store.write(CONFIG, self._config())
+        write_status(self.store, None, "running, or killed", {"before": self.before})
+
+    @contextlib.contextmanager
+    def unforeseen(self) -> Iterator[None]:
+        """Leaves word of an error that nobody expected, and lets it pass."""
+        try:
+            yield
+        except Exception as error:
+            with contextlib.suppress(StorageError):
+                write_status(self.store, 1, f"{type(error).__name__}: {error}"[:500], {"before": self.before})
+            if "RESOURCE_EXHAUSTED" in str(error):
+                size = self.job.sharding.per_device_batch_size
+                wanted = "a smaller batch or resolution, sharding=fsdp, or offload_encoders=true"
+                raise UserError(f"sharding.per_device_batch_size={size}: the device's memory does not hold it: {wanted}") from error
+            raise
 
     def finished(self, cut: Exit | None) -> int:
         """All batches are through, or the run was drained (``cut``)."""

@@ -41,7 +41,7 @@ def run(job: Job) -> int:
         for line in engine.lora.table():
             report.say(line)
 
-    with hosts.drain_on_signals() as drain:
+    with hosts.drain_on_signals() as drain, outcome.unforeseen():
         try:
             if shards:
                 with report.stage("load"), report.bar(engine.nbytes, "loading", "B", unit_scale=True) as bar:

@@ -121,6 +121,27 @@ def test_a_second_start_has_nothing_to_do(cli, golden, tmp_path, mixed):
     assert code == 2 and "max_shift" in err and "run_name" in err
 
 
+def test_an_unforeseen_error_leaves_word(cli, golden, tmp_path, monkeypatch):
+    from fluxbatch.pipeline import Pipeline
+
+    def breaks(self, *_):
+        status = json.loads((tmp_path / "run" / "status.json").read_text())
+        assert status["exit_code"] is None  # what a killed process leaves
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(Pipeline, "denoise", breaks)
+    assert cli(*flags(golden, tmp_path, prompt="a fox", resolution=32))[0] == 1
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert status["exit_code"] == 1 and "out of memory" in status["reason"]
+
+    def full(self, *_):
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 byte")
+
+    monkeypatch.setattr(Pipeline, "denoise", full)
+    code, err = cli(*flags(golden, tmp_path, prompt="a fox", resolution=32))
+    assert code == 2 and "per_device_batch_size" in err and "Traceback" not in err
+
+
 def test_replay_and_verify(cli, golden, tmp_path):
     assert cli(*flags(golden, tmp_path, manifest=golden / "dev.jsonl", per_device_batch_size=4, activations_dtype="bfloat16"))[0] == 0
     here = [f"output_dir={tmp_path}", "run_name=run"]
