@@ -208,7 +208,7 @@ FORMATS: dict[str, Callable[[Size, Maker], Tensors]] = {
     "OneTrainer, newer": lambda s, m: m.lora(dots("transformer.", apart(s)) | dots("clip_l.", clip(s)) | dots("t5.", t5(s))),
     "XLabs": lambda s, m: m.lora(xlabs(s), "down.weight", "up.weight", alpha=False),
     "BFL control": lambda s, m: m.peft(bfl(s), bias=True) | norms(s, m),
-    "fal": lambda s, m: m.peft(dots("base_model.model.", bfl(s))),
+    "fal": lambda s, m: m.peft(dots("base_model.model.", blocks(bfl(s)) | {"final_layer.linear": (s.channels, s.width)})),
     "PEFT": lambda s, m: m.peft(dots("base_model.model.", diffusers(s))),
     "PEFT DoRA": lambda s, m: m.dora(dots("base_model.model.", diffusers(s)), "lora_magnitude_vector", down="lora_A.weight", up="lora_B.weight", alpha=False),
     "kohya DoRA": lambda s, m: m.dora(underscores("lora_unet_", blocks(bfl(s)))),
