@@ -28,9 +28,9 @@ def plans(size: files.Size = files.FULL) -> dict[str, Plan]:
         "transformer": (flux.Flux, flux.FluxConfig(
             in_channels=size.channels, out_channels=size.channels, num_layers=size.double, num_single_layers=size.single,
             num_attention_heads=size.width // size.head, attention_head_dim=size.head, joint_attention_dim=size.context,
-            pooled_projection_dim=size.pooled, guidance_embeds=size.guidance, axes_dims_rope=(16, 56, 56))),
+            pooled_projection_dim=size.pooled, guidance_embeds=size.guidance, axes_dims_rope=(size.head - 8, 4, 4))),
         "text_encoder": (clip.ClipTextEncoder, clip.ClipConfig(99, w, h, n, 1, 77, "quick_gelu", 1e-5, 2)),
-        "text_encoder_2": (t5.T5Encoder, t5.T5Config(99, d, inner // 64 or 1, hidden, m, 64, 32, 128, 1e-6)),
+        "text_encoder_2": (t5.T5Encoder, t5.T5Config(99, d, inner, hidden, m, 1, 32, 128, 1e-6)),
     }  # fmt: skip
     made = {}
     for name, (module, config) in configs.items():

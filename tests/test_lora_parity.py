@@ -13,12 +13,15 @@ import tempfile
 import lora_files as files
 import numpy as np
 import pytest
+import test_lora
 from conftest import GOLDEN, psnr
 
 from fluxbatch import cli, text
 from fluxbatch.dist import hosts
 from fluxbatch.engine import open_engine
 from fluxbatch.io.manifest import read_rows
+from fluxbatch.weights import lora, lora_apply
+from fluxbatch.weights.lora_formats import read_key
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("peft")
@@ -134,3 +137,93 @@ def test_as_diffusers_does(pipe, model, tmp_path, monkeypatch, name):
     if name != "BFL control":
         for mix, picture, wanted in zip(mixes, ours(model, tmp_path, monkeypatch, adapters, mixes), expected, strict=True):
             assert psnr(picture, wanted) >= 50, ("row by row", mix)
+
+
+def rows_of(weight: np.ndarray, rows) -> np.ndarray:
+    n = len(weight)
+    return np.concatenate([weight[n * a // of : n * b // of] for a, b, of in rows])
+
+
+def agree(file, base: dict[str, np.ndarray], wanted: dict[str, np.ndarray], scale: float = 1.0) -> None:
+    """Our merge of ``file`` into ``base`` (by diffusers' module names) gives ``wanted``, row by row too."""
+    adapter = lora.read_adapter(lora.Spec("x", str(file), None, scale, True, "lora.x.path"), test_lora.plans(SIZE), True)
+    edits = lora_apply.Loras((adapter,)).edits("transformer", (("x", scale),))
+    changed = 0
+    for name, old in base.items():
+        (target,) = read_key(f"transformer.{name}.lora_A.weight").targets
+        place = f"{target.path}.kernel", target.layer
+        old, new = (rows_of(weight, target.rows) for weight in (old, wanted[name]))
+        if place not in edits:
+            assert np.array_equal(old, new), name
+            continue
+        changed += 1
+        assert np.abs(new - old).max() > 0.01
+        assert np.abs(edits[place](old) - new).max() < 2e-5 * max(1, np.abs(new).max()), name
+        delta = adapter.changes["transformer"][place]
+        if not delta.merged_only:
+            a, b = delta.factors()
+            assert np.abs(old + scale * (b @ a) - new).max() < 2e-5 * max(1, np.abs(new).max()), name
+    assert changed == len(edits) > 10
+
+
+def linears(transformer) -> dict[str, np.ndarray]:
+    return {n: m.weight.detach().numpy().copy() for n, m in transformer.named_modules() if isinstance(m, torch.nn.Linear)}
+
+
+@pytest.mark.parametrize("kind,options", [
+    ("LoraConfig", dict(r=4, lora_alpha=6, use_rslora=True)),
+    ("LoraConfig", dict(r=4, lora_alpha=6, rank_pattern={"attn.to_q": 2, "proj_mlp": 8}, alpha_pattern={"attn.to_k": 3, "proj_mlp": 1})),
+    ("LoraConfig", dict(r=4, lora_alpha=6, use_dora=True)),
+    ("LoHaConfig", dict(r=4, alpha=6, alpha_pattern={"attn.to_k": 3})),
+    ("LoKrConfig", dict(r=2, alpha=6)),
+    ("LoKrConfig", dict(r=2, alpha=6, decompose_both=True, decompose_factor=8)),
+])  # fmt: skip
+def test_as_peft_merges(pipe, tmp_path, kind, options):
+    """``save_pretrained``'s two files, settings included; DoRA also at another scale."""
+    import peft
+
+    base = linears(pipe.transformer)
+    targets = ["to_q", "to_k", "to_v", "proj_mlp", "proj_out", "net.2", "norm1.linear", "linear_2"]
+    model = peft.get_peft_model(pipe.transformer, getattr(peft, kind)(target_modules=targets, **options))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_magnitude" in name:
+                p.mul_(1 + 0.3 * torch.rand(p.shape, generator=generator))
+            elif p.requires_grad:
+                p.copy_(0.3 * torch.randn(p.shape, generator=generator))
+    model.save_pretrained(tmp_path)
+    for scale in (1.0, 0.6) if kind == "LoraConfig" else (1.0,):
+        for module in model.modules():
+            if kind == "LoraConfig" and isinstance(module, peft.tuners.lora.LoraLayer):
+                module.set_scale("default", scale)
+        model.merge_adapter()
+        merged = {n.removesuffix(".base_layer"): w for n, w in linears(model.base_model.model).items() if ".lora_" not in n}
+        agree(tmp_path / "adapter_model.safetensors", base, {name: merged[name] for name in base}, scale)
+        model.unmerge_adapter()
+
+
+@pytest.mark.parametrize("algorithm,options", [
+    ("LohaModule", dict(lora_dim=3, alpha=2)), ("LokrModule", dict(lora_dim=2, alpha=3, factor=4)), ("LokrModule", dict(lora_dim=2, alpha=3, decompose_both=True, factor=8)),
+    ("LokrModule", dict(lora_dim=9, alpha=3, factor=4, full_matrix=True)), ("LoConModule", dict(lora_dim=3, alpha=2, weight_decompose=True)),
+    ("LoConModule", dict(lora_dim=3, alpha=2, rs_lora=True)), ("LokrModule", dict(lora_dim=2, alpha=3, factor=4, weight_decompose=True)),
+    ("LohaModule", dict(lora_dim=3, alpha=2, weight_decompose=True, wd_on_out=False)),
+])  # fmt: skip
+@pytest.mark.parametrize("prefix", ["lycoris_", "lora_unet_"])
+def test_as_lycoris_computes(pipe, tmp_path, algorithm, options, prefix):
+    """Each module's own output on the unit vectors is the merged weight."""
+    modules = pytest.importorskip("lycoris.modules")
+    torch.manual_seed(0)
+    base, wanted, tensors = linears(pipe.transformer), {}, {}
+    for name, module in pipe.transformer.named_modules():
+        if not isinstance(module, torch.nn.Linear) or "blocks" not in name:
+            continue
+        key = prefix + name.replace(".", "_")
+        adapted = getattr(modules, algorithm)(key, module, **options)
+        with torch.no_grad():
+            for n, p in adapted.named_parameters():
+                p.mul_(1 + 0.3 * torch.rand_like(p)) if n == "dora_scale" else p.copy_(0.3 * torch.randn_like(p))
+            output = adapted(torch.eye(module.in_features)) - (module.bias if module.bias is not None else 0)
+        wanted[name] = output.T.numpy().copy()
+        tensors |= {f"{key}.{n}": v.detach().numpy().copy() for n, v in adapted.state_dict().items()}
+    agree(files.save(tmp_path / "lycoris.safetensors", tensors), {name: base[name] for name in wanted}, wanted)
