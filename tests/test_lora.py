@@ -3,19 +3,29 @@ merging and unmerging, rows with mixes of their own."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 
+import jax
 import lora_files as files
 import ml_dtypes
 import numpy as np
 import pytest
+import yaml
+from conftest import metadata
 from flax import nnx
 
+from fluxbatch import cli, text
+from fluxbatch import engine as engine_module
+from fluxbatch.dist import hosts
+from fluxbatch.engine import open_engine
+from fluxbatch.io.manifest import read_rows
 from fluxbatch.models import clip, flux, t5
-from fluxbatch.types import UserError
+from fluxbatch.types import Row, UserError
 from fluxbatch.weights import lora
 from fluxbatch.weights.load import Plan
+from fluxbatch.weights.lora_delta import Decomposed, Hadamard, Kronecker, Product, Whole
 from fluxbatch.weights.source import Source
 
 
@@ -63,3 +73,252 @@ def test_every_key_of_every_format_at_full_size(tmp_path, name):
     with pytest.raises(UserError) as error:
         read(files.save(tmp_path / "renamed.safetensors", {renamed if k == key else k: v for k, v in tensors.items()}))
     assert f"renamed.safetensors: key that leads nowhere in this model: {renamed}" in str(error.value)
+
+
+# ---- the algebra ----
+
+DELTAS = {
+    "LoRA": lambda m: Product(m.normal(3, 12), m.normal(10, 3), 0.5),
+    "LoHa": lambda m: Hadamard((m.normal(10, 2), m.normal(2, 12)), (m.normal(10, 2), m.normal(2, 12)), 0.5),
+    "LoHa, large": lambda m: Hadamard((m.normal(10, 9), m.normal(9, 12)), (m.normal(10, 9), m.normal(9, 12)), 0.5),
+    "LoKr": lambda m: Kronecker((m.normal(2, 3),), (m.normal(5, 1), m.normal(1, 4)), 0.5),
+    "LoKr, whole": lambda m: Kronecker((m.normal(5, 3),), (m.normal(2, 4),), 0.5),
+    "LoKr, both": lambda m: Kronecker((m.normal(5, 1), m.normal(1, 3)), (m.normal(2, 1), m.normal(1, 4)), 0.5),
+    "difference": lambda m: Whole(m.normal(10, 12)),
+}
+
+
+@pytest.mark.parametrize("name", DELTAS)
+def test_factors_parts_and_norms(name):
+    """The low-rank form is the change itself, never wider than the weight; so are the rows of a part of it."""
+    delta = DELTAS[name](files.Maker(0))
+    full = delta.full()
+    assert full.shape == delta.shape == (10, 12)
+    for part, wanted in ((delta, full), (delta.take(((7, 10), (0, 2))), full[[7, 8, 9, 0, 1]])):
+        assert np.allclose(part.full(), wanted, atol=1e-6)
+        a, b = part.factors()
+        assert len(a) == b.shape[1] <= min(part.shape)
+        assert np.allclose(b @ a, wanted, atol=1e-5)
+        assert part.norm2() == pytest.approx(float(np.sum(wanted**2)), rel=1e-4)
+        assert np.allclose(part.change(wanted, -0.25), -0.25 * wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_dora_is_its_papers_formula(axis):
+    m = files.Maker(0)
+    old, inner = m.normal(10, 12), DELTAS["LoRA"](m)
+    lengths = np.abs(m.normal(10, 1) if axis else m.normal(1, 12))
+    formula = lambda new: lengths * new / np.linalg.norm(new, axis=axis, keepdims=True)  # noqa: E731
+    peft, straight = (Decomposed(inner, lengths, inside) for inside in (True, False))
+    for dora in (peft, straight):
+        assert np.allclose(old + dora.change(old, 1.0), formula(old + inner.full()), atol=1e-5)
+    assert np.allclose(old + peft.change(old, 0.5), formula(old + 0.5 * inner.full()), atol=1e-5)
+    assert np.allclose(straight.change(old, 0.5), 0.5 * straight.change(old, 1.0), atol=1e-6)
+
+
+# ---- files: where they lie, and what is wrong with them ----
+
+
+@pytest.fixture
+def tensors():
+    return files.FORMATS["XLabs"](files.FULL, files.Maker(0, ranks=(1,), dtype=np.float16))
+
+
+def test_where_adapters_lie(tmp_path, tensors):
+    one = files.save(tmp_path / "some" / "one.safetensors", tensors)
+    for given in (dict(path=one), dict(path=one, weight_name="one.safetensors"), dict(path=one.parent), dict(path=one.parent, weight_name="one.safetensors"),
+                  dict(path=tmp_path, weight_name="some/one.safetensors")):  # fmt: skip
+        assert read(**given).digest == read(one).digest
+    files.save(one.parent / "pytorch_lora_weights.safetensors", tensors)
+    assert read(one.parent).file.endswith("pytorch_lora_weights.safetensors")
+    (one.parent / "pytorch_lora_weights.safetensors").rename(one.parent / "two.safetensors")
+    (tmp_path / "empty").mkdir()
+    for given, words in (
+        (dict(path=one.parent), ["weight_name", "one.safetensors, two.safetensors"]),
+        (dict(path=tmp_path / "empty"), ["expected one .safetensors file", "none"]),
+        (dict(path=one.parent, weight_name="three.safetensors"), ["three.safetensors: not found"]),
+        (dict(path=tmp_path / "gone.safetensors"), ["gone.safetensors", "not there"]),
+        (dict(path=one, weight_name="two.safetensors"), ["is a file", "null"]),
+        (dict(path=one.parent, weight_name="x.bin"), ["pickled", "can run code"]),
+        (dict(path=tmp_path / "x.ckpt"), ["pickled", "can run code"]),
+    ):
+        with pytest.raises(UserError) as error:
+            read(**given)
+        assert "lora.x.path" in str(error.value) or "not found" in str(error.value)
+        assert len(error.value.lines) == 1 and all(word in str(error.value) for word in words), error.value
+
+
+@pytest.mark.parametrize("magic", [b"PK\x03\x04", b"\x80\x02}q\x00", b"\x80\x04\x95"])
+def test_a_pickle_in_disguise(tmp_path, magic):
+    (tmp_path / "x.safetensors").write_bytes(magic + bytes(1000))
+    with pytest.raises(UserError, match="is a pickle whatever its name says"):
+        read(tmp_path / "x.safetensors")
+
+
+FIRST = "double_blocks.0.processor.qkv_lora1"
+BROKEN = {
+    "half a pair": (lambda t: {k: v for k, v in t.items() if k != f"{FIRST}.up.weight"}, f"{FIRST}: down without what belongs to it"),
+    "another rank": (lambda t: t | {f"{FIRST}.up.weight": np.zeros((9216, 3), np.float16)}, f"{FIRST}: rank 1 below and 3 above"),
+    "another width": (lambda t: t | {f"{FIRST}.down.weight": np.zeros((1, 3000), np.float16)}, "shape [3072, 3000], the model expects [3072, 3072]"),
+    "another model": (lambda t: t | {"double_blocks.19.processor.proj_lora1.down.weight": t[f"{FIRST}.down.weight"]}, "double_blocks.19"),
+    "NaN": (lambda t: t | {f"{FIRST}.down.weight": np.full((1, 3072), np.nan, np.float16)}, f"{FIRST}: holds NaN"),
+    "integers": (lambda t: t | {f"{FIRST}.down.weight": np.zeros((1, 3072), np.int8)}, "dtype int8"),
+    "twice": (lambda t: t | {"lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": t[f"{FIRST}.down.weight"],
+                             "lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight": t[f"{FIRST}.up.weight"]}, "has changed double_blocks.img.qkv.q.kernel[0] already"),
+    "nothing": (lambda t: {"conv_in.lora_down.weight": np.zeros((1, 4), np.float32)}, "holds no adapter for this model"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_is_wrong_is_named(tmp_path, tensors, name):
+    change, words = BROKEN[name]
+    file = files.save(tmp_path / "x.safetensors", change(tensors))
+    with pytest.raises(UserError) as error:
+        read(file)
+    assert str(file) in str(error.value) and words in str(error.value)
+    if name == "another model":
+        adapter = read(file, strict=False)
+        assert adapter.skipped == ("double_blocks.19.processor.proj_lora1.down.weight",) and adapter.coverage()["skipped"]
+        assert any("double_blocks.19" in line for line in adapter.table())
+
+
+def test_orientation_dtypes_and_defaults(tmp_path):
+    """from_pt=false: every matrix transposed. bfloat16 and float16 hold the same numbers. No alpha: the rank."""
+    shapes = files.underscores("lora_unet_", {k: v for k, v in files.bfl(files.FULL).items() if k.startswith("double_blocks.0.img_attn.proj")})
+    tensors = files.Maker(0, ranks=(4,), dtype=ml_dtypes.bfloat16).lora(shapes, alpha=False)
+    plain = read(files.save(tmp_path / "a.safetensors", tensors))
+    turned = read(files.save(tmp_path / "b.safetensors", {k: v.T for k, v in tensors.items()}), from_pt=False)
+    half = read(files.save(tmp_path / "c.safetensors", {k: v.astype(np.float32) for k, v in tensors.items()}))
+    doubled = {k.replace("lora_down.weight", "alpha"): np.float32(8).reshape(()) for k in tensors if "down" in k}
+    twice = read(files.save(tmp_path / "d.safetensors", tensors | doubled))
+    for place, delta in plain.changes["transformer"].items():
+        for other in (turned, half):
+            assert np.array_equal(delta.full(), other.changes["transformer"][place].full())
+        assert np.allclose(2 * delta.full(), twice.changes["transformer"][place].full(), atol=1e-6)
+    assert len({adapter.digest for adapter in (plain, turned, half, twice)}) == 4
+    with pytest.raises(UserError, match="rank|shape"):
+        read(tmp_path / "a.safetensors", from_pt=False)
+
+
+# ---- a small model with adapters ----
+
+SMALL = files.Size(width=32, double=2, single=2, channels=16, context=32, pooled=32, head=16, factor=4, clip=(32, 64, 2), t5=(32, 32, 64, 2))
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory):
+    """Four of different kinds; two of them change the text encoders too."""
+    folder = tmp_path_factory.mktemp("adapters")
+    kinds = {"peft": "diffusers", "kohya": "kohya with T5", "loha": "kohya LoHa", "lokr": "SimpleTuner LoKr"}
+    return {name: files.save(folder / f"{name}.safetensors", files.FORMATS[kind](SMALL, files.Maker(i, size=0.12, keep=0.7)))
+            for i, (name, kind) in enumerate(kinds.items())}  # fmt: skip
+
+
+def arrays(adapters, scale=1.0):
+    values = {"lora_model_name_or_path": adapters.values(), "weight_name": ["null"] * len(adapters), "adapter_name": adapters, "scale": [scale] * len(adapters),
+              "from_pt": ["true"] * len(adapters)}  # fmt: skip
+    return [f"lora_config.{key}=[{','.join(map(str, value))}]" for key, value in values.items()]
+
+
+MIXES = [{}, {"peft": 1.0}, {"kohya": 0.8}, {"loha": 1.0}, {"lokr": -0.7}, {"peft": 0.5, "kohya": 0.5}, {"loha": 0.3, "lokr": 0.9, "peft": -0.2},
+         {"peft": 0.2, "kohya": 0.4, "loha": 0.6, "lokr": 0.8}]  # fmt: skip
+
+
+@pytest.fixture
+def opened(golden, tmp_path, monkeypatch):
+    """An engine for a manifest of rows, as run.py opens it; ``sweep`` keeps weights from load to load."""
+
+    def open_(rows, *more, sweep=True):
+        manifest = tmp_path / "rows.jsonl"
+        manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        args = [f"pretrained_model_name_or_path={golden / 'dev'}", "max_sequence_length=24", "hardware=cpu", f"output_dir={tmp_path}",
+                f"manifest={manifest}", *more]  # fmt: skip
+        jobs = []
+        monkeypatch.setattr("sys.argv", ["fluxbatch.run", *args])
+        with pytest.raises(SystemExit):
+            cli.main(lambda job: jobs.append(job) or 0)
+        job = dataclasses.replace(jobs[0], sweep={"x": 1} if sweep else {})
+        engine = open_engine(job, hosts.start("cpu", None))
+        return engine, engine.resolve(read_rows(job, multiple=engine.multiple)[0])
+
+    yield open_
+    engine_module._kept.clear()
+
+
+def draw(engine, pipeline, rows):
+    states = text.encode(rows, engine.tokenizers, pipeline, len(rows))
+    return np.asarray(pipeline.decode(pipeline.denoise(rows, *states.batch(rows)), 32, 32)[0]).astype(int)
+
+
+def test_eight_rows_of_eight_mixes(opened, adapters):
+    """One batch, one compilation; each row as it comes out of a run of its own, where its mix is merged."""
+    rows = [{"prompt": f"prompt {i % 2}", "seed": 1, "height": 32, "width": 32, "num_inference_steps": 2, "lora": mix} for i, mix in enumerate(MIXES)]
+    engine, rows = opened(rows, *arrays(adapters))
+    pipeline = engine.load(False, lambda _: None, rows)
+    together = draw(engine, pipeline, rows)
+    assert np.abs(draw(engine, pipeline, rows[::-1])[::-1] - together).max() <= 1
+    for compiled in (pipeline._denoise, pipeline._encode):
+        assert compiled._cache_size() == 1
+    for i, row in enumerate(rows):
+        alone = draw(engine, engine.load(False, lambda _: None, [row]), [row])
+        assert np.abs(alone[0] - together[i]).max() <= 1, MIXES[i]
+        assert i < 2 or np.abs(alone[0] - together[i % 2]).mean() > 2  # the mix decides the picture
+
+
+def test_a_hundred_swaps_leave_no_trace(opened, adapters):
+    engine, _ = opened([{"prompt": "x"}], *arrays(adapters))
+    row = Row(0, "0", "x", "x", 0, 32, 32, 1, 1.0)
+    mixes = [tuple(sorted(mix.items())) for mix in MIXES[1:]]
+    load = lambda mix: engine.load(False, lambda _: None, [dataclasses.replace(row, lora=mix)])  # noqa: E731
+    weights = lambda: {name: jax.tree.map(np.array, state) for name, state in pipeline._states.items()}  # noqa: E731
+    pipeline = load(())
+    fresh, arrays_before = weights(), jax.tree.leaves(pipeline._states["flux"])
+    seen = []
+    for i in range(100):
+        assert load(mixes[i % len(mixes)]) is pipeline
+        seen.append(hash(b"".join(leaf.tobytes() for leaf in jax.tree.leaves(weights()["flux"]))))
+    assert len(set(seen)) == len(mixes)
+    assert load(()) is pipeline
+    for name, state in weights().items():
+        assert all(jax.tree.leaves(jax.tree.map(lambda a, b: a.tobytes() == b.tobytes(), state, fresh[name])))
+    # what no adapter touches was never read again
+    norms = [i for i, (path, _) in enumerate(nnx.to_flat_state(pipeline._states["flux"])) if "query_norm" in path]
+    now = jax.tree.leaves(pipeline._states["flux"])
+    assert norms and all(now[i] is arrays_before[i] for i in norms)
+
+
+def test_merging_does_not_depend_on_the_sharding(opened, adapters):
+    rows = [{"prompt": "x", "lora": MIXES[-1]}]
+    states = []
+    for sharding in ("single", "fsdp"):
+        engine, resolved = opened(rows, *arrays(adapters), f"sharding={sharding}", sweep=False)
+        states.append(engine.load(False, lambda _: None, resolved)._states)
+    assert all(jax.tree.leaves(jax.tree.map(lambda a, b: np.asarray(a).tobytes() == np.asarray(b).tobytes(), *states)))
+
+
+def test_dora_rows_must_agree(opened, adapters, tmp_path):
+    dora = files.save(tmp_path / "dora.safetensors", files.FORMATS["kohya DoRA"](SMALL, files.Maker(0)))
+    rows = [{"prompt": "x", "lora": {"dora": 1.0}}, {"prompt": "x", "lora": {"dora": 0.5}}]
+    with pytest.raises(UserError) as error:
+        opened(rows, *arrays({"dora": dora}))
+    assert "DoRA" in str(error.value) and "rows.jsonl:2" in str(error.value)
+    opened(rows[:1] * 2, *arrays({"dora": dora}))
+
+
+def test_a_run_says_which_adapters_it_used(cli, golden, tmp_path, adapters):
+    manifest = tmp_path / "rows.jsonl"
+    manifest.write_text('{"prompt": "x"}\n{"prompt": "x", "lora": {"peft": 0.25}}\n{"prompt": "x", "lora": {}}\n')
+    two = {name: adapters[name] for name in ("peft", "loha")}
+    common = [f"pretrained_model_name_or_path={golden / 'dev'}", "max_sequence_length=24", "hardware=cpu", f"output_dir={tmp_path}", f"manifest={manifest}",
+              "resolution=32", "num_inference_steps=1", "seed=3"]  # fmt: skip
+    code, err = cli(*common, "run_name=a", *arrays(two, 0.5))
+    assert code == 0, err
+    records = metadata(tmp_path / "a")
+    assert [record["lora"] for record in records] == [{"loha": 0.5, "peft": 0.5}, {"peft": 0.25}, {}]
+    assert len({record["key"] for record in records}) == 3
+    config = yaml.safe_load((tmp_path / "a" / "config.yaml").read_text())
+    assert config["resolved"]["lora"].keys() == two.keys()
+
+    manifest.write_text('{"prompt": "x", "lora": {"pift": 1}}\n')
+    code, err = cli(*common, "run_name=b", *arrays(two))
+    assert code == 2 and "rows.jsonl:1" in err and "pift" in err
