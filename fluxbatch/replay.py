@@ -40,7 +40,7 @@ def replay(job: ReplayJob) -> int:
     del found["lora_coverage"]  # said of the adapters, not asked of them
     recorded = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Job), found))
     assert isinstance(recorded, Job)
-    records = (json.loads(line) for line in store.read(METADATA).splitlines())
+    records = [json.loads(line) for line in store.read(METADATA).splitlines()]
     record = next((record for record in records if record["id"] == job.id), None)
     if record is None:
         raise UserError(f"id={job.id}: {join(store.url, METADATA)} has no such row")
@@ -48,7 +48,8 @@ def replay(job: ReplayJob) -> int:
     engine = open_engine(recorded, hosts.start(recorded.hardware.platform.name, recorded.jax_cache_dir))
     for line in difference(facts, engine.facts):
         print(f"changed since: {line}")
-    pipeline = engine.load(False, lambda _: None)
+    # all rows decide how adapters are applied, as they did then
+    pipeline = engine.load(False, lambda _: None, engine.resolve([_row(record) for record in records]))
     rows = [_row(record)] * engine.devices
     states = text.encode(rows, engine.tokenizers, pipeline, len(rows))
     pixels, finite = pipeline.decode(pipeline.denoise(rows, *states.batch(rows)), record["height"], record["width"])
@@ -68,7 +69,7 @@ def replay(job: ReplayJob) -> int:
 def _row(record: dict[str, Any]) -> Row:
     keys = ("index", "id", "prompt", "prompt_2", "seed", "height", "width", "num_inference_steps", "guidance_scale")
     lora = record.get("lora")
-    return Row(**{key: record[key] for key in keys}, lora=tuple(lora.items()) if lora else None)
+    return Row(**{key: record[key] for key in keys}, lora=None if lora is None else tuple(sorted(lora.items())))
 
 
 def main() -> NoReturn:
