@@ -162,8 +162,7 @@ def assert_equal(a, b):
             assert x[...].dtype == y[...].dtype and np.array_equal(x[...], y[...]), (name, keys)
 
 
-@pytest.mark.parametrize("variant", ["dev", "schnell"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout,variant", [*((layout, "dev") for layout in LAYOUTS), (black_forest_labs, "schnell"), (all_in_one, "schnell")])
 def test_the_same_parameters(golden, tmp_path, expected, layout, variant):
     named = {key: str(value) for key, value in layout(golden / variant, tmp_path / "it").items()}
     path = named.pop("path")

@@ -25,7 +25,6 @@ from fluxbatch.weights.boxes import IN_FLIGHT, Box, DeviceBox, HostBox, Index
 from fluxbatch.weights.rules import Piece, Table, assign
 from fluxbatch.weights.source import Source, Tensor
 
-READ = 8 << 20  # bytes of one read at most
 SMALL = 256 << 10  # a tensor up to this size is read whole, not part by part
 
 Progress = Callable[[int], None]
@@ -142,7 +141,7 @@ class Reader:
         self._bytes = 0
 
     def read(self, tensor: Tensor, first: int, last: int, use: Callable[[np.ndarray], None]) -> None:
-        size = (last - first) * tensor.row_bytes
+        size = (last - first) * tensor.row_bytes * self.source.held
         while self._pending and self._bytes + size > IN_FLIGHT:
             self._finish()
         self._pending.append((self.source.start_rows(tensor, first, last), tensor, first, last, use))
@@ -156,7 +155,7 @@ class Reader:
         future, tensor, first, last, use = self._pending.popleft()
         rows = self.source.finish_rows(future, tensor, first, last)
         use(rows)
-        self._bytes -= (last - first) * tensor.row_bytes
+        self._bytes -= (last - first) * tensor.row_bytes * self.source.held
         self.progress((last - first) * tensor.row_bytes)
 
 
@@ -172,7 +171,7 @@ def fill(box: Box, layer: int, piece: Piece, scale: np.ndarray | None, reader: R
     ranges = {index[0] for index, _ in parts} if count * tensor.row_bytes > SMALL else {(0, count)}
     left = _Countdown(lambda: box.close(layer, scale))
     for rows in sorted(ranges):
-        for first, last, row in _reads(piece, rows):
+        for first, last, row in _reads(piece, rows, reader.source.piece):
             left.add()
             reader.read(tensor, first, last, _copy(parts, row, box.scale(scale), left.done))
     left.done()
@@ -190,16 +189,17 @@ def _fill_edited(box: Box, layer: int, piece: Piece, scale: np.ndarray | None, r
         box.close(layer, None)
 
     left = _Countdown(finish)
-    for first, last, row in _reads(piece, (0, shape[0])):
+    for first, last, row in _reads(piece, (0, shape[0]), reader.source.piece):
         left.add()
         reader.read(piece.tensor, first, last, _copy([(tuple((0, n) for n in shape), whole)], row, scale, left.done))
     left.done()
 
 
-def _reads(piece: Piece, rows: tuple[int, int]) -> Iterator[tuple[int, int, int]]:
-    """Ranges of the tensor's rows that make up the target's ``rows``, and the target's row of each."""
+def _reads(piece: Piece, rows: tuple[int, int], size: int) -> Iterator[tuple[int, int, int]]:
+    """Ranges of the tensor's rows, of ``size`` bytes at most, that make up the target's ``rows``; and the
+    target's row of each."""
     tensor, offset = piece.tensor, 0
-    step = max(1, READ // max(1, tensor.row_bytes * tensor.chunk)) * tensor.chunk
+    step = max(1, size // max(1, tensor.row_bytes * tensor.chunk)) * tensor.chunk
     for first, last in piece.rows:
         low, high = max(rows[0], offset), min(rows[1], offset + last - first)
         for row in range(low, high, step):

@@ -112,6 +112,8 @@ def layer_names(path: str, count: int) -> list[str]:
 class Arrays(Source):
     """A component's arrays, read by rows."""
 
+    held = 2  # as it was stored, and decoded
+
     def __init__(self, url: str):
         super().__init__(url)
         self._context = ts.Context(_CONTEXT)

@@ -62,9 +62,12 @@ class Tensor:
 class Source:
     """A directory of a checkpoint: local, ``gs://bucket/prefix`` or ``http(s)://host/path``."""
 
+    held = 1  # bytes of host memory that a byte of a read under way takes
+
     def __init__(self, url: str):
         self.url = url.removeprefix("file://").rstrip("/")
         self.local = "://" not in self.url
+        self.piece = 2 << 20 if self.local else 8 << 20  # bytes of one read: as a cache holds them, as a request is worth
         self.url = os.path.abspath(self.url) if self.local else self.url
         context = {f"{name}_request_retries": RETRIES for name in ("gcs", "http")}
         try:
@@ -90,12 +93,13 @@ class Source:
         result = self.wait(future, name)
         if result.state != "value":
             raise UserError(f"{self.path(name)}: not found")
-        if size is not None and len(result.value) != size:
-            raise UserError(f"{self.path(name)}: read {len(result.value)} bytes where {size} were expected: the file is truncated")
+        value = result.value  # a copy, each time it is asked for
+        if size is not None and len(value) != size:
+            raise UserError(f"{self.path(name)}: read {len(value)} bytes where {size} were expected: the file is truncated")
         generation = result.stamp.generation
         if self._generations.setdefault(name, generation) != generation:
             raise UserError(f"{self.path(name)}: changed while it was being read")
-        return result.value
+        return value
 
     def wait(self, future: ts.Future, name: str) -> Any:
         try:
