@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import threading
 
 import gcs_faults
@@ -440,6 +441,7 @@ def test_conversion_resumes_and_refuses(golden, tmp_path, monkeypatch, expected)
     assert_equal(expected["dev"], parameters(to))
     assert not convert.convert(checkpoint, str(to), None)
     assert open_checkpoint(model(to)).digest() == checkpoint.digest()
+    assert open_checkpoint(model(to, clip=str(golden / "dev"))).digest() != checkpoint.digest()  # CLIP from elsewhere
     with pytest.raises(UserError, match="something else"):
         convert.convert(checkpoint, str(tmp_path), None)
 
@@ -474,3 +476,27 @@ def test_a_whole_json_of_shapes(golden, tmp_path):
         assert marker["components"][name].keys() == plan.pieces.keys()
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
         native.MARKER, "model_index.json", "scheduler", "tokenizer", "tokenizer_2", "transformer", "vae", "text_encoder", "text_encoder_2"}  # fmt: skip
+
+
+def test_the_command(golden, tmp_path, monkeypatch, capsys):
+    from fluxbatch import convert as command
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["fluxbatch.convert", *words])
+        with pytest.raises(SystemExit) as stop:
+            command.main()
+        return stop.value.code, capsys.readouterr()
+
+    base = f"pretrained_model_name_or_path={golden / 'dev'}"
+    code, said = call(base, f"to={tmp_path / 'out'}", "weights_dtype=bfloat16")
+    assert code == 0 and f"written: {tmp_path / 'out'}" in said.out
+    assert set(load_marker(tmp_path / "out")) == {"bfloat16"}
+    code, said = call(base)
+    assert code == 2 and "to" in said.err
+    code, said = call(base, f"to={tmp_path}")
+    assert code == 2 and "something else" in said.err and "Traceback" not in said.err
+
+
+def load_marker(folder):
+    components = json.loads((folder / native.MARKER).read_text())["components"]
+    return [entry["dtype"] for arrays in components.values() for entry in arrays.values()]

@@ -6,9 +6,12 @@ import importlib.util
 import pathlib
 import shutil
 
+import numpy as np
 import pytest
 
-from fluxbatch.weights import load
+from fluxbatch.models.flux import Flux, FluxConfig
+from fluxbatch.weights import load, single
+from fluxbatch.weights.source import Source, Tensor
 
 JOB = pathlib.Path(__file__).parents[1] / "jobs/weights"
 ALLOWED = load.IN_FLIGHT + (128 << 20)
@@ -73,3 +76,16 @@ def test_a_converted_copy_too(small):
     check(*bench.in_process("converted", copy, "1,8", devices=8))
     for result in bench.in_process("converted", copy, "1,8", devices=8, processes=2):
         check(result)
+
+
+@pytest.mark.parametrize("guidance", [True, False])
+def test_the_full_size_is_covered(guidance):
+    """Black Forest Labs' files of dev and schnell: every key used, every parameter filled, without weights."""
+    shapes = random_model.flux_shapes(3072, 19, 38, guidance)
+    tensors = {name: Tensor(name, "f", np.dtype("float16"), shape, 0, 0) for name, shape in shapes.items()}
+    own, table, _ = single.recognise("transformer", tensors)
+    sizes = single.sizes("transformer", own, table)
+    config = FluxConfig.from_json(single.constants("transformer", sizes) | sizes)
+    plan = load.plan(lambda rngs: Flux(config, rngs=rngs), own, table, Source("/"))
+    assert config.num_attention_heads == 24 and config.guidance_embeds == guidance
+    assert plan.nbytes == 2 * (11_901_408_320 if guidance else 11_891_178_560)

@@ -91,9 +91,9 @@ class Checkpoint:
     def digest(self) -> str:
         """16 hex digits over configs, tokenizers and the weights' bytes (large files: samples); of a
         converted copy, whose bytes have checksums, those of its origin."""
-        if self.converted_from is not None:
+        if self.converted_from and all(isinstance(c.source, native.Arrays) for c in self.components.values()):
             return self.converted_from
-        digest = hashlib.sha256(json.dumps(self.scheduler, sort_keys=True).encode())
+        digest = hashlib.sha256(json.dumps(self.scheduler, sort_keys=True).encode() + (self.converted_from or "").encode())
         for name, component in sorted(self.components.items()):
             digest.update(name.encode() + json.dumps(dataclasses.asdict(component.config), sort_keys=True).encode())
         for source, file, size in files(self.components):
