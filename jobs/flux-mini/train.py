@@ -33,9 +33,10 @@ from fluxbatch.models.flux import Flux, FluxConfig, rope_table
 from fluxbatch.models.t5 import T5Config, T5Encoder
 from fluxbatch.models.vae import Decoder, Encoder, VaeConfig
 
-TOKENS = 24  # T5 tokens: the longest caption has fewer
+TOKENS = 32  # T5 tokens, as conf/sampler/mini.yaml has it: padding is attended, so both must agree
 POOL = 16_000  # captions and latents made once; drawn from with replacement
 SAVE_SECONDS = 120
+CROP, CROPS = 64, 0.85  # pixels of the VAE's pictures for so much of its training: a crop costs a quarter
 OTHER_SHAPES = 8  # one step in so many is of a non-square shape
 
 VAE = dict(latent_channels=16, block_out_channels=[12, 24, 48, 64], layers_per_block=1, norm_num_groups=4,
@@ -107,6 +108,24 @@ def schedule(peak: float, steps: int) -> optax.Schedule:
     return optax.warmup_cosine_decay_schedule(0.0, peak, min(200, steps // 10), steps, peak / 100)
 
 
+def matrices_by_muon(peak: float, adam_peak: float, steps: int) -> optax.GradientTransformation:
+    """Muon on every kernel (it needs about half of Adam's steps at this size), Adam on the rest."""
+
+    def dimensions(tree):
+        """Inputs and outputs of a kernel: ``[layers, out, in]`` (each layer on its own), ``[out, in, k, k]``."""
+
+        def of(path, p):
+            if "kernel" not in str(path):
+                return None
+            return MuonDimensionNumbers((1, 2, 3), 0) if p.ndim == 4 else MuonDimensionNumbers(p.ndim - 1, p.ndim - 2)
+
+        return jax.tree_util.tree_map_with_path(of, tree)
+
+    return optax.chain(
+        optax.clip_by_global_norm(1.0),
+        muon(schedule(peak, steps), adam_learning_rate=schedule(adam_peak, steps), adam_b2=0.99, muon_weight_dimension_numbers=dimensions))  # fmt: skip
+
+
 # ---- the VAE -----------------------------------------------------------------------------------
 
 
@@ -129,8 +148,14 @@ def train_vae(work: Work, steps: int, size: int = 16) -> None:
         squared = (error**2).mean()
         return jnp.abs(error).mean() + 0.5 * edges + squared + 2e-5 * kl, 10 * jnp.log10(4 / squared)
 
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule(3e-3, steps), b2=0.99))
-    batch = lambda rng, step: work.draw([data.sample(rng) for _ in range(size)])  # noqa: E731
+    def batch(rng, step):
+        images = work.draw([data.sample(rng) for _ in range(size)])
+        if step >= CROPS * steps or images.shape[1] <= CROP:
+            return images
+        y, x = rng.integers(0, images.shape[1] - CROP + 1, 2)
+        return images[:, y : y + CROP, x : x + CROP]
+
+    optimizer = matrices_by_muon(peak=1e-2, adam_peak=3e-3, steps=steps)
     params = train(work, "vae", (encoder_params, decoder_params), optimizer, steps, batch, loss)
     work.save("vae-done", params)
 
@@ -186,11 +211,8 @@ def text_configs(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
 
 
 def train_flow(work: Work, steps: int, size: int = 64) -> None:
-    """Straight paths from noise to latents: the model learns ``noise - latents`` at logit-normal times.
-
-    Muon on the matrices (it needs about half of Adam's steps at this size), Adam on the rest, and an
-    exponential moving average of all.
-    """
+    """Straight paths from noise to latents: the model learns ``noise - latents`` at logit-normal times;
+    the result is the exponential moving average."""
     shaped, stats = pools(work)
     split = {name: nnx.split(module) for name, module in flow_modules(work.folder / "flux-mini").items()}
     graphs, params = ({name: pair[i] for name, pair in split.items()} for i in (0, 1))
@@ -215,23 +237,27 @@ def train_flow(work: Work, steps: int, size: int = 64) -> None:
         error = ((velocity - (noise - latents)) ** 2).mean()
         return error, error
 
-    def matrices(tree):
-        """Every kernel, each layer of a stack on its own: ``[layers, out, in]``."""
-        dims = lambda path, p: MuonDimensionNumbers(p.ndim - 1, p.ndim - 2) if "kernel" in str(path) else None  # noqa: E731
-        return jax.tree_util.tree_map_with_path(dims, tree)
-
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(1.0),
-        muon(schedule(1.5e-2, steps), adam_learning_rate=schedule(2e-3, steps), muon_weight_dimension_numbers=matrices))  # fmt: skip
+    optimizer = matrices_by_muon(peak=1.5e-2, adam_peak=2e-3, steps=steps)
     average = train(work, "flow", params, optimizer, steps, batch, loss, decay=0.998)
     work.save("flow-done", average)
+
+
+# ---- the stages --------------------------------------------------------------------------------
+
+
+def write(work: Work) -> None:
+    """The checkpoint in the diffusers layout; of a flow still in training, its average so far."""
+    stats = pools(work)[1]
+    vae = VAE | {"scaling_factor": 1 / stats["std"], "shift_factor": stats["mean"]}
+    folder = work.folder / "flux-mini"
+    export.write(folder, vae, FLUX, text_configs(folder), work.load("vae-done"), work.load("flow-done") or work.load("flow")["average"])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=["vae", "flow", "export", "all"])
     parser.add_argument("--work", type=pathlib.Path, default=pathlib.Path("outputs/flux-mini"))
-    parser.add_argument("--pixels", type=int, choices=[64, 128], default=64)
+    parser.add_argument("--pixels", type=int, choices=[64, 128], default=128, help="of the short side")
     parser.add_argument("--steps", type=int, help="of the one stage that is named")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
@@ -241,10 +267,7 @@ def main() -> None:
     if args.stage in ("flow", "all"):
         train_flow(work, args.steps or 8000)
     if args.stage in ("export", "all"):
-        stats = pools(work)[1]
-        vae = VAE | {"scaling_factor": 1 / stats["std"], "shift_factor": stats["mean"]}
-        folder = work.folder / "flux-mini"
-        export.write(folder, vae, FLUX, text_configs(folder), work.load("vae-done"), work.load("flow-done") or work.load("flow")["average"])
+        write(work)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,140 @@
+"""The recipe of flux-mini: its data, its words, its scorer, and training from end to end (slow)."""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+
+import numpy as np
+import pytest
+from conftest import metadata, pixels
+from PIL import Image, ImageFilter
+
+ROOM = pathlib.Path(__file__).parents[1] / "jobs" / "flux-mini"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def room():
+    """The recipe's modules can be imported, here alone: their names (data, words, …) are plain."""
+    sys.path.insert(0, str(ROOM))
+    yield
+    sys.path.remove(str(ROOM))
+    for name in ("data", "words", "evaluate", "export", "train"):
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture(scope="module")
+def data(room):
+    import data
+
+    if not data.FONT.exists():
+        pytest.skip(f"{data.FONT}: Debian's fonts-noto-color-emoji is not installed")
+    return data
+
+
+@pytest.fixture(scope="module")
+def scenes(data):
+    rng = np.random.default_rng(1)
+    return [data.sample(rng, data.SHAPES[i % 3]) for i in range(3000)]
+
+
+def test_a_picture_is_a_function_of_the_seed(data):
+    one, two = (data.render(data.sample(np.random.default_rng(5))) for _ in range(2))
+    assert np.array_equal(one, two)
+    assert not np.array_equal(one, data.render(data.sample(np.random.default_rng(6))))
+
+
+def test_held_out_pairs_are_never_drawn_but_their_halves_are(data, scenes):
+    pairs = [(name, color) for name in data.OBJECTS for color in data.COLORS]
+    assert len(data.OBJECTS) >= 48 and len(data.COLORS) >= 8
+    assert sum(data.held_out(*pair) for pair in pairs) >= 0.15 * len(pairs)
+    drawn = {(item.name, scene.color) for scene in scenes for item in scene.items}
+    assert not any(data.held_out(*pair) for pair in drawn)
+    assert {name for name, _ in drawn} == set(data.OBJECTS)
+    assert {color for _, color in drawn} == set(data.COLORS)
+    asked = data.held_out_scenes(200)
+    assert len(asked) == 200 and all(data.held_out(s.items[0].name, s.color) for s in asked)
+    assert sum(s.place is not None for s in asked) == 100
+
+
+def test_captions_say_what_is_drawn(data, scenes):
+    for scene in scenes:
+        assert all(item.name in scene.caption for item in scene.items)
+        assert scene.color in scene.caption or scene.color == "white"
+        assert "a orange" not in scene.caption and "a owl" not in scene.caption
+        assert data.render(scene).shape == (scene.height, scene.width, 3)
+
+
+def spoilt(kind: str, image: np.ndarray) -> np.ndarray:
+    if kind == "noise":
+        return np.clip(image + np.random.default_rng(0).normal(0, 10, image.shape), 0, 255).astype(np.uint8)
+    picture = Image.fromarray(image)
+    changed = {"none": picture, "blur": picture.filter(ImageFilter.GaussianBlur(1)), "half": picture.resize((64, 64), Image.Resampling.BOX)}
+    return np.asarray(changed[kind])
+
+
+@pytest.mark.parametrize("kind", ["none", "noise", "blur", "half"])
+def test_scorer_knows_the_truth(data, kind):
+    import evaluate
+
+    asked = data.held_out_scenes(100)
+    wanted = [{"object": s.items[0].name, "color": s.color, "place": s.place} for s in asked]
+    seen = [evaluate.score(spoilt(kind, data.render(s))) for s in asked]
+    for key, (right, of) in evaluate.tally(wanted, seen).items():
+        assert right >= 0.99 * of, (kind, key, right, of)
+
+
+def test_scorer_is_not_pleased_by_anything_else(data):
+    import evaluate
+
+    flat = np.full((128, 128, 3), data.COLORS["blue"], np.uint8)
+    assert evaluate.score(flat) == {"object": None, "color": "blue", "place": None}
+    asked = data.held_out_scenes(40)
+    wanted = [{"object": s.items[0].name, "color": s.color, "place": s.place} for s in asked]
+    noise = np.random.default_rng(0).integers(0, 255, (40, 128, 128, 3), dtype=np.uint8)
+    for right, of in evaluate.tally(wanted, [evaluate.score(image) for image in noise]).values():
+        assert right <= 0.3 * of
+    others = [evaluate.score(data.render(s)) for s in asked[1:] + asked[:1]]
+    assert evaluate.tally(wanted, others)["object"][0] <= 4
+
+
+def test_tokenizers_know_every_caption_and_survive_any_text(data, scenes, tmp_path):
+    import words
+    from transformers import CLIPTokenizer, T5TokenizerFast
+
+    captions = [scene.caption for scene in scenes]
+    words.train(captions, tmp_path)
+    clip = CLIPTokenizer.from_pretrained(tmp_path / "tokenizer")
+    t5 = T5TokenizerFast.from_pretrained(tmp_path / "tokenizer_2")
+    assert max(len(ids) for ids in clip(captions)["input_ids"]) <= words.CLIP_LENGTH
+    assert max(len(ids) for ids in t5(captions)["input_ids"]) <= 32
+    assert not any(t5.unk_token_id in ids for ids in t5(captions)["input_ids"])
+    assert clip("A CAT")["input_ids"] == clip("a cat")["input_ids"]
+    assert (t5.pad_token_id, t5("cat")["input_ids"][-1]) == (0, t5.eos_token_id)
+    assert clip("cat")["input_ids"][0] == clip.bos_token_id and clip("cat")["input_ids"][-1] == clip.eos_token_id
+    assert clip.decode(clip("zebra Ünïcode 🦓 7")["input_ids"], skip_special_tokens=True) == "zebra ünïcode 🦓 7"
+    assert t5.decode(t5("a zebra")["input_ids"], skip_special_tokens=True) == "a zebra"
+
+
+@pytest.mark.slow
+def test_recipe_trains_resumes_and_exports_what_the_runner_runs(data, tmp_path, monkeypatch):
+    pytest.importorskip("optax")
+    import train
+
+    from fluxbatch.run import main as run
+
+    monkeypatch.setattr(train, "POOL", 64)
+    work = train.Work(tmp_path, 64)
+    train.train_vae(work, 2, size=2)
+    train.train_flow(work, 3, size=4)
+    before = work.load("flow")
+    train.train_flow(work, 5, size=4)
+    after = work.load("flow")
+    assert (before["step"], after["step"]) == (3, 5)
+    changed = [not np.array_equal(a, b) for a, b in zip(*(train.jax.tree.leaves(s["params"]) for s in (before, after)), strict=True)]
+    assert np.mean(changed) > 0.9, "gradients reach the whole model"
+
+    train.write(work)
+    arguments = [f"pretrained_model_name_or_path={tmp_path / 'flux-mini'}", "prompt=a red apple on a blue background", "resolution=64"]
+    assert run([*arguments, f"output_dir={tmp_path}", "run_name=first"]) == 0
+    assert pixels(tmp_path / "first" / metadata(tmp_path / "first")[0]["file_name"]).shape == (64, 64, 3)
