@@ -5,13 +5,17 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
+import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
+import jax
 import yaml
 from omegaconf import OmegaConf
 
 from fluxbatch.config import Job
+from fluxbatch.dist import hosts
 from fluxbatch.engine import Engine
 from fluxbatch.io.gallery import write_contact_sheet, write_gallery, write_grid
 from fluxbatch.io.ledger import METADATA, REJECTS, Ledger, Tally, write_status
@@ -24,6 +28,7 @@ CONFIG = "config.yaml"
 REASONS = {
     Exit.OK: "every row has its image",
     Exit.REJECTED_ROWS: "finished; some rows were rejected, see rejects.jsonl",
+    Exit.PEER_LOST: "another process of this replica was lost: run the same command again",
     Exit.PREEMPTED: "stopped by a signal after a clean drain: run the same command again",
 }
 
@@ -42,6 +47,8 @@ class Outcome:
     def started(self) -> None:
         """Leaves the resolved configuration with the output, for whoever finds it there later; a process
         that is killed leaves its status as it is here."""
+        if not hosts.is_first():
+            return
         self.store.write(CONFIG, self._config())
         write_status(self.store, None, "running, or killed", {"before": self.before})
 
@@ -51,6 +58,8 @@ class Outcome:
         try:
             yield
         except Exception as error:
+            if jax.process_count() > 1 and isinstance(error, jax.errors.JaxRuntimeError):
+                self._lost_a_peer(error)
             with contextlib.suppress(StorageError):
                 write_status(self.store, 1, f"{type(error).__name__}: {error}"[:500], {"before": self.before})
             if "RESOURCE_EXHAUSTED" in str(error):
@@ -59,8 +68,20 @@ class Outcome:
                 raise UserError(f"sharding.per_device_batch_size={size}: the device's memory does not hold it: {wanted}") from error
             raise
 
+    def _lost_a_peer(self, error: Exception) -> NoReturn:
+        """What this process has made is recorded; a regular exit would wait for the peer that is gone."""
+        with contextlib.suppress(StorageError):
+            write_status(self.store, Exit.PEER_LOST, REASONS[Exit.PEER_LOST], {"before": self.before})
+        print(f"fluxbatch: {REASONS[Exit.PEER_LOST]}: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
+        os._exit(Exit.PEER_LOST)
+
     def finished(self, cut: Exit | None) -> int:
-        """All batches are through, or the run was drained (``cut``)."""
+        """All batches are through, or the run was drained (``cut``). The first process of a replica speaks
+        for all, once all have recorded what they made."""
+        hosts.barrier("all is recorded")
+        return hosts.first_says(self._finished(cut) if hosts.is_first() else Exit.OK)
+
+    def _finished(self, cut: Exit | None) -> int:
         with self.report.stage("finish"):
             tally = self.ledger.merge()
             code = cut if cut is not None and tally.left else Exit.REJECTED_ROWS if tally.rejects else Exit.OK

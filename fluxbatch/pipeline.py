@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 
 from fluxbatch import sampling
-from fluxbatch.dist.mesh import batch_sharding, replicated
+from fluxbatch.dist.mesh import batch_sharding, put, replicated
 from fluxbatch.models.flux import rope_table
 from fluxbatch.models.layers import set_rows
 from fluxbatch.models.vae import Decoder
@@ -97,7 +97,7 @@ class Pipeline:
         sigmas, counts = sampling.padded_sigmas([self.schedule.sigmas(row.num_inference_steps, tokens) for row in rows])
         guidance = np.array([row.guidance_scale for row in rows], np.float32)
         rope = rope_table(text.shape[1], height // 2, width // 2, self.flux_config.axes_dims_rope)
-        rope = jax.device_put(rope, replicated(self.mesh))
+        rope = tuple(put(table, replicated(self.mesh)) for table in rope)
         arrays = self._put(latents, text, pooled, sigmas, counts, guidance)
         return self._run(self._denoise, self._states["flux"], *arrays, rope, *self._scales(rows))
 
@@ -111,7 +111,7 @@ class Pipeline:
         return [] if self._lora is None else self._put(self._lora.scales(rows))
 
     def _put(self, *arrays: np.ndarray) -> list[jax.Array]:
-        return jax.device_put(list(arrays), batch_sharding(self.mesh))
+        return [put(array, batch_sharding(self.mesh)) for array in arrays]
 
     def _run(self, program: Any, *args: Any) -> Any:
         # float32 means float32: TPUs and GPUs would multiply in bfloat16 or TF32.

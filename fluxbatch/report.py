@@ -13,11 +13,12 @@ from tqdm import tqdm
 class Report:
     """Bars on standard error, seconds by stage, and the closing lines on standard output."""
 
-    def __init__(self) -> None:
+    def __init__(self, quiet: bool = False) -> None:
+        """``quiet``: for all but one process of a replica."""
+        self.quiet = quiet
         self.started = time.monotonic()
         self.seconds: dict[str, float] = {}
         self._compiled = 0.0
-        self._bar: tqdm | None = None
         self._watch_compiler()
 
     def _watch_compiler(self) -> None:
@@ -43,19 +44,13 @@ class Report:
 
     @contextlib.contextmanager
     def bar(self, total: int, what: str, unit: str, **options: object) -> Iterator[tqdm]:
-        with tqdm(total=total, desc=what, unit=unit, dynamic_ncols=True, leave=True, smoothing=0.1, **options) as bar:
-            self._bar = bar
+        with tqdm(total=total, desc=what, unit=unit, dynamic_ncols=True, leave=True, smoothing=0.1, disable=self.quiet, **options) as bar:
             yield bar
-            self._bar = None
-
-    def now(self, what: str) -> None:
-        """Names what the bar is doing."""
-        if self._bar is not None:
-            self._bar.set_description(what, refresh=False)
 
     def say(self, line: str) -> None:
         """A line on standard error that does not tear the bar."""
-        tqdm.write(f"fluxbatch: {line}", file=sys.stderr)
+        if not self.quiet:
+            tqdm.write(f"fluxbatch: {line}", file=sys.stderr)
 
     def summary(self, counts: Mapping[str, int], place: str) -> dict[str, object]:
         """Prints and returns the closing figures."""

@@ -25,14 +25,18 @@ def run(job: Job) -> int:
     from fluxbatch.report import Report
     from fluxbatch.writer import TooManyFailures, Writer
 
-    report = Report()
+    platform = hosts.start(job.hardware.platform.name, job.jax_cache_dir)
+    report = Report(quiet=not hosts.is_first())
     with report.stage("open"):  # whatever can be wrong, before a weight is read
-        engine = open_engine(job, hosts.start(job.hardware.platform.name, job.jax_cache_dir))
+        engine = open_engine(job, platform)
         rows, bad_lines = read_rows(job, multiple=engine.multiple)
         rows = engine.resolve(rows)  # each row with its mix of LoRA adapters
         store = open_store(join(job.output_dir, job.run_name))
-        ledger = Ledger(store, engine.facts | {"format": job.output.format.name}, writer_id=hosts.start_id(), overwrite=job.overwrite)
-        todo, names = ledger.assign(rows, bad_lines, template=job.output.filename, extension=EXTENSIONS[job.output.format.name])
+        facts = engine.facts | {"format": job.output.format.name}
+        with hosts.first_goes_first():
+            ledger = Ledger(store, facts, writer_id=hosts.start_id(), overwrite=job.overwrite)
+            todo, names = ledger.assign(rows, bad_lines, template=job.output.filename, extension=EXTENSIONS[job.output.format.name])
+        hosts.agree("manifest, configuration or ledger", repr((facts, [(ledger.key(row), names[row.index]) for row in todo])))
         batch_size = job.sharding.per_device_batch_size * engine.devices
         shards = batching.plan(todo, batch_size, job.shard_size)
 
@@ -56,16 +60,18 @@ def run(job: Job) -> int:
                         states = text.encode(shard.rows, engine.tokenizers, pipeline, batch_size)
                         pipeline.encoders_out()
                         for batch in shard.batches:
-                            if drain.requested:
+                            if drain.asked():
                                 break
                             padded = batching.padded(batch.rows, batch.size)
                             latents = pipeline.denoise(padded, *states.batch(padded))
                             pixels, finite = pipeline.decode(latents, *batch.shape)
-                            writer.put(batch.rows, names, pixels, finite)
+                            own, (pixels, finite) = hosts.own(batch.rows, pixels, finite)
+                            if own:
+                                writer.put(own, names, pixels, finite)
                         writer.compact()
-                        if drain.requested:
+                        if drain.stopped:
                             break
-            return outcome.finished(Exit.PREEMPTED if drain.requested else None)
+            return outcome.finished(Exit.PREEMPTED if drain.stopped else None)
         except (StorageError, TooManyFailures) as error:
             return outcome.stopped(error)
 

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from fluxbatch.dist import hosts
 from fluxbatch.types import Row, UserError
 
 
@@ -73,7 +74,7 @@ def encode(rows: Iterable[Row], tokenize: Tokenizers, encoders: Encoders, batch_
     states: dict[Hashable, tuple[np.ndarray, np.ndarray]] = {}
 
     def collect(chunk: list[Hashable], encoded: tuple[Any, Any]) -> None:
-        t5, pooled = np.asarray(encoded[0]), np.asarray(encoded[1])
+        t5, pooled = hosts.whole(encoded[0]), hosts.whole(encoded[1])
         states.update((prompt, (t5[i], pooled[i])) for i, prompt in enumerate(chunk))
 
     before = None

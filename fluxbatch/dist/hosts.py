@@ -1,19 +1,30 @@
-"""This process: its accelerator, its compilation cache, and the signals that ask it to stop."""
+"""This process and its peers: the processes that share one copy of the model are a replica and run the
+same program on the same batches; each keeps the images of its own devices.
+
+Everything here is a plain answer when there is one process.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import secrets
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
-from fluxbatch.types import Exit, UserError
+from fluxbatch.types import Exit, Row, UserError
 
 PLATFORMS = {"cpu": "cpu", "gpu": "cuda", "tpu": "tpu"}
+HEARTBEAT, SHUTDOWN = 30, 15  # seconds until a silent peer counts as lost, and that an exit waits for peers
+# How schedulers whose processes JAX finds by itself say how many there are.
+COUNTED_BY = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
 
 
 def start(platform: str, cache_dir: str | None) -> str:
@@ -26,6 +37,7 @@ def start(platform: str, cache_dir: str | None) -> str:
     if cache_dir:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(cache_dir))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    _join()
     try:
         found = jax.default_backend()
     except RuntimeError as error:
@@ -36,29 +48,127 @@ def start(platform: str, cache_dir: str | None) -> str:
     return found
 
 
+def _join() -> None:
+    """Joins the replica that the environment speaks of: JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
+    JAX_PROCESS_ID, or a scheduler's own variables. Nothing at all for one process."""
+    if jax.distributed.is_initialized():
+        return
+    patience = {"heartbeat_timeout_seconds": HEARTBEAT, "shutdown_timeout_seconds": SHUTDOWN}
+    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    address, count, index = (os.environ.get(name) for name in names)
+    if count is not None:
+        if not (count.isdecimal() and index is not None and index.isdecimal() and int(index) < int(count)):
+            raise UserError(f"JAX_NUM_PROCESSES={count}, JAX_PROCESS_ID={index}: expected a count and an index below it")
+        if int(count) > 1 and not address:
+            raise UserError("JAX_COORDINATOR_ADDRESS is not set: expected host:port of process 0")
+        if int(count) > 1:
+            jax.distributed.initialize(address, int(count), int(index), **patience)
+    elif any(int(os.environ.get(name) or 1) > 1 for name in COUNTED_BY) or "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
+        jax.distributed.initialize(**patience)
+
+
 def start_id() -> str:
     """Another word for every start of every process."""
     return f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(4)}"
 
 
-class Drain:
-    """Whether the run has been asked to stop. The first SIGTERM or SIGINT lets the current batch
-    finish; a second one ends the process at once (records on disk stay whole)."""
+def is_first() -> bool:
+    """Whether this process speaks for its replica."""
+    return jax.process_index() == 0
 
-    requested = False
+
+@contextlib.contextmanager
+def first_goes_first() -> Iterator[None]:
+    """The first process runs the body before the others do."""
+    if not is_first():
+        barrier("the first process has been")
+    yield
+    if is_first():
+        barrier("the first process has been")
+
+
+def barrier(name: str) -> None:
+    """Waits until every process of the replica is here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def agree(what: str, value: str) -> None:
+    """UserError unless every process has the same ``value``."""
+    if jax.process_count() > 1:
+        digest = np.frombuffer(hashlib.sha256(value.encode("utf-8", "surrogatepass")).digest()[:4], np.uint32)
+        all_digests = np.asarray(multihost_utils.process_allgather(digest)).reshape(-1)
+        if odd := [i for i, other in enumerate(all_digests) if other != all_digests[0]]:
+            raise UserError(f"process {odd[0]} of this replica sees another {what} than process 0: the same files and settings are needed")
+
+
+def first_says(number: int) -> int:
+    """The first process's number, on all of them."""
+    return int(multihost_utils.broadcast_one_to_all(np.int32(number))) if jax.process_count() > 1 else number
+
+
+def whole(array: jax.Array) -> np.ndarray:
+    """All of a global array, on every host."""
+    if array.is_fully_addressable:
+        return np.asarray(array)
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
+def own(rows: Sequence[Row], *arrays: jax.Array) -> tuple[Sequence[Row], list[Any]]:
+    """The rows of a batch whose images lie on this host's devices, and their part of the arrays,
+    which NumPy copies back when it is asked to."""
+    if arrays[0].is_fully_addressable:
+        return rows, list(arrays)
+    starts = sorted({shard.index[0].start or 0 for shard in arrays[0].addressable_shards})
+    size = next(iter(arrays[0].addressable_shards)).data.shape[0]
+    chosen = [i for at in starts for i in range(at, at + size)]
+    # What fills the batch up comes last in it, so a host's padding comes last in its part.
+    return [rows[i] for i in chosen if i < len(rows)], [_Own(array) for array in arrays]
+
+
+class _Own:
+    """This host's rows of a global array, in order."""
+
+    def __init__(self, array: jax.Array):
+        self._shards = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        rows = np.concatenate([np.asarray(self._shards[at]) for at in sorted(self._shards)])
+        return rows if dtype is None else rows.astype(dtype)
+
+
+class Drain:
+    """Whether the run has been asked to stop, asked once before each batch. The first SIGTERM or SIGINT
+    lets the current batch finish; a second one ends the process at once (records on disk stay whole).
+
+    In a replica of several processes a SIGTERM to any of them stops all before the same batch, by JAX's
+    own notice of preemption.
+    """
+
+    def __init__(self) -> None:
+        self._signalled = False
+        self._step = 0
+        self.stopped = False
+
+    def asked(self) -> bool:
+        self._step += 1
+        notice = jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(self._step)
+        self.stopped = self.stopped or self._signalled or notice
+        return self.stopped
 
     def _handle(self, number: int, _: object) -> None:
-        if self.requested:
+        if self._signalled:
             os._exit(Exit.PREEMPTED)
-        self.requested = True
+        self._signalled = True
         os.write(2, f"\nfluxbatch: {signal.Signals(number).name}: finishing the current batch, then stopping\n".encode())
 
 
 @contextlib.contextmanager
 def drain_on_signals() -> Iterator[Drain]:
-    """Installs the handlers for the length of a run."""
+    """Installs the handlers for the length of a run; none where JAX has its own."""
     drain = Drain()
-    before = {number: signal.signal(number, drain._handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    numbers = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
+    before = {number: signal.signal(number, drain._handle) for number in numbers}
     try:
         yield drain
     finally:

@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 
 from fluxbatch.config import Job
-from fluxbatch.dist.mesh import param_sharding
+from fluxbatch.dist.mesh import param_sharding, put
 from fluxbatch.models.layers import LowRank
 from fluxbatch.types import Row, UserError
 from fluxbatch.weights.load import Edit, Edits, Plan
@@ -95,7 +95,7 @@ class Loras:
             a, b, ranks = self._side_by_side(component, path, layers or 1)
             if layers is None:
                 a, b = a[0], b[0]
-            a, b = (jax.device_put(x.astype(dtype), param_sharding(mesh, x.shape, (None, None))) for x in (a, b))
+            a, b = (put(x.astype(dtype), param_sharding(mesh, x.shape, (None, None))) for x in (a, b))
             linear = module
             for name in path.split(".")[:-1]:
                 linear = getattr(linear, name)

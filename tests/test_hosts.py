@@ -1,0 +1,138 @@
+"""One replica of several processes: the pictures of one process, every row once, and an end when one dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import GOLDEN, images, metadata, psnr
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("xla")
+
+
+def replica(folder, cache, processes, name="run", devices=2, **more):
+    """Starts the processes of a replica on this machine."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    flags = {
+        "pretrained_model_name_or_path": GOLDEN / "dev", "max_sequence_length": 24, "hardware": "cpu", "output_dir": folder,
+        "run_name": name, "jax_cache_dir": cache, "sharding": "ddp", "output.gallery": "false",
+    } | more  # fmt: skip
+    command = [sys.executable, "-m", "fluxbatch.run", *(f"{k}={v}" for k, v in flags.items())]
+    started = []
+    for index in range(processes):
+        env = os.environ | {
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+            "JAX_NUM_PROCESSES": str(processes), "JAX_PROCESS_ID": str(index)}  # fmt: skip
+        log = open(folder / f"{name}.{index}.log", "w")  # noqa: SIM115
+        started.append(subprocess.Popen(command, env=env, stdout=log, stderr=log))
+    return started
+
+
+def said(folder, name="run"):
+    return "\n".join(path.read_text()[-2000:] for path in sorted(folder.glob(f"{name}.*.log")))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [{"sharding": "ddp"}, {"sharding": "fsdp"}], ids=["ddp", "fsdp"])
+def test_two_processes_make_the_pictures_of_one(tmp_path, cache, flags):
+    processes = replica(tmp_path, cache, 2, manifest=GOLDEN / "dev.jsonl", **flags)
+    assert [p.wait(timeout=240) for p in processes] == [0, 0], said(tmp_path)
+    expected = np.load(GOLDEN / "dev.npz")
+    made = images(tmp_path / "run")
+    assert sorted(r["id"] for r in metadata(tmp_path / "run")) == sorted(expected.files)
+    assert all(psnr(picture, expected[name]) >= 50 for name, picture in made.items())
+    assert not list((tmp_path / "run").glob("*.tmp"))
+
+
+def long_manifest(folder):
+    rows = [{"id": f"r{i}", "prompt": f"prompt {i % 9}", "seed": i, "num_inference_steps": 2} for i in range(160)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder / "rows.jsonl"
+
+
+def pictures(run):
+    return len(list(run.glob("flux_*.png"))) if run.exists() else 0
+
+
+def wait_for(processes, run, count):
+    end = time.monotonic() + 120
+    while pictures(run) < count and all(p.poll() is None for p in processes):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_others_and_the_next_start_completes(tmp_path, cache):
+    manifest = long_manifest(tmp_path)
+    more = {"manifest": manifest, "resolution": 16, "shard_size": 32}
+    processes = replica(tmp_path, cache, 2, **more)
+    wait_for(processes, tmp_path / "run", 24)
+    processes[1].kill()
+    code = processes[0].wait(timeout=60)
+    assert code in (76, -signal.SIGABRT), said(tmp_path)
+    recorded = pictures(tmp_path / "run")
+    assert 0 < recorded < 160
+    processes = replica(tmp_path, cache, 2, **more)
+    assert [p.wait(timeout=240) for p in processes] == [0, 0], said(tmp_path)
+    records = metadata(tmp_path / "run")
+    assert sorted(r["id"] for r in records) == sorted(f"r{i}" for i in range(160))
+    assert pictures(tmp_path / "run") == 160
+
+    alone = replica(tmp_path, cache, 1, name="alone", **more)
+    assert alone[0].wait(timeout=240) == 0, said(tmp_path, "alone")
+    one, two = images(tmp_path / "alone"), images(tmp_path / "run")
+    assert all(np.abs(one[k].astype(int) - two[k].astype(int)).max() <= 1 for k in one)
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_drains_all(tmp_path, cache):
+    more = {"manifest": long_manifest(tmp_path), "resolution": 16, "shard_size": 32}
+    processes = replica(tmp_path, cache, 2, **more)
+    wait_for(processes, tmp_path / "run", 24)
+    processes[1].send_signal(signal.SIGTERM)
+    assert [p.wait(timeout=60) for p in processes] == [75, 75], said(tmp_path)
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert status["exit_code"] == 75 and 0 < status["counts"]["left"] < 160
+    assert len(metadata(tmp_path / "run")) == pictures(tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_processes_that_disagree_are_told(tmp_path, cache):
+    """One sees another manifest: nobody starts."""
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "one"}\n')
+    (tmp_path / "other.jsonl").write_text('{"prompt": "two"}\n')
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    started = []
+    for index, manifest in enumerate(("rows.jsonl", "other.jsonl")):
+        env = os.environ | {"XLA_FLAGS": "", "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(index)}
+        command = [sys.executable, "-m", "fluxbatch.run", f"pretrained_model_name_or_path={GOLDEN / 'dev'}", "max_sequence_length=24",
+                   "hardware=cpu", f"output_dir={tmp_path}", "run_name=odd", f"manifest={tmp_path / manifest}", "resolution=32"]  # fmt: skip
+        started.append(subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True))
+    errors = [p.communicate(timeout=120)[1] for p in started]
+    assert [p.returncode for p in started] == [2, 2], errors
+    assert all("sees another manifest" in error for error in errors)
+
+
+@pytest.mark.parametrize("environment,word", [
+    ({"JAX_NUM_PROCESSES": "2"}, "JAX_PROCESS_ID"), ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "5"}, "JAX_PROCESS_ID"),
+    ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}, "JAX_COORDINATOR_ADDRESS")])  # fmt: skip
+def test_an_unsound_environment_is_one_line(cli, golden, tmp_path, monkeypatch, environment, word):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("JAX_COORDINATOR_ADDRESS", raising=False)
+    code, err = cli(f"pretrained_model_name_or_path={golden / 'dev'}", "prompt=a fox", f"output_dir={tmp_path}", "hardware=cpu")
+    assert code == 2 and word in err and "Traceback" not in err
