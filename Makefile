@@ -4,7 +4,7 @@ VENV ?= .venv
 RUN = $(VENV)/bin/python
 PYTEST = $(RUN) -m pytest
 
-.PHONY: demo test parity slow soak clean
+.PHONY: demo test parity slow soak bench clean
 
 demo: $(VENV)/.base
 	$(RUN) -m fluxbatch.run manifest=jobs/demo/prompts.jsonl run_name=demo
@@ -21,6 +21,11 @@ slow: $(VENV)/.test
 # The long form of the crash tests: 50 kills
 soak: $(VENV)/.test
 	FLUXBATCH_SOAK=50 $(PYTEST) tests/test_crash.py -m slow --durations=5
+
+# Figures of this machine, each way against its peer in one run
+bench: $(VENV)/.test
+	$(RUN) jobs/weights/bench.py --gigabytes 2
+	$(RUN) jobs/bench/lora_cost.py
 
 clean:
 	rm -rf $(VENV) outputs dist build .pytest_cache .hypothesis

@@ -6,10 +6,12 @@ ComfyUI's), and the converted copy that ``fluxbatch.convert`` writes.
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -274,6 +276,7 @@ def _tokenizer(homes: list[Source], repo: str | None) -> str:
 
 def _copied(source: Source, files: list[str]) -> str:
     folder = tempfile.mkdtemp(prefix="fluxbatch-tokenizer-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     for name in files:
         with open(os.path.join(folder, name), "wb") as file:
             file.write(source.read(name))
