@@ -177,12 +177,12 @@ def make(rng: np.random.Generator, names: tuple[str, ...], color: str, place: st
 
 
 def sample(rng: np.random.Generator, shape: tuple[int, int] = (128, 128)) -> Scene:
-    """A training scene: half centred, a quarter at a side, a quarter pairs; never a held-out pair."""
+    """A training scene: half centred, a third at a side, the rest pairs; never a held-out pair."""
     names, colors = list(OBJECTS), list(COLORS)
     kind = rng.random()
     while True:
         color = colors[rng.integers(len(colors))]
-        chosen = tuple(names[i] for i in rng.choice(len(names), 2 if kind > 0.75 else 1, replace=False))
+        chosen = tuple(names[i] for i in rng.choice(len(names), 2 if kind > 0.85 else 1, replace=False))
         if not any(held_out(name, color) for name in chosen):
             break
     place = None if kind < 0.5 else PLACES[rng.integers(4)]
