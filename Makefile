@@ -4,10 +4,14 @@ VENV ?= .venv
 RUN = $(VENV)/bin/python
 PYTEST = $(RUN) -m pytest
 
-.PHONY: demo test parity slow soak bench clean
+.PHONY: demo eval test parity slow soak bench clean
 
 demo: $(VENV)/.base
 	$(RUN) -m fluxbatch.run manifest=jobs/demo/prompts.jsonl run_name=demo
+
+# Does flux-mini draw what it is told? 200 held-out captions, scored without the model
+eval: $(VENV)/.base
+	$(RUN) jobs/flux-mini/evaluate.py
 
 test: $(VENV)/.test
 	$(PYTEST) -m "not parity and not slow" -n 2 --durations=5
