@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import metadata, pixels
+from conftest import metadata, pixels, psnr
 from PIL import Image, ImageFilter
 
 ROOM = pathlib.Path(__file__).parents[1] / "jobs" / "flux-mini"
@@ -137,3 +137,23 @@ def test_recipe_trains_resumes_and_exports_what_the_runner_runs(data, tmp_path, 
     code, err = cli(checkpoint, "prompt=a red apple on a blue background", "resolution=64", f"output_dir={tmp_path}", "run_name=first")
     assert code == 0, err
     assert pixels(tmp_path / "first" / metadata(tmp_path / "first")[0]["file_name"]).shape == (64, 64, 3)
+
+
+@pytest.mark.parity
+@pytest.mark.filterwarnings("default")
+def test_embedded_checkpoint_draws_the_same_in_diffusers(tmp_path, cli):
+    torch = pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
+
+    folder = pathlib.Path(__file__).parents[1] / "fluxbatch" / "checkpoints" / "flux-mini"
+    prompt, size = "a red apple on a blue background", 128
+    arguments = [f"resolution={size}", "weights_dtype=float32", "activations_dtype=float32", f"output_dir={tmp_path}", "run_name=one", "seed=3"]
+    code, err = cli(f"prompt={prompt}", *arguments)
+    assert code == 0, err
+    record = metadata(tmp_path / "one")[0]
+    pipe = diffusers.FluxPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    expected = pipe(
+        prompt, height=size, width=size, num_inference_steps=record["num_inference_steps"], guidance_scale=0.0, output_type="np",
+        max_sequence_length=record["max_sequence_length"], generator=torch.Generator().manual_seed(3)).images[0]  # fmt: skip
+    assert psnr(pixels(tmp_path / "one" / record["file_name"]), (expected * 255).round().astype(np.uint8)) >= 45
