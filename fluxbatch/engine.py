@@ -36,6 +36,7 @@ class Engine:
     record: Mapping[str, Any]  # what every image's record says of the model
     lora: Loras
     identity: tuple[Any, ...]  # two engines that agree in it load the same weights and programs
+    remarks: tuple[str, ...]  # what is allowed and probably not meant
     keep: bool  # whether the next job of this process may want the weights: one of a sweep
 
     @property
@@ -134,8 +135,18 @@ def open_engine(job: Job, platform: str) -> Engine:
     programs = (hardware.attention.name, hardware.split_head_dim, str(hardware.flash_block_sizes))
     identity = (tuple(plan.source.url for plan in plans.values()), facts["model_digest"], weights, activations, shape, *programs)
     return Engine(
-        checkpoint, plans, tokenizers, schedule, make_mesh(shape), weights, activations, facts, record, adapters, identity, bool(job.sweep)
-    )
+        checkpoint, plans, tokenizers, schedule, make_mesh(shape), weights, activations, facts, record, adapters, identity,
+        _remarks(job.model.flux_name, checkpoint), bool(job.sweep))  # fmt: skip
+
+
+def _remarks(flux_name: str, checkpoint: Checkpoint) -> tuple[str, ...]:
+    """A dev model under schnell's settings, or the other way round."""
+    guided = checkpoint.components["transformer"].config.guidance_embeds
+    for kind, expected in (("schnell", False), ("dev", True)):
+        if kind in flux_name.split("-") and guided != expected:
+            has = "a" if guided else "no"
+            return (f"model.flux_name={flux_name}, but the checkpoint has {has} guidance embedding: are the sampler's settings meant for it?",)
+    return ()
 
 
 def _collect(makers: Mapping[str, Callable[[], load.Plan]]) -> dict[str, load.Plan]:

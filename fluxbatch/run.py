@@ -42,7 +42,7 @@ def run(job: Job) -> int:
 
         outcome = finish.Outcome(job, engine, store, ledger, report, before=len(rows) - len(todo))
         outcome.started()
-        for line in engine.lora.table():
+        for line in (*engine.remarks, *engine.lora.table()):
             report.say(line)
 
     with hosts.drain_on_signals() as drain, outcome.unforeseen():

@@ -139,7 +139,6 @@ def test_every_default_has_a_comment():
         assert [line for line in keys if "#" not in line] == []
 
 
-@pytest.mark.skip(reason="switched on when every room is written")
 def test_every_key_is_read():
     assert unread_keys() == []
 

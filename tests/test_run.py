@@ -121,6 +121,13 @@ def test_a_second_start_has_nothing_to_do(cli, golden, tmp_path, mixed):
     assert code == 2 and "max_shift" in err and "run_name" in err
 
 
+def test_a_checkpoint_of_the_other_kind_is_remarked_on(cli, golden, tmp_path):
+    for model, variant, remarked in (("flux-schnell", "dev", True), ("flux-dev", "schnell", True), ("flux-dev", "dev", False)):
+        args = flags(golden, tmp_path, f"{model}-{variant}", variant=variant, prompt="a fox", resolution=32, num_inference_steps=1)
+        code, err = cli(*args, f"model={model}")
+        assert code == 0 and ("guidance embedding" in err) == remarked
+
+
 def test_an_unforeseen_error_leaves_word(cli, golden, tmp_path, monkeypatch):
     from fluxbatch.pipeline import Pipeline
 
