@@ -23,7 +23,7 @@ OBJECTS = {
     "doughnut": "🍩", "cake": "🎂", "ice cream": "🍦", "popcorn": "🍿", "cat": "🐱",
     "dog": "🐶", "fox": "🦊", "panda": "🐼", "lion": "🦁", "pig": "🐷", "frog": "🐸", "monkey": "🐵", "rabbit": "🐰",
     "unicorn": "🦄", "penguin": "🐧", "owl": "🦉", "fish": "🐠", "whale": "🐳", "octopus": "🐙", "crab": "🦀",
-    "turtle": "🐢", "snail": "🐌", "bee": "🐝", "butterfly": "🦋", "car": "🚗",
+    "turtle": "🐢", "snail": "🐌", "bee": "🐝", "butterfly": "🦋", "car": "🚗", "bus": "🚌",
     "rocket": "🚀", "sailboat": "⛵", "balloon": "🎈", "gift": "🎁", "guitar": "🎸",
     "alarm clock": "⏰", "light bulb": "💡", "camera": "📷", "crown": "👑", "soccer ball": "⚽", "basketball": "🏀",
     "trophy": "🏆", "heart": "❤", "star": "⭐", "snowman": "⛄", "fire": "🔥", "palm tree": "🌴", "cactus": "🌵",
