@@ -119,6 +119,7 @@ def test_sigkill_on_cloud_storage(place, rate):
             if process.wait() == 0:
                 break
             killed += 1
+        assert killed, "the run had ended before it was killed"
         records = [json.loads(line) for line in store.read("metadata.jsonl").splitlines()]
         assert {r["id"]: r["sha256"] for r in records} == whole and len(records) == ROWS
         assert sum(name.endswith(".png") for name in store.list()) == ROWS
