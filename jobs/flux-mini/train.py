@@ -38,6 +38,7 @@ POOL = 16_000  # captions and latents made once; drawn from with replacement
 SAVE_SECONDS = 120
 CROP, CROPS = 64, 0.85  # pixels of the VAE's pictures for so much of its training: a crop costs a quarter
 OTHER_SHAPES = 8  # one step in so many is of a non-square shape
+UNSAID = 0.05  # pictures whose caption is left empty: what guidance is measured against
 
 VAE = dict(latent_channels=16, block_out_channels=[12, 24, 48, 64], layers_per_block=1, norm_num_groups=4,
            mid_block_add_attention=False, use_quant_conv=False, use_post_quant_conv=False)  # fmt: skip
@@ -105,7 +106,9 @@ def train(work: Work, name: str, params: Any, optimizer: Any, steps: int, batch:
 
 
 def schedule(peak: float, steps: int) -> optax.Schedule:
-    return optax.warmup_cosine_decay_schedule(0.0, peak, min(200, steps // 10), steps, peak / 100)
+    """Up, flat, and down to nothing over the last quarter: more ``--steps`` lengthen a run that has begun."""
+    up, down = min(200, steps // 10), steps // 4
+    return lambda step: peak * jnp.minimum(jnp.minimum(1.0, (step + 1) / up), jnp.maximum(0.0, (steps - step) / down))
 
 
 def matrices_by_muon(peak: float, adam_peak: float, steps: int) -> optax.GradientTransformation:
@@ -176,7 +179,7 @@ def pools(work: Work) -> tuple[list[dict[str, np.ndarray]], dict[str, float]]:
     encode = jax.jit(lambda images: nnx.merge(graph, params)(images)[0])
     made = []
     for group in scenes:
-        captions = [scene.caption for scene in group]
+        captions = ["" if rng.random() < UNSAID else scene.caption for scene in group]
         pad = dict(padding="max_length", truncation=True, return_tensors="np")
         latents = [np.asarray(encode(work.draw(group[i : i + 40]))) for i in range(0, len(group), 40)]
         made.append({
