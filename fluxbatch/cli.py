@@ -51,7 +51,7 @@ def main(
     """Run ``task`` on the job (with --multirun: on each job) that the command line describes; exit.
 
     ``schema``: a subclass of `Job` whose further fields are further keys. ``rows``: whether a
-    manifest or a prompt must be given. ``about``: the first line of --help.
+    manifest or a prompt must be given. ``about``: the first line of --help, if the task is a command of its own name.
     The exit code is the task's, the worst one of a multirun, or 2 after a line for each mistake.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
@@ -92,7 +92,9 @@ def _start(task: Task, schema: type[Job], rows: bool, about: str | None, argv: l
     name = args.config_name or "config"
     try:
         if args.help:
-            args.overrides += [f"hydra.help.header={overrides.quote(about)}"] if about else []
+            if about:
+                header = f"{about}\n\nUsage: python -m fluxbatch.{task.__name__} [option] [key=value …] [group=name …]"
+                args.overrides.append(f"hydra.help.header={overrides.quote(header)}")
             hydra.app_help(name, parser, args)
         elif args.hydra_help:
             hydra.hydra_help(name, parser, args)

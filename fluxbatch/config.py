@@ -70,7 +70,7 @@ class Hardware:
     activations_dtype: DType = MISSING
     attention: Attention = MISSING
     split_head_dim: bool = MISSING
-    offload_encoders: bool = MISSING
+    offload_encoders: bool | str = MISSING
     flash_block_sizes: dict[str, int] | None = MISSING
 
 
@@ -129,6 +129,8 @@ class Job:
     debug: bool = MISSING
     sweep: dict[str, Any] = field(default_factory=dict)  # what a multirun varies, filled in by the CLI
 
+
+OFFLOAD = (True, False, "host", "free")
 
 # The forward kernel's block sizes; the others, pasted along from training set-ups, change nothing.
 FLASH_BLOCKS = ("block_q", "block_kv", "block_kv_compute")
@@ -208,6 +210,9 @@ def _offenders(job: Job, rows: bool) -> Iterator[tuple[str, Any, str]]:
     automatic = [key for key, value in axes.items() if value == -1]
     if len(automatic) > 1:
         yield automatic[1], -1, f"a number of devices, as {automatic[0]} is already -1"
+
+    if job.hardware.offload_encoders not in OFFLOAD:
+        yield "hardware.offload_encoders", job.hardware.offload_encoders, "true, false, host or free"
 
     for name, size in (job.hardware.flash_block_sizes or {}).items():
         key = f"hardware.flash_block_sizes.{name}"

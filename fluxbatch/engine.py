@@ -12,13 +12,14 @@ import jax.numpy as jnp
 from fluxbatch.config import Job
 from fluxbatch.dist.mesh import make_mesh, mesh_shape
 from fluxbatch.models import attention
-from fluxbatch.pipeline import Models, Pipeline
+from fluxbatch.pipeline import Loading, Pipeline, quietly
 from fluxbatch.sampling import Schedule
 from fluxbatch.text import Tokenizers
 from fluxbatch.types import Row, UserError
-from fluxbatch.weights import load, lora_apply
+from fluxbatch.weights import load, lora_apply, network
 from fluxbatch.weights.checkpoint import Checkpoint, open_checkpoint
 from fluxbatch.weights.lora_apply import Loras
+from fluxbatch.weights.network import Network
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,16 +33,13 @@ class Engine:
     mesh: jax.sharding.Mesh
     weights_dtype: str
     activations_dtype: str
+    away: str  # where the text encoders are while images are made
     facts: Mapping[str, Any]  # what decides the pixels besides the row
     record: Mapping[str, Any]  # what every image's record says of the model
     lora: Loras
     identity: tuple[Any, ...]  # two engines that agree in it load the same weights and programs
     remarks: tuple[str, ...]  # what is allowed and probably not meant
     keep: bool  # whether the next job of this process may want the weights: one of a sweep
-
-    @property
-    def nbytes(self) -> int:
-        return sum(plan.nbytes for plan in self.plans.values())
 
     @property
     def devices(self) -> int:
@@ -56,39 +54,37 @@ class Engine:
         """The rows, each with its mix of adapters; UserError for mixes that cannot be in one job."""
         return self.lora.resolve(rows)
 
-    def load(self, offload_encoders: bool, progress: load.Progress, rows: Sequence[Row] = ()) -> Pipeline:
-        """Streams the weights onto the mesh; ``progress`` is told the bytes.
+    def pipeline(self, rows: Sequence[Row] = (), loading: Loading = quietly) -> Pipeline:
+        """What draws ``rows`` (resolved); weights stream onto the mesh as they are first needed, under the
+        eyes of ``loading``.
 
-        Adapters are merged into the weights if all of ``rows`` (resolved) have one mix, else they stand
-        beside them. Within a sweep the weights of the job before stay, but for what adapters change.
+        Adapters are merged into the weights if all rows have one mix, else they stand beside them. Within a
+        sweep the weights of the job before stay, but for what adapters change.
         """
         mixes = self.lora.mixes(rows) or [self.lora.own]
         beside = self.lora if len(mixes) > 1 else None
-        identity = (self.identity, offload_encoders, beside and tuple(beside.facts.items()))
-        merged = {name: {} if beside else self.lora.edits(part, mixes[0]) for name, part in PARTS.items()}
+        identity = (self.identity, beside and tuple(beside.facts.items()))
+        edits = {name: {} if beside else self.lora.edits(part, mixes[0]) for name, part in PARTS.items()}
         tag = None if beside else tuple((self.lora.facts[name], scale) for name, scale in mixes[0])
         kept, _kept[:] = _kept[:], []
-        dtype = jnp.dtype(self.weights_dtype)
         if kept and kept[0].identity == identity:
-            now = kept[0]
-            now.pipeline.schedule = self.schedule
-            for name, part in PARTS.items() if now.tag != tag else ():
-                if paths := now.touched[name] | {path for path, _ in merged[name]}:
-                    plan = self.plans[part]
-                    now.pipeline.swap(name, lambda state: load.reload(plan, state, paths, self.mesh, dtype, progress, merged[name]))  # noqa: B023
-            pipeline = now.pipeline
+            pipeline = kept[0].pipeline
+            pipeline.schedule, pipeline.loading = self.schedule, loading
+            for name, network in pipeline.networks.items() if kept[0].tag != tag else ():
+                network.merge(edits[name])
         else:
             kept.clear()  # its memory is needed
-            models = {}
-            for name, part in PARTS.items():
-                models[name] = load.load(self.plans[part], self.mesh, dtype, progress, merged[name])
-                if beside:
-                    beside.attach(part, models[name], self.plans[part], self.mesh, dtype)
-            pipeline = Pipeline(Models(**models), self.mesh, self.activations_dtype, self.schedule, offload_encoders, beside)
+            networks = {name: self._network(part, edits[name], beside) for name, part in PARTS.items()}
+            flux, vae = (self.checkpoint.components[part].config for part in ("transformer", "vae"))
+            pipeline = Pipeline(networks, flux, vae, self.mesh, self.activations_dtype, self.schedule, loading, beside)
         if self.keep:
-            touched = {name: {path for path, _ in edits} for name, edits in merged.items()}
-            _kept.append(Kept(identity, pipeline, tag, touched))
+            _kept.append(Kept(identity, pipeline, tag))
         return pipeline
+
+    def _network(self, part: str, edits: load.Edits, beside: Loras | None) -> Network:
+        plan, dtype = self.plans[part], jnp.dtype(self.weights_dtype)
+        attach = (lambda module: beside.attach(part, module, plan, self.mesh, dtype)) if beside else lambda module: None
+        return Network(plan, self.mesh, dtype, edits, self.away if part in lora_apply.TEXT else "keep", attach)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +94,6 @@ class Kept:
     identity: Any
     pipeline: Pipeline
     tag: Any  # which adapters are merged, at which scales
-    touched: Mapping[str, set[str]]  # by network: the parameters that they changed
 
 
 _kept: list[Kept] = []  # at most one
@@ -132,10 +127,12 @@ def open_engine(job: Job, platform: str) -> Engine:
     adapters = lora_apply.read(job, plans)
     if adapters.adapters:
         facts["lora"] = adapters.facts
-    programs = (hardware.attention.name, hardware.split_head_dim, str(hardware.flash_block_sizes))
+    mesh = make_mesh(shape)
+    away = network.away(hardware.offload_encoders, mesh, sum(load.held(plans[part], mesh, weights) for part in lora_apply.TEXT))
+    programs = (hardware.attention.name, hardware.split_head_dim, str(hardware.flash_block_sizes), away)
     identity = (tuple(plan.source.url for plan in plans.values()), facts["model_digest"], weights, activations, shape, *programs)
     return Engine(
-        checkpoint, plans, tokenizers, schedule, make_mesh(shape), weights, activations, facts, record, adapters, identity,
+        checkpoint, plans, tokenizers, schedule, mesh, weights, activations, away, facts, record, adapters, identity,
         _remarks(job.model.flux_name, checkpoint), bool(job.sweep))  # fmt: skip
 
 

@@ -86,7 +86,7 @@ class Outcome:
             tally = self.ledger.merge()
             code = cut if cut is not None and tally.left else Exit.REJECTED_ROWS if tally.rejects else Exit.OK
             counts = self._counts(tally)
-        write_status(self.store, code, REASONS[code], counts)
+        write_status(self.store, code, REASONS[code], counts, load=self.report.load())
         summary = self.report.summary(counts, join(self.store.url, METADATA))
         if self.job.output.gallery and cut is None:  # a machine that is taken away does not wait for pages
             title = self.job.run_name or ""
@@ -105,7 +105,7 @@ class Outcome:
         self.report.say(f"error: {error}")
         with contextlib.suppress(StorageError):
             tally = self.ledger.merge()
-            write_status(self.store, 1, str(error), self._counts(tally))
+            write_status(self.store, 1, str(error), self._counts(tally), load=self.report.load())
         return 1
 
     def _counts(self, tally: Tally) -> dict[str, int]:

@@ -121,7 +121,7 @@ def expected(kind: Any, optional: bool) -> str:
     elif dataclasses.is_dataclass(kind):
         text = f"{{{', '.join(f.name for f in dataclasses.fields(kind))}}}"
     else:
-        text = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(kind, "a value")
+        text = {int: "a whole number", float: "a number", bool: "true or false", str: "text", bool | str: "true, false or a word"}.get(kind, "a value")
     return text + (" or null" if optional else "")
 
 

@@ -6,9 +6,10 @@ is one compilation per image size, batch size and text length.
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import functools
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -18,43 +19,33 @@ from flax import nnx
 
 from fluxbatch import sampling
 from fluxbatch.dist.mesh import batch_sharding, put, replicated
-from fluxbatch.models.flux import rope_table
+from fluxbatch.models.flux import FluxConfig, rope_table
 from fluxbatch.models.layers import set_rows
-from fluxbatch.models.vae import Decoder
+from fluxbatch.models.vae import VaeConfig
 from fluxbatch.types import Row
+from fluxbatch.weights.load import Progress
 from fluxbatch.weights.lora_apply import Loras
+from fluxbatch.weights.network import Network
 
 
-@dataclasses.dataclass
-class Models:
-    """The four networks on one mesh."""
-
-    flux: nnx.Module
-    clip: nnx.Module
-    t5: nnx.Module
-    vae: Decoder
+Loading = Callable[[int], AbstractContextManager[Progress]]  # of how many bytes; yields what is told of the bytes read
 
 
 class Pipeline:
     """Runs batches of rows; returns device arrays without waiting for them."""
 
     def __init__(
-        self, models: Models, mesh: jax.sharding.Mesh, dtype: Any, schedule: sampling.Schedule, offload_encoders: bool,
-        lora: Loras | None = None,
+        self, networks: Mapping[str, Network], flux: FluxConfig, vae: VaeConfig, mesh: jax.sharding.Mesh, dtype: Any,
+        schedule: sampling.Schedule, loading: Loading, lora: Loras | None = None,
     ):  # fmt: skip
-        """``lora``: the adapters that stand beside the weights, mixed row by row."""
-        self.mesh, self.dtype, self.schedule = mesh, jnp.dtype(dtype), schedule
-        self.flux_config, self.vae_config = models.flux.cfg, models.vae.cfg
-        split = {name: nnx.split(getattr(models, name)) for name in ("flux", "clip", "t5", "vae")}
-        self._states = {name: state for name, (_, state) in split.items()}
-        graphs = {name: graph for name, (graph, _) in split.items()}
-        self._lora = lora
-        self._offload = offload_encoders and _host_memory(mesh) is not None
-        batch = batch_sharding(mesh)
-        jit = functools.partial(jax.jit, out_shardings=batch)
-        self._encode = jit(functools.partial(_encode, graphs["clip"], graphs["t5"], self.dtype))
-        self._denoise = jit(functools.partial(_denoise, graphs["flux"], self.dtype), donate_argnames="latents")
-        self._decode = jit(functools.partial(_decode, graphs["vae"], self.dtype), static_argnums=(2, 3))
+        """``networks``: t5, clip, flux and vae. ``lora``: the adapters that stand beside the weights, mixed
+        row by row."""
+        self.networks, self.flux_config, self.vae_config = networks, flux, vae
+        self.mesh, self.dtype, self.schedule, self.loading, self._lora = mesh, jnp.dtype(dtype), schedule, loading, lora
+        jit = functools.partial(jax.jit, out_shardings=batch_sharding(mesh))
+        self._encode = jit(_encode, static_argnames=("clip_graph", "t5_graph", "dtype"))
+        self._denoise = jit(_denoise, static_argnames=("graph", "dtype"), donate_argnames="latents")
+        self._decode = jit(_decode, static_argnames=("graph", "dtype", "height", "width"))
 
     @property
     def multiple(self) -> int:
@@ -63,28 +54,26 @@ class Pipeline:
 
     def encode(self, clip_ids: np.ndarray, t5_ids: np.ndarray, rows: Sequence[Row]) -> tuple[jax.Array, jax.Array]:
         """Ids ``[B, 77]``, ``[B, T]`` of rows → T5 states ``[B, T, D]`` and pooled vectors ``[B, P]``."""
-        return self._run(self._encode, self._states["clip"], self._states["t5"], *self._put(clip_ids, t5_ids), *self._scales(rows))
+        (clip, clip_state), (t5, t5_state) = self._ready("clip", "t5")
+        return self._run(self._encode, clip, t5, self.dtype, clip_state, t5_state, *self._put(clip_ids, t5_ids), *self._scales(rows))
 
     def text_mix(self, row: Row) -> Hashable:
         """What the encoding of a row's prompts depends on besides them."""
         return () if self._lora is None else self._lora.text_mix(row)
 
-    def swap(self, name: str, change: Callable[[Any], Any]) -> None:
-        """Replaces the weights of one network by what ``change`` makes of them; shapes stay."""
-        self._states[name] = change(self._states.pop(name))
+    def encoders_out(self, again: bool) -> None:
+        """CLIP and T5 make room for the transformer; ``again``: whether there will be more to encode."""
+        for name in ("clip", "t5"):
+            self.networks[name].leave(again)
 
-    def encoders_out(self) -> None:
-        """Moves CLIP and T5 to host memory, if asked for and the device has a host memory space."""
-        self._move_encoders(_host_memory(self.mesh))
-
-    def encoders_in(self) -> None:
-        self._move_encoders("device")
-
-    def _move_encoders(self, kind: str | None) -> None:
-        if self._offload:
-            for name in ("clip", "t5"):
-                move = lambda x: jax.device_put(x, x.sharding.with_memory_kind(kind))  # noqa: E731
-                self._states[name] = jax.tree.map(move, self._states[name])
+    def _ready(self, *names: str) -> list[tuple[Any, Any]]:
+        """Graph definitions and parameters, loaded if they were not."""
+        networks = [self.networks[name] for name in names]
+        missing = sum(network.missing for network in networks)
+        with self.loading(missing) if missing else quietly() as progress:
+            for network in networks:
+                network.load(progress)
+        return [network.parts() for network in networks]
 
     def denoise(self, rows: Sequence[Row], text: np.ndarray, pooled: np.ndarray) -> jax.Array:
         """Latents ``[B, L, 4C]`` float32 of rows of one size, from their own seeds."""
@@ -99,12 +88,14 @@ class Pipeline:
         rope = rope_table(text.shape[1], height // 2, width // 2, self.flux_config.axes_dims_rope)
         rope = tuple(put(table, replicated(self.mesh)) for table in rope)
         arrays = self._put(latents, text, pooled, sigmas, counts, guidance)
-        return self._run(self._denoise, self._states["flux"], *arrays, rope, *self._scales(rows))
+        (graph, state), _ = self._ready("flux", "vae")  # the VAE on the same bar
+        return self._run(self._denoise, graph, self.dtype, state, *arrays, rope, *self._scales(rows))
 
     def decode(self, latents: jax.Array, height: int, width: int) -> tuple[jax.Array, jax.Array]:
         """Latents → pixels ``[B, height, width, 3]`` uint8, and whether each image is finite ``[B]``."""
         scale = self.vae_config.scale
-        return self._run(self._decode, self._states["vae"], latents, height // scale, width // scale)
+        ((graph, state),) = self._ready("vae")
+        return self._run(self._decode, graph, self.dtype, state, latents, height // scale, width // scale)
 
     def _scales(self, rows: Sequence[Row]) -> list[jax.Array]:
         """Each row's mix of adapters, if it has one of its own."""
@@ -120,10 +111,10 @@ class Pipeline:
             return program(*args)
 
 
-def _host_memory(mesh: jax.sharding.Mesh) -> str | None:
-    device = mesh.devices.flat[0]
-    kinds = {memory.kind for memory in device.addressable_memories()}
-    return "pinned_host" if device.platform != "cpu" and "pinned_host" in kinds else None
+@contextlib.contextmanager
+def quietly(_: int = 0) -> Iterator[Progress]:
+    """Loading that nobody watches."""
+    yield lambda count: None
 
 
 def _model(graph, state, scales=None):

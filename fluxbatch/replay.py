@@ -49,7 +49,7 @@ def replay(job: ReplayJob) -> int:
     for line in difference(facts, engine.facts):
         print(f"changed since: {line}")
     # all rows decide how adapters are applied, as they did then
-    pipeline = engine.load(False, lambda _: None, engine.resolve([_row(record) for record in records]))
+    pipeline = engine.pipeline(engine.resolve([_row(record) for record in records]))
     rows = [_row(record)] * engine.devices
     states = text.encode(rows, engine.tokenizers, pipeline, len(rows))
     pixels, finite = pipeline.decode(pipeline.denoise(rows, *states.batch(rows)), record["height"], record["width"])

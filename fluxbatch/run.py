@@ -48,17 +48,15 @@ def run(job: Job) -> int:
     with hosts.drain_on_signals() as drain, outcome.unforeseen():
         try:
             if shards:
-                with report.stage("load"), report.bar(engine.nbytes, "loading", "B", unit_scale=True) as bar:
-                    pipeline = engine.load(job.hardware.offload_encoders, bar.update, rows)
+                pipeline = engine.pipeline(rows, report.loading)
                 with (
                     report.stage("generate"),
                     report.bar(len(todo), "images", "img") as bar,
                     Writer(store, ledger, job, facts=engine.record, on_image=lambda row, ok: bar.update()) as writer,
                 ):
                     for shard in shards:
-                        pipeline.encoders_in()
                         states = text.encode(shard.rows, engine.tokenizers, pipeline, batch_size)
-                        pipeline.encoders_out()
+                        pipeline.encoders_out(again=engine.keep or shard is not shards[-1])
                         for batch in shard.batches:
                             if drain.asked():
                                 break

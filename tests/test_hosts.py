@@ -45,7 +45,7 @@ def said(folder, name="run"):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", [{"sharding": "ddp"}, {"sharding": "fsdp"}], ids=["ddp", "fsdp"])
+@pytest.mark.parametrize("flags", [{"sharding": "ddp"}, {"sharding": "fsdp", "offload_encoders": "free", "shard_size": 2}], ids=["ddp", "fsdp, encoders read anew"])
 def test_two_processes_make_the_pictures_of_one(tmp_path, cache, flags):
     processes = replica(tmp_path, cache, 2, manifest=GOLDEN / "dev.jsonl", **flags)
     assert [p.wait(timeout=240) for p in processes] == [0, 0], said(tmp_path)

@@ -251,17 +251,22 @@ def draw(engine, pipeline, rows):
     return np.asarray(pipeline.decode(pipeline.denoise(rows, *states.batch(rows)), 32, 32)[0]).astype(int)
 
 
+def states(pipeline):
+    """All weights, by network, loaded."""
+    return {name: pipeline._ready(name)[0][1] for name in pipeline.networks}
+
+
 def test_eight_rows_of_eight_mixes(opened, adapters):
     """One batch, one compilation; each row as it comes out of a run of its own, where its mix is merged."""
     rows = [{"prompt": f"prompt {i % 2}", "seed": 1, "height": 32, "width": 32, "num_inference_steps": 2, "lora": mix} for i, mix in enumerate(MIXES)]
     engine, rows = opened(rows, *arrays(adapters))
-    pipeline = engine.load(False, lambda _: None, rows)
+    pipeline = engine.pipeline(rows)
     together = draw(engine, pipeline, rows)
     assert np.abs(draw(engine, pipeline, rows[::-1])[::-1] - together).max() <= 1
     for compiled in (pipeline._denoise, pipeline._encode):
         assert compiled._cache_size() == 1
     for i, row in enumerate(rows):
-        alone = draw(engine, engine.load(False, lambda _: None, [row]), [row])
+        alone = draw(engine, engine.pipeline([row]), [row])
         assert np.abs(alone[0] - together[i]).max() <= 1, MIXES[i]
         assert i < 2 or np.abs(alone[0] - together[i % 2]).mean() > 2  # the mix decides the picture
 
@@ -270,10 +275,10 @@ def test_a_hundred_swaps_leave_no_trace(opened, adapters):
     engine, _ = opened([{"prompt": "x"}], *arrays(adapters))
     row = Row(0, "0", "x", "x", 0, 32, 32, 1, 1.0)
     mixes = [tuple(sorted(mix.items())) for mix in MIXES[1:]]
-    load = lambda mix: engine.load(False, lambda _: None, [dataclasses.replace(row, lora=mix)])  # noqa: E731
-    weights = lambda: {name: jax.tree.map(np.array, state) for name, state in pipeline._states.items()}  # noqa: E731
+    load = lambda mix: engine.pipeline([dataclasses.replace(row, lora=mix)])  # noqa: E731
+    weights = lambda: {name: jax.tree.map(np.array, state) for name, state in states(pipeline).items()}  # noqa: E731
     pipeline = load(())
-    fresh, arrays_before = weights(), jax.tree.leaves(pipeline._states["flux"])
+    fresh, arrays_before = weights(), jax.tree.leaves(states(pipeline)["flux"])
     seen = []
     for i in range(100):
         assert load(mixes[i % len(mixes)]) is pipeline
@@ -283,18 +288,18 @@ def test_a_hundred_swaps_leave_no_trace(opened, adapters):
     for name, state in weights().items():
         assert all(jax.tree.leaves(jax.tree.map(lambda a, b: a.tobytes() == b.tobytes(), state, fresh[name])))
     # what no adapter touches was never read again
-    norms = [i for i, (path, _) in enumerate(nnx.to_flat_state(pipeline._states["flux"])) if "query_norm" in path]
-    now = jax.tree.leaves(pipeline._states["flux"])
+    norms = [i for i, (path, _) in enumerate(nnx.to_flat_state(states(pipeline)["flux"])) if "query_norm" in path]
+    now = jax.tree.leaves(states(pipeline)["flux"])
     assert norms and all(now[i] is arrays_before[i] for i in norms)
 
 
 def test_merging_does_not_depend_on_the_sharding(opened, adapters):
     rows = [{"prompt": "x", "lora": MIXES[-1]}]
-    states = []
+    found = []
     for sharding in ("single", "fsdp"):
         engine, resolved = opened(rows, *arrays(adapters), f"sharding={sharding}", sweep=False)
-        states.append(engine.load(False, lambda _: None, resolved)._states)
-    assert all(jax.tree.leaves(jax.tree.map(lambda a, b: np.asarray(a).tobytes() == np.asarray(b).tobytes(), *states)))
+        found.append(states(engine.pipeline(resolved)))
+    assert all(jax.tree.leaves(jax.tree.map(lambda a, b: np.asarray(a).tobytes() == np.asarray(b).tobytes(), *found)))
 
 
 def test_dora_rows_must_agree(opened, adapters, tmp_path):

@@ -97,7 +97,7 @@ def ours(model, tmp_path, monkeypatch, adapters, mixes, **options) -> list[np.nd
     jobs[0].sweep = {"lora": mixes}  # so that weights stay and only what adapters touch is loaded anew
     engine = open_engine(jobs[0], hosts.start("cpu", CACHE))
     rows = engine.resolve(read_rows(jobs[0], multiple=engine.multiple)[0])
-    pipeline = engine.load(False, lambda _: None, rows)
+    pipeline = engine.pipeline(rows)
     states = text.encode(rows, engine.tokenizers, pipeline, len(rows))
     pixels, _ = pipeline.decode(pipeline.denoise(rows, *states.batch(rows)), 32, 32)
     return list(np.asarray(pixels))

@@ -59,6 +59,7 @@ def test_sharded_weights_equal_whole_ones(golden, shape):
         total = sum(leaf.nbytes for leaf in many)
         assert held <= 1.1 * total / shape[1]  # norms and odd sizes stay whole
         assert sum(seen) <= plan[name].nbytes  # each distinct range is read once, not once per device
+        assert sum(seen) == load.to_read(plan[name], make_mesh(shape), {})
 
 
 def test_weights_are_cast(golden):

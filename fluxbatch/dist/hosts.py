@@ -107,6 +107,11 @@ def first_says(number: int) -> int:
     return int(multihost_utils.broadcast_one_to_all(np.int32(number))) if jax.process_count() > 1 else number
 
 
+def all_say(yes: bool) -> bool:
+    """Whether every process says yes."""
+    return bool(np.all(multihost_utils.process_allgather(np.int32(yes)))) if jax.process_count() > 1 else yes
+
+
 def whole(array: jax.Array) -> np.ndarray:
     """All of a global array, on every host."""
     if array.is_fully_addressable:

@@ -275,7 +275,7 @@ def utc_now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds")
 
 
-def write_status(store: Store, exit_code: int | None, reason: str, counts: Mapping[str, int]) -> None:
+def write_status(store: Store, exit_code: int | None, reason: str, counts: Mapping[str, int], **figures: Mapping[str, float]) -> None:
     """status.json: what the exit code says, for launchers that lose it; None while the run goes on."""
-    status = {"exit_code": None if exit_code is None else int(exit_code), "reason": reason, "counts": dict(counts), "time": utc_now()}
+    status = {"exit_code": None if exit_code is None else int(exit_code), "reason": reason, "counts": dict(counts), **figures, "time": utc_now()}
     store.write(STATUS, json.dumps(status, indent=2).encode() + b"\n")

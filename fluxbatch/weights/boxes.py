@@ -19,15 +19,20 @@ IN_FLIGHT = 64 << 20  # bytes of reads under way, and of copies to devices: more
 Index = tuple[tuple[int, int], ...]  # of a local part: start and stop on each axis
 
 
+def local_parts(shape: tuple[int, ...], sharding: NamedSharding) -> dict[Index, list[jax.Device]]:
+    """Each distinct index of an array that local devices own, and these devices."""
+    parts: dict[Index, list[jax.Device]] = {}
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        parts.setdefault(tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True)), []).append(device)
+    return parts
+
+
 class Box(abc.ABC):
     """A parameter under way, as one part for each distinct index of the local devices."""
 
     def __init__(self, shape: tuple[int, ...], stacked: bool, sharding: NamedSharding, dtype: np.dtype):
         self.shape, self.stacked, self.sharding, self.dtype = shape, stacked, sharding, dtype
-        self.devices: dict[Index, list[jax.Device]] = {}
-        for device, index in sharding.addressable_devices_indices_map(shape).items():
-            key = tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
-            self.devices.setdefault(key, []).append(device)
+        self.devices = local_parts(shape, sharding)
 
     @abc.abstractmethod
     def open(self, layer: int, dtype: np.dtype) -> list[tuple[Index, np.ndarray]]:

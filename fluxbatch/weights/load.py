@@ -21,7 +21,7 @@ from flax import nnx
 
 from fluxbatch.dist.mesh import param_sharding
 from fluxbatch.weights import cast
-from fluxbatch.weights.boxes import IN_FLIGHT, Box, DeviceBox, HostBox, Index
+from fluxbatch.weights.boxes import IN_FLIGHT, Box, DeviceBox, HostBox, Index, local_parts
 from fluxbatch.weights.rules import Piece, Table, assign
 from fluxbatch.weights.source import Source, Tensor
 
@@ -83,19 +83,41 @@ def load(
     return nnx.merge(plan.graph, nnx.from_flat_state(_stream(plan, leaves, mesh, dtype, progress, edits or {})))
 
 
+def to_read(plan: Plan, mesh: jax.sharding.Mesh, edits: Edits, paths: Collection[str] | None = None) -> int:
+    """Bytes that this process reads to load the parameters at ``paths`` (None: all) onto ``mesh``."""
+    total, scales = 0, {}
+    for keys, leaf in nnx.to_flat_state(plan.state) if paths is None or paths else ():
+        shape, axes, path = leaf.get_value().shape, leaf.get_metadata()["axes"], path_of(keys)
+        if paths is None or path in paths:
+            parts = local_parts(shape, param_sharding(mesh, shape, axes))
+            local = [index[len(shape) - len(axes) :] for index in parts]
+            for layer, piece in enumerate(plan.pieces[path]):
+                total += sum(b - a for a, b in _ranges(local, piece, (path, layer) in edits)) * piece.tensor.row_bytes
+                if piece.tensor.scale is not None:
+                    scales[id(piece.tensor)] = piece.tensor.scale
+    return total + sum(math.prod(scale.shape) * scale.dtype.itemsize for scale in scales.values())
+
+
+def held(plan: Plan, mesh: jax.sharding.Mesh, dtype: Any) -> int:
+    """Bytes that the parameters take on this process's devices, all together."""
+    total = 0
+    for _, leaf in nnx.to_flat_state(plan.state):
+        shape, axes = leaf.get_value().shape, leaf.get_metadata()["axes"]
+        for index, devices in local_parts(shape, param_sharding(mesh, shape, axes)).items():
+            total += len(devices) * math.prod(b - a for a, b in index)
+    return total * np.dtype(dtype).itemsize
+
+
 def reload(
     plan: Plan, state: Any, paths: Collection[str], mesh: jax.sharding.Mesh, dtype: Any,
     progress: Progress = lambda _: None, edits: Edits | None = None,
 ) -> Any:  # fmt: skip
-    """``state`` with the parameters at ``paths`` streamed anew, as ``load`` would load them now.
-
-    The old ones are freed one by one if the caller has let go of ``state``.
-    """
+    """``state`` with the parameters at ``paths`` streamed anew, as ``load`` would load them now; each old one
+    is deleted before its successor is read."""
     fresh = dict(nnx.to_flat_state(state))
-    del state
     for keys, leaf in nnx.to_flat_state(plan.state):
         if path_of(keys) in paths:
-            fresh[keys] = leaf  # frees the old array
+            fresh[keys].get_value().delete()
             [(_, fresh[keys])] = _stream(plan, [(keys, leaf)], mesh, dtype, progress, edits or {})
     return nnx.from_flat_state(list(fresh.items()))
 
@@ -162,19 +184,24 @@ class Reader:
 def fill(box: Box, layer: int, piece: Piece, scale: np.ndarray | None, reader: Reader, edit: Edit | None = None) -> None:
     """Starts the reads of one layer: one for each distinct range of rows, whoever shares it."""
     tensor = piece.tensor
-    count = sum(b - a for a, b in piece.rows)
     parts = box.open(layer, tensor.dtype if edit is None else np.dtype(np.float32))
     if scale is not None and scale.ndim:  # in the target's order, beside its other axes
         scale = np.concatenate([scale[a:b] for a, b in piece.rows]).reshape(-1, *[1] * (parts[0][1].ndim - 1))
     if edit is not None:
         return _fill_edited(box, layer, piece, scale, reader, edit, parts)
-    ranges = {index[0] for index, _ in parts} if count * tensor.row_bytes > SMALL else {(0, count)}
     left = _Countdown(lambda: box.close(layer, scale))
-    for rows in sorted(ranges):
+    for rows in sorted(_ranges([index for index, _ in parts], piece)):
         for first, last, row in _reads(piece, rows, reader.source.piece):
             left.add()
             reader.read(tensor, first, last, _copy(parts, row, box.scale(scale), left.done))
     left.done()
+
+
+def _ranges(local: list[Index], piece: Piece, edited: bool = False) -> set[tuple[int, int]]:
+    """The target's rows to read for ``local`` parts of a layer: each range once, whoever shares it."""
+    count = sum(b - a for a, b in piece.rows)
+    whole = edited or count * piece.tensor.row_bytes <= SMALL
+    return {(0, count)} if whole else {index[0] for index in local}
 
 
 def _fill_edited(box: Box, layer: int, piece: Piece, scale: np.ndarray | None, reader: Reader, edit: Edit, parts) -> None:

@@ -1,0 +1,108 @@
+"""One network's weights: onto the mesh when they are first needed, out of its memory while they are not."""
+
+from __future__ import annotations
+
+import contextlib
+import pathlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from fluxbatch.dist import hosts
+from fluxbatch.weights import load
+
+AWAY = ("keep", "host", "free")  # where weights go that are not needed: nowhere, pinned host memory, nowhere at all
+
+
+class Network:
+    """Nothing is read before the first `load`; what an edit changes is read again by the next one."""
+
+    def __init__(
+        self, plan: load.Plan, mesh: jax.sharding.Mesh, dtype: Any, edits: load.Edits, away: str = "keep",
+        attach: Callable[[nnx.Module], None] = lambda module: None,
+    ):  # fmt: skip
+        """``away``: one of AWAY. ``attach`` puts beside the weights what does not come from the checkpoint."""
+        self.plan, self.mesh, self.dtype, self.edits, self.away = plan, mesh, np.dtype(dtype), edits, away
+        self._attach = attach
+        self._graph: Any = None
+        self._state: Any = None  # on the devices
+        self._aside: Any = None  # the same in host memory
+        self._stale: set[str] = set()
+
+    @property
+    def missing(self) -> int:
+        """Bytes that `load` would read in this process."""
+        paths = self._stale if self._state is not None or self._aside is not None else None
+        return load.to_read(self.plan, self.mesh, self.edits, paths)
+
+    def load(self, progress: load.Progress) -> None:
+        """Brings the weights onto the devices, from host memory or from the checkpoint, as ``edits`` has them."""
+        if self._state is not None and not self._stale:
+            return
+        if self._state is None and self._aside is not None:
+            self._state = jax.tree.map(lambda x: jax.device_put(x, x.sharding.with_memory_kind("device")), self._aside)
+        if self._state is None:
+            module = load.load(self.plan, self.mesh, self.dtype, progress, self.edits)
+            self._attach(module)
+            self._graph, self._state = nnx.split(module)
+        elif self._stale:
+            state, self._state, self._aside = self._state, None, None  # half of it would be worse than none
+            self._state = load.reload(self.plan, state, self._stale, self.mesh, self.dtype, progress, self.edits)
+        self._stale = set()
+        jax.block_until_ready(self._state)
+
+    def parts(self) -> tuple[Any, Any]:
+        """Graph definition and parameters, once loaded."""
+        return self._graph, self._state
+
+    def merge(self, edits: load.Edits) -> None:
+        """Other edits from the next `load` on, which reads what these or the ones before change."""
+        self._stale |= {path for path, _ in (*self.edits, *edits)}
+        self.edits = edits
+
+    def leave(self, again: bool = True) -> None:
+        """Makes room on the devices, as ``away`` says; ``again``: whether the weights will be needed once more."""
+        if self.away == "keep" or self._state is None:
+            return
+        if self.away == "host" and again:  # the copy stays there: later ones cost no transfer
+            if self._aside is None:
+                self._aside = jax.tree.map(lambda x: jax.device_put(x, x.sharding.with_memory_kind("pinned_host")), self._state)
+            jax.block_until_ready(self._aside)
+        jax.tree.map(lambda x: x.delete(), self._state)
+        self._state = None
+
+
+def away(offload: bool | str, mesh: jax.sharding.Mesh, held: int) -> str:
+    """The place for ``held`` bytes of weights that are not needed: for True pinned host memory if the hosts have
+    room for it, else the checkpoint; on the CPU, whose device memory is the host's, they stay."""
+    if offload in (True, "host"):
+        if not pinned(mesh):
+            return "keep" if load.on_host(mesh) else "free"
+        fits = offload == "host" or held <= host_memory() // 2  # the page cache wants some too
+        return "host" if hosts.all_say(fits) else "free"
+    return "free" if offload == "free" else "keep"
+
+
+def pinned(mesh: jax.sharding.Mesh) -> bool:
+    """Whether the devices are accelerators that read pinned host memory."""
+    return not load.on_host(mesh) and "pinned_host" in {memory.kind for memory in mesh.devices.flat[0].addressable_memories()}
+
+
+def host_memory() -> int:
+    """Bytes of memory that this host, or the container around this process, has left."""
+    left = sys.maxsize
+    with contextlib.suppress(OSError, KeyError, ValueError):
+        left = 1024 * _numbers("/proc/meminfo")["MemAvailable:"]
+    with contextlib.suppress(OSError, KeyError, ValueError):
+        group = pathlib.Path("/sys/fs/cgroup")
+        used = int((group / "memory.current").read_text()) - _numbers(group / "memory.stat")["file"]
+        left = min(left, int((group / "memory.max").read_text()) - used)
+    return left
+
+
+def _numbers(file: str | pathlib.Path) -> dict[str, int]:
+    return {words[0]: int(words[1]) for line in pathlib.Path(file).read_text().splitlines() if len(words := line.split()) > 1}

@@ -1,0 +1,118 @@
+"""What is on the devices when: text encoders first and out again, by way of host memory or of the checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+
+import jax
+import numpy as np
+import pytest
+from conftest import images
+from test_lora import adapters, arrays, opened, states  # noqa: F401
+from test_weights import FLUX, copy, plans  # noqa: F401
+
+from fluxbatch.dist.mesh import make_mesh
+from fluxbatch.types import UserError
+from fluxbatch.weights import load, network
+
+ROW = {"prompt": "a fox", "seed": 1, "height": 32, "width": 32, "num_inference_steps": 1}
+
+
+def leaves(net):
+    return jax.tree.leaves(net.parts()[1])
+
+
+def t5(place, where, mesh=(1, 1)):
+    return network.Network(plans(place)["text_encoder_2"], make_mesh(mesh), np.float32, {}, where)
+
+
+@pytest.mark.parametrize("where", ["keep", "host", "free"])
+def test_weights_leave_and_return(golden, where):
+    net, read = t5(golden / "dev", where, (1, 2)), []
+    assert net.missing == net.plan.nbytes
+    for _ in range(3):
+        net.load(read.append)
+        assert net.missing == 0
+        held = leaves(net)
+        assert sum(x.nbytes for x in held) == load.held(net.plan, net.mesh, np.float32) > 0
+        before = [np.array(x) for x in held]
+        net.leave()
+        assert all(x.is_deleted() for x in held) == (where != "keep")
+        del held
+        net.load(read.append)
+        assert all(np.array_equal(a, b) for a, b in zip(before, leaves(net), strict=True))
+    loads = 4 if where == "free" else 1
+    assert sum(read) == loads * net.plan.nbytes
+
+
+def test_what_is_never_needed_again_is_not_copied(golden):
+    net = t5(golden / "dev", "host")
+    net.load(lambda n: None)
+    net.leave(again=False)
+    assert net.missing == net.plan.nbytes
+
+
+def test_a_file_replaced_between_two_loads_is_noticed(copy):  # noqa: F811
+    net = network.Network(plans(copy)["transformer"], make_mesh((1, 1)), np.float32, {}, "free")
+    net.load(lambda n: None)
+    net.leave()
+    time.sleep(0.02)
+    os.utime(copy / FLUX)
+    with pytest.raises(UserError, match="changed while it was being read"):
+        net.load(lambda n: None)
+
+
+def test_where_weights_go(golden, monkeypatch):
+    mesh = make_mesh((1, 1))
+    assert [network.away(offload, mesh, 1) for offload in (False, True, "host", "free")] == ["keep", "keep", "keep", "free"]
+    monkeypatch.setattr(load, "on_host", lambda mesh: False)
+    assert [network.away(offload, mesh, 1) for offload in (False, True, "host", "free")] == ["keep", "host", "host", "free"]
+    assert network.away(True, mesh, network.host_memory()) == "free"  # no room
+    assert 0 < network.host_memory() < 1 << 50
+
+
+@pytest.mark.parametrize("where", ["host", "free"])
+def test_adapters_on_encoders_that_come_and_go(opened, adapters, monkeypatch, where):  # noqa: F811
+    """A sweep over mixes that change the text encoders, which are out of the way in between."""
+    monkeypatch.setattr(network, "away", lambda *_: where)
+
+    def weights(mix, sweep=True):
+        engine, rows = opened([ROW | {"lora": mix}], *arrays(adapters), sweep=sweep)
+        pipeline = engine.pipeline(rows)
+        values = {name: [np.array(x) for x in jax.tree.leaves(state)] for name, state in states(pipeline).items()}
+        pipeline.encoders_out(again=True)
+        return pipeline, values
+
+    one, two = {"kohya": 0.8}, {"kohya": 0.4, "lokr": 1.0}
+    swept = [weights(mix) for mix in (one, {}, two, one)]
+    assert len({id(pipeline) for pipeline, _ in swept}) == 1
+    for (_, values), (_, same) in ((swept[0], swept[3]), (swept[2], weights(two, sweep=False))):
+        assert all(np.array_equal(a, b) for name in values for a, b in zip(values[name], same[name], strict=True))
+    assert not all(np.array_equal(a, b) for a, b in zip(swept[0][1]["t5"], swept[1][1]["t5"], strict=True))
+
+
+def test_freed_encoders_change_no_picture(cli, golden, tmp_path):
+    """Three shards, read again for each; rows with mixes of their own; the figures of the load say so."""
+    rows = [{"prompt": f"prompt {i}", "seed": i, "height": 32, "width": 32, "num_inference_steps": 1} for i in range(6)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made, loaded = {}, {}
+    for offload in ("false", "free"):
+        args = {"pretrained_model_name_or_path": golden / "dev", "max_sequence_length": 24, "hardware": "cpu", "output_dir": tmp_path,
+                "run_name": offload, "manifest": tmp_path / "rows.jsonl", "shard_size": 2, "offload_encoders": offload}  # fmt: skip
+        code, err = cli(*(f"{key}={value}" for key, value in args.items()))
+        assert code == 0 and err.count("loading: 100%") >= (4 if offload == "free" else 2)
+        made[offload] = images(tmp_path / offload)
+        figures = json.loads((tmp_path / offload / "status.json").read_text())["load"]
+        assert figures.keys() == {"bytes", "seconds", "gigabytes_per_second"} and figures["seconds"] > 0
+        loaded[offload] = figures["bytes"]
+    assert all(np.array_equal(picture, made["free"][name]) for name, picture in made["false"].items())
+    sizes = {name: plan.nbytes for name, plan in plans(golden / "dev").items()}
+    assert loaded["false"] == sum(sizes.values())
+    assert loaded["free"] - loaded["false"] == 2 * (sizes["text_encoder"] + sizes["text_encoder_2"])
+
+
+def test_mistakes(cli, tmp_path):
+    code, err = cli("prompt=x", "hardware=cpu", "offload_encoders=sometimes", f"output_dir={tmp_path}")
+    assert code == 2 and "offload_encoders=sometimes: expected true, false, host or free" in err
