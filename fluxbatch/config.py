@@ -71,6 +71,7 @@ class Hardware:
     attention: Attention = MISSING
     split_head_dim: bool = MISSING
     offload_encoders: bool | str = MISSING
+    stream_blocks: bool = MISSING
     flash_block_sizes: dict[str, int] | None = MISSING
 
 

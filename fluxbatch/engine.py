@@ -20,6 +20,7 @@ from fluxbatch.weights import load, lora_apply, network
 from fluxbatch.weights.checkpoint import Checkpoint, open_checkpoint
 from fluxbatch.weights.lora_apply import Loras
 from fluxbatch.weights.network import Network
+from fluxbatch.weights.stream import StreamedFlux
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Engine:
     mesh: jax.sharding.Mesh
     weights_dtype: str
     activations_dtype: str
+    stream: bool  # whether the transformer's blocks pass through the devices one at a time
     away: str  # where the text encoders are while images are made
     facts: Mapping[str, Any]  # what decides the pixels besides the row
     record: Mapping[str, Any]  # what every image's record says of the model
@@ -52,7 +54,13 @@ class Engine:
 
     def resolve(self, rows: Sequence[Row]) -> list[Row]:
         """The rows, each with its mix of adapters; UserError for mixes that cannot be in one job."""
-        return self.lora.resolve(rows)
+        rows = self.lora.resolve(rows)
+        if self.stream and len(self.lora.mixes(rows)) > 1:
+            first = self.lora.mixes(rows)[0]
+            other = next(row for row in rows if self.lora.mixes([row]) != [first])
+            raise UserError(f"hardware.stream_blocks=true: {other.where}: lora is {dict(other.lora or ())}, rows before it have {dict(first)}: "
+                            "expected one mix for all rows, which is merged into the blocks as they pass")  # fmt: skip
+        return rows
 
     def pipeline(self, rows: Sequence[Row] = (), loading: Loading = quietly) -> Pipeline:
         """What draws ``rows`` (resolved); weights stream onto the mesh as they are first needed, under the
@@ -83,6 +91,9 @@ class Engine:
 
     def _network(self, part: str, edits: load.Edits, beside: Loras | None) -> Network:
         plan, dtype = self.plans[part], jnp.dtype(self.weights_dtype)
+        if self.stream and part == "transformer":
+            hold = network.pinned(self.mesh) and network.room(load.held(plan, self.mesh, dtype))
+            return StreamedFlux(plan, self.mesh, dtype, edits, hold)
         attach = (lambda module: beside.attach(part, module, plan, self.mesh, dtype)) if beside else lambda module: None
         return Network(plan, self.mesh, dtype, edits, self.away if part in lora_apply.TEXT else "keep", attach)
 
@@ -129,10 +140,14 @@ def open_engine(job: Job, platform: str) -> Engine:
         facts["lora"] = adapters.facts
     mesh = make_mesh(shape)
     away = network.away(hardware.offload_encoders, mesh, sum(load.held(plans[part], mesh, weights) for part in lora_apply.TEXT))
-    programs = (hardware.attention.name, hardware.split_head_dim, str(hardware.flash_block_sizes), away)
+    split = {axis: size for axis, size in mesh.shape.items() if size > 1 and axis != "data"}
+    if hardware.stream_blocks and (split or jax.process_count() > 1):
+        got = f"a mesh of {', '.join(f'{axis} {size}' for axis, size in split.items())}" if split else f"{jax.process_count()} processes"
+        raise UserError(f"hardware.stream_blocks=true: got {got}: expected whole blocks on each device of one process: sharding=single or ddp")
+    programs = (hardware.attention.name, hardware.split_head_dim, str(hardware.flash_block_sizes), away, hardware.stream_blocks)
     identity = (tuple(plan.source.url for plan in plans.values()), facts["model_digest"], weights, activations, shape, *programs)
     return Engine(
-        checkpoint, plans, tokenizers, schedule, mesh, weights, activations, away, facts, record, adapters, identity,
+        checkpoint, plans, tokenizers, schedule, mesh, weights, activations, hardware.stream_blocks, away, facts, record, adapters, identity,
         _remarks(job.model.flux_name, checkpoint), bool(job.sweep))  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -19,13 +20,14 @@ from flax import nnx
 
 from fluxbatch import sampling
 from fluxbatch.dist.mesh import batch_sharding, put, replicated
-from fluxbatch.models.flux import FluxConfig, rope_table
+from fluxbatch.models.flux import DoubleBlock, FluxConfig, rope_table
 from fluxbatch.models.layers import set_rows
 from fluxbatch.models.vae import VaeConfig
 from fluxbatch.types import Row
 from fluxbatch.weights.load import Progress
 from fluxbatch.weights.lora_apply import Loras
 from fluxbatch.weights.network import Network
+from fluxbatch.weights.stream import StreamedFlux
 
 
 Loading = Callable[[int], AbstractContextManager[Progress]]  # of how many bytes; yields what is told of the bytes read
@@ -42,9 +44,16 @@ class Pipeline:
         row by row."""
         self.networks, self.flux_config, self.vae_config = networks, flux, vae
         self.mesh, self.dtype, self.schedule, self.loading, self._lora = mesh, jnp.dtype(dtype), schedule, loading, lora
-        jit = functools.partial(jax.jit, out_shardings=batch_sharding(mesh))
+
+        def jit(function: Callable[..., Any], **options: Any) -> Any:
+            function = functools.partial(function)  # of its own, so that its programs go with this pipeline
+            return jax.jit(function, out_shardings=batch_sharding(mesh), **options)
+
         self._encode = jit(_encode, static_argnames=("clip_graph", "t5_graph", "dtype"))
         self._denoise = jit(_denoise, static_argnames=("graph", "dtype"), donate_argnames="latents")
+        self._embed = jit(_embed, static_argnames=("graph", "dtype"))
+        self._block = jit(_block, static_argnames=("block_graph", "graph"))
+        self._step = jit(_step, static_argnames="graph", donate_argnames="latents")
         self._decode = jit(_decode, static_argnames=("graph", "dtype", "height", "width"))
 
     @property
@@ -87,9 +96,26 @@ class Pipeline:
         guidance = np.array([row.guidance_scale for row in rows], np.float32)
         rope = rope_table(text.shape[1], height // 2, width // 2, self.flux_config.axes_dims_rope)
         rope = tuple(put(table, replicated(self.mesh)) for table in rope)
-        arrays = self._put(latents, text, pooled, sigmas, counts, guidance)
         (graph, state), _ = self._ready("flux", "vae")  # the VAE on the same bar
+        if isinstance(self.networks["flux"], StreamedFlux):
+            return self._denoise_streamed(self.networks["flux"], latents, text, pooled, sigmas, counts, guidance, rope)
+        arrays = self._put(latents, text, pooled, sigmas, counts, guidance)
         return self._run(self._denoise, graph, self.dtype, state, *arrays, rope, *self._scales(rows))
+
+    def _denoise_streamed(self, flux: StreamedFlux, latents, text, pooled, sigmas, counts, guidance, rope) -> jax.Array:
+        """What ``_denoise`` computes, with the transformer's blocks passing through the devices."""
+        graph, state = flux.parts()
+        latents, text, pooled, guidance = self._put(latents, text, pooled, guidance)
+        steps = int(counts.max())
+        with flux.blocks(steps) as blocks:
+            for i in range(steps):
+                now, then, moves = self._put(sigmas[:, i], sigmas[:, i + 1], i < counts)
+                x, vec = self._run(self._embed, graph, self.dtype, state, latents, text, pooled, now, guidance)
+                for block_graph, block in itertools.islice(blocks, len(flux)):
+                    x = self._run(self._block, block_graph, graph, block, state, x, vec, rope)
+                    jax.block_until_ready(x)  # or blocks would pile up behind the computation
+                latents = self._run(self._step, graph, state, latents, x, vec, now, then, moves)
+        return latents
 
     def decode(self, latents: jax.Array, height: int, width: int) -> tuple[jax.Array, jax.Array]:
         """Latents → pixels ``[B, height, width, 3]`` uint8, and whether each image is finite ``[B]``."""
@@ -133,11 +159,36 @@ def _denoise(graph, dtype, state, latents, text, pooled, sigmas, counts, guidanc
 
     def step(i, x):
         now, then = sigmas[:, i], sigmas[:, i + 1]
-        velocity = flux(x.astype(dtype), text, pooled, now, guidance, rope).astype(jnp.float32)
-        moved = x + (then - now)[:, None, None] * velocity
-        return jnp.where((i < counts)[:, None, None], moved, x)
+        return _euler(x, flux(x.astype(dtype), text, pooled, now, guidance, rope), now, then, i < counts)
 
     return jax.lax.fori_loop(0, jnp.max(counts), step, latents)
+
+
+def _euler(x, velocity, now, then, moves):
+    moved = x + (then - now)[:, None, None] * velocity.astype(jnp.float32)
+    return jnp.where(moves[:, None, None], moved, x)
+
+
+# The same in parts, for blocks that come one at a time.
+
+
+def _embed(graph, dtype, state, latents, text, pooled, now, guidance):
+    img, txt, vec = nnx.merge(graph, state).embed(latents.astype(dtype), text, pooled, now, guidance)
+    return (img, txt), vec
+
+
+def _block(block_graph, graph, block, state, x, vec, rope):
+    """``x``: image and text; in single blocks one sequence of both, text first."""
+    block, flux = nnx.merge(block_graph, block), nnx.merge(graph, state)
+    img, txt = x
+    if isinstance(block, DoubleBlock):
+        return block(img, txt, vec, rope, flux)
+    both = block(jnp.concatenate([txt, img], axis=1), vec, rope, flux)
+    return both[:, txt.shape[1] :], both[:, : txt.shape[1]]
+
+
+def _step(graph, state, latents, x, vec, now, then, moves):
+    return _euler(latents, nnx.merge(graph, state).finish(x[0], vec), now, then, moves)
 
 
 def _decode(graph, dtype, state, latents, height, width):

@@ -1,49 +1,86 @@
-"""Block by block equals all at once."""
+"""Block by block equals all at once, with two blocks in memory."""
 
 from __future__ import annotations
 
 import gc
-import weakref
+import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+from conftest import images
+from test_lora import adapters, arrays  # noqa: F401
 from test_weights import plans
+from test_weights_memory import ALLOWED, bench, written
 
 from fluxbatch.dist.mesh import make_mesh
-from fluxbatch.models.flux import rope_table
-from fluxbatch.pipeline import _denoise
-from fluxbatch.weights import load
+from fluxbatch.weights import network
 from fluxbatch.weights.stream import StreamedFlux
 
 
-@pytest.mark.parametrize("variant,mesh", [("dev", (1, 4)), ("schnell", (1, 1))])
-def test_streamed_steps_equal_loaded_ones(golden, variant, mesh):
-    plan = plans(golden / variant)["transformer"]
-    flux = load.load(plan, make_mesh((1, 1)), np.float32)
-    rng = np.random.default_rng(0)
-    latents, text, pooled = (rng.standard_normal(s).astype(np.float32) for s in ((2, 16, flux.cfg.in_channels), (2, 5, 32), (2, 32)))
-    sigmas = np.array([[1, 0.7, 0.3, 0], [1, 0.5, 0, 0]], np.float32)
-    rest = (text, pooled, sigmas, np.array([3, 2]), np.array([3.5, 1.0], np.float32), rope_table(5, 4, 4, flux.cfg.axes_dims_rope))
-    expected = jax.jit(_denoise, static_argnums=(0, 1))(*(lambda g, s: (g, jnp.dtype("float32"), s))(*nnx.split(flux)), latents, *rest)
-    streamed = StreamedFlux(plan, make_mesh(mesh), np.float32)
-    rest = [jnp.asarray(x) if isinstance(x, np.ndarray) else x for x in rest]
-    got = streamed.denoise(jnp.asarray(latents), *rest, jnp.float32)
-    assert np.abs(np.asarray(got) - expected).max() <= 1e-5 * np.abs(expected).max()
+def flags(golden, tmp_path, name, **more):
+    given = {"pretrained_model_name_or_path": golden / "dev", "max_sequence_length": 24, "hardware": "cpu", "output_dir": tmp_path,
+             "run_name": name, "resolution": 32, "jax_cache_dir": tmp_path / "xla"}  # fmt: skip
+    return [f"{key}={value}" for key, value in (given | more).items()]
 
 
-def test_blocks_are_let_go(golden):
-    """At any time the block in use, the next one, and none else."""
-    streamed = StreamedFlux(plans(golden / "dev")["transformer"], make_mesh((1, 1)), np.float32)
-    made = []
-    load_one = streamed._load
-    streamed._load = lambda *args: made.append(weakref.ref(module := load_one(*args))) or module
-    kinds = []
-    with streamed.blocks(2) as blocks:
-        for block in blocks:
-            kinds.append(type(block).__name__)
+@pytest.mark.parametrize("sharding", ["single", "ddp"])
+def test_streamed_pictures_are_the_same(cli, golden, tmp_path, adapters, monkeypatch, sharding):  # noqa: F811
+    """Rows of other sizes, step counts and guidance, an adapter merged into the blocks as they pass; read anew
+    in each step, and held in host memory."""
+    rows = [{"prompt": f"prompt {i}", "seed": i, "width": 32 + 16 * (i % 2), "num_inference_steps": 1 + i, "guidance_scale": float(i)} for i in range(4)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    more = {"manifest": tmp_path / "rows.jsonl", "sharding": sharding, "per_device_batch_size": 2 if sharding == "single" else 1}
+    one = arrays({"kohya": adapters["kohya"]}, 0.5)
+    made = {}
+    for name in ("resident", "streamed", "held"):
+        monkeypatch.setattr(network, "pinned", lambda mesh, name=name: name == "held")
+        code, err = cli(*flags(golden, tmp_path, name, stream_blocks=name != "resident", **more), *one)
+        assert code == 0, err
+        made[name] = images(tmp_path / name)
+    for name in ("streamed", "held"):
+        assert all(np.array_equal(picture, made["resident"][key]) for key, picture in made[name].items())
+    assert len({picture.tobytes() for picture in made["held"].values()}) == 4
+
+
+def test_what_cannot_be_streamed(cli, golden, tmp_path, adapters):  # noqa: F811
+    code, err = cli(*flags(golden, tmp_path, "a", prompt="x", stream_blocks="true", sharding="fsdp"))
+    assert code == 2 and "hardware.stream_blocks=true: got a mesh of fsdp 8" in err and len(err.splitlines()) == 1
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "x"}\n{"prompt": "x", "lora": {"peft": 0.25}}\n')
+    one = arrays({"peft": adapters["peft"]})
+    code, err = cli(*flags(golden, tmp_path, "b", manifest=tmp_path / "rows.jsonl", stream_blocks="true"), *one)
+    assert code == 2 and "rows.jsonl:2: lora is {'peft': 0.25}" in err and len(err.splitlines()) == 1
+
+
+def test_at_most_two_blocks_are_in_memory(tmp_path):
+    """A model of 0.8 GB passes through: what JAX holds on the devices, and the process's memory."""
+    file = written(tmp_path, 0.8)
+    plan = bench.planned(str(file))
+    streamed = StreamedFlux(plan, make_mesh((1, 1)), "bfloat16", {})
+    streamed.load(lambda count: None)
+    before = sum(x.nbytes for x in jax.live_arrays())
+    largest = live = 0
+    with bench.Peak() as peak, streamed.blocks(2) as blocks:
+        for _, block in blocks:
+            largest = max(largest, sum(x.nbytes for x in jax.tree.leaves(block)))
+            del block
             gc.collect()
-            assert sum(ref() is not None for ref in made) <= 2
-    assert kinds == 2 * (["DoubleBlock"] * 2 + ["SingleBlock"] * 2)
+            live = max(live, sum(x.nbytes for x in jax.live_arrays()) - before)
+    file.unlink()
+    assert largest == 2 * 36 * 1024**2 + 2 * 2 * (15 * 1024 + 2 * 128)
+    assert live <= 2 * largest
+    assert peak.bytes - peak.start_bytes <= 2 * largest + ALLOWED < plan.nbytes / 2
+
+
+def test_other_adapters_are_in_the_next_blocks(golden):
+    """Blocks held in host memory too are read anew once other adapters are merged."""
+    streamed = StreamedFlux(plans(golden / "dev")["transformer"], make_mesh((1, 1)), np.float32, {}, hold=True)
+
+    def weights():
+        with streamed.blocks(1) as blocks:
+            return [b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(block)) for _, block in blocks]
+
+    plain = weights()
+    assert weights() == plain
+    streamed.merge({("single_blocks.out.kernel", 1): lambda old: old + 1, ("img_in.kernel", 0): lambda old: old * 2})
+    assert [a == b for a, b in zip(plain, weights(), strict=True)] == [True, True, True, False]

@@ -44,7 +44,7 @@ class Network:
         if self._state is not None and not self._stale:
             return
         if self._state is None and self._aside is not None:
-            self._state = jax.tree.map(lambda x: jax.device_put(x, x.sharding.with_memory_kind("device")), self._aside)
+            self._state = moved(self._aside, "device")
         if self._state is None:
             module = load.load(self.plan, self.mesh, self.dtype, progress, self.edits)
             self._attach(module)
@@ -70,10 +70,15 @@ class Network:
             return
         if self.away == "host" and again:  # the copy stays there: later ones cost no transfer
             if self._aside is None:
-                self._aside = jax.tree.map(lambda x: jax.device_put(x, x.sharding.with_memory_kind("pinned_host")), self._state)
+                self._aside = moved(self._state, "pinned_host")
             jax.block_until_ready(self._aside)
         jax.tree.map(lambda x: x.delete(), self._state)
         self._state = None
+
+
+def moved(state: Any, kind: str) -> Any:
+    """The same arrays in another memory of their devices."""
+    return jax.tree.map(lambda x: jax.device_put(x, x.sharding.with_memory_kind(kind)), state)
 
 
 def away(offload: bool | str, mesh: jax.sharding.Mesh, held: int) -> str:
@@ -82,9 +87,13 @@ def away(offload: bool | str, mesh: jax.sharding.Mesh, held: int) -> str:
     if offload in (True, "host"):
         if not pinned(mesh):
             return "keep" if load.on_host(mesh) else "free"
-        fits = offload == "host" or held <= host_memory() // 2  # the page cache wants some too
-        return "host" if hosts.all_say(fits) else "free"
+        return "host" if offload == "host" or room(held) else "free"
     return "free" if offload == "free" else "keep"
+
+
+def room(held: int) -> bool:
+    """Whether all hosts have the memory for ``held`` bytes each; the page cache wants some too."""
+    return hosts.all_say(held <= host_memory() // 2)
 
 
 def pinned(mesh: jax.sharding.Mesh) -> bool:

@@ -88,12 +88,8 @@ def safetensors(path: str) -> Callable[[], object]:
     return lambda: jax.block_until_ready([jax.device_put(value) for value in load_file(path).values()])
 
 
-def fluxbatch(path: str, mesh: tuple[int, int], dtype: str) -> tuple[Callable[[], object], int]:
-    """Our load of a BFL file or of a converted copy; and the bytes of one copy of the weights."""
-    import jax
-    from flax import nnx
-
-    from fluxbatch.dist.mesh import make_mesh
+def planned(path: str):
+    """The plan of a transformer from a BFL file or from a converted copy."""
     from fluxbatch.models.flux import Flux, FluxConfig
     from fluxbatch.weights import load, native, single, tables
     from fluxbatch.weights.source import Source, read_header
@@ -108,7 +104,18 @@ def fluxbatch(path: str, mesh: tuple[int, int], dtype: str) -> tuple[Callable[[]
         tensors, table, _ = single.recognise("transformer", read_header(source, file))
         sizes = single.sizes("transformer", tensors, table)
         config = FluxConfig.from_json(single.constants("transformer", sizes) | sizes)
-    plan = load.plan(lambda rngs: Flux(config, rngs=rngs), tensors, table, source)
+    return load.plan(lambda rngs: Flux(config, rngs=rngs), tensors, table, source)
+
+
+def fluxbatch(path: str, mesh: tuple[int, int], dtype: str) -> tuple[Callable[[], object], int]:
+    """Our load; and the bytes of one copy of the weights."""
+    import jax
+    from flax import nnx
+
+    from fluxbatch.dist.mesh import make_mesh
+    from fluxbatch.weights import load
+
+    plan = planned(path)
     devices = make_mesh(mesh)
     return lambda: jax.block_until_ready(jax.tree.leaves(nnx.state(load.load(plan, devices, dtype), nnx.Param))), plan.nbytes
 

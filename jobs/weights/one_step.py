@@ -14,16 +14,28 @@ import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from fluxbatch.dist.mesh import make_mesh
 from fluxbatch.models import attention
-from fluxbatch.models.flux import Flux, FluxConfig, rope_table
+from fluxbatch.models.flux import Flux, FluxConfig
+from fluxbatch.models.vae import VaeConfig
+from fluxbatch.pipeline import Pipeline, quietly
+from fluxbatch.sampling import Schedule
+from fluxbatch.types import Row
 from fluxbatch.weights import load, single
 from fluxbatch.weights.source import Source, read_header
 from fluxbatch.weights.stream import StreamedFlux
+
+
+class Nothing:
+    """Stands for the VAE: a step needs none."""
+
+    missing = 0
+
+    def load(self, progress) -> None: ...
+
+    def parts(self) -> None: ...
 
 
 def main() -> None:
@@ -41,16 +53,16 @@ def main() -> None:
     plan = load.plan(lambda rngs: Flux(config, rngs=rngs, attention=attention.by_name("auto", "cpu", "bfloat16")), tensors, table, source)
     print(f"opened and planned: {plan.nbytes:,} bytes of weights in {time.perf_counter() - start:.1f} s")
 
-    rng, side = np.random.default_rng(0), args.side // 16
-    latents, text, pooled = (
-        jnp.asarray(rng.standard_normal((1, *shape)), jnp.float32)
-        for shape in ((side * side, config.in_channels), (args.words, config.joint_attention_dim), (config.pooled_projection_dim,))
-    )
-    rope = rope_table(args.words, side, side, config.axes_dims_rope)
-    flux = StreamedFlux(plan, make_mesh((1, 1)), "bfloat16")
+    mesh = make_mesh((1, 1))
+    vae = VaeConfig(config.in_channels // 4, (8, 8, 8, 8), 1, 4, 1.0, 0.0, False, False, False)  # only its scale counts
+    networks = {"flux": StreamedFlux(plan, mesh, "bfloat16", {}), "vae": Nothing()}
+    pipeline = Pipeline(networks, config, vae, mesh, "bfloat16", Schedule.of(single.schedule(True), None, None, None), quietly)
+    rng = np.random.default_rng(0)
+    text, pooled = (rng.standard_normal((1, *shape), np.float32) for shape in ((args.words, config.joint_attention_dim), (config.pooled_projection_dim,)))
+    row = Row(0, "0", "", "", 0, args.side, args.side, 1, 3.5)
     for step in range(2):  # the second one compiles nothing
         start = time.perf_counter()
-        out = flux.denoise(latents + 0, text, pooled, jnp.array([[1.0, 0.9]]), jnp.array([1]), jnp.array([3.5]), rope, jnp.bfloat16)
+        out = pipeline.denoise([row], text, pooled)
         finite = bool(np.isfinite(out).all())
         print(f"step {step}: {time.perf_counter() - start:.1f} s, {out.shape} {'finite' if finite else 'NOT FINITE'}")
     with open("/proc/self/status") as status:
