@@ -9,8 +9,10 @@ import shutil
 import time
 
 import gcs_faults
+import jax
 import numpy as np
 import pytest
+from flax import nnx
 from test_weights import FLUX, model, plans
 
 from fluxbatch.dist.mesh import make_mesh
@@ -68,12 +70,28 @@ def test_a_file_cut_short_while_loading(copy):
 
 
 def test_a_short_read(copy, monkeypatch):
-    """A store that answers with fewer bytes than were asked for."""
-    plan = plans(copy)["transformer"]
-    whole = source.Source.start_read
-    monkeypatch.setattr(source.Source, "start_read", lambda self, name, a, b: whole(self, name, a, b - 4))
-    text = complaint(plan)
-    assert FLUX in text and "tensor " in text and "were expected: the file is truncated" in text
+    """A store, and a file system, that answer with fewer bytes than were asked for."""
+    whole, read = source.Source.start_read, os.preadv
+    answers = {
+        False: (source.Source, "start_read", lambda self, name, a, b: whole(self, name, a, b - 4)),
+        True: (os, "preadv", lambda file, buffers, at: read(file, [buffers[0][:-4]], at) if len(buffers[0]) > 4 else 0),
+    }
+    for local, answer in answers.items():
+        plan = plans(copy)["transformer"]
+        plan.source.local = local
+        with monkeypatch.context() as patch:
+            patch.setattr(*answer)
+            text = complaint(plan)
+        assert FLUX in text and "tensor " in text and "were expected: the file is truncated" in text
+
+
+def test_an_answer_in_parts_is_whole(copy, monkeypatch):
+    """A file system may answer with less and go on when asked again."""
+    read = os.preadv
+    expected = load.load(plans(copy)["vae"], make_mesh((1, 1)), np.float32)
+    monkeypatch.setattr(os, "preadv", lambda file, buffers, at: read(file, [buffers[0][:1000]], at))
+    got = load.load(plans(copy)["vae"], make_mesh((1, 1)), np.float32)
+    assert all(map(np.array_equal, *(jax.tree.leaves(nnx.state(module, nnx.Param)) for module in (expected, got))))
 
 
 def test_a_file_gone_while_loading(copy):

@@ -147,11 +147,11 @@ def read_scales(pieces: list[Piece], reader: Reader) -> dict[int, np.ndarray]:
     tensors = {id(p.tensor): p.tensor for p in pieces if p.tensor.scale is not None}
     scales: dict[int, np.ndarray] = {}
     for key, tensor in tensors.items():
-        shape = (-1,) if math.prod(tensor.scale.shape) > 1 else ()
-        keep = lambda rows, key=key, shape=shape: scales.update({key: rows.astype(np.float32).reshape(shape)})  # noqa: E731
-        reader.read(tensor.scale, 0, tensor.scale.shape[0] if tensor.scale.shape else 1, keep)
+        count = math.prod(tensor.scale.shape)
+        scales[key] = np.empty(count, np.float32)
+        reader.read(tensor.scale, 0, tensor.scale.shape[0] if tensor.scale.shape else 1, Rows([(((0, count),), scales[key])], 0, None, lambda: None))
     reader.drain()
-    return scales
+    return {key: scale if scale.size > 1 else scale.reshape(()) for key, scale in scales.items()}
 
 
 class Reader:
@@ -159,14 +159,14 @@ class Reader:
 
     def __init__(self, source: Source, progress: Progress):
         self.source, self.progress = source, progress
-        self._pending: collections.deque[tuple[ts.Future, Tensor, int, int, Callable[[np.ndarray], None]]] = collections.deque()
+        self._pending: collections.deque[tuple[Any, Tensor, int, int, Rows]] = collections.deque()
         self._bytes = 0
 
-    def read(self, tensor: Tensor, first: int, last: int, use: Callable[[np.ndarray], None]) -> None:
+    def read(self, tensor: Tensor, first: int, last: int, rows: Rows) -> None:
         size = (last - first) * tensor.row_bytes * self.source.held
         while self._pending and self._bytes + size > IN_FLIGHT:
             self._finish()
-        self._pending.append((self.source.start_rows(tensor, first, last), tensor, first, last, use))
+        self._pending.append((self.source.start_rows(tensor, first, last, rows), tensor, first, last, rows))
         self._bytes += size
 
     def drain(self) -> None:
@@ -174,11 +174,43 @@ class Reader:
             self._finish()
 
     def _finish(self) -> None:
-        future, tensor, first, last, use = self._pending.popleft()
-        rows = self.source.finish_rows(future, tensor, first, last)
-        use(rows)
+        future, tensor, first, last, rows = self._pending.popleft()
+        self.source.finish_rows(future, tensor, first, last, rows)
+        rows.done()
         self._bytes -= (last - first) * tensor.row_bytes * self.source.held
         self.progress((last - first) * tensor.row_bytes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Rows of a layer on their way, the target's from ``first`` on, into the parts they belong to."""
+
+    parts: list[tuple[Index, np.ndarray]]
+    first: int
+    scale: np.ndarray | None  # one number, or one for each row of the target
+    done: Callable[[], None]
+
+    def target(self, tensor: Tensor, count: int) -> np.ndarray | None:
+        """The memory of ``count`` rows, if they lie together in one part, as the tensor has them."""
+        if self.scale is not None:
+            return None
+        last = self.first + count
+        meet = [(index[0], buffer) for index, buffer in self.parts if index[0][0] < last and self.first < index[0][1]]
+        if len(meet) != 1:
+            return None
+        (start, stop), buffer = meet[0]
+        place = buffer[self.first - start : last - start]
+        whole = start <= self.first and last <= stop and place.nbytes == count * tensor.row_bytes
+        return place if whole and place.dtype == tensor.dtype and place.flags.c_contiguous else None
+
+    def put(self, rows: np.ndarray) -> None:
+        for (own, *columns), buffer in self.parts:
+            low, high = max(own[0], self.first), min(own[1], self.first + len(rows))
+            if low < high:
+                # a 1×1 convolution may be a matrix in the model
+                values = rows.reshape(rows.shape[: buffer.ndim])[(slice(low - self.first, high - self.first), *(slice(a, b) for a, b in columns))]
+                factor = self.scale[low:high] if self.scale is not None and self.scale.ndim else self.scale
+                cast.copy(buffer[low - own[0] : high - own[0]], values, factor)
 
 
 def fill(box: Box, layer: int, piece: Piece, scale: np.ndarray | None, reader: Reader, edit: Edit | None = None) -> None:
@@ -193,7 +225,7 @@ def fill(box: Box, layer: int, piece: Piece, scale: np.ndarray | None, reader: R
     for rows in sorted(_ranges([index for index, _ in parts], piece)):
         for first, last, row in _reads(piece, rows, reader.source.piece):
             left.add()
-            reader.read(tensor, first, last, _copy(parts, row, box.scale(scale), left.done))
+            reader.read(tensor, first, last, Rows(parts, row, box.scale(scale), left.done))
     left.done()
 
 
@@ -218,7 +250,7 @@ def _fill_edited(box: Box, layer: int, piece: Piece, scale: np.ndarray | None, r
     left = _Countdown(finish)
     for first, last, row in _reads(piece, (0, shape[0]), reader.source.piece):
         left.add()
-        reader.read(piece.tensor, first, last, _copy([(tuple((0, n) for n in shape), whole)], row, scale, left.done))
+        reader.read(piece.tensor, first, last, Rows([(tuple((0, n) for n in shape), whole)], row, scale, left.done))
     left.done()
 
 
@@ -233,22 +265,6 @@ def _reads(piece: Piece, rows: tuple[int, int], size: int) -> Iterator[tuple[int
             start = first + row - offset
             yield start, start + min(step, high - row), row
         offset += last - first
-
-
-def _copy(parts: list[tuple[Index, np.ndarray]], row: int, scale: np.ndarray | None, done: Callable[[], None]):
-    """Writes read rows, the target's from ``row`` on, into the parts they belong to."""
-
-    def use(rows: np.ndarray) -> None:
-        for (own, *columns), buffer in parts:
-            low, high = max(own[0], row), min(own[1], row + len(rows))
-            if low < high:
-                # a 1×1 convolution may be a matrix in the model
-                values = rows.reshape(rows.shape[: buffer.ndim])[(slice(low - row, high - row), *(slice(a, b) for a, b in columns))]
-                factor = scale[low:high] if scale is not None and scale.ndim else scale
-                cast.copy(buffer[low - own[0] : high - own[0]], values, factor)
-        done()
-
-    return use
 
 
 class _Countdown:

@@ -19,7 +19,7 @@ import tensorstore as ts
 
 from fluxbatch.types import UserError
 from fluxbatch.weights.rules import split_layer
-from fluxbatch.weights.source import FLOATS, RETRIES, Source, Tensor, store_spec
+from fluxbatch.weights.source import FLOATS, RETRIES, Place, Source, Tensor, store_spec
 
 MARKER = "fluxbatch.json"
 STARTED = "converting.json"
@@ -123,14 +123,13 @@ class Arrays(Source):
         """Starts opening an array that must have this shape, dtype and grid."""
         self._opening[path] = ts.open(spec(self.path(path), shape, dtype, stacked), open=True, context=self._context)
 
-    def start_rows(self, tensor: Tensor, first: int, last: int) -> ts.Future:
+    def start_rows(self, tensor: Tensor, first: int, last: int, place: Place) -> ts.Future:
         array = self.wait(self._opening[tensor.file], tensor.file)
         path, layer = split_layer(tensor.name)
         return (array[layer, first:last] if path != tensor.name else array[first:last]).read()
 
-    def finish_rows(self, future: ts.Future, tensor: Tensor, first: int, last: int) -> np.ndarray:
+    def finish_rows(self, future: ts.Future, tensor: Tensor, first: int, last: int, place: Place) -> None:
         try:
-            rows = self.wait(future, tensor.file)
+            place.put(self.wait(future, tensor.file))
         except UserError as error:
             raise UserError(f"{error} (tensor {tensor.name})") from error
-        return rows

@@ -1,7 +1,8 @@
 """Bytes of a checkpoint, wherever it lies: small files, safetensors headers, ranged reads.
 
 Everything goes through TensorStore key-value stores, so a local directory, ``gs://`` and ``http(s)://``
-are one path, and a range of rows is one contiguous read. What TensorStore would let pass in silence
+are one path, and a range of rows is one contiguous read; rows of local files alone are read without it,
+straight into their arrays. What TensorStore would let pass in silence
 (a missing object, a short read, an object that changes between two reads) is an error here.
 """
 
@@ -13,7 +14,8 @@ import math
 import os
 import re
 from collections.abc import Iterator
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 import ml_dtypes
@@ -39,6 +41,7 @@ MAX_HEADER = 100 << 20  # safetensors' own bound
 # a read that has not moved for STALLED seconds is given up.
 RETRIES = {"max_retries": 7, "initial_delay": "200ms", "max_delay": "5s"}
 STALLED = 120.0
+READERS = 4  # threads that read a local file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +62,16 @@ class Tensor:
         return self.dtype.itemsize * math.prod(self.shape[1:])
 
 
+class Place(Protocol):
+    """Where rows of a tensor go."""
+
+    def target(self, tensor: Tensor, count: int) -> np.ndarray | None:
+        """Contiguous memory that takes ``count`` rows as they are in the file; None if there is none."""
+
+    def put(self, rows: np.ndarray) -> None:
+        """Copies rows to where they belong, cast and scaled as they must be."""
+
+
 class Source:
     """A directory of a checkpoint: local, ``gs://bucket/prefix`` or ``http(s)://host/path``."""
 
@@ -67,7 +80,7 @@ class Source:
     def __init__(self, url: str):
         self.url = url.removeprefix("file://").rstrip("/")
         self.local = "://" not in self.url
-        self.piece = 2 << 20 if self.local else 8 << 20  # bytes of one read: as a cache holds them, as a request is worth
+        self.piece = 4 << 20 if self.local else 8 << 20  # bytes of one read: enough for each thread, as a request is worth
         self.url = os.path.abspath(self.url) if self.local else self.url
         context = {f"{name}_request_retries": RETRIES for name in ("gcs", "http")}
         try:
@@ -75,6 +88,8 @@ class Source:
         except (ValueError, OSError) as error:
             raise UserError(f"{self.url}: not a place that can be opened: {_first_line(error)}") from error
         self._generations: dict[str, bytes] = {}
+        self._pool = ThreadPoolExecutor(READERS, "weights")  # starts no thread before it is asked to read
+        self._opened: dict[str, tuple[int, ...]] = {}  # which file a local header was read from
         self.sizes: dict[str, int] = {}  # of the files whose headers were read
 
     def __truediv__(self, name: str) -> Source:
@@ -109,18 +124,51 @@ class Source:
         except (ValueError, OSError) as error:
             raise UserError(f"{self.path(name)}: cannot be read: {_first_line(error)}") from error
 
-    def start_rows(self, tensor: Tensor, first: int, last: int) -> ts.Future:
-        """Rows ``first`` .. ``last`` of a tensor under way; ``finish_rows`` returns them."""
+    def start_rows(self, tensor: Tensor, first: int, last: int, place: Place) -> Any:
+        """Rows ``first`` .. ``last`` of a tensor on their way to their place; ``finish_rows`` ends it.
+
+        A local file is read by threads straight into the place, which takes half the time of a read that
+        passes through TensorStore's buffers and Python's.
+        """
+        if self.local:
+            return self._pool.submit(self._read_rows, tensor, first, last, place)
         return self.start_read(tensor.file, tensor.start + first * tensor.row_bytes, tensor.start + last * tensor.row_bytes)
 
-    def finish_rows(self, future: ts.Future, tensor: Tensor, first: int, last: int) -> np.ndarray:
-        """``[last - first, …]`` in the tensor's dtype (a tensor without axes is one row); UserError
-        names the file and the tensor."""
+    def finish_rows(self, future: Any, tensor: Tensor, first: int, last: int, place: Place) -> None:
+        """Rows (a tensor without axes is one row) are in their place; UserError names the file and the tensor."""
         try:
-            data = self.finish_read(future, tensor.file, (last - first) * tensor.row_bytes)
+            if self.local:
+                self.wait(future, tensor.file)
+            else:
+                data = self.finish_read(future, tensor.file, (last - first) * tensor.row_bytes)
+                place.put(np.frombuffer(data, tensor.dtype).reshape(-1, *tensor.shape[1:]))
         except UserError as error:
             raise UserError(f"{error} (tensor {tensor.name})") from error
-        return np.frombuffer(data, tensor.dtype).reshape(-1, *tensor.shape[1:])
+
+    def _read_rows(self, tensor: Tensor, first: int, last: int, place: Place) -> None:
+        target = place.target(tensor, last - first)
+        rows = np.empty((last - first, *tensor.shape[1:]), tensor.dtype) if target is None else target
+        self._read_into(rows.reshape(-1).view(np.uint8), tensor.file, tensor.start + first * tensor.row_bytes)
+        if target is None:
+            place.put(rows)
+
+    def _read_into(self, buffer: np.ndarray, name: str, start: int) -> None:
+        try:
+            file = os.open(self.path(name), os.O_RDONLY)
+        except FileNotFoundError as error:
+            raise UserError(f"{self.path(name)}: not found") from error
+        try:
+            found = _identity(os.fstat(file))
+            if self._opened.setdefault(name, found) != found:
+                raise UserError(f"{self.path(name)}: changed while it was being read")
+            done = 0
+            while done < len(buffer):
+                count = os.preadv(file, [buffer[done:]], start + done)
+                if not count:
+                    raise UserError(f"{self.path(name)}: read {done} bytes where {len(buffer)} were expected: the file is truncated")
+                done += count
+        finally:
+            os.close(file)
 
     def read(self, name: str, start: int | None = None, stop: int | None = None) -> bytes:
         size = None if start is None or stop is None else stop - start
@@ -152,8 +200,18 @@ class Source:
         return value
 
     def size(self, name: str) -> int | None:
-        """Bytes of a local file; None where the store does not say."""
-        return os.stat(self.path(name)).st_size if self.local else None
+        """Bytes of a local file, which must stay as it is from now on; None where the store does not say."""
+        if not self.local:
+            return None
+        found = os.stat(self.path(name))
+        if self._opened.setdefault(name, _identity(found)) != _identity(found):
+            raise UserError(f"{self.path(name)}: changed while it was being read")
+        return found.st_size
+
+
+def _identity(found: os.stat_result) -> tuple[int, ...]:
+    """What tells a file from its successor."""
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def store_spec(url: str) -> dict[str, Any]:

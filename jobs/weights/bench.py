@@ -56,10 +56,9 @@ class Peak(threading.Thread):
 
 
 def bytes_read() -> int:
-    import tensorstore as ts
-
-    found = ts.experimental_collect_matching_metrics("/tensorstore/kvstore/file/bytes_read")
-    return sum(value["value"] for metric in found for value in metric["values"])
+    """Bytes that this process has asked the system for, by the kernel's own count."""
+    with open("/proc/self/io") as io:
+        return next(int(line.split()[1]) for line in io if line.startswith("rchar"))
 
 
 def plain(path: str) -> Callable[[], object]:
