@@ -64,7 +64,7 @@ class Outcome:
                 write_status(self.store, 1, f"{type(error).__name__}: {error}"[:500], {"before": self.before})
             if "RESOURCE_EXHAUSTED" in str(error):
                 size = self.job.sharding.per_device_batch_size
-                wanted = "a smaller batch or resolution, sharding=fsdp, or offload_encoders=true"
+                wanted = "a smaller batch or resolution, sharding=fsdp, offload_encoders=true, or stream_blocks=true"
                 raise UserError(f"sharding.per_device_batch_size={size}: the device's memory does not hold it: {wanted}") from error
             raise
 

@@ -88,7 +88,7 @@ class Report:
         rate = made / generate if made and generate > 0 else 0.0
         stages = {name: round(value, 2) for name, value in self.seconds.items()} | {"total": round(total, 2)}
         print(f"rows       {counts['rows']:,}: {made:,} made, {counts['before']:,} done before, {counts['rejected']:,} rejected")
-        weights = f"{_size(self.loaded)} at {_size(self.loaded / self.seconds['load'])}/s" if self.loaded else None
+        weights = f"{_size(self.loaded)} at {_size(1e9 * self.load()['gigabytes_per_second'])}/s" if self.loaded else None
         if weights:
             print(f"weights    {weights}")
         print("seconds    " + ", ".join(f"{name} {value:,.1f}" for name, value in stages.items()))

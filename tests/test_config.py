@@ -1,6 +1,7 @@
 """The configuration and the command line: what people type reaches the right key, or one clear line."""
 
 import dataclasses
+import importlib
 import pickle
 import re
 import subprocess
@@ -480,6 +481,15 @@ def test_a_sweep_into_a_bucket_makes_no_directory_here(command, tmp_path, monkey
 def test_launchers_can_send_the_task_elsewhere():
     task = cli._HydraTask(print, Job, True, frozenset({"seed"}))
     assert pickle.loads(pickle.dumps(task)).fixed == {"seed"}
+
+
+@pytest.mark.parametrize("entry", ["run", "convert", "verify", "replay"])
+def test_help_is_of_the_command(monkeypatch, capsys, entry):
+    monkeypatch.setattr("sys.argv", ["fluxbatch", "--help"])
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module(f"fluxbatch.{entry}").main()
+    said = capsys.readouterr().out
+    assert not stop.value.code and said.count("Usage:") == said.count(f"Usage: python -m fluxbatch.{entry} ") == 1
 
 
 # ---- as a process
