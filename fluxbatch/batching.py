@@ -1,7 +1,10 @@
-"""Which rows run together: pure functions, so that every host of a replica gets the same answer."""
+"""Which rows run together, and where: pure functions, so that all who ask get the same answer."""
 
 from __future__ import annotations
 
+import bisect
+import itertools
+import math
 from collections.abc import Iterable, Sequence
 
 from fluxbatch.types import Batch, Row, Shard
@@ -14,17 +17,77 @@ def plan(rows: Iterable[Row], batch_size: int, shard_size: int) -> list[Shard]:
     takes as many steps as its longest row), else in manifest order. Only the last batch of a
     bucket is short.
     """
-    buckets: dict[tuple[int, int], list[Row]] = {}
-    for row in rows:
-        buckets.setdefault((row.height, row.width), []).append(row)
-    batches = []
-    for bucket in buckets.values():
-        bucket.sort(key=lambda row: (row.num_inference_steps, row.index))
-        batches += [Batch(tuple(bucket[i : i + batch_size]), batch_size) for i in range(0, len(bucket), batch_size)]
+    whole = [batch for bucket in _buckets(rows) for batch in batches(bucket, batch_size)]
     per_shard = max(1, shard_size // batch_size)
-    return [Shard(n, tuple(batches[i : i + per_shard])) for n, i in enumerate(range(0, len(batches), per_shard))]
+    return [Shard(n, tuple(whole[i : i + per_shard])) for n, i in enumerate(range(0, len(whole), per_shard))]
+
+
+def batches(rows: Sequence[Row], batch_size: int) -> list[Batch]:
+    """Rows of one size, in their order, as batches."""
+    return [Batch(tuple(rows[i : i + batch_size]), batch_size) for i in range(0, len(rows), batch_size)]
 
 
 def padded(rows: Sequence[Row], size: int) -> list[Row]:
     """``rows`` filled up to ``size`` with the last one; what fills never reaches disk."""
     return [*rows, *[rows[-1]] * (size - len(rows))]
+
+
+def portions(rows: Sequence[Row], batch_size: int, shard_size: int) -> list[tuple[Row, ...]]:
+    """A whole manifest as what one replica claims at a time: rows of one size, whole batches but for the last.
+
+    Half of each bucket lies in portions of the full size, half of the rest in portions of half that size, and
+    so on down to a batch: the large ones keep claims few, the small ones make any number of replicas end
+    together. The answer does not depend on that number, nor on which rows are done.
+    """
+    full = min(shard_size, max(1, len(rows) // 256))
+    cut = []
+    for bucket in _buckets(rows):
+        at = 0
+        while at < len(bucket):
+            size = full >> int(math.log2(len(bucket) / (len(bucket) - at)))
+            size = max(1, size // batch_size) * batch_size
+            cut.append(tuple(bucket[at : at + size]))
+            at += size
+    return cut
+
+
+def deal(costs: Sequence[float], count: int) -> list[list[int]]:
+    """Portions to ``count`` replicas, by number, in the order of work; all hands cost about the same.
+
+    The costly ones go out first, neighbours together, so that a replica compiles few image sizes; each class of
+    half the cost then fills up what is still uneven. Portions that cost nothing (all done) are nobody's.
+    """
+    loads: list[float] = [0.0] * count
+    hands: list[list[int]] = [[] for _ in range(count)]
+    spent = 0.0
+    scale = {n: math.frexp(cost)[1] for n, cost in enumerate(costs) if cost}
+    for _, alike in itertools.groupby(sorted(scale, key=lambda n: -scale[n]), key=scale.__getitem__):
+        members = list(alike)
+        total = math.fsum(costs[n] for n in members)
+        spent += total
+        room = list(itertools.accumulate(max(0.0, spent / count - load) for load in loads))
+        before = 0.0
+        for n in members:
+            hand = min(bisect.bisect_left(room, (before + costs[n] / 2) / total * room[-1]), count - 1)
+            before += costs[n]
+            loads[hand] += costs[n]
+            hands[hand].append(n)
+    return hands
+
+
+def cost(row: Row) -> float:
+    """About how long a row takes a device, in TFLOP of FLUX.1: what tells rows apart, not a time."""
+    image, text = row.height * row.width / 256, 512  # tokens
+    tokens = image + text
+    step = 0.0129 * tokens + 7e-7 * tokens**2  # linear layers, attention
+    return row.num_inference_steps * step + 0.0025 * image + 5  # decoding, encoding the text
+
+
+def _buckets(rows: Iterable[Row]) -> list[list[Row]]:
+    """Rows by image size, in the order of first appearance; in each, like step counts together."""
+    buckets: dict[tuple[int, int], list[Row]] = {}
+    for row in rows:
+        buckets.setdefault((row.height, row.width), []).append(row)
+    for bucket in buckets.values():
+        bucket.sort(key=lambda row: (row.num_inference_steps, row.index))
+    return list(buckets.values())

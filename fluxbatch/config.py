@@ -126,6 +126,9 @@ class Job:
     on_error: OnError = MISSING
     max_failures: int | None = MISSING
     shard_size: int = MISSING  # rows whose text is encoded together and whose records are compacted together
+    replica_index: int | None = MISSING  # None: as the scheduler's environment says
+    replica_count: int | None = MISSING
+    replica_expiry: float = MISSING
     jax_cache_dir: str | None = MISSING
     debug: bool = MISSING
     sweep: dict[str, Any] = field(default_factory=dict)  # what a multirun varies, filled in by the CLI
@@ -186,15 +189,18 @@ def _offenders(job: Job, rows: bool) -> Iterator[tuple[str, Any, str]]:
     for group, names in {
         "sampler": "num_inference_steps resolution height width max_sequence_length",
         "sharding": "per_device_batch_size",
-        "": "num_images shard_size",
+        "": "num_images shard_size replica_count",
     }.items():
         for name in names.split():
             value = getattr(getattr(job, group) if group else job, name)
             if value is not None and value < 1:
                 yield f"{group}.{name}".lstrip("."), value, "a whole number from 1"
-    for key, value in {"seed": job.seed, "max_failures": job.max_failures}.items():
+    for key, value in {"seed": job.seed, "max_failures": job.max_failures, "replica_index": job.replica_index}.items():
         if value is not None and value < 0:
             yield key, value, "a whole number from 0"
+
+    if not 0 < job.replica_expiry < math.inf:
+        yield "replica_expiry", job.replica_expiry, "a number of seconds above 0"
 
     sampler = job.sampler
     if not (math.isfinite(sampler.guidance_scale) and sampler.guidance_scale >= 0):

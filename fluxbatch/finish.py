@@ -15,6 +15,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from fluxbatch.config import Job
+from fluxbatch.dealing import Work
 from fluxbatch.dist import hosts
 from fluxbatch.engine import Engine
 from fluxbatch.io.gallery import write_contact_sheet, write_gallery, write_grid
@@ -29,7 +30,7 @@ REASONS = {
     Exit.OK: "every row has its image",
     Exit.REJECTED_ROWS: "finished; some rows were rejected, see rejects.jsonl",
     Exit.PEER_LOST: "another process of this replica was lost: run the same command again",
-    Exit.PREEMPTED: "stopped by a signal after a clean drain: run the same command again",
+    Exit.PREEMPTED: "stopped before every row was made, as by a signal: run the same command again",
 }
 
 
@@ -42,6 +43,7 @@ class Outcome:
     store: Store
     ledger: Ledger
     report: Report
+    work: Work
     before: int  # rows that were done when it started
 
     def started(self) -> None:
@@ -51,6 +53,7 @@ class Outcome:
             return
         self.store.write(CONFIG, self._config())
         write_status(self.store, None, "running, or killed", {"before": self.before})
+        self.work.started()
 
     @contextlib.contextmanager
     def unforeseen(self) -> Iterator[None]:
@@ -61,7 +64,7 @@ class Outcome:
             if jax.process_count() > 1 and isinstance(error, jax.errors.JaxRuntimeError):
                 self._lost_a_peer(error)
             with contextlib.suppress(StorageError):
-                write_status(self.store, 1, f"{type(error).__name__}: {error}"[:500], {"before": self.before})
+                self.work.ended(1, f"{type(error).__name__}: {error}"[:500], {"before": self.before})
             if "RESOURCE_EXHAUSTED" in str(error):
                 size = self.job.sharding.per_device_batch_size
                 wanted = "a smaller batch or resolution, sharding=fsdp, offload_encoders=true, or stream_blocks=true"
@@ -71,7 +74,7 @@ class Outcome:
     def _lost_a_peer(self, error: Exception) -> NoReturn:
         """What this process has made is recorded; a regular exit would wait for the peer that is gone."""
         with contextlib.suppress(StorageError):
-            write_status(self.store, Exit.PEER_LOST, REASONS[Exit.PEER_LOST], {"before": self.before})
+            self.work.ended(Exit.PEER_LOST, REASONS[Exit.PEER_LOST], {"before": self.before})
         print(f"fluxbatch: {REASONS[Exit.PEER_LOST]}: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
         os._exit(Exit.PEER_LOST)
 
@@ -82,11 +85,12 @@ class Outcome:
         return hosts.first_says(self._finished(cut) if hosts.is_first() else Exit.OK)
 
     def _finished(self, cut: Exit | None) -> int:
+        if not self.work.merges:
+            return self._left_to_others(cut)
         with self.report.stage("finish"):
             tally = self.ledger.merge()
-            code = cut if cut is not None and tally.left else Exit.REJECTED_ROWS if tally.rejects else Exit.OK
+            code = Exit.PREEMPTED if tally.left else Exit.REJECTED_ROWS if tally.rejects else Exit.OK
             counts = self._counts(tally)
-        write_status(self.store, code, REASONS[code], counts, load=self.report.load())
         summary = self.report.summary(counts, join(self.store.url, METADATA))
         if self.job.output.gallery and cut is None:  # a machine that is taken away does not wait for pages
             title = self.job.run_name or ""
@@ -96,6 +100,7 @@ class Outcome:
             print(f"look at    {join(self.store.url, 'index.html')} or {join(self.store.url, 'contact_sheet.png')}")
             if self.job.sweep:
                 print(f"the sweep  {_write_grid(self.job)}")
+        self.work.ended(code, REASONS[code], counts, load=self.report.load())
         if code != Exit.OK:
             self.report.say(REASONS[code])
         return code
@@ -104,9 +109,16 @@ class Outcome:
         """The output place failed or too many rows did; what was written stays and counts."""
         self.report.say(f"error: {error}")
         with contextlib.suppress(StorageError):
-            tally = self.ledger.merge()
-            write_status(self.store, 1, str(error), self._counts(tally), load=self.report.load())
+            counts = self._counts(self.ledger.merge()) if self.work.merges else {"before": self.before}
+            self.work.ended(1, str(error), counts, load=self.report.load())
         return 1
+
+    def _left_to_others(self, cut: Exit | None) -> int:
+        """The end of a replica while others go on, or after another has merged."""
+        code = cut or (Exit.REJECTED_ROWS if self.store.exists(REJECTS) else Exit.OK)
+        self.work.ended(code, REASONS[code], {"before": self.before})
+        self.report.say(REASONS[code] if cut else f"{REASONS[code]}; another replica has merged the metadata")
+        return code
 
     def _counts(self, tally: Tally) -> dict[str, int]:
         made = max(0, tally.done - self.before)

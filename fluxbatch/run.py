@@ -15,7 +15,9 @@ from fluxbatch.types import Exit
 def run(job: Job) -> int:
     """Makes the images that the job still lacks; returns the exit code."""
     # Here and not above: --help and --cfg must not wait for JAX.
-    from fluxbatch import batching, finish, text
+    from itertools import chain
+
+    from fluxbatch import batching, dealing, finish, text
     from fluxbatch.dist import hosts
     from fluxbatch.engine import open_engine
     from fluxbatch.io.images import EXTENSIONS
@@ -25,6 +27,7 @@ def run(job: Job) -> int:
     from fluxbatch.report import Report
     from fluxbatch.writer import TooManyFailures, Writer
 
+    replica = dealing.replica(job)
     platform = hosts.start(job.hardware.platform.name, job.jax_cache_dir)
     report = Report(quiet=not hosts.is_first())
     with report.stage("open"):  # whatever can be wrong, before a weight is read
@@ -33,30 +36,35 @@ def run(job: Job) -> int:
         rows = engine.resolve(rows)  # each row with its mix of LoRA adapters
         store = open_store(join(job.output_dir, job.run_name))
         facts = engine.facts | {"format": job.output.format.name}
+        start = hosts.start_id()
         with hosts.first_goes_first():
-            ledger = Ledger(store, facts, writer_id=hosts.start_id(), overwrite=job.overwrite)
-            todo, names = ledger.assign(rows, bad_lines, template=job.output.filename, extension=EXTENSIONS[job.output.format.name])
-        hosts.agree("manifest, configuration or ledger", repr((facts, [(ledger.key(row), names[row.index]) for row in todo])))
+            ledger = Ledger(store, facts, writer_id=f"{start}-{hosts.index()}", overwrite=job.overwrite)
+            todo = ledger.remaining(rows, bad_lines)
+        hosts.agree("manifest or configuration", chain([replica, facts], ((row.id, ledger.key(row)) for row in rows)))
+        todo = hosts.as_first_sees(todo, rows)
+        names = ledger.names(todo, job.output.filename, EXTENSIONS[job.output.format.name])
+        hosts.agree("ledger", names.items())
         batch_size = job.sharding.per_device_batch_size * engine.devices
-        shards = batching.plan(todo, batch_size, job.shard_size)
+        work = dealing.open_work(job, replica, store, ledger, start, rows, todo, batch_size)
 
-        outcome = finish.Outcome(job, engine, store, ledger, report, before=len(rows) - len(todo))
+        outcome = finish.Outcome(job, engine, store, ledger, report, work, before=len(rows) - len(todo))
         outcome.started()
         for line in (*engine.remarks, *engine.lora.table()):
             report.say(line)
 
     with hosts.drain_on_signals() as drain, outcome.unforeseen():
         try:
-            if shards:
+            shards = work.shards(drain)
+            if first := next(shards, None):
                 pipeline = engine.pipeline(rows, report.loading)
                 with (
                     report.stage("generate"),
                     report.bar(len(todo), "images", "img") as bar,
                     Writer(store, ledger, job, facts=engine.record, on_image=lambda row, ok: bar.update()) as writer,
                 ):
-                    for shard in shards:
+                    for shard in chain([first], shards):
                         states = text.encode(shard.rows, engine.tokenizers, pipeline, batch_size)
-                        pipeline.encoders_out(again=engine.keep or shard is not shards[-1])
+                        pipeline.encoders_out(again=engine.keep or not work.ends_with(shard))
                         for batch in shard.batches:
                             if drain.asked():
                                 break

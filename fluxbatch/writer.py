@@ -97,7 +97,7 @@ class Writer:
     def compact(self) -> None:
         """At the end of a shard: its records become one object, in the background."""
         self._room.acquire()
-        self._submit(self._ledger.compact)
+        self._submit(self._compact)
 
     def close(self) -> None:
         """Waits until everything that was put is written and recorded.
@@ -162,6 +162,10 @@ class Writer:
         if rejects and self._failures_that_end is not None and self.rejected >= self._failures_that_end:
             last = rejects[-1]
             raise TooManyFailures(f"{last.where}: {last.reason} (stopped after {self.rejected} failed rows, as asked)")
+
+    def _compact(self) -> None:
+        if not self._error:  # else the shard is not whole
+            self._ledger.compact()
 
     def _write_image(
         self, row: Row, name: str, pixels: np.ndarray, finite: bool, seconds: float

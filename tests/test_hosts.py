@@ -20,7 +20,7 @@ def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("xla")
 
 
-def replica(folder, cache, processes, name="run", devices=2, **more):
+def replica(folder, cache, processes, name="run", devices=2, log=None, **more):
     """Starts the processes of a replica on this machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -35,8 +35,8 @@ def replica(folder, cache, processes, name="run", devices=2, **more):
         env = os.environ | {
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
             "JAX_NUM_PROCESSES": str(processes), "JAX_PROCESS_ID": str(index)}  # fmt: skip
-        log = open(folder / f"{name}.{index}.log", "w")  # noqa: SIM115
-        started.append(subprocess.Popen(command, env=env, stdout=log, stderr=log))
+        file = open(folder / f"{log or name}.{index}.log", "w")  # noqa: SIM115
+        started.append(subprocess.Popen(command, env=env, stdout=file, stderr=file))
     return started
 
 

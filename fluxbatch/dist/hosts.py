@@ -12,7 +12,7 @@ import os
 import secrets
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -68,8 +68,14 @@ def _join() -> None:
 
 
 def start_id() -> str:
-    """Another word for every start of every process."""
-    return f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(4)}"
+    """Another word for every start, the same in all processes of the replica."""
+    word = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(4)}"
+    return bytes(first_has(np.frombuffer(word.encode(), np.uint8))).decode()
+
+
+def index() -> int:
+    """This process's number in its replica."""
+    return jax.process_index()
 
 
 def is_first() -> bool:
@@ -93,10 +99,13 @@ def barrier(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def agree(what: str, value: str) -> None:
-    """UserError unless every process has the same ``value``."""
+def agree(what: str, values: Iterable[object]) -> None:
+    """UserError unless every process has the same ``values``."""
     if jax.process_count() > 1:
-        digest = np.frombuffer(hashlib.sha256(value.encode("utf-8", "surrogatepass")).digest()[:4], np.uint32)
+        whole = hashlib.sha256()
+        for value in values:
+            whole.update(repr(value).encode("utf-8", "surrogatepass"))
+        digest = np.frombuffer(whole.digest()[:4], np.uint32)
         all_digests = np.asarray(multihost_utils.process_allgather(digest)).reshape(-1)
         if odd := [i for i, other in enumerate(all_digests) if other != all_digests[0]]:
             raise UserError(f"process {odd[0]} of this replica sees another {what} than process 0: the same files and settings are needed")
@@ -104,7 +113,29 @@ def agree(what: str, value: str) -> None:
 
 def first_says(number: int) -> int:
     """The first process's number, on all of them."""
-    return int(multihost_utils.broadcast_one_to_all(np.int32(number))) if jax.process_count() > 1 else number
+    return int(first_has(np.array(number, np.int32)))
+
+
+def first_has(array: np.ndarray) -> np.ndarray:
+    """The first process's array, on all of them; shape and dtype are equal everywhere."""
+    return np.asarray(multihost_utils.broadcast_one_to_all(array)) if jax.process_count() > 1 else array
+
+
+def as_first_sees(todo: Sequence[Row], rows: Sequence[Row]) -> list[Row]:
+    """The first process's ``todo``, on all of them: other replicas may record rows between one look and the
+    next. ``rows``: all there are, equal everywhere. UserError where a process knows less than the first."""
+    if jax.process_count() == 1:
+        return list(todo)
+    own = {row.id for row in todo}
+    is_todo = first_has(np.array([row.id in own for row in rows], np.uint8))
+    first = [row for row, is_todo in zip(rows, is_todo, strict=True) if is_todo]
+    agree("ledger", [own <= {row.id for row in first}])
+    return first
+
+
+def least(number: int) -> int:
+    """The least of all processes' numbers."""
+    return int(np.min(multihost_utils.process_allgather(np.int32(number)))) if jax.process_count() > 1 else number
 
 
 def all_say(yes: bool) -> bool:

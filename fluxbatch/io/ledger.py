@@ -66,6 +66,8 @@ class Ledger:
         self._rows: dict[str, Row] = {}  # id → row of the manifest
         self._bad_lines: tuple[Reject, ...] = ()
         self._row_of: dict[RecordId, Row] = {}  # record → the row that it makes done
+        self._files: dict[RecordId, str] = {}  # as ``remaining`` saw them
+        self.compactions = 0  # calls of ``compact`` that are through
         store.sweep()
         self._agree()
 
@@ -82,7 +84,11 @@ class Ledger:
         The answer follows from rows and records alone. Records of rows that are gone are kept.
         Raises UserError when a row was changed since its image was made, unless ``overwrite``.
         """
-        namer = Namer(template, extension)
+        todo = self.remaining(rows, bad_lines)
+        return todo, self.names(todo, template, extension)
+
+    def remaining(self, rows: Sequence[Row], bad_lines: Iterable[Reject] = ()) -> list[Row]:
+        """The first half of ``assign``."""
         files: dict[RecordId, str] = {}
         places: dict[RecordId, int] = {}
         for record in self.records():
@@ -97,7 +103,21 @@ class Ledger:
             files = {key: file for key, file in files.items() if key not in gone}
         self._rows = {row.id: row for row in rows}
         self._bad_lines = tuple(bad_lines)
-        return todo, namer.assign(todo, files.values())
+        self._files = files
+        return todo
+
+    def names(self, todo: Sequence[Row], template: str, extension: str) -> dict[int, str]:
+        """The second half: the names do not depend on records of ``todo`` that came meanwhile, from others."""
+        todo_ids = {row.id for row in todo}
+        made = self._row_of
+        taken = [file for key, file in self._files.items() if key not in made or made[key].id not in todo_ids]
+        return Namer(template, extension).assign(todo, taken)
+
+    def unmade(self, rows: Sequence[Row], starts: Iterable[str]) -> list[Row]:
+        """Those of ``rows`` that no record of these starts (what their writer ids begin with) makes done."""
+        records = (record for start in starts for _, _, record in self._records.scan(start))
+        made = {row.id for record in records if (row := self._row_made_by(record))}
+        return [row for row in rows if row.id not in made]
 
     def records(self) -> Iterator[Record]:
         """Every record once, in no particular order."""
@@ -123,6 +143,7 @@ class Ledger:
         if len(batches) > 1:
             self._records.append(json_line(record) for records in batches.values() for record in records)
             self._records.delete(batches)
+        self.compactions += 1
 
     def merge(self) -> Tally:
         """Writes metadata.jsonl (by index) and rejects.jsonl, compacts the ledger, and counts.

@@ -43,19 +43,20 @@ class Log:
             raise StorageError(f"{join(self._store.url, name)}: two processes have one writer id", fatal=True)
         return name
 
-    def scan(self) -> Iterator[tuple[str, bytes, Any]]:
-        """(object, line, value of the line) of everything, read piece by piece."""
+    def scan(self, writer: str = "") -> Iterator[tuple[str, bytes, Any]]:
+        """(object, line, value of the line) of everything, or of those whose id begins with ``writer``; read
+        piece by piece."""
         read: set[str] = set()
         # An object that vanishes meanwhile was compacted into one that the next listing shows.
-        while names := [name for name in self.names() if name not in read]:
+        while names := [name for name in self.names(writer) if name not in read]:
             read.update(names)
             for start in range(0, len(names), _PARALLEL):
                 window = names[start : start + _PARALLEL]
                 for name, data in zip(window, in_parallel(self._read, window), strict=True):
                     yield from self._lines(name, data)
 
-    def names(self) -> list[str]:
-        return list(self._store.list(self._prefix))
+    def names(self, writer: str = "") -> list[str]:
+        return list(self._store.list(self._prefix + writer))
 
     def delete(self, names: Iterable[str]) -> None:
         in_parallel(self._store.delete, names)

@@ -1,0 +1,377 @@
+"""Replicas that share only the output place: dealt evenly, claimed once, taken over, every row once."""
+
+from __future__ import annotations
+
+import json
+import random
+import resource
+import signal
+import threading
+import time
+from collections import Counter
+
+import pytest
+from conftest import images, metadata
+from test_hosts import long_manifest, pictures, replica, said
+from test_ledger import FACTS, MemoryStore
+
+from fluxbatch import batching, dealing
+from fluxbatch.dist.replica import Replica, find
+from fluxbatch.io.claims import Claims, Holder, Life
+from fluxbatch.io.ledger import Ledger
+from fluxbatch.io.match import decisive
+from fluxbatch.io.storage import StorageError
+from fluxbatch.types import Row, UserError
+
+# ---- which replica
+
+
+ARRAY = {"SLURM_ARRAY_TASK_ID": "5", "SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_MAX": "8", "SLURM_ARRAY_TASK_COUNT": "8"}
+
+
+@pytest.mark.parametrize(("index", "count", "env", "expected"), [
+    (None, None, {}, (0, 1)),
+    (2, 4, ARRAY, (2, 4)),
+    (None, None, ARRAY, (4, 8)),
+    (None, None, ARRAY | {"SLURM_NTASKS": "4", "JAX_NUM_PROCESSES": "4"}, (4, 8)),
+    (None, None, ARRAY | {"SLURM_ARRAY_TASK_ID": "6", "SLURM_ARRAY_TASK_MIN": "2", "SLURM_ARRAY_TASK_COUNT": "4"}, (2, 4)),
+    (None, None, {"BATCH_TASK_INDEX": "3", "BATCH_TASK_COUNT": "16"}, (3, 16)),
+    (None, 4, {"JOB_COMPLETION_INDEX": "3"}, (3, 4)),
+    # These number the processes of one replica: no replica may be made of them.
+    (None, None, {"JOB_COMPLETION_INDEX": "3"}, (0, 1)),
+    (None, None, {"JOB_COMPLETION_INDEX": "1", "JAX_NUM_PROCESSES": "2"}, (0, 1)),
+    (None, None, {"JOB_COMPLETION_INDEX": "1", "TPU_WORKER_HOSTNAMES": "a,b"}, (0, 1)),
+    (None, None, {"BATCH_TASK_INDEX": "1", "BATCH_TASK_COUNT": "2", "JAX_NUM_PROCESSES": "2"}, (0, 1)),
+    (None, None, {"SLURM_PROCID": "3", "SLURM_NTASKS": "4"}, (0, 1)),
+])  # fmt: skip
+def test_the_scheduler_says_which_replica_this_is(index, count, env, expected):
+    assert find(index, count, env) == expected
+
+
+@pytest.mark.parametrize(("index", "count", "env", "word"), [
+    (4, 4, {}, "from 0 to 3"),
+    (None, 4, {}, "replica_index"),
+    (None, 2, {"JOB_COMPLETION_INDEX": "1", "JAX_NUM_PROCESSES": "2"}, "replica_index"),
+    (1, None, {}, "replica_index=1, replica_count=1"),
+    (None, None, {"BATCH_TASK_INDEX": "x", "BATCH_TASK_COUNT": "2"}, "BATCH_TASK_INDEX=x"),
+    (None, None, ARRAY | {"SLURM_ARRAY_TASK_COUNT": "5"}, "evenly spaced"),
+])  # fmt: skip
+def test_an_unclear_replica_is_a_mistake(index, count, env, word):
+    with pytest.raises(UserError, match=word):
+        find(index, count, env)
+
+
+def test_overwriting_is_for_one_replica(cli, golden, tmp_path):
+    code, err = cli(f"pretrained_model_name_or_path={golden / 'dev'}", "prompt=a fox", f"output_dir={tmp_path}", "overwrite=true",
+                    "replica_index=0", "replica_count=2")  # fmt: skip
+    assert code == 2 and "overwrite=true, replica_count=2" in err and len(err.splitlines()) == 1
+
+
+# ---- the deal
+
+
+def mixed_rows(count):
+    rng = random.Random(0)
+    sizes = [(1024, 1024)] * 4 + [(768, 1344), (1344, 768), (512, 512), (1536, 1536), (832, 1216), (1216, 832)]
+    return [Row(i, str(i), "", "", i, *rng.choice(sizes), rng.choice([4, 8, 20, 28, 28, 50]), 3.5) for i in range(count)]
+
+
+def imbalance(costs, count):
+    """How much the costliest hand is above the mean; every portion is dealt once."""
+    hands = batching.deal(costs, count)
+    assert sorted(n for hand in hands for n in hand) == [n for n, cost in enumerate(costs) if cost]
+    loads = [sum(costs[n] for n in hand) for hand in hands]
+    return max(loads) / (sum(loads) / count) - 1
+
+
+def test_portions_are_whole_batches_of_one_size_and_every_row_once():
+    rows = mixed_rows(20_000)
+    cut = batching.portions(rows, 8, 256)
+    assert sorted(row.index for portion in cut for row in portion) == list(range(len(rows)))
+    assert all(len({(row.height, row.width) for row in portion}) == 1 for portion in cut)
+    shapes = Counter((portion[0].height, portion[0].width) for portion in cut if len(portion) % 8)
+    assert all(count == 1 for count in shapes.values())
+    assert max(map(len, cut)) <= 256 and sum(map(len, cut)) / len(cut) > 16
+    # ever smaller, so that few claims are many rows and the end is even
+    assert len(cut[0]) == 72 and [len(portion) for portion in cut if portion[0].height == 512][-2] == 8
+
+
+def test_few_rows_are_divided_too():
+    assert len(batching.portions(mixed_rows(12)[:1] * 12, 4, 256)) == 3
+    assert batching.portions([], 4, 256) == [] and batching.deal([], 3) == [[], [], []]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 16, 32])
+def test_hands_cost_the_same(count):
+    cut = batching.portions(mixed_rows(30_000), 4, 256)
+    costs = [sum(map(batching.cost, portion)) for portion in cut]
+    assert imbalance(costs, count) <= 0.01
+    # and after a restart, when half the portions are done
+    assert imbalance([cost if n % 2 else 0.0 for n, cost in enumerate(costs)], count) <= 0.01
+
+
+def test_a_replica_compiles_few_sizes():
+    cut = batching.portions(mixed_rows(30_000), 4, 256)
+    hands = batching.deal([sum(map(batching.cost, portion)) for portion in cut], 16)
+    sizes = [len({(cut[n][0].height, cut[n][0].width) for n in hand}) for hand in hands]
+    assert sum(sizes) / 16 < 5 < len({(portion[0].height, portion[0].width) for portion in cut})
+
+
+@pytest.mark.slow
+def test_a_million_rows_for_512_replicas(capsys):
+    rows = mixed_rows(1_000_000)
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    cut = batching.portions(rows, 8, 256)
+    costs = [sum(map(batching.cost, portion)) for portion in cut]
+    dealt, worst = time.monotonic(), max(imbalance(costs, count) for count in (1, 2, 3, 5, 8, 13, 64, 100, 255, 256, 511, 512))
+    now = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with capsys.disabled():
+        print(f"\n1,000,000 rows: {len(cut):,} portions in {dealt - start:.1f} s, 12 deals in {time.monotonic() - dealt:.1f} s,"
+              f" imbalance at most {worst:.2%}, {(now - before) >> 10} MiB above the rows' own, {now >> 10} MiB in all")  # fmt: skip
+    assert worst <= 0.01
+
+
+# ---- claims
+
+
+class Clock:
+    def __init__(self):
+        self.now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+def party(store, replica, clock=None, start=None, expiry=10.0):
+    holder = Holder(replica, start or f"start-{replica}")
+    life = Life(store, holder, 4e6)  # it beats when told to
+    life.begin()
+    return life, Claims(store, "plan", holder, expiry, clock or Clock())
+
+
+def test_a_task_is_claimed_once_and_taken_over_when_its_holder_falls_silent():
+    store, clock = MemoryStore(), Clock()
+    life, first = party(store, 0)
+    _, second = party(store, 1, clock)
+    assert first.take("7") and not second.take("7")
+    assert second.survey().claimed == {"7": 1}
+    for _ in range(5):  # it lives: its sign changes
+        assert second.take_over("7", 1) is None
+        life._write(int(clock.now))
+        clock.now += 9
+    assert second.take_over("7", 1) is None
+    clock.now += 10.5
+    assert second.take_over("7", 1) == ["start-0"]
+    assert second.take_over("7", 1) is None and first.take_over("7", 2) is None
+    second.done("7")
+    assert first.survey().done == {"7"} and not first.survey().claimed
+    third = Claims(store, "plan", Holder(2, "start-2"), 10.0, clock)
+    assert third.take_over("7", 2) is None  # replica 1 is alive
+
+
+def test_who_has_ended_or_was_started_anew_is_not_waited_for():
+    store = MemoryStore()
+    life, first = party(store, 0)
+    _, second = party(store, 1)
+    assert first.take("1") and second.take_over("1", 1) is None
+    life.end(75, "drained", {})
+    assert second.take_over("1", 1) == ["start-0"]
+    assert json.loads(store.objects[".fluxbatch/replicas/0.json"])["exit_code"] == 75
+    assert second.take("2")
+    party(store, 1, start="again")
+    assert first.take_over("2", 1) == ["start-1"]
+    assert second.take("3")
+    del store.objects[".fluxbatch/replicas/1.json"]
+    assert first.take_over("3", 1) == ["start-1"]
+
+
+def test_a_later_start_of_a_replica_replaces_the_earlier():
+    store = MemoryStore()
+    old = Life(store, Holder(0, "z-old"), 0.1)
+    old.begin()
+    new = Life(store, Holder(0, "a-new"), 0.1)
+    new.begin()
+    end = time.monotonic() + 10
+    while not old.replaced:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    old.end(1, "replaced", {})
+    assert not new.replaced and json.loads(store.objects[".fluxbatch/replicas/0.json"])["start"] == "a-new"
+    old._write(5)  # a last gasp
+    time.sleep(0.1)
+    assert not new.replaced
+    new.end(0, "", {})
+
+
+def test_after_the_end_another_start_claims_anew():
+    store = MemoryStore()
+    _, first = party(store, 0)
+    _, second = party(store, 1)
+    assert first.take("1") and first.take("merge")
+    first.done("1")
+    first.finish()
+    assert second.survey().finished  # though it was still looking
+    assert [name for name in store.objects if "/claims/" in name] == [".fluxbatch/claims/plan-0/finished"]
+    _, later = party(store, 1, start="later")
+    assert not later.survey().finished and later.take("1")
+
+
+# ---- several replicas at once, in threads
+
+
+class Never:
+    def asked(self):
+        return False
+
+
+class Killed(Exception):
+    pass
+
+
+def work_through(store, index, count, rows, pause, dies_after=None, expiry=0.8, made=None):
+    """A replica as ``run`` has it, which commits records instead of making images; killed after some rows."""
+    start = f"start{index}x{random.randrange(10**9):09}"
+    ledger = Ledger(store, FACTS, writer_id=f"{start}-0")
+    todo = ledger.remaining(rows)
+    work = dealing.Shared(Replica(index, count), store, ledger, start, batching.portions(rows, 2, 16), todo, 2, expiry)
+    work.started()
+    drawn = 0
+    try:
+        for shard in work.shards(Never()):
+            for batch in shard.batches:
+                time.sleep(pause)
+                if dies_after is not None and drawn >= dies_after:
+                    raise Killed
+                ledger.commit([{**decisive(row), "id": row.id, "index": row.index, "key": ledger.key(row), "file_name": f"{row.id}.png"} for row in batch.rows])
+                drawn += len(batch.rows)
+                made.extend(row.id for row in batch.rows)
+            ledger.compact()
+    except Killed:
+        work._life._over.set()  # silence
+        return None
+    tally = ledger.merge() if work.merges else None
+    work.ended(0, "", {})
+    return work.merges, tally
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_every_row_once_whoever_dies(seed):
+    """Five replicas; some die at any moment, one comes late, one is slow: the others finish."""
+    rng, store, rows, made, results = random.Random(seed), MemoryStore(), mixed_rows(300), [], {}
+
+    def replica_thread(index, **how):
+        results[index] = work_through(store, index, 5, rows, made=made, **how)
+
+    how = {n: {"pause": 0.002} for n in range(5)}
+    how[rng.randrange(5)]["pause"] = 0.02
+    for index in rng.sample(range(5), rng.choice([1, 2, 4])):
+        how[index]["dies_after"] = rng.randrange(60)
+    threads = [threading.Thread(target=replica_thread, args=(n,), kwargs=how[n]) for n in range(5)]
+    for thread in threads:
+        thread.start()
+        time.sleep(rng.random() * 0.05)
+    for thread in threads:
+        thread.join(30)
+        assert not thread.is_alive()
+    ended = {index: result for index, result in results.items() if result}
+    assert {n for n, each in how.items() if "dies_after" not in each} <= ended.keys()
+    assert sum(merges for merges, _ in ended.values()) == 1  # one merges, the others know that it did
+    tally = next(tally for merges, tally in ended.values() if merges)
+    assert (tally.rows, tally.done, tally.left) == (300, 300, 0)
+    lines = [json.loads(line) for line in store.objects["metadata.jsonl"].splitlines()]
+    assert sorted(int(line["id"]) for line in lines) == list(range(300))
+    assert sorted(set(map(int, made))) == list(range(300)) and len(made) == 300  # nothing that was recorded is drawn again
+    assert json.loads(store.objects["status.json"])["exit_code"] == 0
+
+
+def test_another_number_of_replicas_goes_on():
+    store, rows, made = MemoryStore(), mixed_rows(120), []
+    assert work_through(store, 2, 3, rows, 0, dies_after=30, made=made) is None
+    assert work_through(store, 1, 7, rows, 0, dies_after=30, made=made) is None
+    merges, tally = work_through(store, 0, 2, rows, 0, made=made)
+    assert merges and tally.done == 120 and len(made) == len(set(made)) == 120
+
+
+def test_who_lost_its_records_place_says_so():
+    """The first process cannot claim: one line, and no claim is left behind as done."""
+    store, rows = MemoryStore(), mixed_rows(40)
+    ledger = Ledger(store, FACTS, writer_id="start-0")
+    work = dealing.Shared(Replica(0, 2), store, ledger, "start", batching.portions(rows, 2, 16), ledger.remaining(rows), 2, 60)
+    work.started()
+    shards = work.shards(Never())
+    next(shards)
+
+    def broken(*_, **__):
+        raise StorageError("memory: gone")
+
+    store.write = broken
+    with pytest.raises(StorageError, match="gone"):
+        next(shards)
+
+
+# ---- whole runs
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("xla")
+
+
+def check(folder, rows=160):
+    records = metadata(folder / "run")
+    assert sorted(r["id"] for r in records) == sorted(f"r{i}" for i in range(rows))
+    assert pictures(folder / "run") == rows == len({r["file_name"] for r in records})
+    assert json.loads((folder / "run" / "status.json").read_text())["exit_code"] == 0
+    assert {p.name for p in (folder / "run" / ".fluxbatch" / "claims").glob("*/*")} == {"finished"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("replicas", "processes"), [(2, 2), (3, 1)])
+def test_a_replica_is_killed_for_good_and_the_others_finish(tmp_path, cache, replicas, processes):
+    more = {"manifest": long_manifest(tmp_path), "resolution": 16, "shard_size": 16, "replica_count": replicas, "replica_expiry": 3}
+    started = []
+    for index in range(replicas):
+        name = {"processes": processes, "devices": 1, "replica_index": index, "log": f"replica{index}"}
+        started.append(replica(tmp_path, cache, **name, **more))
+    end = time.monotonic() + 200
+    victim = tmp_path / "run" / ".fluxbatch" / "records"
+    while not (victim.exists() and pictures(tmp_path / "run") >= 20):
+        assert time.monotonic() < end and all(p.poll() is None for group in started for p in group), said(tmp_path, "replica*")
+        time.sleep(0.01)
+    for process in started[-1]:
+        process.kill()
+    assert [p.wait(timeout=240) for group in started[:-1] for p in group] == [0] * (replicas - 1) * processes, said(tmp_path, "replica*")
+    assert all(p.wait() == -signal.SIGKILL for p in started[-1])
+    check(tmp_path)
+    ends = [json.loads((tmp_path / "run" / ".fluxbatch" / "replicas" / f"{n}.json").read_text()).get("exit_code") for n in range(replicas)]
+    assert ends == [0] * (replicas - 1) + [None]
+
+
+@pytest.mark.slow
+def test_replicas_make_the_pictures_of_one(tmp_path, cache):
+    more = {"manifest": long_manifest(tmp_path), "resolution": 16, "shard_size": 16, "devices": 1}
+    started = [replica(tmp_path, cache, 1, log=f"replica{n}", replica_index=n, replica_count=2, **more)[0] for n in range(2)]
+    assert [p.wait(timeout=240) for p in started] == [0, 0], said(tmp_path, "replica*")
+    check(tmp_path)
+    alone = replica(tmp_path, cache, 1, name="alone", **more)
+    assert alone[0].wait(timeout=240) == 0, said(tmp_path, "alone")
+    one, two = images(tmp_path / "alone"), images(tmp_path / "run")
+    assert one.keys() == two.keys() and all((one[k] == two[k]).all() for k in one)
+
+
+@pytest.mark.slow
+def test_a_drained_replica_leaves_its_work_at_once(tmp_path, cache):
+    """SIGTERM to one of two: it ends with 75, the other finishes without waiting for the expiry."""
+    more = {"manifest": long_manifest(tmp_path), "resolution": 16, "shard_size": 16, "devices": 1, "replica_count": 2, "replica_expiry": 600}
+    started = [replica(tmp_path, cache, 1, log=f"replica{n}", replica_index=n, **more)[0] for n in range(2)]
+    end = time.monotonic() + 200
+    while pictures(tmp_path / "run") < 20:
+        assert time.monotonic() < end and all(p.poll() is None for p in started), said(tmp_path, "replica*")
+        time.sleep(0.01)
+    started[1].send_signal(signal.SIGTERM)
+    assert [p.wait(timeout=240) for p in started] == [0, 75], said(tmp_path, "replica*")
+    check(tmp_path)
+    # and when it is started again there is nothing to do
+    again = replica(tmp_path, cache, 1, log="again", replica_index=1, **more)[0]
+    assert again.wait(timeout=120) == 0, said(tmp_path, "again")
+    assert len(metadata(tmp_path / "run")) == 160 and "loading" not in said(tmp_path, "again")
