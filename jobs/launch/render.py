@@ -1,0 +1,257 @@
+"""A job's launch spec, from its own command line: where it runs, rendered from what it is.
+
+    python jobs/launch/render.py kind=jobset target=v6e-8 replica_count=8 model=flux-dev sharding=fsdp \
+        manifest=gs://bucket/prompts.jsonl output_dir=gs://bucket/out run_name=night image=…  | kubectl apply -f -
+
+Everything besides ``kind``, ``target`` and the other keys of `Launch` goes to ``fluxbatch.run`` as it is. Machine,
+chips, processes and the mesh all follow from the target, so they cannot disagree; a mesh that does not fit the
+target's chips is refused. A replica is the hosts of one target; ``replica_count`` of them share the output place.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import shlex
+import sys
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import yaml
+from hydra.core.hydra_config import HydraConfig
+
+from fluxbatch import cli
+from fluxbatch.config import Job
+from fluxbatch.types import Exit, UserError
+
+Kind = Enum("Kind", {name: name for name in ("slurm", "jobset", "cronjob", "batch", "scheduler")})
+
+
+@dataclass
+class Launch(Job):
+    """The keys of a launch; the job's own stand beside them."""
+
+    kind: Kind = Kind.jobset
+    target: str = "v6e-8"
+    image: str = "REGION-docker.pkg.dev/PROJECT/fluxbatch/fluxbatch:tpu"  # built by the Dockerfile beside this file
+    spot: bool = True
+    schedule: str = "0 3 * * *"  # of kind=cronjob and kind=scheduler
+    project: str = "PROJECT"  # of kind=scheduler, with the two below
+    location: str = "us-central1"
+    service_account: str = "fluxbatch@PROJECT.iam.gserviceaccount.com"
+
+
+@dataclass(frozen=True)
+class Target:
+    """The hosts of one replica. One process a host; under Slurm one a GPU."""
+
+    hardware: str
+    hosts: int
+    chips: int  # of a host
+    machine: str  # Google Cloud's name for the host
+    accelerator: str  # Kubernetes' label for the chip
+    topology: str | None = None  # of a TPU slice
+
+
+TARGETS = {
+    "v6e-1": Target("tpu", 1, 1, "ct6e-standard-1t", "tpu-v6e-slice", "1x1"),
+    "v6e-4": Target("tpu", 1, 4, "ct6e-standard-4t", "tpu-v6e-slice", "2x2"),
+    "v6e-8": Target("tpu", 1, 8, "ct6e-standard-8t", "tpu-v6e-slice", "2x4"),
+    "v6e-16": Target("tpu", 4, 4, "ct6e-standard-4t", "tpu-v6e-slice", "4x4"),
+    "v6e-64": Target("tpu", 16, 4, "ct6e-standard-4t", "tpu-v6e-slice", "8x8"),
+    "l4-1": Target("gpu", 1, 1, "g2-standard-12", "nvidia-l4"),
+    "a100-8": Target("gpu", 1, 8, "a2-ultragpu-8g", "nvidia-a100-80gb"),
+    "h100-8": Target("gpu", 1, 8, "a3-highgpu-8g", "nvidia-h100-80gb"),
+    "2xh100-8": Target("gpu", 2, 8, "a3-highgpu-8g", "nvidia-h100-80gb"),
+}
+AGAIN = (Exit.PREEMPTED.value, Exit.PEER_LOST.value)  # run the same command again
+FINAL = (Exit.BAD_INPUT.value, Exit.REJECTED_ROWS.value)  # another start would end the same way
+KILLED = (134, 137, 143)  # SIGABRT (JAX has lost a peer), SIGKILL, SIGTERM before there was anything to drain
+SPOT_TAKEN = 50001  # Google Cloud Batch's code for it
+PORT = 8476  # of the processes' coordinator
+
+
+def render(job: Launch) -> int:
+    """Prints the spec."""
+    target = TARGETS.get(job.target)
+    if target is None:
+        raise UserError(f"target={job.target}: expected one of {', '.join(TARGETS)}")
+    _check(job, target)
+    words = _words(target)
+    spec = {"slurm": slurm, "jobset": jobset, "cronjob": cronjob, "batch": batch, "scheduler": scheduler}[job.kind.name](job, target, words)
+    print(spec if isinstance(spec, str) else json.dumps(spec, indent=2) if job.kind.name in ("batch", "scheduler") else yaml.safe_dump(spec, sort_keys=False))
+    return 0
+
+
+def _check(job: Launch, target: Target) -> None:
+    """UserError where target, mesh, hardware and kind do not go together."""
+    problems = []
+    if job.hardware.platform.name not in ("auto", target.hardware):
+        problems.append(f"hardware={job.hardware.platform.name}: expected {target.hardware}, as target={job.target} has")
+    axes = {key: value for key, value in vars(job.sharding).items() if key.endswith("_parallelism")}
+    chips, fixed = target.hosts * target.chips, math.prod(value for value in axes.values() if value > 0)
+    if chips % fixed or (fixed != chips and -1 not in axes.values()):
+        shape = ", ".join(f"{key}={value}" for key, value in axes.items())
+        problems.append(f"{shape}: expected a mesh over the {chips} chips of target={job.target}, such as sharding=ddp or fsdp")
+    if job.kind.name in ("cronjob", "batch", "scheduler") and target.hosts > 1:
+        problems.append(f"target={job.target}: expected a target of one host, as kind={job.kind.name} has no processes that find each other")
+    if job.kind.name in ("slurm", "batch", "scheduler") and target.hardware == "tpu":
+        problems.append(f"target={job.target}: expected a GPU for kind={job.kind.name}")
+    for key in ("manifest", "output_dir"):
+        value = getattr(job, key)
+        if job.kind.name != "slurm" and value is not None and not value.startswith("gs://"):
+            problems.append(f"{key}={value}: expected gs://…, as the hosts of kind={job.kind.name} share no disk")
+    if problems:
+        raise UserError(*problems)
+
+
+def _words(target: Target) -> list[str]:
+    """What ``fluxbatch.run`` is told: the words of this command that are not about launching."""
+    own = {*Launch.__annotations__, "replica_index", "replica_count"}
+    words = [word for word in HydraConfig.get().overrides.task if word.partition("=")[0].lstrip("+~") not in own]
+    return words if any(word.startswith("hardware=") for word in words) else [f"hardware={target.hardware}", *words]
+
+
+def slurm(job: Launch, target: Target, words: list[str]) -> str:
+    """A job array with a task for each replica; one process a GPU, which JAX finds by itself."""
+    command = shlex.join(["python", "-m", "fluxbatch.run", *words])
+    return f"""#!/bin/bash
+#SBATCH --job-name={job.run_name or "fluxbatch"}
+#SBATCH --array=0-{_replicas(job) - 1}
+#SBATCH --nodes={target.hosts}
+#SBATCH --ntasks-per-node={target.chips}
+#SBATCH --gpus-per-node={target.chips}
+#SBATCH --requeue
+#SBATCH --open-mode=append
+# Replica index and count come from the array. A drained or broken replica is put back into the queue.
+srun --kill-on-bad-exit=0 {command}
+code=$?
+case $code in {"|".join(map(str, (*AGAIN, *KILLED[:1])))}) scontrol requeue "${{SLURM_ARRAY_JOB_ID}}_${{SLURM_ARRAY_TASK_ID}}" ;; esac
+exit $code
+"""
+
+
+def jobset(job: Launch, target: Target, words: list[str]) -> dict[str, Any]:
+    """A replicated job for each replica, a pod for each host; whatever can be run again is, replica by replica."""
+    name = _name(job)
+    index = {"name": "REPLICA_INDEX", "valueFrom": {"fieldRef": {"fieldPath": "metadata.labels['jobset.sigs.k8s.io/job-index']"}}}
+    env = [index]
+    if target.hosts > 1:
+        process = {"fieldRef": {"fieldPath": "metadata.annotations['batch.kubernetes.io/job-completion-index']"}}
+        env += [
+            {"name": "JAX_COORDINATOR_ADDRESS", "value": f"{name}-replica-$(REPLICA_INDEX)-0.{name}:{PORT}"},
+            {"name": "JAX_NUM_PROCESSES", "value": str(target.hosts)},
+            {"name": "JAX_PROCESS_ID", "valueFrom": process},
+        ]
+    words = ["replica_index=$(REPLICA_INDEX)", f"replica_count={_replicas(job)}", *words]
+    spec = _job_spec(job, target, words, env) | {"parallelism": target.hosts, "completions": target.hosts, "backoffLimit": 10}
+    metadata: dict[str, Any] = {"name": name}
+    if target.topology and target.hosts > 1:  # the pods of a replica belong on one slice
+        metadata["annotations"] = {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"}
+    return {
+        "apiVersion": "jobset.x-k8s.io/v1alpha2",
+        "kind": "JobSet",
+        "metadata": metadata,
+        "spec": {
+            "failurePolicy": {"maxRestarts": 0, "rules": [{"name": "final", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}]},
+            "network": {"enableDNSHostnames": True, "subdomain": name},
+            "replicatedJobs": [{"name": "replica", "replicas": _replicas(job), "template": {"spec": spec}}],
+        },
+    }
+
+
+def cronjob(job: Launch, target: Target, words: list[str]) -> dict[str, Any]:
+    """An indexed job on a schedule: a pod for each replica, which its completion index numbers."""
+    count = _replicas(job)
+    words = [f"replica_count={count}", *words]
+    spec = _job_spec(job, target, words, []) | {"parallelism": count, "completions": count, "backoffLimitPerIndex": 10}
+    spec["podFailurePolicy"]["rules"][0]["action"] = "FailIndex"
+    return {
+        "apiVersion": "batch/v1",
+        "kind": "CronJob",
+        "metadata": {"name": _name(job)},
+        "spec": {"schedule": job.schedule, "concurrencyPolicy": "Forbid", "jobTemplate": {"spec": spec}},
+    }
+
+
+def batch(job: Launch, target: Target, words: list[str]) -> dict[str, Any]:
+    """A task group with a task for each replica, whose index and count Batch tells it."""
+    count = _replicas(job)
+    container = {"imageUri": job.image, "commands": words, "options": "--ipc=host"}
+    return {
+        "taskGroups": [{
+            "taskCount": count,
+            "parallelism": count,
+            "taskCountPerNode": 1,
+            "taskSpec": {
+                "runnables": [{"container": container}],
+                "maxRetryCount": 10,
+                "lifecyclePolicies": [
+                    {"action": "RETRY_TASK", "actionCondition": {"exitCodes": [*AGAIN, *KILLED, SPOT_TAKEN]}},
+                    {"action": "FAIL_TASK", "actionCondition": {"exitCodes": list(FINAL)}},
+                ],
+            },
+        }],
+        "allocationPolicy": {"instances": [{
+            "installGpuDrivers": True,
+            "policy": {"machineType": target.machine, "provisioningModel": "SPOT" if job.spot else "STANDARD", "bootDisk": {"sizeGb": 200}},
+        }]},
+        "logsPolicy": {"destination": "CLOUD_LOGGING"},
+    }  # fmt: skip
+
+
+def scheduler(job: Launch, target: Target, words: list[str]) -> dict[str, Any]:
+    """A Cloud Scheduler job that submits `batch`'s at its hours."""
+    place = f"projects/{job.project}/locations/{job.location}"
+    return {
+        "name": f"{place}/jobs/{_name(job)}",
+        "schedule": job.schedule,
+        "timeZone": "Etc/UTC",
+        "httpTarget": {
+            "uri": f"https://batch.googleapis.com/v1/{place}/jobs",
+            "httpMethod": "POST",
+            "headers": {"Content-Type": "application/json"},
+            "body": base64.b64encode(json.dumps(batch(job, target, words)).encode()).decode(),
+            "oauthToken": {"serviceAccountEmail": job.service_account, "scope": "https://www.googleapis.com/auth/cloud-platform"},
+        },
+    }
+
+
+def _job_spec(job: Launch, target: Target, words: list[str], env: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the Kubernetes jobs have in common: a pod fills its host, and its exit code says what follows."""
+    resource = {"google.com/tpu": target.chips} if target.hardware == "tpu" else {"nvidia.com/gpu": target.chips}
+    selector = {"cloud.google.com/gke-tpu-accelerator": target.accelerator, "cloud.google.com/gke-tpu-topology": target.topology}
+    if target.hardware == "gpu":
+        selector = {"cloud.google.com/gke-accelerator": target.accelerator}
+    if job.spot:
+        selector["cloud.google.com/gke-spot"] = "true"
+    container = {"name": "fluxbatch", "image": job.image, "args": words, "env": env, "resources": {"limits": resource}}
+    return {
+        "completionMode": "Indexed",
+        "podFailurePolicy": {"rules": [
+            {"action": "FailJob", "onExitCodes": {"operator": "In", "values": sorted(FINAL)}},
+            {"action": "Ignore", "onExitCodes": {"operator": "In", "values": sorted((*AGAIN, *KILLED))}},
+            {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
+        ]},
+        "template": {"spec": {
+            "restartPolicy": "Never",
+            "terminationGracePeriodSeconds": 60,
+            "nodeSelector": selector,
+            "containers": [container],
+        }},
+    }  # fmt: skip
+
+
+def _replicas(job: Launch) -> int:
+    return job.replica_count or 1
+
+
+def _name(job: Launch) -> str:
+    return "-".join(filter(None, "".join(c if c.isalnum() else "-" for c in (job.run_name or "fluxbatch").lower()).split("-")))[:40]
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
+    cli.main(render, schema=Launch, about="render: a job's launch spec (kind=…, target=…, replica_count=…, then as for fluxbatch.run).")
