@@ -7,8 +7,11 @@ exit code. A mistake is one line, and nothing here imports JAX, so that help is 
 from __future__ import annotations
 
 import argparse
+import atexit
+import functools
 import os
 import re
+import shutil
 import sys
 import tempfile
 import traceback
@@ -35,6 +38,8 @@ from fluxbatch.config import Job
 from fluxbatch.types import Exit, UserError
 
 Task = Callable[[Any], int]  # a Job (or the schema given to `main`) → exit code
+
+RANKS = ("JAX_PROCESS_ID", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")  # a process's number in its replica
 
 # A wheel carries conf/ inside the package, a checkout beside it.
 CONF = next(d for d in (Path(__file__).parent / "conf", Path(__file__).parents[1] / "conf") if d.is_dir())
@@ -172,9 +177,20 @@ def _swept(cfg: DictConfig, words: Sequence[str], fixed: frozenset[str]) -> dict
 
 
 def _sweep_dir(output_dir: str, run_name: str | None, label: str) -> str:
-    """Where Hydra keeps a sweep's own files: with the output, unless that is not on this machine."""
+    """Where Hydra keeps a sweep's own files: with the output, unless that is not on this machine. Of several
+    processes the first one's are enough."""
+    if any(os.environ.get(name, "0") not in ("", "0") for name in RANKS):
+        return _scratch()
     base = Path(tempfile.gettempdir(), "fluxbatch") if "://" in output_dir else Path(output_dir).expanduser()
     return str(base / (run_name if run_name and config.stays_inside(run_name) else label))
+
+
+@functools.cache
+def _scratch() -> str:
+    """A directory that goes with this process."""
+    folder = tempfile.mkdtemp(prefix="fluxbatch-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 OmegaConf.register_new_resolver("fluxbatch_sweep", _sweep_dir, replace=True)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import json
 import pickle
 import re
 import subprocess
@@ -433,6 +434,31 @@ def test_a_sweep_gives_each_job_its_place(command, tmp_path):
     ]
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert files == [tmp_path / "out/grid/multirun.yaml"]
+
+
+@pytest.mark.parametrize("rank", ["JAX_PROCESS_ID", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK"])
+def test_only_the_first_process_keeps_a_sweep_s_record(command, tmp_path, monkeypatch, rank):
+    words = ("-m", "manifest=a.jsonl", "seed=0,1", "run_name=grid", "output_dir=out")
+    cli._scratch.cache_clear()
+    monkeypatch.setenv(rank, "1")
+    assert [job.run_name for job in command(*words)] == ["grid/0", "grid/1"]
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setenv(rank, "0")
+    command(*words)
+    assert (tmp_path / "out/grid/multirun.yaml").exists()
+
+
+@pytest.mark.slow
+def test_a_sweep_by_joblib(tmp_path):
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    golden = Path(__file__).parent / "golden"
+    words = [f"pretrained_model_name_or_path={golden / 'dev'}", "max_sequence_length=24", "resolution=16", "hardware=cpu", "prompt=a fox",
+             f"output_dir={tmp_path}", "run_name=s", f"jax_cache_dir={tmp_path / 'xla'}"]  # fmt: skip
+    command = [sys.executable, "-m", "fluxbatch.run", "-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "seed=0,1", *words]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    records = [json.loads((tmp_path / f"s/{n}/metadata.jsonl").read_text()) for n in range(2)]
+    assert [record["seed"] for record in records] == [0, 1]
 
 
 def test_what_sweeps(command, own):
