@@ -60,6 +60,10 @@ class Sampler:
 class Sharding:
     ici_data_parallelism: int = MISSING
     ici_fsdp_parallelism: int = MISSING
+    ici_context_parallelism: int = MISSING
+    ici_tensor_parallelism: int = MISSING
+    dcn_data_parallelism: int = MISSING
+    dcn_fsdp_parallelism: int = MISSING
     per_device_batch_size: int = MISSING
 
 
@@ -210,13 +214,14 @@ def _offenders(job: Job, rows: bool) -> Iterator[tuple[str, Any, str]]:
         if value is not None and not math.isfinite(value):
             yield f"sampler.{key}", value, "a finite number"
 
-    axes = {f"sharding.{k}": v for k, v in vars(job.sharding).items() if k.startswith("ici_")}
-    for key, value in axes.items():
-        if value < 1 and value != -1:
-            yield key, value, "a number of devices from 1, or -1 for all that are left"
-    automatic = [key for key, value in axes.items() if value == -1]
-    if len(automatic) > 1:
-        yield automatic[1], -1, f"a number of devices, as {automatic[0]} is already -1"
+    for kind, what in (("ici", "devices"), ("dcn", "slices")):
+        axes = {f"sharding.{k}": v for k, v in vars(job.sharding).items() if k.startswith(f"{kind}_")}
+        for key, value in axes.items():
+            if value < 1 and value != -1:
+                yield key, value, f"a number of {what} from 1, or -1 for all that are left"
+        automatic = [key for key, value in axes.items() if value == -1]
+        if len(automatic) > 1:
+            yield automatic[1], -1, f"a number of {what}, as {automatic[0]} is already -1"
 
     if job.hardware.offload_encoders not in OFFLOAD:
         yield "hardware.offload_encoders", job.hardware.offload_encoders, "true, false, host or free"

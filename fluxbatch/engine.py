@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from fluxbatch.config import Job
-from fluxbatch.dist.mesh import make_mesh, mesh_shape
+from fluxbatch.dist.mesh import AXES, SLOW, Layout, batch_ways, open_mesh
 from fluxbatch.models import attention
 from fluxbatch.pipeline import Loading, Pipeline, quietly
 from fluxbatch.sampling import Schedule
@@ -44,8 +44,9 @@ class Engine:
     keep: bool  # whether the next job of this process may want the weights: one of a sweep
 
     @property
-    def devices(self) -> int:
-        return self.mesh.size
+    def ways(self) -> int:
+        """How many devices, or groups of devices that make the same images, a batch is dealt over."""
+        return batch_ways(self.mesh)
 
     @property
     def multiple(self) -> int:
@@ -117,13 +118,17 @@ def open_engine(job: Job, platform: str) -> Engine:
     default = "float32" if platform == "cpu" else "bfloat16"
     weights, activations = (default if d.name == "auto" else d.name for d in (hardware.weights_dtype, hardware.activations_dtype))
     try:
-        shape = mesh_shape(job.sharding.ici_data_parallelism, job.sharding.ici_fsdp_parallelism, len(jax.devices()))
+        mesh = open_mesh(*([getattr(job.sharding, f"{kind}_{axis}_parallelism") for axis in axes] for kind, axes in (("ici", AXES), ("dcn", SLOW))))
         attend = attention.by_name(hardware.attention.name, platform, activations, hardware.flash_block_sizes)
     except ValueError as error:
         raise UserError(str(error)) from error
     checkpoint = open_checkpoint(job.model)
-    options: dict[str, Mapping[str, Any]] = {"transformer": {"attention": attend, "split_head_dim": hardware.split_head_dim}}
-    plans = _collect({name: lambda c=c, o=options.get(name, {}): c.plan(**o) for name, c in checkpoint.components.items()})
+    tensor, heads = mesh.shape["tensor"], checkpoint.components["transformer"].config.num_attention_heads
+    if heads % tensor:
+        raise UserError(f"sharding.ici_tensor_parallelism={tensor}: expected a divisor of the transformer's {heads} attention heads")
+    layout = Layout(mesh if mesh.size > 1 else None)
+    options: dict[str, Mapping[str, Any]] = {"transformer": {"attention": layout.attention(attend), "split_head_dim": hardware.split_head_dim}}
+    plans = _collect({name: lambda c=c, o=options.get(name, {}): c.plan(layout=layout, **o) for name, c in checkpoint.components.items()})
     tokenizers = Tokenizers(checkpoint.tokenizer, checkpoint.tokenizer_2, sampler.max_sequence_length)
     schedule = Schedule.of(checkpoint.scheduler, sampler.time_shift, sampler.base_shift, sampler.max_shift)
     facts = {
@@ -138,14 +143,13 @@ def open_engine(job: Job, platform: str) -> Engine:
     adapters = lora_apply.read(job, plans)
     if adapters.adapters:
         facts["lora"] = adapters.facts
-    mesh = make_mesh(shape)
     away = network.away(hardware.offload_encoders, mesh, sum(load.held(plans[part], mesh, weights) for part in lora_apply.TEXT))
     split = {axis: size for axis, size in mesh.shape.items() if size > 1 and axis != "data"}
     if hardware.stream_blocks and (split or jax.process_count() > 1):
         got = f"a mesh of {', '.join(f'{axis} {size}' for axis, size in split.items())}" if split else f"{jax.process_count()} processes"
         raise UserError(f"hardware.stream_blocks=true: got {got}: expected whole blocks on each device of one process: sharding=single or ddp")
     programs = (hardware.attention.name, hardware.split_head_dim, str(hardware.flash_block_sizes), away, hardware.stream_blocks)
-    identity = (tuple(plan.source.url for plan in plans.values()), facts["model_digest"], weights, activations, shape, *programs)
+    identity = (tuple(plan.source.url for plan in plans.values()), facts["model_digest"], weights, activations, tuple(mesh.shape.values()), *programs)
     return Engine(
         checkpoint, plans, tokenizers, schedule, mesh, weights, activations, hardware.stream_blocks, away, facts, record, adapters, identity,
         _remarks(job.model.flux_name, checkpoint), bool(job.sweep))  # fmt: skip

@@ -21,7 +21,7 @@ from flax import nnx
 from fluxbatch import sampling
 from fluxbatch.dist.mesh import batch_sharding, put, replicated
 from fluxbatch.models.flux import DoubleBlock, FluxConfig, rope_table
-from fluxbatch.models.layers import set_rows
+from fluxbatch.models.layers import gathered, set_rows
 from fluxbatch.models.vae import VaeConfig
 from fluxbatch.types import Row
 from fluxbatch.weights.load import Progress
@@ -193,7 +193,8 @@ def _step(graph, state, latents, x, vec, now, then, moves):
 
 def _decode(graph, dtype, state, latents, height, width):
     """Non-finite pictures of finite latents are decoded once more in float32."""
-    vae = nnx.merge(graph, state)
+    # Whole weights: the compiler would divide convolutions by channels too, on some meshes wrongly (jax 0.10).
+    vae = nnx.merge(graph, gathered(state, nnx.merge(graph, state).layout))
     grid = sampling.unpack(latents, height, width)
     picture = lambda dtype: vae(grid.astype(dtype)).astype(jnp.float32)  # noqa: E731
     image = picture(dtype)

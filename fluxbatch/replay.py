@@ -50,7 +50,7 @@ def replay(job: ReplayJob) -> int:
         print(f"changed since: {line}")
     # all rows decide how adapters are applied, as they did then
     pipeline = engine.pipeline(engine.resolve([_row(record) for record in records]))
-    rows = [_row(record)] * engine.devices
+    rows = [_row(record)] * engine.ways
     states = text.encode(rows, engine.tokenizers, pipeline, len(rows))
     pixels, finite = pipeline.decode(pipeline.denoise(rows, *states.batch(rows)), record["height"], record["width"])
     made = np.asarray(pixels)[0]

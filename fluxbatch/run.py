@@ -44,7 +44,7 @@ def run(job: Job) -> int:
         todo = hosts.as_first_sees(todo, rows)
         names = ledger.names(todo, job.output.filename, EXTENSIONS[job.output.format.name])
         hosts.agree("ledger", names.items())
-        batch_size = job.sharding.per_device_batch_size * engine.devices
+        batch_size = job.sharding.per_device_batch_size * engine.ways
         work = dealing.open_work(job, replica, store, ledger, start, rows, todo, batch_size)
 
         outcome = finish.Outcome(job, engine, store, ledger, report, work, before=len(rows) - len(todo))

@@ -30,9 +30,10 @@ def test_plain_and_blocked(l, m):
 
 
 @pytest.mark.parametrize("length,blocks", [(256, None), (200, None), (384, {"block_q": 128, "block_kv": 128, "block_kv_compute": 128})])
-def test_splash_in_interpret_mode(length, blocks):
-    """Padding to whole blocks must not be attended to."""
-    inputs = qkv(2, 2, length, 128)
+@pytest.mark.parametrize("keys", [None, 520])
+def test_splash_in_interpret_mode(length, blocks, keys):
+    """Padding to whole blocks must not be attended to; a device may have fewer queries than there are keys."""
+    inputs = qkv(2, 2, length, 128, keys)
     got = attention.splash(*inputs, blocks=blocks, interpret=True)
     assert got.shape == inputs[0].shape
     assert np.abs(np.asarray(got) - reference(*inputs)).max() < 1e-4

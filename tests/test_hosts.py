@@ -45,10 +45,15 @@ def said(folder, name="run"):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", [{"sharding": "ddp"}, {"sharding": "fsdp", "offload_encoders": "free", "shard_size": 2}], ids=["ddp", "fsdp, encoders read anew"])
-def test_two_processes_make_the_pictures_of_one(tmp_path, cache, flags):
-    processes = replica(tmp_path, cache, 2, manifest=GOLDEN / "dev.jsonl", **flags)
-    assert [p.wait(timeout=240) for p in processes] == [0, 0], said(tmp_path)
+@pytest.mark.parametrize("count,devices,sizes", [
+    (2, 2, "data=-1"), (2, 2, "fsdp=-1"), (2, 2, "data=2 fsdp=2"), (2, 2, "tensor=2 context=2"), (2, 1, "tensor=2"), (2, 1, "context=2"),
+    (4, 2, "data=4 fsdp=2"), (4, 2, "fsdp=2 context=2 tensor=2"), (4, 2, "data=2 context=4")], ids=str)  # fmt: skip
+def test_several_processes_make_the_pictures_of_one(tmp_path, cache, count, devices, sizes):
+    """Of what several processes hold, one writes each picture; encoders are read anew for every shard where weights are split."""
+    flags = {f"ici_{axis}_parallelism": size for axis, _, size in (word.partition("=") for word in sizes.split())}
+    flags |= {"offload_encoders": "free", "shard_size": 2} if "fsdp" in sizes else {}
+    processes = replica(tmp_path, cache, count, devices=devices, manifest=GOLDEN / "dev.jsonl", sharding="single", **flags)
+    assert [p.wait(timeout=600) for p in processes] == [0] * count, said(tmp_path)
     expected = np.load(GOLDEN / "dev.npz")
     made = images(tmp_path / "run")
     assert sorted(r["id"] for r in metadata(tmp_path / "run")) == sorted(expected.files)

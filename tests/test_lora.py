@@ -271,6 +271,16 @@ def test_eight_rows_of_eight_mixes(opened, adapters):
         assert i < 2 or np.abs(alone[0] - together[i % 2]).mean() > 2  # the mix decides the picture
 
 
+def test_mixes_do_not_depend_on_the_sharding(opened, adapters):
+    """Beside the weights, whose rows and columns are divided."""
+    rows = [{"prompt": "x", "seed": 1, "height": 32, "width": 32, "num_inference_steps": 1, "lora": mix} for mix in MIXES[:4]]
+    drawn = []
+    for sizes in ((), ("ici_fsdp_parallelism=2", "ici_tensor_parallelism=2")):
+        engine, resolved = opened(rows, *arrays(adapters), *sizes, sweep=False)
+        drawn.append(draw(engine, engine.load(False, lambda _: None, resolved), resolved))
+    assert np.abs(drawn[0] - drawn[1]).max() <= 1
+
+
 def test_a_hundred_swaps_leave_no_trace(opened, adapters):
     engine, _ = opened([{"prompt": "x"}], *arrays(adapters))
     row = Row(0, "0", "x", "x", 0, 32, 32, 1, 1.0)

@@ -13,7 +13,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from fluxbatch.config import Model, Verify
-from fluxbatch.dist.mesh import make_mesh, mesh_shape
+from fluxbatch.dist.mesh import make_mesh
 from fluxbatch.types import UserError
 from fluxbatch.weights import load
 from fluxbatch.weights.checkpoint import find, open_checkpoint
@@ -179,13 +179,3 @@ def test_digest_sees_one_bit(copy, golden):
     data[-1] ^= 1
     path.write_bytes(data)
     assert open_checkpoint(model(copy)).digest() != before
-
-
-def test_mesh_shapes():
-    assert mesh_shape(1, 1, 8) == (1, 1)
-    assert mesh_shape(-1, 1, 8) == (8, 1)
-    assert mesh_shape(1, -1, 8) == (1, 8)
-    assert mesh_shape(2, -1, 8) == (2, 4)
-    for wrong in ((-1, -1), (16, 1), (3, -1)):
-        with pytest.raises(ValueError, match="ici_"):
-            mesh_shape(*wrong, 8)

@@ -152,21 +152,27 @@ def whole(array: jax.Array) -> np.ndarray:
 
 def own(rows: Sequence[Row], *arrays: jax.Array) -> tuple[Sequence[Row], list[Any]]:
     """The rows of a batch whose images lie on this host's devices, and their part of the arrays,
-    which NumPy copies back when it is asked to."""
+    which NumPy copies back when it is asked to. Of images that several devices hold, the host of the
+    first copy has them."""
     if arrays[0].is_fully_addressable:
         return rows, list(arrays)
-    starts = sorted({shard.index[0].start or 0 for shard in arrays[0].addressable_shards})
+    starts = sorted(_starts(arrays[0]))
     size = next(iter(arrays[0].addressable_shards)).data.shape[0]
     chosen = [i for at in starts for i in range(at, at + size)]
     # What fills the batch up comes last in it, so a host's padding comes last in its part.
     return [rows[i] for i in chosen if i < len(rows)], [_Own(array) for array in arrays]
 
 
+def _starts(array: jax.Array) -> dict[int, jax.Array]:
+    """This host's parts of a global array by their first row."""
+    return {shard.index[0].start or 0: shard.data for shard in array.addressable_shards if shard.replica_id == 0}
+
+
 class _Own:
     """This host's rows of a global array, in order."""
 
     def __init__(self, array: jax.Array):
-        self._shards = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
+        self._shards = _starts(array)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         rows = np.concatenate([np.asarray(self._shards[at]) for at in sorted(self._shards)])

@@ -1,49 +1,105 @@
-"""Devices as a mesh, and the one table that says which mesh axis a parameter's axis lies on."""
+"""Devices as a mesh, and the one table that says which mesh axis a logical axis lies on."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-# data: every device has its own images and all weights; fsdp: its own images and a part of the
-# weights, gathered layer by layer.
-AXES = ("data", "fsdp")
-BATCH = P(AXES)  # images are dealt over both
+# data: every device has its own images and all weights; fsdp: its own images and a part of the weights,
+# gathered layer by layer. The devices of the other two make the same images: context divides their
+# tokens, tensor their heads and hidden units with the weights of these. The most talkative come last,
+# where neighbours are near.
+AXES = ("data", "fsdp", "context", "tensor")
+SLOW = AXES[:2]  # those that may cross from one slice, or group of processes, to another
+BATCH = P(SLOW)  # images are dealt over both
+
+RULES = {"heads": "tensor", "mlp": "tensor", "tokens": "context", "batch": SLOW}
+
+# Of a parameter: a name, or the names and sizes of parts that stand in one axis side by side.
+Axis = str | None | tuple[tuple[str, int], ...]
 
 
-def mesh_shape(data: int, fsdp: int, devices: int) -> tuple[int, int]:
-    """Sizes of ``AXES``; one of them may be -1 and takes the devices that are left.
+def mesh_shape(ici: Sequence[int], dcn: Sequence[int], devices: int, slices: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Sizes of ``AXES`` within a slice and of ``SLOW`` across slices; in each one may be -1 and takes what is left.
 
-    Raises ValueError when the sizes do not fit the number of devices.
+    Raises ValueError when the sizes do not fit the devices, or the slices where there are several.
     """
-    sizes = [data, fsdp]
+    names = [f"{kind}_{axis}_parallelism" for kind, axes in (("ici", AXES), ("dcn", SLOW)) for axis in axes]
+    given = [f"{name}={size}" for name, size in zip(names, (*ici, *dcn), strict=True) if size != 1]
+    outer = _filled(dcn, slices, f"{slices} slices", names[len(AXES) :])
+    across = math.prod(outer)
+    if slices > 1 and across != slices:
+        raise ValueError(f"{' × '.join(given)}: there are {slices} slices, the dcn_ sizes must multiply to as many")
+    if devices % across:
+        raise ValueError(f"{' × '.join(given)}: {devices} devices cannot be divided by {across}")
+    inner = _filled(ici, devices // across, f"{devices // across} devices", names)
+    if math.prod(inner) * across > devices:
+        raise ValueError(f"{' × '.join(given)} needs {math.prod(inner) * across} devices, there are {devices}")
+    return inner, outer
+
+
+def _filled(sizes: Sequence[int], count: int, what: str, names: Sequence[str]) -> tuple[int, ...]:
     if sizes.count(-1) > 1:
-        raise ValueError("ici_data_parallelism and ici_fsdp_parallelism are both -1: at most one can be automatic")
-    fixed = math.prod(s for s in sizes if s != -1)
-    if -1 in sizes:
-        if devices % fixed:
-            raise ValueError(f"{devices} devices cannot be divided by {fixed}: ici_data_parallelism={data}, ici_fsdp_parallelism={fsdp}")
-        sizes[sizes.index(-1)] = devices // fixed
-    elif fixed > devices:
-        raise ValueError(f"ici_data_parallelism={data} × ici_fsdp_parallelism={fsdp} needs {fixed} devices, there are {devices}")
-    return sizes[0], sizes[1]
+        automatic = [name for name, size in zip(names, sizes, strict=False) if size == -1]
+        raise ValueError(f"{' and '.join(automatic)} are both -1: at most one can be automatic")
+    fixed = math.prod(size for size in sizes if size != -1)
+    if -1 in sizes and count % fixed:
+        raise ValueError(f"{what} cannot be divided by {fixed}: {', '.join(f'{n}={s}' for n, s in zip(names, sizes, strict=False))}")
+    return tuple(count // fixed if size == -1 else size for size in sizes)
 
 
-def make_mesh(shape: tuple[int, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh over the first ``prod(shape)`` devices."""
+def open_mesh(ici: Sequence[int], dcn: Sequence[int]) -> Mesh:
+    """The mesh of these sizes over the devices of all processes.
+
+    A slice is a TPU's; elsewhere what the dcn_ sizes divide are the processes, in their order. Raises
+    ValueError when the sizes do not fit.
+    """
+    devices, processes = jax.devices(), jax.process_count()
+    inner, outer = mesh_shape(ici, dcn, len(devices), _slices(devices))
+    across, count = math.prod(outer), math.prod(inner) * math.prod(outer)
+    if _slices(devices) == 1 and processes % across:
+        raise ValueError(f"dcn_data_parallelism={outer[0]} × dcn_fsdp_parallelism={outer[1]}: {processes} processes cannot be divided by {across}")
+    if processes > 1 and count != len(devices):
+        raise ValueError(f"the sharding takes {count} devices, the {processes} processes have {len(devices)}: all must be taken; sharding=ddp does")
+    return make_mesh(inner, outer)
+
+
+def make_mesh(ici: Sequence[int], dcn: Sequence[int] = (), devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh over the first devices; sizes that are not given are 1."""
     devices = jax.devices() if devices is None else devices
-    count = math.prod(shape)
-    return Mesh(np.asarray(devices[:count]).reshape(shape), AXES)
+    inner, outer = ((*sizes, *[1] * (len(AXES) - len(sizes))) for sizes in (ici, dcn))
+    devices = devices[: math.prod(inner) * math.prod(outer)]
+    if _slices(devices) > 1:
+        grid = mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
+    elif devices[0].platform == "tpu" and math.prod(outer) == 1:
+        grid = mesh_utils.create_device_mesh(inner, devices, allow_split_physical_axes=True)
+    else:  # the slow part of each axis stands before its fast part
+        pairs = [axis for i in range(len(AXES)) for axis in (i, i + len(AXES))]
+        grid = np.asarray(devices).reshape(*outer, *inner).transpose(pairs).reshape(np.multiply(inner, outer))
+    return Mesh(grid, AXES)
+
+
+def _slices(devices: Sequence[jax.Device]) -> int:
+    return len({device.slice_index for device in devices}) if devices[0].platform == "tpu" else 1
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Leading axis dealt over the mesh."""
     return NamedSharding(mesh, BATCH)
+
+
+def batch_ways(mesh: Mesh) -> int:
+    """How many ways a batch is dealt."""
+    return math.prod(mesh.shape[axis] for axis in SLOW)
 
 
 def put(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
@@ -57,18 +113,129 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def param_sharding(mesh: Mesh, shape: Sequence[int], axes: Sequence[str | None]) -> NamedSharding:
-    """Where a parameter of ``shape`` lies. A leading layer axis, not named in ``axes``, is never split.
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Where a parameter lies. A leading layer axis, not named in its axes, is never split.
 
     FSDP splits rows (axis 0 as the checkpoint has it), because a range of rows is one contiguous
-    read; where rows do not divide it takes the first axis that does.
+    read; where rows do not divide it takes the first axis that does. What tensor parallelism splits
+    by columns is read by rows all the same, each device another range, and exchanged on the devices.
     """
-    layers = len(shape) - len(axes)
-    spec: list[str | None] = [None] * len(shape)
-    size = mesh.shape["fsdp"]
-    if size > 1:
-        for i in range(layers, len(shape)):
-            if shape[i] % size == 0:
-                spec[i] = "fsdp"
-                break
-    return NamedSharding(mesh, P(*spec))
+
+    read: NamedSharding
+    final: NamedSharding
+    used: NamedSharding  # while a layer computes: what fsdp divides is whole
+    parts: tuple[int, ...] = ()  # of the last axis, which are dealt over the devices each by itself
+    groups: int = 1
+
+    @classmethod
+    def of(cls, mesh: Mesh, shape: Sequence[int], axes: Sequence[Axis]) -> Placement:
+        layers = len(shape) - len(axes)
+        spec: list[tuple[str, ...]] = [()] * len(shape)
+        parts: tuple[int, ...] = ()
+        for i, axis in enumerate(axes, layers):
+            names = {RULES.get(name) for name, _ in axis} if isinstance(axis, tuple) else {RULES.get(axis)}
+            sizes = tuple(size for _, size in axis) if isinstance(axis, tuple) else (shape[i],)
+            (name,) = names  # parts that stand side by side lie on one mesh axis
+            if name and _groups(mesh, name, sizes) > 1:
+                if (name,) in spec:
+                    raise ValueError(f"axes {tuple(axes)}: two of them lie on {name}")
+                spec[i], parts = (name,), sizes if len(sizes) > 1 else parts
+        whole = list(spec)
+        fits = lambda names, i: shape[i] % math.prod(mesh.shape[name] for name in names) == 0  # noqa: E731
+        if mesh.shape["fsdp"] > 1:
+            for i in range(layers, len(shape)):
+                if fits((*spec[i], "fsdp"), i):
+                    spec[i] = (*spec[i], "fsdp")
+                    break
+        read = list(spec)
+        if any(whole[layers + 1 :]):  # by columns
+            read = [(), *[()] * (len(shape) - 1)]
+            read[layers] = next((names for names in ((*spec[layers], "tensor"), spec[layers]) if fits(names, layers)), ())
+        shardings = (NamedSharding(mesh, _spec(axes)) for axes in (read, spec, whole))
+        return cls(*shardings, parts, mesh.shape["tensor"] if parts else 1)
+
+    def arranged(self, x: Any) -> Any:
+        """``x`` with the parts of its last axis in the order in which devices hold them."""
+        return x if self.groups == 1 else _join(_cut(x, self.parts, -1), -1, self.groups)
+
+
+def _spec(axes: Sequence[tuple[str, ...]]) -> P:
+    return P(*(names[0] if len(names) == 1 else names or None for names in axes))
+
+
+def _groups(mesh: Mesh | None, name: str, sizes: Sequence[int]) -> int:
+    """In how many groups axes of these sizes are dealt over a mesh axis: 1 where they do not divide."""
+    count = mesh.shape[name] if mesh is not None else 1
+    return count if all(size % count == 0 for size in sizes) else 1
+
+
+def _cut(x: Any, sizes: Sequence[int], axis: int) -> list[Any]:
+    return jnp.split(x, np.cumsum(sizes)[:-1].tolist(), axis)
+
+
+def _join(parts: Sequence[Any], axis: int, groups: int) -> Any:
+    """The parts side by side, or the first group of each, then the second of each, and so on."""
+    if groups == 1:
+        return jnp.concatenate(parts, axis)
+    axis %= parts[0].ndim
+    cut = [x.reshape(*x.shape[:axis], groups, -1, *x.shape[axis + 1 :]) for x in parts]
+    whole = jnp.concatenate(cut, axis + 1)
+    return whole.reshape(*whole.shape[:axis], -1, *whole.shape[axis + 2 :])
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where a model's activations lie. Without a mesh there is one device, and nothing is said."""
+
+    mesh: Mesh | None = None
+
+    def place(self, x: jax.Array, *axes: str | None) -> jax.Array:
+        """``x`` with its axes where the table has them, if their sizes divide."""
+        if self.mesh is None:
+            return x
+        names = [RULES[axis] if axis and self._divides(axis, size) else None for axis, size in zip(axes, x.shape, strict=True)]
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, P(*names)))
+
+    def gathered(self, value: jax.Array, axes: Sequence[Axis]) -> jax.Array:
+        """A parameter as its layer computes with it. Said to the compiler, which may otherwise choose to
+        gather the images instead."""
+        if self.mesh is None or self.mesh.shape["fsdp"] == 1:
+            return value
+        return jax.lax.with_sharding_constraint(value, Placement.of(self.mesh, value.shape, axes).used)
+
+    def join(self, parts: Sequence[jax.Array], axis: int, name: str) -> jax.Array:
+        """``jnp.concatenate`` in an order in which no device needs another's: the first device's of each
+        part, then the second's of each. ``name``: the logical axis."""
+        return _join(parts, axis, self._joined(name, [x.shape[axis] for x in parts]))
+
+    def split(self, x: jax.Array, sizes: Sequence[int], axis: int, name: str) -> list[jax.Array]:
+        """Undoes ``join``."""
+        groups = self._joined(name, sizes)
+        if groups == 1:
+            return _cut(x, sizes, axis)
+        grouped = x.reshape(*x.shape[:axis], groups, -1, *x.shape[axis + 1 :])
+        parts = _cut(grouped, [size // groups for size in sizes], axis + 1)
+        return [part.reshape(*x.shape[:axis], -1, *x.shape[axis + 1 :]) for part in parts]
+
+    def attention(self, attend: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+        """``attend`` for each device's images, heads and queries, over the keys of all tokens.
+
+        Not left to the compiler: it cannot divide a kernel, nor a loop over heads.
+        """
+        if self.mesh is None:
+            return attend
+
+        def divided(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            names = ("batch", "heads", "tokens")
+            own = P(*(RULES[name] if self._divides(name, size) else None for name, size in zip(names, q.shape, strict=False)))
+            return jax.shard_map(attend, mesh=self.mesh, in_specs=(own, P(*own[:2]), P(*own[:2])), out_specs=own, check_vma=False)(q, k, v)
+
+        return divided
+
+    def _joined(self, name: str, sizes: Sequence[int]) -> int:
+        return _groups(self.mesh, RULES[name], sizes)
+
+    def _divides(self, name: str, size: int) -> bool:
+        axes = RULES[name] if isinstance(RULES[name], tuple) else (RULES[name],)
+        return size % math.prod(self.mesh.shape[axis] for axis in axes) == 0

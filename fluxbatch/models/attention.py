@@ -61,17 +61,15 @@ def splash(q: Array, k: Array, v: Array, *, blocks: Mapping[str, int] | None = N
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     heads, length, width = q.shape[1:]
-    chosen = splash_blocks(length)
+    chosen = splash_blocks(k.shape[2]) | {"block_q": splash_blocks(length)["block_q"]}
     sizes = chosen | {name: size for name, size in (blocks or {}).items() if name in chosen}  # the forward kernel's
-    multiple = math.lcm(sizes["block_q"], sizes["block_kv"])
-    padded = -(-length // multiple) * multiple
-    pad = ((0, 0), (0, 0), (0, padded - length), (0, 0))
-    mask = masks.MultiHeadMask([masks.FullMask((padded, padded)) for _ in range(heads)])
+    over = [-x.shape[2] % sizes[block] for x, block in ((q, "block_q"), (k, "block_kv"))]
+    mask = masks.MultiHeadMask([masks.FullMask((length + over[0], k.shape[2] + over[1])) for _ in range(heads)])
     attend = kernel.make_splash_mha(
         mask, block_sizes=kernel.BlockSizes(**sizes), head_shards=1, q_seq_shards=1, interpret=interpret)  # fmt: skip
-    segment = (jnp.arange(padded) < length).astype(jnp.int32)
-    ids = kernel.SegmentIds(q=segment, kv=segment)
-    q, k, v = (jnp.pad(x, pad) for x in (q / math.sqrt(width), k, v))
+    real = [jnp.pad(jnp.ones(x.shape[2], jnp.int32), (0, n)) for x, n in zip((q, k), over, strict=True)]
+    ids = kernel.SegmentIds(q=real[0], kv=real[1])
+    q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, n), (0, 0))) for x, n in ((q / math.sqrt(width), over[0]), (k, over[1]), (v, over[1])))
     return jax.vmap(attend, in_axes=(0, 0, 0, None))(q, k, v, ids)[:, :, :length].astype(v.dtype)
 
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from fluxbatch.dist.mesh import Layout
 from fluxbatch.models.attention import dot_product
 from fluxbatch.models.layers import (
     Embedding, LayerNorm, Linear, from_heads, gelu_erf, gelu_tanh, normal, param, quick_gelu, scan, stack)  # fmt: skip
@@ -67,8 +68,8 @@ class Block(nnx.Module):
 class ClipTextEncoder(nnx.Module):
     """Token ids ``[B, T]`` → pooled ``[B, D]``: the state at the first end-of-text token."""
 
-    def __init__(self, cfg: ClipConfig, *, rngs: nnx.Rngs):
-        self.cfg = cfg
+    def __init__(self, cfg: ClipConfig, *, rngs: nnx.Rngs, layout: Layout = Layout()):
+        self.cfg, self.layout = cfg, layout
         self.embed = Embedding(cfg.vocab_size, cfg.hidden_size, rngs=rngs)
         self.positions = param(rngs, (cfg.max_position_embeddings, cfg.hidden_size), (None, "embed"), normal(0.01))
         self.blocks = stack(cfg.num_hidden_layers, lambda r: Block(cfg, rngs=r), rngs)
@@ -78,6 +79,6 @@ class ClipTextEncoder(nnx.Module):
         length = ids.shape[1]
         causal = jnp.where(jnp.tri(length, dtype=bool), 0.0, -jnp.inf)[None]
         x = self.embed(ids, dtype) + self.positions[...][:length].astype(dtype)
-        x = self.final_norm(scan(self.blocks, lambda block, x: block(x, causal), x))
+        x = self.final_norm(scan(self.blocks, lambda block, x: block(x, causal), x, self.layout))
         is_end = ids if self.cfg.eos_token_id == LEGACY_EOS else (ids == self.cfg.eos_token_id)
         return x[jnp.arange(ids.shape[0]), jnp.argmax(is_end, axis=1)]

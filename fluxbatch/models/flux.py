@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from fluxbatch.dist.mesh import Layout
 from fluxbatch.models import attention as attn
 from fluxbatch.models.layers import Linear, RMSNorm, from_heads, gelu_tanh, layer_norm, scan, stack
 
@@ -151,15 +152,16 @@ class DoubleBlock(nnx.Module):
         self.txt = Stream(cfg, rngs=rngs)
 
     def __call__(self, img: Array, txt: Array, vec: Array, rope, model: Flux) -> tuple[Array, Array]:
-        img_mod = jnp.split(self.img.mod(vec), 6, axis=-1)
-        txt_mod = jnp.split(self.txt.mod(vec), 6, axis=-1)
+        img_mod = jnp.split(model.whole(self.img.mod(vec)), 6, axis=-1)
+        txt_mod = jnp.split(model.whole(self.txt.mod(vec)), 6, axis=-1)
         qkv_img = self.img.qkv(modulate(img, *img_mod[:2]), model.split_head_dim)
         qkv_txt = self.txt.qkv(modulate(txt, *txt_mod[:2]), model.split_head_dim)
-        q, k, v = (jnp.concatenate(pair, axis=2) for pair in zip(qkv_txt, qkv_img, strict=True))
+        q, k, v = (model.layout.join(pair, 2, "tokens") for pair in zip(qkv_txt, qkv_img, strict=True))
         out = model.attention(rotate(q, rope), rotate(k, rope), v)
-        img = self.img.after_attention(img, out[:, :, txt.shape[1] :], img_mod[2:])
-        txt = self.txt.after_attention(txt, out[:, :, : txt.shape[1]], txt_mod[2:])
-        return img, txt
+        out_txt, out_img = model.layout.split(out, (txt.shape[1], img.shape[1]), 2, "tokens")
+        img = self.img.after_attention(img, out_img, img_mod[2:])
+        txt = self.txt.after_attention(txt, out_txt, txt_mod[2:])
+        return model.residual(img), model.residual(txt)
 
 
 class SingleBlock(nnx.Module):
@@ -170,24 +172,30 @@ class SingleBlock(nnx.Module):
         self.mod = Linear(d, 3 * d, ("mlp", "embed"), rngs=rngs)
         self.qkv = QKV(cfg, rngs=rngs)
         self.mlp_in = Linear(d, 4 * d, ("mlp", "embed"), rngs=rngs)
-        self.out = Linear(5 * d, d, ("embed", "mlp"), rngs=rngs)  # reads attention, then MLP
+        self.out = Linear(5 * d, d, ("embed", (("heads", d), ("mlp", 4 * d))), rngs=rngs)  # reads attention, then MLP
 
     def __call__(self, x: Array, vec: Array, rope, model: Flux) -> Array:
-        shift, scale, gate = jnp.split(self.mod(vec), 3, axis=-1)
+        shift, scale, gate = jnp.split(model.whole(self.mod(vec)), 3, axis=-1)
         y = modulate(x, shift, scale)
         q, k, v = self.qkv(y, model.split_head_dim)
         attended = from_heads(model.attention(rotate(q, rope), rotate(k, rope), v))
-        return gated(x, gate, self.out(jnp.concatenate([attended, gelu_tanh(self.mlp_in(y))], axis=-1)))
+        joined = model.layout.join([attended, gelu_tanh(self.mlp_in(y))], -1, "mlp")
+        return model.residual(gated(x, gate, self.out(joined)))
 
 
 class Flux(nnx.Module):
     """Velocity ``[B, L, C]`` of packed latents ``[B, L, C]`` at times ``[B]``.
 
-    ``attention`` is a function of ``models/attention.py``.
+    ``attention`` is a function of ``models/attention.py``; ``layout`` says where activations lie on
+    the devices.
     """
 
-    def __init__(self, cfg: FluxConfig, *, rngs: nnx.Rngs, attention: attn.AttentionFn = attn.dot_product, split_head_dim: bool = True):
+    def __init__(
+        self, cfg: FluxConfig, *, rngs: nnx.Rngs, attention: attn.AttentionFn = attn.dot_product, split_head_dim: bool = True,
+        layout: Layout = Layout(),
+    ):  # fmt: skip
         d = cfg.width
+        self.layout = layout
         self.cfg, self.attention, self.split_head_dim = cfg, attention, split_head_dim
         self.img_in = Linear(cfg.in_channels, d, ("embed", None), rngs=rngs)
         self.txt_in = Linear(cfg.joint_attention_dim, d, ("embed", None), rngs=rngs)
@@ -203,10 +211,20 @@ class Flux(nnx.Module):
         """img ``[B, L, C]``, txt ``[B, T, joint_attention_dim]``, pooled ``[B, P]``, t and guidance
         ``[B]`` (guidance is read only if the model was distilled with it), rope from ``rope_table``."""
         img, txt, vec = self.embed(img, txt, pooled, t, guidance)
-        img, txt = scan(self.double_blocks, lambda block, x: block(*x, vec, rope, self), (img, txt))
-        x = jnp.concatenate([txt, img], axis=1)
-        x = scan(self.single_blocks, lambda block, x: block(x, vec, rope, self), x)
-        return self.finish(x[:, txt.shape[1] :], vec)
+        sizes = txt.shape[1], img.shape[1]
+        rope = tuple(self.layout.join((table[: sizes[0]], table[sizes[0] :]), 0, "tokens") for table in rope)
+        img, txt = scan(self.double_blocks, lambda block, x: block(*x, vec, rope, self), (img, txt), self.layout)
+        x = self.layout.join((txt, img), 1, "tokens")
+        x = scan(self.single_blocks, lambda block, x: block(x, vec, rope, self), x, self.layout)
+        return self.finish(self.layout.split(x, sizes, 1, "tokens")[1], vec)
+
+    def whole(self, x: Array) -> Array:
+        """``[B, …]``, one vector for each image, on all the devices that make it."""
+        return self.layout.place(x, "batch", None)
+
+    def residual(self, x: Array) -> Array:
+        """``[B, L, D]`` between blocks: whole in its width, divided by images and tokens."""
+        return self.layout.place(x, "batch", "tokens", None)
 
     def embed(self, img: Array, txt: Array, pooled: Array, t: Array, guidance: Array) -> tuple[Array, Array, Array]:
         """What the blocks start from: image ``[B, L, D]``, text ``[B, T, D]`` and the vector ``[B, D]``
@@ -215,9 +233,9 @@ class Flux(nnx.Module):
         vec = self.time_in(timestep_embedding(t).astype(dtype)) + self.vector_in(pooled.astype(dtype))
         if self.guidance_in is not None:
             vec = vec + self.guidance_in(timestep_embedding(guidance).astype(dtype))
-        return self.img_in(img), self.txt_in(txt.astype(dtype)), jax.nn.silu(vec)
+        return self.residual(self.img_in(img)), self.residual(self.txt_in(txt.astype(dtype))), self.whole(jax.nn.silu(vec))
 
     def finish(self, img: Array, vec: Array) -> Array:
         """``[B, L, D]`` as the blocks leave it → velocity ``[B, L, C]``."""
-        shift, scale = jnp.split(self.final_mod(vec), 2, axis=-1)
+        shift, scale = jnp.split(self.whole(self.final_mod(vec)), 2, axis=-1)
         return self.final_out(modulate(img, shift, scale))

@@ -19,6 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from fluxbatch.dist.mesh import Axis, Layout
+
 Array = jax.Array
 
 fan_in = jax.nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=-1, out_axis=-2)
@@ -27,7 +29,7 @@ zeros = jax.nn.initializers.zeros
 normal = jax.nn.initializers.normal
 
 
-def param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], init=fan_in) -> nnx.Param:
+def param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[Axis, ...], init=fan_in) -> nnx.Param:
     """A parameter with its logical axes; ``dist/mesh.py`` says which mesh axis each lies on."""
     if len(shape) != len(axes):
         raise ValueError(f"shape {shape} and axes {axes} differ in length")
@@ -42,8 +44,9 @@ class LowRank(nnx.Module):
     ``set_rows`` while a program is traced, so scales are data.
     """
 
-    def __init__(self, a: Array, b: Array, ranks: tuple[int, ...]):
-        self.a, self.b, self.ranks = nnx.Param(a), nnx.Param(b), ranks
+    def __init__(self, a: Array, b: Array, ranks: tuple[int, ...], axes: tuple[Axis, Axis] = (None, None)):
+        """``axes``: those of the layer that it stands beside, outputs first."""
+        self.a, self.b, self.ranks = nnx.Param(a, axes=(None, axes[1])), nnx.Param(b, axes=(axes[0], None)), ranks
         self.rows = nnx.data(None)
 
     def __call__(self, x: Array) -> Array:
@@ -67,7 +70,7 @@ def set_rows(model: nnx.Module, scales: Array) -> nnx.Module:
 class Linear(nnx.Module):
     """``y = x Wᵀ + b``: ``[..., in]`` → ``[..., out]``, or ``[B, L, in]`` → ``[B, H, L, K]``."""
 
-    def __init__(self, d_in: int, d_out: int, axes: tuple[str, str], *, bias: bool = True, rngs: nnx.Rngs, init=fan_in):
+    def __init__(self, d_in: int, d_out: int, axes: tuple[Axis, Axis], *, bias: bool = True, rngs: nnx.Rngs, init=fan_in):
         self.kernel = param(rngs, (d_out, d_in), axes, init)
         self.bias = param(rngs, (d_out,), axes[:1], zeros) if bias else None
         self.lora: LowRank | None = nnx.data(None)
@@ -192,16 +195,26 @@ def stack(count: int, make: Callable[[nnx.Rngs], nnx.Module], rngs: nnx.Rngs) ->
     return nnx.split_rngs(splits=count)(build)(rngs)
 
 
-def scan(layers: nnx.Module | None, call: Callable[..., Any], carry: Any) -> Any:
+def scan(layers: nnx.Module | None, call: Callable[..., Any], carry: Any, layout: Layout) -> Any:
     """Folds ``carry = call(layer, carry)`` over the layers of a ``stack``."""
     if layers is None:
         return carry
     graph, state = nnx.split(layers)
 
     def body(carry, layer):
-        return call(nnx.merge(graph, layer), carry), None
+        return call(nnx.merge(graph, gathered(layer, layout)), carry), None
 
     return jax.lax.scan(body, carry, state)[0]
+
+
+def gathered(state: Any, layout: Layout) -> Any:
+    """The parameters of a module as it computes with them: whole, where FSDP has divided them."""
+
+    def whole(leaf):
+        axes = leaf.get_metadata().get("axes")
+        return leaf if axes is None else leaf.replace(layout.gathered(leaf.get_value(), axes))
+
+    return jax.tree.map(whole, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
 def quick_gelu(x: Array) -> Array:

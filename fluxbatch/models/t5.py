@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from fluxbatch.dist.mesh import Layout
 from fluxbatch.models.attention import dot_product
 from fluxbatch.models.layers import Embedding, Linear, RMSNorm, from_heads, gelu_tanh, normal, param, scan, stack
 
@@ -79,8 +80,8 @@ class Block(nnx.Module):
 class T5Encoder(nnx.Module):
     """Token ids ``[B, T]`` → states ``[B, T, d_model]`` in ``dtype``; padding is attended, as FLUX does."""
 
-    def __init__(self, cfg: T5Config, *, rngs: nnx.Rngs):
-        self.cfg = cfg
+    def __init__(self, cfg: T5Config, *, rngs: nnx.Rngs, layout: Layout = Layout()):
+        self.cfg, self.layout = cfg, layout
         self.embed = Embedding(cfg.vocab_size, cfg.d_model, rngs=rngs)
         buckets = (cfg.relative_attention_num_buckets, cfg.num_heads)
         self.relative_bias = param(rngs, buckets, (None, None), normal(0.02))
@@ -91,5 +92,5 @@ class T5Encoder(nnx.Module):
         cfg = self.cfg
         buckets = relative_buckets(ids.shape[1], cfg.relative_attention_num_buckets, cfg.relative_attention_max_distance)
         bias = self.relative_bias[...].astype(jnp.float32)[buckets].transpose(2, 0, 1)
-        x = scan(self.blocks, lambda block, x: block(x, bias), self.embed(ids, dtype))
+        x = scan(self.blocks, lambda block, x: block(x, bias), self.embed(ids, dtype), self.layout)
         return self.final_norm(x)

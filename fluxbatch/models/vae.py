@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from fluxbatch.dist.mesh import Layout
 from fluxbatch.models.attention import blocked, dot_product
 from fluxbatch.models.layers import Conv, GroupNorm, Linear
 
@@ -67,22 +68,23 @@ class ResnetBlock(nnx.Module):
 class AttentionBlock(nnx.Module):
     """One-headed attention over all pixels."""
 
-    def __init__(self, channels: int, groups: int, *, rngs: nnx.Rngs):
+    def __init__(self, channels: int, groups: int, layout: Layout, *, rngs: nnx.Rngs):
         self.norm = GroupNorm(channels, groups, eps=EPS, rngs=rngs)
-        self.q, self.k, self.v, self.out = (Linear(channels, channels, ("heads", "embed"), rngs=rngs) for _ in range(4))
+        self.q, self.k, self.v, self.out = (Linear(channels, channels, ("channels", None), rngs=rngs) for _ in range(4))
+        self.layout = layout
 
     def __call__(self, x: Array) -> Array:
         flat = self.norm(x).reshape(x.shape[0], -1, x.shape[-1])
         q, k, v = (f.to_heads(flat, 1) for f in (self.q, self.k, self.v))
         attend = blocked if flat.shape[1] > _ATTENTION_PIXELS else dot_product
-        return x + self.out(attend(q, k, v)[:, 0]).reshape(x.shape)
+        return x + self.out(self.layout.attention(attend)(q, k, v)[:, 0]).reshape(x.shape)
 
 
 class MidBlock(nnx.Module):
-    def __init__(self, channels: int, cfg: VaeConfig, *, rngs: nnx.Rngs):
+    def __init__(self, channels: int, cfg: VaeConfig, layout: Layout, *, rngs: nnx.Rngs):
         groups = cfg.norm_num_groups
         self.block_1 = ResnetBlock(channels, channels, groups, rngs=rngs)
-        self.attn_1 = AttentionBlock(channels, groups, rngs=rngs) if cfg.mid_block_add_attention else None
+        self.attn_1 = AttentionBlock(channels, groups, layout, rngs=rngs) if cfg.mid_block_add_attention else None
         self.block_2 = ResnetBlock(channels, channels, groups, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
@@ -111,12 +113,12 @@ class Level(nnx.Module):
 class Decoder(nnx.Module):
     """Latents ``[B, h, w, C]`` as the transformer leaves them → image ``[B, 8h, 8w, 3]``."""
 
-    def __init__(self, cfg: VaeConfig, *, rngs: nnx.Rngs):
-        self.cfg = cfg
+    def __init__(self, cfg: VaeConfig, *, rngs: nnx.Rngs, layout: Layout = Layout()):
+        self.cfg, self.layout = cfg, layout
         sizes, c = cfg.block_out_channels[::-1], cfg.latent_channels
         self.post_quant = Conv(c, c, 1, rngs=rngs) if cfg.use_post_quant_conv else None
         self.conv_in = Conv(c, sizes[0], 3, rngs=rngs)
-        self.mid = MidBlock(sizes[0], cfg, rngs=rngs)
+        self.mid = MidBlock(sizes[0], cfg, layout, rngs=rngs)
         self.up = nnx.List([
             Level(sizes[max(i - 1, 0)], size, cfg.layers_per_block + 1, "up" if i + 1 < len(sizes) else None, cfg.norm_num_groups, rngs=rngs)
             for i, size in enumerate(sizes)])  # fmt: skip
@@ -145,7 +147,7 @@ class Encoder(nnx.Module):
         self.down = nnx.List([
             Level(sizes[max(i - 1, 0)], size, cfg.layers_per_block, "down" if i + 1 < len(sizes) else None, cfg.norm_num_groups, rngs=rngs)
             for i, size in enumerate(sizes)])  # fmt: skip
-        self.mid = MidBlock(sizes[-1], cfg, rngs=rngs)
+        self.mid = MidBlock(sizes[-1], cfg, Layout(), rngs=rngs)
         self.norm_out = GroupNorm(sizes[-1], cfg.norm_num_groups, eps=EPS, rngs=rngs)
         self.conv_out = Conv(sizes[-1], 2 * c, 3, rngs=rngs)
         self.quant = Conv(2 * c, 2 * c, 1, rngs=rngs) if cfg.use_quant_conv else None

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from fluxbatch.dist.mesh import Placement
+
 IN_FLIGHT = 64 << 20  # bytes of reads under way, and of copies to devices: more was no faster
 
 Index = tuple[tuple[int, int], ...]  # of a local part: start and stop on each axis
@@ -30,9 +32,9 @@ def local_parts(shape: tuple[int, ...], sharding: NamedSharding) -> dict[Index, 
 class Box(abc.ABC):
     """A parameter under way, as one part for each distinct index of the local devices."""
 
-    def __init__(self, shape: tuple[int, ...], stacked: bool, sharding: NamedSharding, dtype: np.dtype):
-        self.shape, self.stacked, self.sharding, self.dtype = shape, stacked, sharding, dtype
-        self.devices = local_parts(shape, sharding)
+    def __init__(self, shape: tuple[int, ...], stacked: bool, place: Placement, dtype: np.dtype):
+        self.shape, self.stacked, self.place, self.dtype = shape, stacked, place, dtype
+        self.devices = local_parts(shape, place.read)
 
     @abc.abstractmethod
     def open(self, layer: int, dtype: np.dtype) -> list[tuple[Index, np.ndarray]]:
@@ -71,7 +73,8 @@ class HostBox(Box):
         pass  # the buffers are views of the array to be
 
     def array(self) -> jax.Array:
-        return self._on_devices(self._buffers, self.shape, self.sharding)
+        array = self._on_devices(self._buffers, self.shape, self.place.read)
+        return array if self.place.read == self.place.final else _converted(self.place, self.dtype)(array, None)
 
 
 class DeviceBox(Box):
@@ -83,8 +86,8 @@ class DeviceBox(Box):
     def __init__(self, *args: Any, copies: collections.deque[tuple[jax.Array, int]]):
         super().__init__(*args)
         self._copies = copies
-        spec = self.sharding.spec[1:] if self.stacked else self.sharding.spec
-        self._layer_sharding = NamedSharding(self.sharding.mesh, PartitionSpec(*spec))
+        read = self.place.read
+        self._layer_sharding = NamedSharding(read.mesh, PartitionSpec(*read.spec[1:])) if self.stacked else read
         self._staged: dict[int, dict[Index, np.ndarray]] = {}
         self._array: jax.Array | None = None
 
@@ -100,11 +103,11 @@ class DeviceBox(Box):
         parts = self._staged.pop(layer)
         staged = self._on_devices(parts, self.shape[1:] if self.stacked else self.shape, self._layer_sharding)
         if not self.stacked:
-            self._array = _converted(self.sharding, self.dtype)(staged, scale)
+            self._array = _converted(self.place, self.dtype)(staged, scale)
         else:
             if self._array is None:
-                self._array = jnp.zeros(self.shape, self.dtype, device=self.sharding)
-            self._array = _placed(self.sharding)(self._array, staged, scale, layer)
+                self._array = jnp.zeros(self.shape, self.dtype, device=self.place.final)
+            self._array = _placed(self.place)(self._array, staged, scale, layer)
         self._copies.append((staged, sum(buffer.nbytes for buffer in parts.values())))
         while sum(size for _, size in self._copies) > IN_FLIGHT:
             self._copies.popleft()[0].block_until_ready()
@@ -115,16 +118,16 @@ class DeviceBox(Box):
 
 
 @functools.lru_cache
-def _converted(sharding: NamedSharding, dtype: np.dtype) -> Callable[..., jax.Array]:
-    return jax.jit(functools.partial(_scaled, dtype), out_shardings=sharding)
+def _converted(place: Placement, dtype: np.dtype) -> Callable[..., jax.Array]:
+    return jax.jit(lambda values, scale: place.arranged(_scaled(dtype, values, scale)), out_shardings=place.final)
 
 
 @functools.lru_cache
-def _placed(sharding: NamedSharding) -> Callable[..., jax.Array]:
-    def place(stack: jax.Array, layer: jax.Array, scale: jax.Array | None, at: int) -> jax.Array:
-        return jax.lax.dynamic_update_index_in_dim(stack, _scaled(stack.dtype, layer, scale), at, 0)
+def _placed(place: Placement) -> Callable[..., jax.Array]:
+    def put(stack: jax.Array, layer: jax.Array, scale: jax.Array | None, at: int) -> jax.Array:
+        return jax.lax.dynamic_update_index_in_dim(stack, place.arranged(_scaled(stack.dtype, layer, scale)), at, 0)
 
-    return jax.jit(place, donate_argnums=0, out_shardings=sharding)
+    return jax.jit(put, donate_argnums=0, out_shardings=place.final)
 
 
 def _scaled(dtype: Any, values: jax.Array, scale: jax.Array | None) -> jax.Array:

@@ -19,7 +19,7 @@ import numpy as np
 import tensorstore as ts
 from flax import nnx
 
-from fluxbatch.dist.mesh import param_sharding
+from fluxbatch.dist.mesh import Placement
 from fluxbatch.weights import cast
 from fluxbatch.weights.boxes import IN_FLIGHT, Box, DeviceBox, HostBox, Index, local_parts
 from fluxbatch.weights.rules import Piece, Table, assign
@@ -89,7 +89,7 @@ def to_read(plan: Plan, mesh: jax.sharding.Mesh, edits: Edits, paths: Collection
     for keys, leaf in nnx.to_flat_state(plan.state) if paths is None or paths else ():
         shape, axes, path = leaf.get_value().shape, leaf.get_metadata()["axes"], path_of(keys)
         if paths is None or path in paths:
-            parts = local_parts(shape, param_sharding(mesh, shape, axes))
+            parts = local_parts(shape, Placement.of(mesh, shape, axes).read)
             local = [index[len(shape) - len(axes) :] for index in parts]
             for layer, piece in enumerate(plan.pieces[path]):
                 total += sum(b - a for a, b in _ranges(local, piece, (path, layer) in edits)) * piece.tensor.row_bytes
@@ -103,7 +103,7 @@ def held(plan: Plan, mesh: jax.sharding.Mesh, dtype: Any) -> int:
     total = 0
     for _, leaf in nnx.to_flat_state(plan.state):
         shape, axes = leaf.get_value().shape, leaf.get_metadata()["axes"]
-        for index, devices in local_parts(shape, param_sharding(mesh, shape, axes)).items():
+        for index, devices in local_parts(shape, Placement.of(mesh, shape, axes).final).items():
             total += len(devices) * math.prod(b - a for a, b in index)
     return total * np.dtype(dtype).itemsize
 
@@ -129,7 +129,7 @@ def _stream(plan: Plan, leaves: Any, mesh: jax.sharding.Mesh, dtype: Any, progre
     loaded = []
     for keys, leaf in leaves:
         shape, axes, path = leaf.get_value().shape, leaf.get_metadata()["axes"], path_of(keys)
-        box = make(shape, len(shape) > len(axes), param_sharding(mesh, shape, axes), np.dtype(dtype))
+        box = make(shape, len(shape) > len(axes), Placement.of(mesh, shape, axes), np.dtype(dtype))
         for layer, piece in enumerate(plan.pieces[path]):
             fill(box, layer, piece, scales.get(id(piece.tensor)), reader, edits.get((path, layer)))
         loaded.append((keys, leaf, box))

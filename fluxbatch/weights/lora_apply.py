@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 
 from fluxbatch.config import Job
-from fluxbatch.dist.mesh import param_sharding, put
+from fluxbatch.dist.mesh import Placement, put
 from fluxbatch.models.layers import LowRank
 from fluxbatch.types import Row, UserError
 from fluxbatch.weights.load import Edit, Edits, Plan
@@ -95,11 +95,13 @@ class Loras:
             a, b, ranks = self._side_by_side(component, path, layers or 1)
             if layers is None:
                 a, b = a[0], b[0]
-            a, b = (put(x.astype(dtype), param_sharding(mesh, x.shape, (None, None))) for x in (a, b))
             linear = module
             for name in path.split(".")[:-1]:
                 linear = getattr(linear, name)
-            linear.lora = LowRank(a, b, ranks)  # type: ignore[attr-defined]
+            rows, columns = linear.kernel.get_metadata()["axes"]  # type: ignore[attr-defined]
+            places = Placement.of(mesh, a.shape, (None, columns)), Placement.of(mesh, b.shape, (rows, None))
+            a, b = (put(np.asarray(place.arranged(x)).astype(dtype), place.final) for x, place in zip((a, b), places, strict=True))
+            linear.lora = LowRank(a, b, ranks, (rows, columns))  # type: ignore[attr-defined]
 
     def _side_by_side(self, component: str, path: str, layers: int) -> tuple[np.ndarray, np.ndarray, tuple[int, ...]]:
         """A ``[layers, R, in]``, B ``[layers, out, R]``, and how many of the R each adapter has.
