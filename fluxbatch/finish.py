@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
-import sys
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
@@ -29,7 +27,7 @@ CONFIG = "config.yaml"
 REASONS = {
     Exit.OK: "every row has its image",
     Exit.REJECTED_ROWS: "finished; some rows were rejected, see rejects.jsonl",
-    Exit.PEER_LOST: "another process of this replica was lost: run the same command again",
+    Exit.PEER_LOST: hosts.LOST,
     Exit.PREEMPTED: "stopped before every row was made, as by a signal: run the same command again",
 }
 
@@ -75,14 +73,21 @@ class Outcome:
         """What this process has made is recorded; a regular exit would wait for the peer that is gone."""
         with contextlib.suppress(StorageError):
             self.work.ended(Exit.PEER_LOST, REASONS[Exit.PEER_LOST], {"before": self.before})
-        print(f"fluxbatch: {REASONS[Exit.PEER_LOST]}: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
-        os._exit(Exit.PEER_LOST)
+        hosts.lost(error)
 
     def finished(self, cut: Exit | None) -> int:
         """All batches are through, or the run was drained (``cut``). The first process of a replica speaks
-        for all, once all have recorded what they made."""
-        hosts.barrier("all is recorded")
-        return hosts.first_says(self._finished(cut) if hosts.is_first() else Exit.OK)
+        for all, once all have recorded what they made; if it fails, all end as it does."""
+        hosts.meet()
+        code = 1
+        try:
+            if hosts.is_first():
+                code = self._finished(cut)
+        except StorageError as error:
+            code = self._failed(error)
+        finally:
+            code = hosts.first_says(code)
+        return code
 
     def _finished(self, cut: Exit | None) -> int:
         if not self.work.merges:
@@ -107,9 +112,14 @@ class Outcome:
 
     def stopped(self, error: Exception) -> int:
         """The output place failed or too many rows did; what was written stays and counts."""
-        self.report.say(f"error: {error}")
+        code = self._failed(error)
+        hosts.leave(code)
+        return code
+
+    def _failed(self, error: Exception) -> int:
+        self.report.say(f"error: {error}", aloud=True)
         with contextlib.suppress(StorageError):
-            counts = self._counts(self.ledger.merge()) if self.work.merges else {"before": self.before}
+            counts = self._counts(self.ledger.merge()) if self.work.merges and hosts.is_first() else {"before": self.before}
             self.work.ended(1, str(error), counts, load=self.report.load())
         return 1
 

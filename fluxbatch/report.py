@@ -75,9 +75,9 @@ class Report:
         rate = self.loaded / seconds / 1e9 if seconds else 0.0
         return {"bytes": self.loaded, "seconds": round(seconds, 2), "gigabytes_per_second": round(rate, 3)}
 
-    def say(self, line: str) -> None:
-        """A line on standard error that does not tear the bar."""
-        if not self.quiet:
+    def say(self, line: str, aloud: bool = False) -> None:
+        """A line on standard error that does not tear the bar; ``aloud``: from any process."""
+        if aloud or not self.quiet:
             tqdm.write(f"fluxbatch: {line}", file=sys.stderr)
 
     def summary(self, counts: Mapping[str, int], place: str) -> dict[str, object]:

@@ -30,7 +30,7 @@ def run(job: Job) -> int:
     replica = dealing.replica(job)
     platform = hosts.start(job.hardware.platform.name, job.jax_cache_dir)
     report = Report(quiet=not hosts.is_first())
-    with report.stage("open"):  # whatever can be wrong, before a weight is read
+    with report.stage("open"), hosts.together():  # whatever can be wrong, before a weight is read
         engine = open_engine(job, platform)
         rows, bad_lines = read_rows(job, multiple=engine.multiple)
         rows = engine.resolve(rows)  # each row with its mix of LoRA adapters

@@ -11,9 +11,10 @@ import hashlib
 import os
 import secrets
 import signal
+import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -69,6 +70,7 @@ def _join() -> None:
 
 def start_id() -> str:
     """Another word for every start, the same in all processes of the replica."""
+    meet()  # whoever has failed so far
     word = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(4)}"
     return bytes(first_has(np.frombuffer(word.encode(), np.uint8))).decode()
 
@@ -83,32 +85,79 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
+class KnownToAll(UserError):
+    """A failure that every process of the replica has learned of."""
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """A process that fails in the body ends all: the others raise KnownToAll where they next meet it, at
+    the body's end if not before. Nobody waits for one that is gone."""
+    try:
+        yield
+    except KnownToAll:
+        raise
+    except BaseException as error:
+        if jax.process_count() > 1 and isinstance(error, jax.errors.JaxRuntimeError):
+            lost(error)
+        _exchange(_FAILED)
+        raise
+    meet()
+
+
 @contextlib.contextmanager
 def first_goes_first() -> Iterator[None]:
     """The first process runs the body before the others do."""
     if not is_first():
-        barrier("the first process has been")
+        meet()
     yield
     if is_first():
-        barrier("the first process has been")
+        meet()
 
 
-def barrier(name: str) -> None:
+def meet() -> None:
     """Waits until every process of the replica is here."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
+    _exchange(0)
 
 
 def agree(what: str, values: Iterable[object]) -> None:
     """UserError unless every process has the same ``values``."""
+    whole = hashlib.sha256()
+    for value in values if jax.process_count() > 1 else ():
+        whole.update(repr(value).encode("utf-8", "surrogatepass"))
+    words = _exchange(int.from_bytes(whole.digest()[:4]) % _FAILED)
+    if odd := [i for i, other in enumerate(words) if other != words[0]]:
+        raise KnownToAll(f"process {odd[0]} of this replica sees another {what} than process 0: the same files and settings are needed")
+
+
+_FAILED = 2**32 - 1
+
+
+def _exchange(word: int) -> list[int]:
+    """Every process's word. One that fails meets the others wherever they are, as all meet by this one program."""
+    if jax.process_count() == 1:
+        return [word]
+    words = np.asarray(multihost_utils.process_allgather(np.array([word], np.uint32))).reshape(-1).tolist()
+    if _FAILED in words and word != _FAILED:
+        raise KnownToAll(f"process {words.index(_FAILED)} of this replica has failed, and says why")
+    return words
+
+
+LOST = "another process of this replica was lost: run the same command again"
+
+
+def lost(error: Exception) -> NoReturn:
+    """Ends this process because a peer is gone."""
+    print(f"fluxbatch: {LOST}: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
+    os._exit(Exit.PEER_LOST)
+
+
+def leave(code: int) -> None:
+    """Ends this process if it has peers, which a regular exit would wait for while they wait for it."""
     if jax.process_count() > 1:
-        whole = hashlib.sha256()
-        for value in values:
-            whole.update(repr(value).encode("utf-8", "surrogatepass"))
-        digest = np.frombuffer(whole.digest()[:4], np.uint32)
-        all_digests = np.asarray(multihost_utils.process_allgather(digest)).reshape(-1)
-        if odd := [i for i, other in enumerate(all_digests) if other != all_digests[0]]:
-            raise UserError(f"process {odd[0]} of this replica sees another {what} than process 0: the same files and settings are needed")
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def first_says(number: int) -> int:
@@ -140,7 +189,7 @@ def least(number: int) -> int:
 
 def all_say(yes: bool) -> bool:
     """Whether every process says yes."""
-    return bool(np.all(multihost_utils.process_allgather(np.int32(yes)))) if jax.process_count() > 1 else yes
+    return all(_exchange(int(yes)))
 
 
 def whole(array: jax.Array) -> np.ndarray:
