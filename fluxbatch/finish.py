@@ -8,7 +8,6 @@ import json
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
-import jax
 import yaml
 from omegaconf import OmegaConf
 
@@ -59,7 +58,7 @@ class Outcome:
         try:
             yield
         except Exception as error:
-            if jax.process_count() > 1 and isinstance(error, jax.errors.JaxRuntimeError):
+            if hosts.is_loss(error):
                 self._lost_a_peer(error)
             with contextlib.suppress(StorageError):
                 self.work.ended(1, f"{type(error).__name__}: {error}"[:500], {"before": self.before})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -14,14 +15,18 @@ import numpy as np
 import pytest
 from conftest import GOLDEN, images, metadata, psnr
 
+from fluxbatch.dist.hosts import HEARTBEAT
+
+KILLS = int(os.environ.get("FLUXBATCH_SOAK", "2"))
+
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("xla")
 
 
-def replica(folder, cache, processes, name="run", devices=2, log=None, **more):
-    """Starts the processes of a replica on this machine."""
+def replica(folder, cache, processes, name="run", devices=2, log=None, first=(), program=("-m", "fluxbatch.run"), **more):
+    """Starts the processes of a replica on this machine; ``first``: arguments that only process 0 gets."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -29,14 +34,14 @@ def replica(folder, cache, processes, name="run", devices=2, log=None, **more):
         "pretrained_model_name_or_path": GOLDEN / "dev", "max_sequence_length": 24, "hardware": "cpu", "output_dir": folder,
         "run_name": name, "jax_cache_dir": cache, "sharding": "ddp", "output.gallery": "false",
     } | more  # fmt: skip
-    command = [sys.executable, "-m", "fluxbatch.run", *(f"{k}={v}" for k, v in flags.items())]
+    command = [sys.executable, *program, *(f"{k}={v}" for k, v in flags.items())]
     started = []
     for index in range(processes):
         env = os.environ | {
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
             "JAX_NUM_PROCESSES": str(processes), "JAX_PROCESS_ID": str(index)}  # fmt: skip
         file = open(folder / f"{log or name}.{index}.log", "w")  # noqa: SIM115
-        started.append(subprocess.Popen(command, env=env, stdout=file, stderr=file))
+        started.append(subprocess.Popen([*command, *first] if index == 0 else command, env=env, stdout=file, stderr=file))
     return started
 
 
@@ -114,22 +119,54 @@ def test_sigterm_to_one_drains_all(tmp_path, cache):
 
 
 @pytest.mark.slow
+def test_a_failure_of_one_is_known_to_all_at_once(tmp_path, cache):
+    """While the run opens, and at its end."""
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "one"}\n')
+    given = {"manifest": tmp_path / "rows.jsonl", "resolution": 16, "num_inference_steps": 1}
+    processes = replica(tmp_path, cache, 2, "bad", first=[f"manifest={tmp_path / 'missing.jsonl'}"], **given)
+    assert [p.wait(timeout=120) for p in processes] == [2, 2], said(tmp_path, "bad")
+    errors = [(tmp_path / f"bad.{i}.log").read_text() for i in range(2)]
+    assert "missing.jsonl" in errors[0] and "process 0 of this replica has failed" in errors[1]
+    assert all("Traceback" not in error for error in errors)
+
+    broken = (
+        "from fluxbatch.io import ledger, storage\ndef merge(self): raise storage.StorageError('the bucket is gone')\n"
+        "ledger.Ledger.merge = merge\nfrom fluxbatch import run\nrun.main()"
+    )
+    processes = replica(tmp_path, cache, 2, "end", program=("-c", broken), **given)
+    assert [p.wait(timeout=120) for p in processes] == [1, 1], said(tmp_path, "end")
+    assert "the bucket is gone" in (tmp_path / "end.0.log").read_text()
+
+
+@pytest.mark.slow
+def test_one_of_four_killed_anywhere(tmp_path, cache):
+    """Nothing is lost or doubled however often it happens; the last start is left in peace."""
+    more = {"manifest": long_manifest(tmp_path), "resolution": 16, "shard_size": 32, "devices": 1, "sharding": "single", "ici_data_parallelism": -1}
+    rng = random.Random(0)
+    for _ in range(KILLS):
+        processes = replica(tmp_path, cache, 4, **more)
+        wait_for(processes, tmp_path / "run", pictures(tmp_path / "run") + rng.randrange(1, 12))
+        time.sleep(rng.random() / 10)
+        victim = processes.pop(rng.randrange(4))
+        victim.kill()
+        begun = time.monotonic()
+        codes = [p.wait(timeout=HEARTBEAT + 10) for p in processes]
+        assert time.monotonic() - begun < HEARTBEAT + 10 and victim.wait() in (0, -signal.SIGKILL)
+        assert {*codes} <= {76, -signal.SIGABRT} or pictures(tmp_path / "run") == 160, (codes, said(tmp_path))
+    processes = replica(tmp_path, cache, 4, **more)
+    assert [p.wait(timeout=400) for p in processes] == [0] * 4, said(tmp_path)
+    assert sorted(r["id"] for r in metadata(tmp_path / "run")) == sorted(f"r{i}" for i in range(160))
+    assert pictures(tmp_path / "run") == 160
+
+
+@pytest.mark.slow
 def test_processes_that_disagree_are_told(tmp_path, cache):
     """One sees another manifest: nobody starts."""
     (tmp_path / "rows.jsonl").write_text('{"prompt": "one"}\n')
     (tmp_path / "other.jsonl").write_text('{"prompt": "two"}\n')
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    started = []
-    for index, manifest in enumerate(("rows.jsonl", "other.jsonl")):
-        env = os.environ | {"XLA_FLAGS": "", "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(index)}
-        command = [sys.executable, "-m", "fluxbatch.run", f"pretrained_model_name_or_path={GOLDEN / 'dev'}", "max_sequence_length=24",
-                   "hardware=cpu", f"output_dir={tmp_path}", "run_name=odd", f"manifest={tmp_path / manifest}", "resolution=32"]  # fmt: skip
-        started.append(subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True))
-    errors = [p.communicate(timeout=120)[1] for p in started]
-    assert [p.returncode for p in started] == [2, 2], errors
-    assert all("sees another manifest" in error for error in errors)
+    processes = replica(tmp_path, cache, 2, "odd", first=[f"manifest={tmp_path / 'other.jsonl'}"], manifest=tmp_path / "rows.jsonl", resolution=16)
+    assert [p.wait(timeout=120) for p in processes] == [2, 2], said(tmp_path, "odd")
+    assert said(tmp_path, "odd").count("sees another manifest") == 2
 
 
 @pytest.mark.parametrize("environment,word", [

@@ -98,7 +98,7 @@ def together() -> Iterator[None]:
     except KnownToAll:
         raise
     except BaseException as error:
-        if jax.process_count() > 1 and isinstance(error, jax.errors.JaxRuntimeError):
+        if is_loss(error):
             lost(error)
         _exchange(_FAILED)
         raise
@@ -146,7 +146,12 @@ def _exchange(word: int) -> list[int]:
 LOST = "another process of this replica was lost: run the same command again"
 
 
-def lost(error: Exception) -> NoReturn:
+def is_loss(error: BaseException) -> bool:
+    """Whether ``error`` says that a peer is gone, and not that this process's own device is full."""
+    return jax.process_count() > 1 and isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error)
+
+
+def lost(error: BaseException) -> NoReturn:
     """Ends this process because a peer is gone."""
     print(f"fluxbatch: {LOST}: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
     os._exit(Exit.PEER_LOST)
