@@ -277,7 +277,7 @@ def test_mixes_do_not_depend_on_the_sharding(opened, adapters):
     drawn = []
     for sizes in ((), ("ici_fsdp_parallelism=2", "ici_tensor_parallelism=2")):
         engine, resolved = opened(rows, *arrays(adapters), *sizes, sweep=False)
-        drawn.append(draw(engine, engine.load(False, lambda _: None, resolved), resolved))
+        drawn.append(draw(engine, engine.pipeline(resolved), resolved))
     assert np.abs(drawn[0] - drawn[1]).max() <= 1
 
 
