@@ -271,6 +271,7 @@ def test_eight_rows_of_eight_mixes(opened, adapters):
         assert i < 2 or np.abs(alone[0] - together[i % 2]).mean() > 2  # the mix decides the picture
 
 
+@pytest.mark.slow
 def test_mixes_do_not_depend_on_the_sharding(opened, adapters):
     """Beside the weights, whose rows and columns are divided."""
     rows = [{"prompt": "x", "seed": 1, "height": 32, "width": 32, "num_inference_steps": 1, "lora": mix} for mix in MIXES[:4]]

@@ -36,8 +36,10 @@ def weights():
     return graph, [(keys, leaf, rng.normal(0, 0.2, leaf.get_value().shape).astype(np.float32)) for keys, leaf in nnx.to_flat_state(state)]
 
 
-def velocity(mesh, *args):
-    """The compiled program of one step on ``mesh``, and what it says."""
+@functools.cache
+def velocity(shape, *args):
+    """The compiled program of one step on a mesh of ``shape``, and what it says."""
+    mesh = make_mesh(shape)
     layout = Layout(mesh)
     make = lambda: Flux(CONFIG, rngs=nnx.Rngs(0), attention=layout.attention(attention.blocked), layout=layout)  # noqa: E731
     graph, _ = nnx.split(nnx.eval_shape(make))
@@ -63,7 +65,7 @@ def plain(*args):
 @pytest.mark.parametrize("shape,sizes", [((1, 1, 1, 4), (8, 4, 6)), ((1, 2, 2, 2), (8, 4, 6)), ((1, 1, 4), (7, 3, 5))], ids=str)
 def test_the_velocity_is_the_same_on_every_mesh(shape, sizes):
     """The last one's 7 text and 15 image tokens do not divide."""
-    _, found = velocity(make_mesh(shape), *sizes)
+    _, found = velocity(shape, *sizes)
     assert np.allclose(found, plain(*sizes), atol=2e-5 * np.abs(found).max())
 
 
@@ -76,7 +78,7 @@ def exchanges(compiled, kind):
 
 
 def test_tensor_parallelism_sums_once_for_each_half_of_a_block():
-    compiled, _ = velocity(make_mesh((1, 1, 1, 4)))
+    compiled, _ = velocity((1, 1, 1, 4), 8, 4, 6)
     # double: image's and text's attention and MLP; single: both at once. Before the blocks, three embeddings of vectors.
     assert sorted(map(len, exchanges(compiled, "all-reduce"))) == [2] * 3 + [3] * 5
     assert {*map(len, exchanges(compiled, "all-gather"))} == {2}  # modulation: a vector for each image
@@ -84,13 +86,13 @@ def test_tensor_parallelism_sums_once_for_each_half_of_a_block():
 
 
 def test_context_parallelism_gathers_keys_and_values():
-    compiled, _ = velocity(make_mesh((1, 1, 4)))
+    compiled, _ = velocity((1, 1, 4), 8, 4, 6)
     assert len([shape for shape in exchanges(compiled, "all-gather") if len(shape) > 3]) == 4  # of two kinds of block
     assert not exchanges(compiled, "all-reduce") + exchanges(compiled, "all-to-all")
 
 
 def test_fsdp_gathers_weights_and_no_images():
-    compiled, _ = velocity(make_mesh((1, 4)))
+    compiled, _ = velocity((1, 4), 8, 4, 6)
     assert not exchanges(compiled, "all-reduce") + exchanges(compiled, "collective-permute")
     assert {*exchanges(compiled, "all-to-all")} <= {(1, 1, 16)}  # of the vectors before the blocks
     layers = [shape for shape in exchanges(compiled, "all-gather") if len(shape) == 3]
