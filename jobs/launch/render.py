@@ -92,7 +92,8 @@ def _check(job: Launch, target: Target) -> None:
         problems.append(f"hardware={job.hardware.platform.name}: expected {target.hardware}, as target={job.target} has")
     axes = {key: value for key, value in vars(job.sharding).items() if key.endswith("_parallelism")}
     chips, fixed = target.hosts * target.chips, math.prod(value for value in axes.values() if value > 0)
-    if chips % fixed or (fixed != chips and -1 not in axes.values()):
+    grows = any(value == -1 and key.startswith("ici_") for key, value in axes.items())  # a target is one slice
+    if chips % fixed or (fixed != chips and not grows):
         shape = ", ".join(f"{key}={value}" for key, value in axes.items())
         problems.append(f"{shape}: expected a mesh over the {chips} chips of target={job.target}, such as sharding=ddp or fsdp")
     if job.kind.name in ("cronjob", "batch", "scheduler") and target.hosts > 1:
