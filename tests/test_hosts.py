@@ -77,7 +77,7 @@ def pictures(run):
 
 
 def wait_for(processes, run, count):
-    end = time.monotonic() + 120
+    end = time.monotonic() + 300
     while pictures(run) < count and all(p.poll() is None for p in processes):
         assert time.monotonic() < end
         time.sleep(0.01)
