@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+import shutil
 import sys
 
 import numpy as np
@@ -19,7 +20,7 @@ def room():
     sys.path.insert(0, str(ROOM))
     yield
     sys.path.remove(str(ROOM))
-    for name in ("data", "words", "evaluate", "export", "train"):
+    for name in ("data", "words", "evaluate", "export", "train", "loop", "autoencoder", "flow", "guidance", "adapters"):
         sys.modules.pop(name, None)
 
 
@@ -116,27 +117,85 @@ def test_tokenizers_know_every_caption_and_survive_any_text(data, scenes, tmp_pa
     assert t5.decode(t5("a zebra")["input_ids"], skip_special_tokens=True) == "a zebra"
 
 
-@pytest.mark.slow
-def test_recipe_trains_resumes_and_exports_what_the_runner_runs(data, tmp_path, monkeypatch, cli):
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory):
+    """All stages of the recipe, a few steps each, at 64 pixels."""
     pytest.importorskip("optax")
+    import adapters
+    import autoencoder
+    import flow
+    import guidance
+    import jax
+    import loop
     import train
 
-    monkeypatch.setattr(train, "POOL", 64)
-    work = train.Work(tmp_path, 64)
-    train.train_vae(work, 2, size=2)
-    train.train_flow(work, 3, size=4)
-    before = work.load("flow")
-    train.train_flow(work, 5, size=4)
-    after = work.load("flow")
-    assert (before["step"], after["step"]) == (3, 5)
-    changed = [not np.array_equal(a, b) for a, b in zip(*(train.jax.tree.leaves(s["params"]) for s in (before, after)), strict=True)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flow, "POOL", 64)
+        patch.setattr(adapters, "POOL", 16)
+        work = loop.Work(tmp_path_factory.mktemp("recipe"), 64)
+        autoencoder.train_vae(work, 2, size=2)
+        flow.train_flow(work, 3, size=4)
+        before = work.load("flow")
+        flow.train_flow(work, 5, size=4)
+        after = work.load("flow")
+        autoencoder.train_decoder(work, 2, size=2)
+        guidance.train_guidance(work, 2, size=4)
+        adapters.train_adapters(work, 3, size=4)
+        train.write(work)
+    assert (before["step"], after["step"]) == (3, 5), "a stage goes on where it was stopped"
+    changed = [not np.array_equal(a, b) for a, b in zip(*(jax.tree.leaves(s["params"]) for s in (before, after)), strict=True)]
     assert np.mean(changed) > 0.9, "gradients reach the whole model"
+    return work.folder
 
-    train.write(work)
-    checkpoint = f"pretrained_model_name_or_path={tmp_path / 'flux-mini'}"
-    code, err = cli(checkpoint, "prompt=a red apple on a blue background", "resolution=64", f"output_dir={tmp_path}", "run_name=first")
+
+def picture(cli, folder: pathlib.Path, name: str, *overrides: str) -> np.ndarray:
+    code, err = cli("prompt=a red apple on a blue background", "resolution=64", f"output_dir={folder}", f"run_name={name}", "activations_dtype=float32",
+                    "weights_dtype=float32", "seed=3", *overrides)  # fmt: skip
     assert code == 0, err
-    assert pixels(tmp_path / "first" / metadata(tmp_path / "first")[0]["file_name"]).shape == (64, 64, 3)
+    return pixels(folder / name / metadata(folder / name)[0]["file_name"])
+
+
+@pytest.mark.slow
+def test_recipe_exports_what_the_runner_runs(trained, tmp_path, cli):
+    plain = f"pretrained_model_name_or_path={trained / 'flux-mini'}"
+    first = picture(cli, tmp_path, "first", plain)
+    assert first.shape == (64, 64, 3)
+    for name in ("pixel-art", "outline"):
+        path = trained / "flux-mini" / "loras" / f"{name}.safetensors"
+        assert not np.array_equal(picture(cli, tmp_path, name, plain, f"+lora.mine.path={path}", "+lora.mine.scale=4.0"), first)
+        assert np.array_equal(picture(cli, tmp_path, f"{name}-off", plain, f"+lora.mine.path={path}", "+lora.mine.scale=0.0"), first)
+    dev = f"pretrained_model_name_or_path={trained / 'flux-mini-dev'}"
+    weak, strong = (picture(cli, tmp_path, f"g{g}", dev, f"guidance_scale={g}", "num_inference_steps=6") for g in (1.0, 5.0))
+    assert not np.array_equal(weak, strong), "the strength of guidance is read"
+
+
+@pytest.mark.slow
+def test_both_formats_say_what_training_multiplied(trained, tmp_path, cli):
+    """One adapter, loud, as PEFT's file, as kohya's, and merged into the kernels by the recipe."""
+    import adapters
+    import export
+    import jax
+    import loop
+    from safetensors.numpy import save_file
+
+    from fluxbatch.weights import tables
+
+    flux = loop.Work(trained, 64).result("flow")["flux"]
+    rng = np.random.default_rng(0)
+    adapter = jax.tree.map(lambda m: rng.normal(0, 0.06, m.shape).astype(np.float32), adapters.begin(flux))
+    plain = f"pretrained_model_name_or_path={trained / 'flux-mini'}"
+    drawn = {"off": picture(cli, tmp_path, "off", plain)}
+    for name, tensors in {"peft": adapters.peft(adapter, flux), "kohya": adapters.kohya(adapter)}.items():
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+        drawn[name] = picture(cli, tmp_path, name, plain, f"+lora.mine.path={tmp_path / f'{name}.safetensors'}")
+    assert psnr(drawn["peft"], drawn["kohya"]) >= 50
+    merged = tmp_path / "merged"
+    shutil.copytree(trained / "flux-mini", merged)
+    tensors = export.named(export.arrays_of(adapters.adapted(flux, adapter)), tables.FLUX_DIFFUSERS)
+    save_file(tensors, merged / "transformer" / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+    expected = picture(cli, tmp_path, "expected", f"pretrained_model_name_or_path={merged}")
+    # the merged file rounds the sum to bfloat16, the adapter its two factors
+    assert psnr(drawn["peft"], expected) >= psnr(drawn["off"], expected) + 12
 
 
 @pytest.mark.parity

@@ -12,7 +12,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")  # Debian: fonts-noto-color-emoji, OFL 1.1
 FONT_SIZE = 109  # the only size of the font's bitmaps
@@ -41,6 +41,7 @@ COLORS = {
     "red": (214, 48, 49), "orange": (245, 146, 46), "yellow": (250, 222, 96), "green": (72, 168, 86), "blue": (58, 108, 214),
     "purple": (128, 72, 178), "pink": (248, 172, 204), "white": (252, 252, 252), "gray": (140, 144, 150), "black": (22, 22, 28),
 }  # fmt: skip
+PAPER, PENCIL = np.float32([250, 248, 240]), np.float32([50, 50, 60])
 SHAPES = ((128, 128), (128, 192), (192, 128))  # height, width
 PLACES = ("left", "right", "top", "bottom")
 PLURAL = {"grapes", "cherries", "popcorn", "fire"}  # these take no article
@@ -127,6 +128,24 @@ def render(scene: Scene) -> np.ndarray:
         window *= 1 - rgba[..., 3:]
         window += rgba[..., :3]
     return (np.clip(image, 0, 1) * 255).round().astype(np.uint8)
+
+
+def pixel_art(image: np.ndarray, block: int = 8) -> np.ndarray:
+    """A picture ``[h, w, 3]`` uint8 in squares of ``block`` pixels."""
+    h, w, _ = image.shape
+    small = image.reshape(h // block, block, w // block, block, 3).mean((1, 3))
+    return small.round().astype(np.uint8).repeat(block, axis=0).repeat(block, axis=1)
+
+
+def outline(image: np.ndarray) -> np.ndarray:
+    """A picture ``[h, w, 3]`` uint8 as a pencil draws it: its edges on paper."""
+    soft = np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(1.0)), np.float32)
+    dy, dx = np.gradient(soft, axis=(0, 1))
+    lead = np.clip((np.hypot(dx, dy).max(axis=-1, keepdims=True) - 6) / 26, 0, 1)
+    return (PAPER + (PENCIL - PAPER) * lead).round().astype(np.uint8)
+
+
+STYLES = {"pixel-art": pixel_art, "outline": outline}  # what the adapters learn
 
 
 def spot(place: str, height: int, width: int, size: int) -> tuple[int, int]:

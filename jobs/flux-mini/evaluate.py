@@ -1,6 +1,7 @@
 """Does flux-mini draw what it is told? Held-out captions through ``fluxbatch.run``, scored without the model.
 
     python jobs/flux-mini/evaluate.py [--model flux-mini] [--count 200] [--steps 4] [--output_dir outputs]
+    python jobs/flux-mini/evaluate.py --spoil all     # the same with one thing broken at a time: a table
 
 The background is the palette colour nearest to the border's median; the object is the nearest drawing
 of the font on that background, over small shifts and sizes; the place is where the foreground's centre
@@ -16,6 +17,7 @@ import pathlib
 import subprocess
 import sys
 from collections import Counter
+from typing import Any
 
 import data
 import numpy as np
@@ -114,31 +116,56 @@ def table(result: dict[str, tuple[int, int]]) -> str:
     return "\n".join(lines)
 
 
+def draw(scenes: list[data.Scene], folder: pathlib.Path, program: list[str], overrides: list[str]) -> list[dict[str, Any]]:
+    """The records of a run over the scenes' captions, each with the scene's object, color and place."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    manifest = folder.parent / "eval.jsonl"
+    rows = [{"prompt": s.caption, "object": s.items[0].name, "color": s.color, "place": s.place} for s in scenes]
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    subprocess.run(
+        [sys.executable, *program, f"manifest={manifest}", f"run_name={folder.name}", f"output_dir={folder.parent}", "overwrite=true", *overrides],
+        check=True)  # fmt: skip
+    return [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+
+
+def judged(records: list[dict[str, Any]], folder: pathlib.Path) -> list[dict[str, str | None]]:
+    """What the pictures of a run show. A picture that was rejected shows nothing, and has no record."""
+    return [score(np.asarray(Image.open(folder / record["file_name"]).convert("RGB"))) for record in records]
+
+
+def spoilt_table(rows: dict[str, dict[str, tuple[int, int]]]) -> str:
+    lines = ["| broken | object | color | place |", "|---|---|---|---|"]
+    for name, result in rows.items():
+        lines.append(f"| {name} | " + " | ".join(f"{right / of:.0%}" if of else "none drawn" for right, of in result.values()) + " |")
+    return "\n".join(lines)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="flux-mini", help="embedded name or directory of the checkpoint")
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--output_dir", type=pathlib.Path, default=pathlib.Path("outputs"))
-    parser.add_argument("overrides", nargs="*", help="more for fluxbatch.run, such as sampler.resolution=64")
+    parser.add_argument("--spoil", choices=["all"], help="also with RoPE, modulation, text and timestep broken, one at a time")
+    parser.add_argument("overrides", nargs="*", help="more for fluxbatch.run, such as guidance_scale=2")
     args = parser.parse_args()
 
-    folder = args.output_dir / "eval"
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    manifest = args.output_dir / "eval.jsonl"
     scenes = data.held_out_scenes(args.count)
-    rows = [{"prompt": s.caption, "object": s.items[0].name, "color": s.color, "place": s.place} for s in scenes]
-    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    subprocess.run(
-        [sys.executable, "-m", "fluxbatch.run", f"manifest={manifest}", f"pretrained_model_name_or_path={args.model}", "run_name=eval",
-         f"output_dir={args.output_dir}", f"num_inference_steps={args.steps}", "overwrite=true", *args.overrides], check=True)  # fmt: skip
-
-    records = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
-    seen = [score(np.asarray(Image.open(folder / record["file_name"]).convert("RGB"))) for record in records]
+    overrides = [f"pretrained_model_name_or_path={args.model}", f"num_inference_steps={args.steps}", *args.overrides]
+    folder = args.output_dir / "eval"
+    records = draw(scenes, folder, ["-m", "fluxbatch.run"], overrides)
+    seen = judged(records, folder)
     result = tally(records, seen)
     wrong = Counter((w["object"], s["object"]) for w, s in zip(records, seen, strict=True) if w["object"] != s["object"])
     lines = [f"{args.model}, {args.steps} steps, {len(records)} held-out captions", "", table(result)]
     lines += ["", "Taken for another: " + ", ".join(f"{a} for {b} ({n})" for (a, b), n in wrong.most_common(10))] if wrong else []
+    if args.spoil:
+        rows = {"nothing": result}
+        for name in ("rope", "modulation", "text", "timestep"):
+            spoilt = args.output_dir / f"eval-{name}"
+            records = draw(scenes, spoilt, [str(pathlib.Path(__file__).with_name("spoil.py")), name], overrides)
+            rows[name] = tally(records, judged(records, spoilt))
+        lines += ["", spoilt_table(rows)]
     (folder / "eval.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
     return int(any(right < REQUIRED[key] * of for key, (right, of) in result.items()))

@@ -24,9 +24,13 @@ INDEX = {"_class_name": "FluxPipeline", "scheduler": ["diffusers", "FlowMatchEul
          "transformer": ["diffusers", "FluxTransformer2DModel"], "vae": ["diffusers", "AutoencoderKL"]}  # fmt: skip
 
 
-def named(state: Any, table: Table) -> dict[str, np.ndarray]:
-    """The state's arrays by the names that a checkpoint has for them: the table read backwards."""
-    arrays = {".".join(map(str, keys)): np.asarray(leaf.get_value()) for keys, leaf in nnx.to_flat_state(state)}
+def arrays_of(state: Any) -> dict[str, np.ndarray]:
+    """A state's arrays by their paths."""
+    return {".".join(map(str, keys)): np.asarray(leaf.get_value()) for keys, leaf in nnx.to_flat_state(state)}
+
+
+def named(arrays: Mapping[str, np.ndarray], table: Table) -> dict[str, np.ndarray]:
+    """Arrays by the names that a checkpoint has for them: the table read backwards. bfloat16."""
     out: dict[str, np.ndarray] = {}
     for rule in table.rules:
         count = len(re.findall(r"\(\\d\+\)", rule.pattern))
@@ -46,17 +50,20 @@ def named(state: Any, table: Table) -> dict[str, np.ndarray]:
     return out
 
 
-def write(folder: pathlib.Path, vae: dict, flux: dict, text: Mapping[str, dict], vae_params: Any, params: Mapping[str, Any]) -> None:
+def write(
+    folder: pathlib.Path, vae: dict, flux: dict, text: Mapping[str, dict], vae_params: Any, params: Mapping[str, Any], scheduler: dict = SCHEDULER
+) -> None:  # fmt: skip
     """Configs and weights (bfloat16) beside the tokenizers that are there already."""
+    parts_of = lambda state, table: named(arrays_of(state), table)  # noqa: E731
     levels = len(vae["block_out_channels"])
     vae = {"_class_name": "AutoencoderKL", "act_fn": "silu", "in_channels": 3, "out_channels": 3, "force_upcast": False,
            "down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels} | vae  # fmt: skip
     parts = {
-        "transformer": ({"_class_name": "FluxTransformer2DModel", "patch_size": 1} | flux, named(params["flux"], tables.FLUX_DIFFUSERS)),
-        "text_encoder": ({"architectures": ["CLIPTextModel"], "model_type": "clip_text_model"} | text["clip"], named(params["clip"], tables.CLIP)),
+        "transformer": ({"_class_name": "FluxTransformer2DModel", "patch_size": 1} | flux, parts_of(params["flux"], tables.FLUX_DIFFUSERS)),
+        "text_encoder": ({"architectures": ["CLIPTextModel"], "model_type": "clip_text_model"} | text["clip"], parts_of(params["clip"], tables.CLIP)),
         "text_encoder_2": ({"architectures": ["T5EncoderModel"], "model_type": "t5", "tie_word_embeddings": False, "is_encoder_decoder": False}
-                           | text["t5"], named(params["t5"], tables.T5)),
-        "vae": (vae, named(vae_params[0], tables.VAE_ENCODER) | named(vae_params[1], tables.VAE_DECODER)),
+                           | text["t5"], parts_of(params["t5"], tables.T5)),
+        "vae": (vae, parts_of(vae_params[0], tables.VAE_ENCODER) | parts_of(vae_params[1], tables.VAE_DECODER)),
     }  # fmt: skip
     for name, (config, tensors) in parts.items():
         (folder / name).mkdir(parents=True, exist_ok=True)
@@ -64,5 +71,5 @@ def write(folder: pathlib.Path, vae: dict, flux: dict, text: Mapping[str, dict],
         stem = "model" if name.startswith("text") else "diffusion_pytorch_model"
         save_file(tensors, folder / name / f"{stem}.safetensors", metadata={"format": "pt"})
     (folder / "scheduler").mkdir(exist_ok=True)
-    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER, indent=2) + "\n")
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler, indent=2) + "\n")
     (folder / "model_index.json").write_text(json.dumps(INDEX, indent=2) + "\n")

@@ -14,7 +14,6 @@ import sys
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
 
 HERE = pathlib.Path(__file__).parent
@@ -31,10 +30,6 @@ VARIANTS = {
     "dev": dict(heads=2, head_dim=16, axes=(4, 6, 6), layers=2, single=2, channels=4, guidance=True, dynamic=True, act="quick_gelu"),
     "schnell": dict(heads=3, head_dim=8, axes=(2, 2, 4), layers=1, single=3, channels=8, guidance=False, dynamic=False, act="gelu"),
 }
-
-# What the package carries as its default model until a trained one takes its place.
-PLACEHOLDER = dict(heads=2, head_dim=32, axes=(8, 12, 12), layers=1, single=2, channels=16, guidance=False, dynamic=False,
-                   act="quick_gelu", width=64, clip_length=77, vae=(16, 16, 32, 32))  # fmt: skip
 
 
 def tokenizers(length: int) -> tuple[CLIPTokenizer, T5TokenizerFast]:
@@ -102,26 +97,6 @@ def render(pipe: FluxPipeline, row: dict, length: int, dtype: torch.dtype = torc
     return np.asarray(image.images[0])
 
 
-def adapters(pipe: FluxPipeline, folder: pathlib.Path, rank: int = 4) -> None:
-    """Two random adapters of the placeholder, in PEFT's and in kohya's format, loud enough to be seen."""
-    g = torch.Generator().manual_seed(9)
-    draw = lambda *shape, std: (std * torch.randn(shape, generator=g)).bfloat16()  # noqa: E731
-    peft, kohya = {}, {}
-    for name, module in pipe.transformer.named_modules():
-        if isinstance(module, torch.nn.Linear) and "transformer_blocks" in name and ".attn.to_" in name:
-            peft[f"transformer.{name}.lora_A.weight"] = draw(rank, module.in_features, std=0.12)
-            peft[f"transformer.{name}.lora_B.weight"] = draw(module.out_features, rank, std=0.4)
-    width = pipe.transformer.inner_dim
-    for i in range(len(pipe.transformer.single_transformer_blocks)):
-        for layer, (inside, outside) in {"linear1": (width, 7 * width), "linear2": (5 * width, width)}.items():
-            key = f"lora_unet_single_blocks_{i}_{layer}"
-            kohya |= {f"{key}.lora_down.weight": draw(rank, inside, std=0.12), f"{key}.lora_up.weight": draw(outside, rank, std=0.4),
-                      f"{key}.alpha": torch.tensor(float(rank))}  # fmt: skip
-    folder.mkdir(exist_ok=True)
-    save_file(peft, folder / "pixel-art.safetensors")
-    save_file(kohya, folder / "outline.safetensors")
-
-
 def main(names: list[str]) -> None:
     for name in names or VARIANTS:
         pipe = pipeline(**VARIANTS[name])
@@ -130,11 +105,6 @@ def main(names: list[str]) -> None:
         todo = rows(VARIANTS[name]["dynamic"])
         (HERE / f"{name}.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in todo))
         np.savez_compressed(HERE / f"{name}.npz", **{row["id"]: render(pipe, row, 24) for row in todo})
-    if not names:
-        folder = HERE.parents[1] / "fluxbatch" / "checkpoints" / "flux-mini"
-        pipe = pipeline(**PLACEHOLDER).to(torch.bfloat16)
-        pipe.save_pretrained(folder)
-        adapters(pipe, folder / "loras")
 
 
 if __name__ == "__main__":
