@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from fluxbatch.config import Job
-from fluxbatch.dist.mesh import AXES, SLOW, Layout, batch_ways, open_mesh
+from fluxbatch.dist.mesh import Layout, batch_ways, open_mesh
 from fluxbatch.models import attention
 from fluxbatch.pipeline import Loading, Pipeline, quietly
 from fluxbatch.sampling import Schedule
@@ -114,11 +114,12 @@ PARTS = {"t5": "text_encoder_2", "clip": "text_encoder", "flux": "transformer", 
 
 def open_engine(job: Job, platform: str) -> Engine:
     """Opens the checkpoint and checks it against the job; UserError for anything that cannot work."""
-    hardware, sampler = job.hardware, job.sampler
+    hardware, sampler, sharding = job.hardware, job.sampler, job.sharding
     default = "float32" if platform == "cpu" else "bfloat16"
     weights, activations = (default if d.name == "auto" else d.name for d in (hardware.weights_dtype, hardware.activations_dtype))
     try:
-        mesh = open_mesh(*([getattr(job.sharding, f"{kind}_{axis}_parallelism") for axis in axes] for kind, axes in (("ici", AXES), ("dcn", SLOW))))
+        inner = sharding.ici_data_parallelism, sharding.ici_fsdp_parallelism, sharding.ici_context_parallelism, sharding.ici_tensor_parallelism
+        mesh = open_mesh(inner, (sharding.dcn_data_parallelism, sharding.dcn_fsdp_parallelism))
         attend = attention.by_name(hardware.attention.name, platform, activations, hardware.flash_block_sizes)
     except ValueError as error:
         raise UserError(str(error)) from error
