@@ -128,15 +128,23 @@ def draw(scenes: list[data.Scene], folder: pathlib.Path, program: list[str], ove
     return [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
 
 
+def decibels(records: list[dict[str, Any]], folder: pathlib.Path, other: pathlib.Path) -> float:
+    """PSNR between the pictures of two runs over the same rows; infinite where none differs."""
+    pairs = [[np.asarray(Image.open(run / r["file_name"]).convert("RGB"), np.float32) for run in (folder, other)] for r in records]
+    squared = np.mean([(a - b) ** 2 for a, b in pairs])
+    return float(10 * np.log10(255**2 / squared)) if squared else np.inf
+
+
 def judged(records: list[dict[str, Any]], folder: pathlib.Path) -> list[dict[str, str | None]]:
     """What the pictures of a run show. A picture that was rejected shows nothing, and has no record."""
     return [score(np.asarray(Image.open(folder / record["file_name"]).convert("RGB"))) for record in records]
 
 
-def spoilt_table(rows: dict[str, dict[str, tuple[int, int]]]) -> str:
-    lines = ["| broken | object | color | place |", "|---|---|---|---|"]
-    for name, result in rows.items():
-        lines.append(f"| {name} | " + " | ".join(f"{right / of:.0%}" if of else "none drawn" for right, of in result.values()) + " |")
+def spoilt_table(rows: dict[str, tuple[dict[str, tuple[int, int]], float]]) -> str:
+    lines = ["| broken | object | color | place | PSNR to the unbroken |", "|---|---|---|---|---|"]
+    for name, (result, psnr) in rows.items():
+        shares = " | ".join(f"{right / of:.0%}" if of else "none drawn" for right, of in result.values())
+        lines.append(f"| {name} | {shares} | {psnr:.1f} dB |")
     return "\n".join(lines)
 
 
@@ -160,11 +168,11 @@ def main() -> int:
     lines = [f"{args.model}, {args.steps} steps, {len(records)} held-out captions", "", table(result)]
     lines += ["", "Taken for another: " + ", ".join(f"{a} for {b} ({n})" for (a, b), n in wrong.most_common(10))] if wrong else []
     if args.spoil:
-        rows = {"nothing": result}
+        rows = {"nothing": (result, np.inf)}
         for name in ("rope", "modulation", "text", "timestep"):
             spoilt = args.output_dir / f"eval-{name}"
             records = draw(scenes, spoilt, [str(pathlib.Path(__file__).with_name("spoil.py")), name], overrides)
-            rows[name] = tally(records, judged(records, spoilt))
+            rows[name] = tally(records, judged(records, spoilt)), decibels(records, spoilt, folder)
         lines += ["", spoilt_table(rows)]
     (folder / "eval.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
