@@ -50,7 +50,10 @@ class Pipeline:
             return jax.jit(function, out_shardings=batch_sharding(mesh), **options)
 
         self._encode = jit(_encode, static_argnames=("clip_graph", "t5_graph", "dtype"))
+        self._modulate = jit(_modulate, static_argnames=("graph", "dtype"))
         self._denoise = jit(_denoise, static_argnames=("graph", "dtype"), donate_argnames="latents")
+        self._condition = jit(_condition, static_argnames=("graph", "dtype"))
+        self._layer = jit(_layer, static_argnames="graph")
         self._embed = jit(_embed, static_argnames=("graph", "dtype"))
         self._block = jit(_block, static_argnames=("block_graph", "graph"))
         self._step = jit(_step, static_argnames="graph", donate_argnames="latents")
@@ -64,7 +67,7 @@ class Pipeline:
     def encode(self, clip_ids: np.ndarray, t5_ids: np.ndarray, rows: Sequence[Row]) -> tuple[jax.Array, jax.Array]:
         """Ids ``[B, 77]``, ``[B, T]`` of rows → T5 states ``[B, T, D]`` and pooled vectors ``[B, P]``."""
         (clip, clip_state), (t5, t5_state) = self._ready("clip", "t5")
-        return self._run(self._encode, clip, t5, self.dtype, clip_state, t5_state, *self._put(clip_ids, t5_ids), *self._scales(rows))
+        return self._run(self._encode, clip, t5, self.dtype, clip_state, t5_state, *self._put(clip_ids, t5_ids, *self._scales(rows)))
 
     def text_mix(self, row: Row) -> Hashable:
         """What the encoding of a row's prompts depends on besides them."""
@@ -99,22 +102,29 @@ class Pipeline:
         (graph, state), _ = self._ready("flux", "vae")  # the VAE on the same bar
         if isinstance(self.networks["flux"], StreamedFlux):
             return self._denoise_streamed(self.networks["flux"], latents, text, pooled, sigmas, counts, guidance, rope)
-        arrays = self._put(latents, text, pooled, sigmas, counts, guidance)
-        return self._run(self._denoise, graph, self.dtype, state, *arrays, rope, *self._scales(rows))
+        latents, text, pooled, guidance, *scales = self._put(latents, text, pooled, guidance, *self._scales(rows))
+        for first in range(0, counts.max(), sampling.STEPS):
+            levels, left = self._put(sigmas[:, first : first + sampling.STEPS + 1], counts - first)
+            mod = self._run(self._modulate, graph, self.dtype, state, pooled, levels, guidance, *scales)
+            latents = self._run(self._denoise, graph, self.dtype, state, latents, text, mod, levels, left, rope, *scales)
+        return latents
 
     def _denoise_streamed(self, flux: StreamedFlux, latents, text, pooled, sigmas, counts, guidance, rope) -> jax.Array:
         """What ``_denoise`` computes, with the transformer's blocks passing through the devices."""
         graph, state = flux.parts()
-        latents, text, pooled, guidance = self._put(latents, text, pooled, guidance)
-        steps = int(counts.max())
+        latents, text, pooled, guidance, sigmas, left = self._put(latents, text, pooled, guidance, sigmas, counts)
+        vec, final = self._run(self._condition, graph, self.dtype, state, pooled, sigmas, guidance)
+        with flux.modulators() as layers:
+            mods = {name: jax.block_until_ready(self._run(self._layer, *layer, vec)) for name, layer in layers}
+        steps = counts.max()
         with flux.blocks(steps) as blocks:
             for i in range(steps):
-                now, then, moves = self._put(sigmas[:, i], sigmas[:, i + 1], i < counts)
-                x, vec = self._run(self._embed, graph, self.dtype, state, latents, text, pooled, now, guidance)
-                for block_graph, block in itertools.islice(blocks, len(flux)):
-                    x = self._run(self._block, block_graph, graph, block, state, x, vec, rope)
+                x = self._run(self._embed, graph, self.dtype, state, latents, text)
+                for name, (block_graph, block) in itertools.islice(blocks, len(flux)):
+                    mod = [mods[layer] for layer in flux.modulators_of(name)]
+                    x = self._run(self._block, block_graph, graph, block, state, x, mod, i, rope)
                     jax.block_until_ready(x)  # or blocks would pile up behind the computation
-                latents = self._run(self._step, graph, state, latents, x, vec, now, then, moves)
+                latents = self._run(self._step, graph, state, latents, x, final, i, sigmas, left)
         return latents
 
     def decode(self, latents: jax.Array, height: int, width: int) -> tuple[jax.Array, jax.Array]:
@@ -123,9 +133,9 @@ class Pipeline:
         ((graph, state),) = self._ready("vae")
         return self._run(self._decode, graph, self.dtype, state, latents, height // scale, width // scale)
 
-    def _scales(self, rows: Sequence[Row]) -> list[jax.Array]:
+    def _scales(self, rows: Sequence[Row]) -> list[np.ndarray]:
         """Each row's mix of adapters, if it has one of its own."""
-        return [] if self._lora is None else self._put(self._lora.scales(rows))
+        return [] if self._lora is None else [self._lora.scales(rows)]
 
     def _put(self, *arrays: np.ndarray) -> list[jax.Array]:
         return [put(array, batch_sharding(self.mesh)) for array in arrays]
@@ -153,42 +163,60 @@ def _encode(clip_graph, t5_graph, dtype, clip, t5, clip_ids, t5_ids, scales=None
     return _model(t5_graph, t5, scales)(t5_ids, dtype), pooled
 
 
-def _denoise(graph, dtype, state, latents, text, pooled, sigmas, counts, guidance, rope, scales=None):
-    """Euler steps from noise to latents; a row that has had its ``counts`` steps stands still."""
+def _modulate(graph, dtype, state, pooled, sigmas, guidance, scales=None):
+    """All that ``_denoise`` needs of time, guidance and pooled text, and of the weights that it can do without."""
     flux = _model(graph, state, scales)
-
-    def step(i, x):
-        now, then = sigmas[:, i], sigmas[:, i + 1]
-        return _euler(x, flux(x.astype(dtype), text, pooled, now, guidance, rope), now, then, i < counts)
-
-    return jax.lax.fori_loop(0, jnp.max(counts), step, latents)
+    return flux.modulation(flux.condition(pooled, sigmas[:, :-1], guidance, dtype))
 
 
-def _euler(x, velocity, now, then, moves):
-    moved = x + (then - now)[:, None, None] * velocity.astype(jnp.float32)
-    return jnp.where(moves[:, None, None], moved, x)
+def _denoise(graph, dtype, state, latents, text, mod, sigmas, left, rope, scales=None):
+    """As many Euler steps as there are ``sigmas``; a row that has none ``left`` stands still.
+
+    The layers that make modulation are in ``state`` but not in the program: jit drops what is not used.
+    """
+    flux = _model(graph, state, scales)
+    flux.drop_modulators()
+    text = flux.embed_text(text, dtype)
+    step = lambda i, x: _euler(x, flux.velocity(x.astype(dtype), text, mod.at(i), rope), i, sigmas, left)  # noqa: E731
+    return jax.lax.fori_loop(0, jnp.minimum(jnp.max(left), sigmas.shape[1] - 1), step, latents)
+
+
+def _euler(x, velocity, i, sigmas, left):
+    moved = x + (sigmas[:, i + 1] - sigmas[:, i])[:, None, None] * velocity.astype(jnp.float32)
+    return jnp.where((i < left)[:, None, None], moved, x)
 
 
 # The same in parts, for blocks that come one at a time.
 
 
-def _embed(graph, dtype, state, latents, text, pooled, now, guidance):
-    img, txt, vec = nnx.merge(graph, state).embed(latents.astype(dtype), text, pooled, now, guidance)
-    return (img, txt), vec
+def _condition(graph, dtype, state, pooled, sigmas, guidance):
+    flux = nnx.merge(graph, state)
+    vec = flux.condition(pooled, sigmas[:, :-1], guidance, dtype)
+    return vec, flux.modulation(vec).final
 
 
-def _block(block_graph, graph, block, state, x, vec, rope):
-    """``x``: image and text; in single blocks one sequence of both, text first."""
+def _layer(graph, state, vec):
+    return nnx.merge(graph, state)(vec)
+
+
+def _embed(graph, dtype, state, latents, text):
+    flux = nnx.merge(graph, state)
+    return flux.embed_image(latents.astype(dtype)), flux.embed_text(text, dtype)
+
+
+def _block(block_graph, graph, block, state, x, mod, i, rope):
+    """``x``: image and text; in single blocks one sequence of both, text first. ``mod``: of all steps."""
     block, flux = nnx.merge(block_graph, block), nnx.merge(graph, state)
     img, txt = x
+    mod = [part[:, i] for part in mod]
     if isinstance(block, DoubleBlock):
-        return block(img, txt, vec, rope, flux)
-    both = block(jnp.concatenate([txt, img], axis=1), vec, rope, flux)
+        return block(x, mod, rope, flux)
+    both = block(jnp.concatenate([txt, img], axis=1), *mod, rope, flux)
     return both[:, txt.shape[1] :], both[:, : txt.shape[1]]
 
 
-def _step(graph, state, latents, x, vec, now, then, moves):
-    return _euler(latents, nnx.merge(graph, state).finish(x[0], vec), now, then, moves)
+def _step(graph, state, latents, x, final, i, sigmas, left):
+    return _euler(latents, nnx.merge(graph, state).finish(x[0], final[:, i]), i, sigmas, left)
 
 
 def _decode(graph, dtype, state, latents, height, width):

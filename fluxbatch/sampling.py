@@ -15,7 +15,7 @@ import numpy as np
 
 from fluxbatch.types import UserError
 
-STEP_QUANTUM = 64  # schedules are padded to a multiple of this many steps
+STEPS = 8  # of a schedule that are prepared and run at a time
 
 
 def torch_normal(seed: int, size: int) -> np.ndarray:
@@ -107,9 +107,9 @@ class Schedule:
 
 def padded_sigmas(rows: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Schedules of a batch as data: levels ``[B, S + 1]``, zero after each row's end, and step counts
-    ``[B]``. S is a multiple of ``STEP_QUANTUM``, so that another count compiles nothing."""
+    ``[B]``. S is a multiple of ``STEPS``: programs take that many, so that another count compiles nothing."""
     counts = np.array([len(row) - 1 for row in rows], np.int32)
-    size = -(-counts.max() // STEP_QUANTUM) * STEP_QUANTUM
+    size = -(-counts.max() // STEPS) * STEPS
     levels = np.zeros((len(rows), size + 1), np.float32)
     for level, row in zip(levels, rows, strict=True):
         level[: len(row)] = row

@@ -38,7 +38,7 @@ def weights():
 
 @functools.cache
 def velocity(shape, *args):
-    """The compiled program of one step on a mesh of ``shape``, and what it says."""
+    """The compiled programs of modulation and of one step on a mesh of ``shape``, and what the latter says."""
     mesh = make_mesh(shape)
     layout = Layout(mesh)
     make = lambda: Flux(CONFIG, rngs=nnx.Rngs(0), attention=layout.attention(attention.blocked), layout=layout)  # noqa: E731
@@ -48,10 +48,22 @@ def velocity(shape, *args):
         place = Placement.of(mesh, value.shape, leaf.get_metadata()["axes"])
         placed.append((keys, leaf.replace(put(np.asarray(place.arranged(value)), place.final))))
     batch, rope = arguments(*args)
-    data = [put(x, batch_sharding(mesh)) for x in batch], tuple(put(x, replicated(mesh)) for x in rope)
-    program = jax.jit(lambda state, batch, rope: nnx.merge(graph, state)(*batch, rope), out_shardings=batch_sharding(mesh))
-    compiled = program.lower(nnx.from_flat_state(placed), *data).compile()
-    return compiled, np.asarray(compiled(nnx.from_flat_state(placed), *data))
+    (img, txt, pooled, t, guidance), rope = [put(x, batch_sharding(mesh)) for x in batch], tuple(put(x, replicated(mesh)) for x in rope)
+    state = nnx.from_flat_state(placed)
+
+    def modulate(state, pooled, t, guidance):
+        model = nnx.merge(graph, state)
+        return model.modulation(model.condition(pooled, t[:, None], guidance, jnp.float32))
+
+    def step(state, img, txt, mod, rope):
+        model = nnx.merge(graph, state)
+        return model.velocity(img, model.embed_text(txt, jnp.float32), mod.at(0), rope)
+
+    modulate, step = (jax.jit(program, out_shardings=batch_sharding(mesh)) for program in (modulate, step))
+    modulate = modulate.lower(state, pooled, t, guidance).compile()
+    mod = modulate(state, pooled, t, guidance)
+    step = step.lower(state, img, txt, mod, rope).compile()
+    return modulate, step, np.asarray(step(state, img, txt, mod, rope))
 
 
 @functools.cache
@@ -64,8 +76,8 @@ def plain(*args):
 
 @pytest.mark.parametrize("shape,sizes", [((1, 1, 1, 4), (8, 4, 6)), ((1, 2, 2, 2), (8, 4, 6)), ((1, 1, 4), (7, 3, 5))], ids=str)
 def test_the_velocity_is_the_same_on_every_mesh(shape, sizes):
-    """The last one's 7 text and 15 image tokens do not divide."""
-    _, found = velocity(shape, *sizes)
+    """Modulation made before, or within. The last one's 7 text and 15 image tokens do not divide."""
+    *_, found = velocity(shape, *sizes)
     assert np.allclose(found, plain(*sizes), atol=2e-5 * np.abs(found).max())
 
 
@@ -78,25 +90,25 @@ def exchanges(compiled, kind):
 
 
 def test_tensor_parallelism_sums_once_for_each_half_of_a_block():
-    compiled, _ = velocity((1, 1, 1, 4), 8, 4, 6)
-    # double: image's and text's attention and MLP; single: both at once. Before the blocks, three embeddings of vectors.
-    assert sorted(map(len, exchanges(compiled, "all-reduce"))) == [2] * 3 + [3] * 5
-    assert {*map(len, exchanges(compiled, "all-gather"))} == {2}  # modulation: a vector for each image
-    assert not exchanges(compiled, "all-to-all") + exchanges(compiled, "collective-permute")
+    modulate, step, _ = velocity((1, 1, 1, 4), 8, 4, 6)
+    assert len(exchanges(modulate, "all-reduce")) == 3  # embeddings of vectors
+    assert len(exchanges(step, "all-reduce")) == 5  # double: image's and text's attention and MLP; single: both at once
+    assert not any(exchanges(step, kind) for kind in ("all-gather", "all-to-all", "collective-permute"))
 
 
 def test_context_parallelism_gathers_keys_and_values():
-    compiled, _ = velocity((1, 1, 4), 8, 4, 6)
-    assert len([shape for shape in exchanges(compiled, "all-gather") if len(shape) > 3]) == 4  # of two kinds of block
-    assert not exchanges(compiled, "all-reduce") + exchanges(compiled, "all-to-all")
+    _, step, _ = velocity((1, 1, 4), 8, 4, 6)
+    assert len([shape for shape in exchanges(step, "all-gather") if len(shape) > 3]) == 4  # of two kinds of block
+    assert not exchanges(step, "all-reduce") + exchanges(step, "all-to-all")
 
 
 def test_fsdp_gathers_weights_and_no_images():
-    compiled, _ = velocity((1, 4), 8, 4, 6)
-    assert not exchanges(compiled, "all-reduce") + exchanges(compiled, "collective-permute")
-    assert {*exchanges(compiled, "all-to-all")} <= {(1, 1, 16)}  # of the vectors before the blocks
-    layers = [shape for shape in exchanges(compiled, "all-gather") if len(shape) == 3]
-    assert len(layers) == 2 * 7 + 6 and all(shape[0] == 1 for shape in layers)  # each matrix once, one layer of it
+    modulate, step, _ = velocity((1, 4), 8, 4, 6)
+    for program, count in ((modulate, 3), (step, 2 * 6 + 5)):  # each matrix once, one layer of it
+        assert not exchanges(program, "all-reduce") + exchanges(program, "collective-permute")
+        gathered = exchanges(program, "all-gather")
+        assert len([shape for shape in gathered if len(shape) == 3 and shape[0] == 1]) == count
+    assert {shape[0] for shape in gathered if len(shape) > 2} == {1} and not exchanges(step, "all-to-all")
 
 
 def test_mesh_shapes():

@@ -1,19 +1,92 @@
-"""The decode program: non-finite pictures are made again in float32, and only they."""
+"""The programs. Denoising, with modulation made before: as the plain steps, and without the weights that made it.
+Decoding: non-finite pictures are made again in float32, and only they."""
 
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import plain
+import pytest
 from flax import nnx
 
-from fluxbatch import pipeline
+from fluxbatch import pipeline, sampling
+from fluxbatch.dist.mesh import make_mesh
+from fluxbatch.models.flux import Flux, FluxConfig, rope_table
 from fluxbatch.models.vae import Decoder, VaeConfig
+
+FLUX = FluxConfig(16, 16, 2, 3, 4, 16, 24, 16, True, (4, 6, 6))
+
+
+class Loaded:
+    """A network whose weights are there."""
+
+    missing = 0
+
+    def __init__(self, module):
+        self._parts = nnx.split(module)
+
+    def load(self, progress):
+        pass
+
+    def parts(self):
+        return self._parts
+
+
+@pytest.fixture(scope="module")
+def flux():
+    graph, state = nnx.split(nnx.eval_shape(lambda: Flux(FLUX, rngs=nnx.Rngs(0))))
+    rng = np.random.default_rng(1)
+    return nnx.merge(graph, jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.2, x.shape), jnp.float32), state))
+
+
+def test_steps_with_modulation_made_before_are_the_plain_steps(flux):
+    """More steps than are prepared at a time; rows of a batch with other counts, one of them a single step."""
+    schedule = sampling.Schedule.of({"use_dynamic_shifting": True}, None, None, None)
+    networks = {"flux": Loaded(flux), "vae": Loaded(decoder_module())}
+    whole = pipeline.Pipeline(networks, FLUX, VAE, make_mesh((1, 1)), "float32", schedule, pipeline.quietly)
+    counts = (2 * sampling.STEPS + 3, 1, sampling.STEPS)
+    rows = [plain.row(i, height=12, width=8, num_inference_steps=n, guidance_scale=float(i)) for i, n in enumerate(counts)]
+    rng = np.random.default_rng(2)
+    text, pooled = (rng.normal(size=shape).astype(np.float32) for shape in ((3, 5, 24), (3, 16)))
+    found = np.asarray(whole.denoise(rows, text, pooled))
+    assert whole._denoise._cache_size() == whole._modulate._cache_size() == 1
+    velocity = jax.jit(flux)
+    rope = rope_table(5, 3, 2, FLUX.axes_dims_rope)
+    for i, row in enumerate(rows):
+        x, sigmas = sampling.noise(row.seed, 4, 6, 4)[None], schedule.sigmas(counts[i], 6)
+        for now, then in zip(sigmas, sigmas[1:], strict=False):
+            one = text[i : i + 1], pooled[i : i + 1], np.array([now]), np.array([row.guidance_scale], np.float32)
+            x = x + (then - now) * np.asarray(velocity(x, *one, rope))
+        assert np.allclose(found[i], x[0], atol=2e-5 * np.abs(x).max())
+
+
+def test_denoising_does_not_receive_the_weights_that_make_modulation(flux):
+    graph, state = nnx.split(flux)
+    size = lambda layers: sum(x.nbytes for layer in layers for x in jax.tree.leaves(nnx.state(layer)))  # noqa: E731
+    apart = size([flux.double_blocks.img.mod, flux.double_blocks.txt.mod, flux.single_blocks.mod, flux.final_mod, flux.time_in, flux.vector_in,
+                  flux.guidance_in])  # fmt: skip
+    shape = jax.ShapeDtypeStruct
+    sigmas, left, pooled, guidance = shape((2, 9), "float32"), shape((2,), "int32"), shape((2, 16), "float32"), shape((2,), "float32")
+    modulate = jax.jit(functools.partial(pipeline._modulate, graph, jnp.dtype("float32"))).lower(state, pooled, sigmas, guidance).compile()
+    mod = modulate.out_info
+    latents, text, rope = shape((2, 6, 16), "float32"), shape((2, 5, 24), "float32"), 2 * (shape((11, 8), "float32"),)
+    denoise = jax.jit(functools.partial(pipeline._denoise, graph, jnp.dtype("float32"))).lower(state, latents, text, mod, sigmas, left, rope).compile()
+    given = sum(np.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves((latents, text, mod, sigmas, left, rope)))
+    received = denoise.memory_analysis().argument_size_in_bytes
+    assert apart > 0.25 * size([flux]) and denoise.out_info.shape == latents.shape
+    assert abs(received - (size([flux]) - apart + given)) <= 64 * len(jax.tree.leaves(state))  # aligned
+
+
+VAE = VaeConfig(4, (8, 8), 1, 4, 1.0, 0.0, False, False, False)
+
+
+def decoder_module():
+    return Decoder(VAE, rngs=nnx.Rngs(0))
 
 
 def decoder():
-    config = VaeConfig(4, (8, 8), 1, 4, 1.0, 0.0, False, False, False)
-    return nnx.split(Decoder(config, rngs=nnx.Rngs(0)))
+    return nnx.split(decoder_module())
 
 
 def decode(dtype, latents):

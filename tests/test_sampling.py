@@ -54,7 +54,7 @@ def test_schedules():
 def test_padded_sigmas_keep_their_shape():
     schedule = sampling.Schedule.of({}, None, None, None)
     levels, counts = sampling.padded_sigmas([schedule.sigmas(n, 64) for n in (1, 4, 50)])
-    assert levels.shape == (3, sampling.STEP_QUANTUM + 1) and counts.tolist() == [1, 4, 50]
+    assert levels.shape == (3, 7 * sampling.STEPS + 1) and counts.tolist() == [1, 4, 50]
     assert levels[0, 1:].max() == 0
 
 

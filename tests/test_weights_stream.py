@@ -67,7 +67,7 @@ def test_at_most_two_blocks_are_in_memory(tmp_path):
             gc.collect()
             live = max(live, sum(x.nbytes for x in jax.live_arrays()) - before)
     file.unlink()
-    assert largest == 2 * 36 * 1024**2 + 2 * 2 * (15 * 1024 + 2 * 128)
+    assert largest == 2 * 24 * 1024**2 + 2 * 2 * (9 * 1024 + 2 * 128)  # without what makes their modulation
     assert live <= 2 * largest
     assert peak.bytes - peak.start_bytes <= 2 * largest + ALLOWED < plan.nbytes / 2
 

@@ -195,16 +195,24 @@ def stack(count: int, make: Callable[[nnx.Rngs], nnx.Module], rngs: nnx.Rngs) ->
     return nnx.split_rngs(splits=count)(build)(rngs)
 
 
-def scan(layers: nnx.Module | None, call: Callable[..., Any], carry: Any, layout: Layout) -> Any:
-    """Folds ``carry = call(layer, carry)`` over the layers of a ``stack``."""
+def scan(layers: nnx.Module | None, call: Callable[..., Any], carry: Any, layout: Layout, beside: Any = None) -> Any:
+    """Folds ``carry = call(layer, carry, part)`` over the layers of a ``stack``, each with its part of the
+    arrays ``beside`` ``[layers, …]``; without them ``call(layer, carry)``."""
     if layers is None:
         return carry
     graph, state = nnx.split(layers)
 
-    def body(carry, layer):
-        return call(nnx.merge(graph, gathered(layer, layout)), carry), None
+    def body(carry, both):
+        layer, part = both
+        return call(nnx.merge(graph, gathered(layer, layout)), carry, *([] if beside is None else [part])), None
 
-    return jax.lax.scan(body, carry, state)[0]
+    return jax.lax.scan(body, carry, (state, beside))[0]
+
+
+def each(layers: nnx.Module, call: Callable[..., Array], layout: Layout) -> Array:
+    """``call(layer)`` of all layers of a ``stack``: ``[layers, …]``."""
+    graph, state = nnx.split(layers)
+    return jax.lax.map(lambda layer: call(nnx.merge(graph, gathered(layer, layout))), state)
 
 
 def gathered(state: Any, layout: Layout) -> Any:

@@ -1,8 +1,9 @@
 """FLUX one block at a time, for devices and hosts smaller than the transformer.
 
 Every step goes through the blocks anew; the next one is read and put on the devices while this one computes.
+What makes their modulation has passed before, once for all steps.
 They come from the checkpoint, that is from the page cache as long as the host's memory holds the file, else from
-disk or bucket; or, where they are held, from pinned host memory after the first step. At most two blocks (1.4 GB
+disk or bucket; or, where they are held, from pinned host memory after the first step. At most two blocks (0.9 GB
 of FLUX.1 in bfloat16) are on the devices, and in the host's memory if it does not hold them all.
 """
 
@@ -17,12 +18,14 @@ from typing import Any
 import jax
 from flax import nnx
 
-from fluxbatch.models.flux import DoubleBlock, Flux, SingleBlock
+from fluxbatch.models.flux import DoubleBlock, Flux, FluxConfig, SingleBlock, without_modulators
 from fluxbatch.weights import load
 from fluxbatch.weights.network import Network, moved
 
 Part = tuple[Any, Any]  # graph definition and parameters
-Name = tuple[str, int]  # of a block: its stack, and its place there
+Name = tuple[str, int]  # of a block, or of what makes its modulation: its stack, and its place there
+
+MODULATORS = {"double_blocks": ("double_blocks.img.mod", "double_blocks.txt.mod"), "single_blocks": ("single_blocks.mod",)}
 
 
 class StreamedFlux(Network):
@@ -34,8 +37,7 @@ class StreamedFlux(Network):
         flux = nnx.merge(plan.graph, plan.state)
         cfg = flux.cfg
         self._names = [("double_blocks", i) for i in range(cfg.num_layers)] + [("single_blocks", i) for i in range(cfg.num_single_layers)]
-        makers = {"double_blocks": lambda rngs: DoubleBlock(cfg, rngs=rngs), "single_blocks": lambda rngs: SingleBlock(cfg, rngs=rngs)}
-        self._shapes = {stack: _abstract(make) for stack, make in makers.items()}
+        self._shapes = _shapes(cfg)
         bare = dataclasses.replace(cfg, num_layers=0, num_single_layers=0)
         graph, state = _abstract(lambda rngs: Flux(bare, rngs=rngs, attention=flux.attention, split_head_dim=flux.split_head_dim))
         pieces = {path: plan.pieces[path] for path in _paths(state)}
@@ -48,21 +50,41 @@ class StreamedFlux(Network):
         super().merge(edits)
         self._held.clear()
 
-    def blocks(self, steps: int) -> _Ahead:
-        """All blocks in their order, ``steps`` times over; to be used with ``with``."""
-        return _Ahead(itertools.chain.from_iterable(itertools.repeat(self._names, steps)), self._block)
+    def modulators(self) -> _Ahead:
+        """The layers that make the blocks' modulation, with their names; to be used with ``with``."""
+        return _Ahead(itertools.chain.from_iterable(map(self.modulators_of, self._names)), self._part)
 
-    def _block(self, name: Name) -> Part:
+    def modulators_of(self, name: Name) -> list[Name]:
+        """The names of a block's own."""
+        return [(layer, name[1]) for layer in MODULATORS[name[0]]]
+
+    def blocks(self, steps: int) -> _Ahead:
+        """All blocks in their order with their names, ``steps`` times over; to be used with ``with``."""
+        return _Ahead(itertools.chain.from_iterable(itertools.repeat(self._names, steps)), self._part)
+
+    def _part(self, name: Name) -> Part:
         if name in self._held:
             graph, state = self._held[name]
             return graph, jax.block_until_ready(moved(state, "device"))
         (stack, layer), (graph, state) = name, self._shapes[name[0]]
         pieces = {path: [self._whole.pieces[f"{stack}.{path}"][layer]] for path in _paths(state)}
         edits = {(path, 0): edit for path in pieces if (edit := self.edits.get((f"{stack}.{path}", layer)))}
-        block = nnx.split(load.load(load.Plan(self._whole.source, graph, state, pieces), self.mesh, self.dtype, edits=edits))
+        part = nnx.split(load.load(load.Plan(self._whole.source, graph, state, pieces), self.mesh, self.dtype, edits=edits))
         if self._hold:
-            self._held[name] = block[0], jax.block_until_ready(moved(block[1], "pinned_host"))
-        return jax.block_until_ready(block)
+            self._held[name] = part[0], jax.block_until_ready(moved(part[1], "pinned_host"))
+        return jax.block_until_ready(part)
+
+
+def _shapes(cfg: FluxConfig) -> dict[str, Part]:
+    """Of the layers that make modulation, each by itself, and of the blocks without them."""
+    makers: dict[str, Callable[[nnx.Rngs], nnx.Module]] = {
+        "double_blocks.img.mod": lambda rngs: DoubleBlock(cfg, rngs=rngs).img.mod,
+        "double_blocks.txt.mod": lambda rngs: DoubleBlock(cfg, rngs=rngs).txt.mod,
+        "single_blocks.mod": lambda rngs: SingleBlock(cfg, rngs=rngs).mod,
+        "double_blocks": lambda rngs: without_modulators(DoubleBlock(cfg, rngs=rngs)),
+        "single_blocks": lambda rngs: without_modulators(SingleBlock(cfg, rngs=rngs)),
+    }
+    return {stack: _abstract(make) for stack, make in makers.items()}
 
 
 def _abstract(make: Callable[[nnx.Rngs], nnx.Module]) -> Part:
@@ -74,11 +96,11 @@ def _paths(state: Any) -> list[str]:
 
 
 class _Ahead:
-    """What ``make`` makes of each name, the next one under way in a thread."""
+    """Each name and what ``make`` makes of it, the next one under way in a thread."""
 
     def __init__(self, names: Iterator[Name], make: Callable[[Name], Part]):
         self._names, self._make = names, make
-        self._next: Future[Part] | None = None
+        self._next: tuple[Name, Future[Part]] | None = None
 
     def __enter__(self) -> _Ahead:
         self._pool = ThreadPoolExecutor(1, "blocks")
@@ -92,13 +114,13 @@ class _Ahead:
     def __iter__(self) -> _Ahead:
         return self
 
-    def __next__(self) -> Part:
+    def __next__(self) -> tuple[Name, Part]:
         if self._next is None:
             raise StopIteration
-        made = self._next.result()
+        name, made = self._next[0], self._next[1].result()
         self._advance()
-        return made
+        return name, made
 
     def _advance(self) -> None:
         name = next(self._names, None)
-        self._next = None if name is None else self._pool.submit(self._make, name)
+        self._next = None if name is None else (name, self._pool.submit(self._make, name))
