@@ -111,6 +111,7 @@ def test_every_option_composes(command, turn):
     ("model", "steps", "guidance", "resolution", "tokens"),
     [
         ("flux-mini", 4, 0.0, 128, 32),
+        ("flux-mini-dev", 20, 2.5, 128, 32),
         ("flux-schnell", 4, 0.0, 1024, 256),
         ("flux-dev", 28, 3.5, 1024, 512),
     ],

@@ -200,19 +200,20 @@ def test_both_formats_say_what_training_multiplied(trained, tmp_path, cli):
 
 @pytest.mark.parity
 @pytest.mark.filterwarnings("default")
-def test_embedded_checkpoint_draws_the_same_in_diffusers(tmp_path, cli):
+@pytest.mark.parametrize(("model", "asked"), [("flux-mini", {}), ("flux-mini-dev", {"num_inference_steps": 6, "guidance_scale": 2.0})])
+def test_embedded_checkpoint_draws_the_same_in_diffusers(tmp_path, cli, model, asked):
     torch = pytest.importorskip("torch")
     diffusers = pytest.importorskip("diffusers")
 
-    folder = pathlib.Path(__file__).parents[1] / "fluxbatch" / "checkpoints" / "flux-mini"
+    folder = pathlib.Path(__file__).parents[1] / "fluxbatch" / "checkpoints" / model
     prompt, size = "a red apple on a blue background", 128
-    arguments = [f"resolution={size}", "weights_dtype=float32", "activations_dtype=float32", f"output_dir={tmp_path}", "run_name=one", "seed=3"]
-    code, err = cli(f"prompt={prompt}", *arguments)
+    arguments = [f"model={model}", f"resolution={size}", "weights_dtype=float32", "activations_dtype=float32", f"output_dir={tmp_path}", "run_name=one"]
+    code, err = cli(f"prompt={prompt}", *arguments, "seed=3", *(f"{key}={value}" for key, value in asked.items()))
     assert code == 0, err
     record = metadata(tmp_path / "one")[0]
     pipe = diffusers.FluxPipeline.from_pretrained(folder, torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     expected = pipe(
-        prompt, height=size, width=size, num_inference_steps=record["num_inference_steps"], guidance_scale=0.0, output_type="np",
-        max_sequence_length=record["max_sequence_length"], generator=torch.Generator().manual_seed(3)).images[0]  # fmt: skip
+        prompt, height=size, width=size, num_inference_steps=record["num_inference_steps"], guidance_scale=record["guidance_scale"],
+        output_type="np", max_sequence_length=record["max_sequence_length"], generator=torch.Generator().manual_seed(3)).images[0]  # fmt: skip
     assert psnr(pixels(tmp_path / "one" / record["file_name"]), (expected * 255).round().astype(np.uint8)) >= 45
