@@ -56,22 +56,19 @@ CORES = ("v4", "v5p")
 
 @dataclass(frozen=True)
 class Target:
-    """The machine of one replica. ``chip`` is None for a CPU."""
+    """The machine of one replica. ``chip`` is None for a CPU, and for what the table does not know."""
 
     name: str
-    chip: Chip | None
+    platform: str
+    chip: Chip | None = None
     chips: int = 1
     hosts: int = 1
     topology: str | None = None  # of a TPU slice
 
-    @property
-    def platform(self) -> str:
-        return self.chip.platform if self.chip else "cpu"
-
     def __str__(self) -> str:
         if self.chip is None:
             return self.name
-        many = f", {self.hosts} hosts" if self.hosts > 1 else ""
+        many = f" on {self.hosts} hosts" if self.hosts > 1 else ""
         return f"{self.name}: {self.chips} × {self.chip.name}{many}, {self.chip.peak:g} TFLOP/s and {self.chip.memory:g} GiB each"
 
 
@@ -79,7 +76,7 @@ def target(name: str) -> Target:
     """``v6e-4``, ``v4-8``, ``h100``, ``h100-8``, ``2xh100-8``, ``cpu``; UserError for what is none."""
     known = "cpu, a TPU slice (v6e-4, v5e-8, v4-8, v5p-8, …) or GPUs (h100, a100-8, 2xh100-8, …)"
     if name == "cpu":
-        return Target("cpu", None)
+        return Target("cpu", "cpu")
     found = re.fullmatch(rf"(?:(\d+)x)?({'|'.join(sorted(map(re.escape, CHIPS), key=len, reverse=True))})(?:-(\d+))?", name.lower())
     if found is None:
         raise UserError(f"target={name}: expected {known}; chips are {', '.join(CHIPS)}")
@@ -87,7 +84,7 @@ def target(name: str) -> Target:
     if chip.platform == "gpu":
         if not (1 <= count <= chip.host and hosts >= 1):
             raise UserError(f"target={name}: expected 1 to {chip.host} GPUs a host, as in 2x{chip.name}-{chip.host}")
-        return Target(name, chip, hosts * count, hosts)
+        return Target(name, chip.platform, chip, hosts * count, hosts)
     cores = 2 if chip.name in CORES else 1
     shapes = CUBES if chip.name in CORES else FLAT
     if found[1] or count % cores or count // cores not in shapes:
@@ -95,7 +92,7 @@ def target(name: str) -> Target:
         raise UserError(f"target={name}: expected one of {sizes}")
     chips = count // cores
     hosts = 1 if chips <= chip.host else chips // 4
-    return Target(name, chip, chips, hosts, shapes[chips])
+    return Target(name, chip.platform, chip, chips, hosts, shapes[chips])
 
 
 def of_kind(kind: str) -> Chip | None:

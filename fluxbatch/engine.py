@@ -112,14 +112,15 @@ _kept: list[Kept] = []  # at most one
 PARTS = {"t5": "text_encoder_2", "clip": "text_encoder", "flux": "transformer", "vae": "vae"}
 
 
-def open_engine(job: Job, platform: str) -> Engine:
-    """Opens the checkpoint and checks it against the job; UserError for anything that cannot work."""
+def open_engine(job: Job, platform: str, devices: Sequence[jax.Device] | None = None) -> Engine:
+    """Opens the checkpoint and checks it against the job; UserError for anything that cannot work. ``devices``:
+    those to use instead of all."""
     hardware, sampler, sharding = job.hardware, job.sampler, job.sharding
     default = "float32" if platform == "cpu" else "bfloat16"
     weights, activations = (default if d.name == "auto" else d.name for d in (hardware.weights_dtype, hardware.activations_dtype))
     try:
         inner = sharding.ici_data_parallelism, sharding.ici_fsdp_parallelism, sharding.ici_context_parallelism, sharding.ici_tensor_parallelism
-        mesh = open_mesh(inner, (sharding.dcn_data_parallelism, sharding.dcn_fsdp_parallelism))
+        mesh = open_mesh(inner, (sharding.dcn_data_parallelism, sharding.dcn_fsdp_parallelism), devices)
         attend = attention.by_name(hardware.attention.name, platform, activations, hardware.flash_block_sizes)
     except ValueError as error:
         raise UserError(str(error)) from error

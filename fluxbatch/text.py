@@ -39,6 +39,20 @@ class Tokenizers:
         t5 = self.t5(list(prompts_2), max_length=self.max_sequence_length, **pad)["input_ids"]
         return clip.astype(np.int32), t5.astype(np.int32)
 
+    def cut(self, prompts: Iterable[str], prompts_2: Iterable[str]) -> tuple[dict[str, int], dict[str, int]]:
+        """Those of ``prompts`` that are too long for CLIP and of ``prompts_2`` for T5, with the tokens they have."""
+        return _longer(self.clip, prompts, self.clip_length), _longer(self.t5, prompts_2, self.max_sequence_length)
+
+
+def _longer(tokenizer: Any, texts: Iterable[str], limit: int) -> dict[str, int]:
+    # a character of ASCII is a token at most; beside them stand a start, an end and T5's leading space
+    texts = [text for text in dict.fromkeys(texts) if len(text) > limit - 3 or not text.isascii()]
+    found = {}
+    for i in range(0, len(texts), 4096):
+        ids = tokenizer(texts[i : i + 4096], truncation=False, padding=False, return_attention_mask=False)["input_ids"]
+        found |= {text: len(tokens) for text, tokens in zip(texts[i : i + 4096], ids, strict=True) if len(tokens) > limit}
+    return found
+
 
 class Encoders(Protocol):
     """What of ``pipeline.Pipeline`` is needed here."""

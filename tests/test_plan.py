@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import pathlib
 
 import jax
 import numpy as np
@@ -74,3 +76,58 @@ def test_flops_against_the_compilers_count():
     inputs = shape(1, 1024, 64), shape(1, 128, 4096), shape(1, 768), shape(1), shape(1), (shape(1152, 64), shape(1152, 64))
     assert counted(lambda: Flux(flux, rngs=nnx.Rngs(0)), *inputs) == pytest.approx(flops.flux_step(flux, 1024, 128), rel=0.02)
     assert counted(lambda: Decoder(VAE, rngs=nnx.Rngs(0)), shape(1, 44, 44, 16)) == pytest.approx(flops.vae_decode(VAE, 352, 352), rel=0.02)
+
+
+# ---- the command
+
+
+@pytest.fixture
+def planned(cli, golden, tmp_path):
+    """Lines of a plan of these rows for the small dev checkpoint, by their first word."""
+
+    def call(rows, *args, code=0):
+        manifest = tmp_path / "rows.jsonl"
+        manifest.write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows))
+        base = f"pretrained_model_name_or_path={golden / 'dev'}", "sampler=dev", "resolution=64", "max_sequence_length=24", f"output_dir={tmp_path}"
+        status, text = cli(f"manifest={manifest}", *base, *args, entry="plan")
+        assert status == code, text
+        return text
+
+    return call
+
+
+def test_rows_buckets_and_what_fills_them_up(planned):
+    rows = [{"prompt": f"fox {i // 2}", "num_inference_steps": 4} for i in range(10)] + [{"prompt": "wide", "width": 96, "num_inference_steps": 8}]
+    text = planned([*rows, "nonsense\n"], "target=v6e-4", "sharding=ddp", "manifest_errors=quarantine")
+    assert "rows      11 of" in text and "6 distinct prompts" in text
+    assert "rejects   1 bad lines are set aside: rows.jsonl:12" in text
+    assert "64×64, 4 steps: 10 rows in 3 batches of 4, 16.7% padding" in text
+    assert "64×96, 8 steps: 1 rows in 1 batches of 4, 75.0% padding" in text
+    assert "programs  5 to compile" in text
+    assert "machine   v6e-4: 4 × v6e, 918 TFLOP/s and 31.25 GiB each; data 4" in text
+    assert "fits (estimate)" in text and "no prompt is cut" in text
+
+
+def test_prompts_that_are_cut_are_named(planned):
+    text = planned([{"prompt": "short"}, {"prompt": "word " * 100}, {"prompt": "ü" * 60}, {"prompt": "short", "prompt_2": "one " * 40}])
+    clip, t5 = (next(line for line in text.splitlines() if f"{name} reads" in line) for name in ("CLIP", "T5"))
+    assert "CLIP reads 24 tokens: 2 rows are cut: rows.jsonl:2 has 402, rows.jsonl:3 has 122" in clip  # a token a byte, and both ends
+    assert "T5 reads 24 tokens: 3 rows are cut: rows.jsonl:2 has" in t5 and "rows.jsonl:4 has" in t5
+
+
+def test_time_and_cost_follow_from_the_flops(planned):
+    text = planned([{"prompt": "x", "num_inference_steps": 4}], "target=h100", "price_per_chip_hour=2", "resolution=2048")
+    config = [json.loads((pathlib.Path(__file__).parent / "golden/dev" / part / "config.json").read_text()) for part in ("transformer", "vae")]
+    flux, vae = FluxConfig.from_json(config[0]), VaeConfig.from_json(config[1])
+    image = 4 * flops.flux_step(flux, (2048 // (2 * vae.scale)) ** 2, 24) + flops.vae_decode(vae, 2048, 2048)
+    assert f"{image / 1e12:.3g} TFLOP of it for the picture alone" in text
+    assert "at the peak of 989 TFLOP/s" in text and "at 52% of it" in text and "cost " in text and "(estimate)" in text
+
+
+def test_mistakes(planned, tmp_path):
+    row = [{"prompt": "x"}]
+    assert "target=v7: expected cpu, a TPU slice" in planned(row, "target=v7", code=2)
+    assert "hardware=tpu: expected hardware=gpu or auto for target=h100" in planned(row, "target=h100", "hardware=tpu", code=2)
+    assert "price_per_chip_hour=-1.0: expected a number from 0" in planned(row, "price_per_chip_hour=-1", code=2)
+    assert "ici_data_parallelism=8 × dcn_data_parallelism=-1 needs 8 devices, there are 4" in planned(row, "target=v6e-4", "ici_data_parallelism=8", code=2)
+    assert not (tmp_path / "rows").exists()  # nothing is written

@@ -57,20 +57,20 @@ def _filled(sizes: Sequence[int], count: int, what: str, names: Sequence[str]) -
     return tuple(count // fixed if size == -1 else size for size in sizes)
 
 
-def open_mesh(ici: Sequence[int], dcn: Sequence[int]) -> Mesh:
-    """The mesh of these sizes over the devices of all processes.
+def open_mesh(ici: Sequence[int], dcn: Sequence[int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of these sizes over the devices of all processes, or over ``devices``.
 
     A slice is a TPU's; elsewhere what the dcn_ sizes divide are the processes, in their order. Raises
     ValueError when the sizes do not fit.
     """
-    devices, processes = jax.devices(), jax.process_count()
+    devices, processes = jax.devices() if devices is None else devices, jax.process_count()
     inner, outer = mesh_shape(ici, dcn, len(devices), _slices(devices))
     across, count = math.prod(outer), math.prod(inner) * math.prod(outer)
     if _slices(devices) == 1 and processes % across:
         raise ValueError(f"dcn_data_parallelism={outer[0]} × dcn_fsdp_parallelism={outer[1]}: {processes} processes cannot be divided by {across}")
     if processes > 1 and count != len(devices):
         raise ValueError(f"the sharding takes {count} devices, the {processes} processes have {len(devices)}: all must be taken; sharding=ddp does")
-    return make_mesh(inner, outer)
+    return make_mesh(inner, outer, devices)
 
 
 def make_mesh(ici: Sequence[int], dcn: Sequence[int] = (), devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -89,7 +89,7 @@ def make_mesh(ici: Sequence[int], dcn: Sequence[int] = (), devices: Sequence[jax
 
 
 def _slices(devices: Sequence[jax.Device]) -> int:
-    return len({device.slice_index for device in devices}) if devices[0].platform == "tpu" else 1
+    return len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -6,7 +6,7 @@ import abc
 import collections
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -21,10 +21,14 @@ IN_FLIGHT = 64 << 20  # bytes of reads under way, and of copies to devices: more
 Index = tuple[tuple[int, int], ...]  # of a local part: start and stop on each axis
 
 
-def local_parts(shape: tuple[int, ...], sharding: NamedSharding) -> dict[Index, list[jax.Device]]:
-    """Each distinct index of an array that local devices own, and these devices."""
+def local_parts(
+    shape: tuple[int, ...], sharding: NamedSharding, local: Collection[jax.Device] | None = None
+) -> dict[Index, list[jax.Device]]:
+    """Each distinct index of an array that local devices own, and these devices. ``local``: None for this process's."""
     parts: dict[Index, list[jax.Device]] = {}
-    for device, index in sharding.addressable_devices_indices_map(shape).items():
+    for device, index in sharding.devices_indices_map(shape).items():
+        if device not in (sharding.addressable_devices if local is None else local):
+            continue
         parts.setdefault(tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True)), []).append(device)
     return parts
 

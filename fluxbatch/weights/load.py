@@ -83,13 +83,16 @@ def load(
     return nnx.merge(plan.graph, nnx.from_flat_state(_stream(plan, leaves, mesh, dtype, progress, edits or {})))
 
 
-def to_read(plan: Plan, mesh: jax.sharding.Mesh, edits: Edits, paths: Collection[str] | None = None) -> int:
-    """Bytes that this process reads to load the parameters at ``paths`` (None: all) onto ``mesh``."""
+def to_read(
+    plan: Plan, mesh: jax.sharding.Mesh, edits: Edits, paths: Collection[str] | None = None, devices: Collection[jax.Device] | None = None
+) -> int:
+    """Bytes that this process reads to load the parameters at ``paths`` (None: all) onto ``mesh``; or another one,
+    whose devices are ``devices``."""
     total, scales = 0, {}
     for keys, leaf in nnx.to_flat_state(plan.state) if paths is None or paths else ():
         shape, axes, path = leaf.get_value().shape, leaf.get_metadata()["axes"], path_of(keys)
         if paths is None or path in paths:
-            parts = local_parts(shape, Placement.of(mesh, shape, axes).read)
+            parts = local_parts(shape, Placement.of(mesh, shape, axes).read, devices)
             local = [index[len(shape) - len(axes) :] for index in parts]
             for layer, piece in enumerate(plan.pieces[path]):
                 total += sum(b - a for a, b in _ranges(local, piece, (path, layer) in edits)) * piece.tensor.row_bytes

@@ -1,0 +1,157 @@
+"""How much memory a device needs in each phase of a job: weights by their shardings, activations by estimate.
+
+The estimate counts what the compiler keeps alive at the widest point of each program; tests hold it against the
+compiler's own figure.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import jax.numpy as jnp
+from flax import nnx
+
+from fluxbatch.config import Job
+from fluxbatch.dist.mesh import make_mesh
+from fluxbatch.engine import PARTS, Engine
+from fluxbatch.models.clip import ClipConfig
+from fluxbatch.models.flux import FluxConfig
+from fluxbatch.models.t5 import T5Config
+from fluxbatch.models.vae import VaeConfig
+from fluxbatch.weights import load
+
+
+WIDE = {"cpu": 11, "gpu": 6, "tpu": 6}  # the transformer's width, so many times at once, in heads and hidden units
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Bytes of one device."""
+
+    name: str
+    weights: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.activations
+
+
+@dataclass(frozen=True)
+class Situation:
+    """What decides how much memory is needed."""
+
+    engine: Engine
+    platform: str
+    sizes: Sequence[tuple[int, int]]  # heights and widths of the pictures
+    images: int  # of a device at once
+    text: int  # T5 tokens
+    stay: bool  # whether the text encoders stay on the devices
+    again: bool  # whether they come back once the transformer is there
+    beside: int = 0  # bytes of adapters that are not merged
+
+    @classmethod
+    def of(cls, job: Job, engine: Engine, platform: str, sizes: Sequence[tuple[int, int]], again: bool) -> Situation:
+        offload = job.hardware.offload_encoders
+        stay = offload is False or (platform == "cpu" and offload != "free")  # a CPU has no other memory
+        return cls(engine, platform, sizes, job.sharding.per_device_batch_size, job.sampler.max_sequence_length, stay, again)
+
+    def phases(self) -> list[Phase]:
+        """Encode, denoise and decode, each for the largest picture."""
+        engine, images = self.engine, self.images
+        flux, t5, clip, vae = (engine.checkpoint.components[part].config for part in ("transformer", "text_encoder_2", "text_encoder", "vae"))
+        weights = {part: on_a_device(engine, part) for part in PARTS.values()}
+        if engine.stream:
+            weights["transformer"] = streamed(engine)
+        dtype = jnp.dtype(engine.activations_dtype).itemsize
+        encoders = weights["text_encoder"] + weights["text_encoder_2"]
+        drawing = weights["transformer"] + weights["vae"] + self.beside
+        height, width = max(self.sizes, key=math.prod)
+        split = {axis: engine.mesh.shape[axis] for axis in ("context", "tensor")}
+        tokens = height * width // engine.multiple**2
+        resident = drawing + (encoders if self.stay else 0)
+        return [
+            Phase("encode", encoders + (drawing if self.stay or self.again else 0), encode(t5, clip, images, self.text, dtype)),
+            Phase("denoise", resident, denoise(flux, images, tokens, self.text, dtype, self.platform, **split) + whole_layers(engine, self.platform)),
+            Phase("decode", resident, decode(vae, images, height, width)),
+        ]
+
+    def way_out(self, limit: int) -> tuple[str, ...]:
+        """The fewest settings with which every phase fits in ``limit``; none if nothing does."""
+        engine, ways = self.engine, {}
+        if self.stay and self.platform != "cpu":
+            ways["offload_encoders=true"] = {"stay": False}
+        if self.images > 1:
+            ways["per_device_batch_size=1"] = {"images": 1}
+        whole = all(engine.mesh.shape[axis] == 1 for axis in ("fsdp", "context", "tensor"))
+        if whole and engine.mesh.size > 1:
+            mesh = make_mesh((1, engine.mesh.size), devices=list(engine.mesh.devices.flat))
+            ways["sharding=fsdp"] = {"engine": replace(engine, mesh=mesh)}
+        if whole and not engine.stream:
+            ways["stream_blocks=true"] = {"engine": replace(engine, stream=True)}
+        for count in range(1, len(ways) + 1):
+            for names in itertools.combinations(ways, count):
+                if len({"sharding=fsdp", "stream_blocks=true"} & {*names}) < 2:
+                    changed = replace(self, **{key: value for name in names for key, value in ways[name].items()})
+                    if all(phase.total <= limit for phase in changed.phases()):
+                        return names
+        return ()
+
+
+def parameters(engine: Engine, part: str) -> int:
+    """How many numbers a component has."""
+    return sum(math.prod(leaf.get_value().shape) for _, leaf in nnx.to_flat_state(engine.plans[part].state))
+
+
+def on_a_device(engine: Engine, part: str) -> int:
+    """Bytes of a component's weights."""
+    return load.held(engine.plans[part], engine.mesh, engine.weights_dtype) // engine.mesh.size
+
+
+def streamed(engine: Engine) -> int:
+    """What is on a device when the transformer's blocks pass through it: two of them, and what lies in none."""
+    plan, blocks, rest = engine.plans["transformer"], [], 0
+    sizes = {path: math.prod(shape) for path, (_, shape) in plan.shapes.items()}
+    for stack in ("double_blocks", "single_blocks"):
+        blocks.append(sum(size for path, size in sizes.items() if path.startswith(f"{stack}.")))
+    rest = sum(sizes.values()) - sum(blocks)
+    return (rest + 2 * max(blocks)) * jnp.dtype(engine.weights_dtype).itemsize
+
+
+def whole_layers(engine: Engine, platform: str) -> int:
+    """Weights of layers that are put together, or copied, while they compute: FSDP gathers the next one ahead; on
+    the CPU one layer is cut from its stack."""
+    copies = 2 if engine.mesh.shape["fsdp"] > 1 else 1 if platform == "cpu" else 0
+    cfg: FluxConfig = engine.checkpoint.components["transformer"].config
+    return copies * 12 * cfg.width**2 * jnp.dtype(engine.weights_dtype).itemsize // engine.mesh.shape["tensor"]
+
+
+def denoise(cfg: FluxConfig, images: int, tokens: int, text: int, dtype: int, platform: str, context: int = 1, tensor: int = 1) -> int:
+    """In a single block: the sequence and its normed form, and in heads or hidden units q, k, v and the MLP's four
+    widths; what is fused away differs from compiler to compiler. ``tokens``, ``text``: of an image; ``dtype``: bytes
+    of a number."""
+    widths = 2 + WIDE[platform] / tensor
+    return int(images * (tokens + text) / context * cfg.width * dtype * widths)
+
+
+def encode(t5: T5Config, clip: ClipConfig, images: int, text: int, dtype: int) -> int:
+    """T5's float32 scores, weights and bias, or CLIP's scores."""
+    scores = 4 * t5.num_heads * text**2
+    of_t5 = scores * (1 + 2 * images) + 4 * images * text * t5.d_model * dtype
+    length = clip.max_position_embeddings
+    of_clip = images * length * 4 * (clip.num_attention_heads * length + 4 * clip.hidden_size)
+    return max(of_t5, of_clip)
+
+
+def decode(cfg: VaeConfig, images: int, height: int, width: int) -> int:
+    """The widest resnet in float32, in which pictures that bfloat16 cannot hold are decoded again: its input, the
+    normed form and the outputs of its convolutions."""
+    widest, pixels = 0, height * width
+    sizes = cfg.block_out_channels
+    for size, before in zip(sizes, (*sizes[1:], sizes[-1]), strict=True):
+        widest = max(widest, pixels * max(2 * before + size, before + 3 * size))
+        pixels //= 4
+    return 4 * images * widest

@@ -1,0 +1,83 @@
+"""``python -m fluxbatch.plan``: what a run with the same command line would do, need and cost; draws nothing.
+
+Reads the manifest and the checkpoint's headers, no weights, and needs no accelerator: ``target`` names the machine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from fluxbatch import cli
+from fluxbatch.config import Job
+from fluxbatch.types import Exit, UserError
+
+if TYPE_CHECKING:
+    from fluxbatch.chips import Target
+
+STAND_INS = 256  # CPU devices in place of a target's chips: they cost 0.1 s
+
+
+@dataclasses.dataclass
+class PlanJob(Job):
+    """The keys of a plan; the job's own stand beside them."""
+
+    target: str | None = None  # v6e-4, v5e-8, v4-8, v5p-8, h100, a100-8, 2xh100-8, cpu; null: this machine
+    price_per_chip_hour: float | None = None  # in any currency; null: no cost is shown
+
+
+def plan(job: PlanJob) -> int:
+    """Prints the plan."""
+    from fluxbatch import forecast
+    from fluxbatch.engine import open_engine
+    from fluxbatch.io.manifest import read_rows
+
+    if job.price_per_chip_hour is not None and not 0 <= job.price_per_chip_hour < float("inf"):
+        raise UserError(f"price_per_chip_hour={job.price_per_chip_hour}: expected a number from 0")
+    target, devices = _machine(job)
+    engine = open_engine(job, target.platform, devices)
+    rows, rejects = read_rows(job, multiple=engine.multiple)
+    for line in forecast.lines(job, engine, target, engine.resolve(rows), rejects, job.price_per_chip_hour):
+        print(line)
+    return Exit.OK
+
+
+def _machine(job: PlanJob) -> tuple[Target, Any]:
+    """The target and devices of this process in its place, None for all that there are."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a GPU may be at work for others
+    from fluxbatch import chips
+    from fluxbatch.dist import hosts
+
+    wanted = job.hardware.platform.name
+    if job.target is None:
+        import jax
+
+        platform, devices = hosts.start(wanted, None), jax.devices()
+        kind = devices[0].device_kind
+        return chips.Target(f"this machine, {kind}", platform, chips.of_kind(kind), len(devices), jax.process_count()), None
+    target = chips.target(job.target)
+    if wanted not in ("auto", target.platform):
+        raise UserError(f"hardware={wanted}: expected hardware={target.platform} or auto for target={job.target}")
+    return target, _stand_ins(target)
+
+
+def _stand_ins(target: Target) -> list[Any]:
+    import jax
+
+    with contextlib.suppress(RuntimeError):  # a sweep's second plan: they are there
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", max(target.chips, STAND_INS))
+    devices = jax.devices("cpu")
+    if len(devices) < target.chips:
+        raise UserError(f"target={target.name}: {target.chips} chips, expected at most {len(devices)} in this process")
+    return devices[: target.chips]
+
+
+def main() -> NoReturn:
+    cli.main(plan, schema=PlanJob, about="plan: what a run of the same command line would do, need and cost (target=…, price_per_chip_hour=…).")
+
+
+if __name__ == "__main__":
+    main()
