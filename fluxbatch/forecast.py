@@ -119,7 +119,7 @@ def _batches(work: Work) -> Iterator[str]:
         yield _line(name, f"{height}×{width}, {span} steps: {count:,} rows in {len(batches):,} batches of {work.size}, {waste:.1%} padding")
         name = ""
     sizes = len(work.buckets())
-    yield _line("programs", f"{1 + 2 * sizes} to compile: text, {sizes} × denoising, {sizes} × decoding; {len(work.shards):,} shards")
+    yield _line("programs", f"{2 + 2 * sizes} to compile: text, modulation, {sizes} × denoising, {sizes} × decoding; {len(work.shards):,} shards")
 
 
 def _text(engine: Engine, rows: Sequence[Row]) -> Iterator[str]:
