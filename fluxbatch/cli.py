@@ -227,7 +227,7 @@ def _explain(error: BaseException, schema: type[Job]) -> str:
     text = f"{error}\n{cause or ''}" if str(error) else type(error).__name__
     key = re.search(r"full_key: (\S+)", text)
     text = re.sub(r"\s*\b(full_key: |reference_type=|object_type=).*", "", text)
-    if key and key[1].startswith("lora.") and "struct" in text:
+    if (key and key[1].startswith("lora.") and "struct" in text) or "override +lora." in text:
         text = "no such adapter is chosen; lora=NAME chooses one, the arrays of lora_config name files"
     if isinstance(error, MissingMandatoryValue):
         text = "a value is missing"

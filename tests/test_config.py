@@ -337,6 +337,7 @@ WRONG = [
     ("lora=a,b", "lora=a,b", "brackets"),
     ("guidance_scale=[1", "guidance_scale=[1", "Hydra"),
     ("lora.anime.scale=1", "lora.anime", "lora=NAME"),
+    ("+lora.anime.path=a.safetensors", "anime", "lora=NAME"),
     ("output_dir=${nope}", "output_dir", "nope"),
     ("hydra.unknown=1", "hydra.unknown", "not in"),
     ("num_inference_steps=0", "sampler.num_inference_steps=0", "from 1"),

@@ -155,6 +155,12 @@ def picture(cli, folder: pathlib.Path, name: str, *overrides: str) -> np.ndarray
     return pixels(folder / name / metadata(folder / name)[0]["file_name"])
 
 
+def arrays(path: pathlib.Path, scale: float = 1.0) -> list[str]:
+    """One adapter, from the command line."""
+    values = {"lora_model_name_or_path": path, "weight_name": "null", "adapter_name": "mine", "scale": scale, "from_pt": "true"}
+    return [f"lora_config.{key}=[{value}]" for key, value in values.items()]
+
+
 @pytest.mark.slow
 def test_recipe_exports_what_the_runner_runs(trained, tmp_path, cli):
     plain = f"pretrained_model_name_or_path={trained / 'flux-mini'}"
@@ -162,8 +168,8 @@ def test_recipe_exports_what_the_runner_runs(trained, tmp_path, cli):
     assert first.shape == (64, 64, 3)
     for name in ("pixel-art", "outline"):
         path = trained / "flux-mini" / "loras" / f"{name}.safetensors"
-        assert not np.array_equal(picture(cli, tmp_path, name, plain, f"+lora.mine.path={path}", "+lora.mine.scale=4.0"), first)
-        assert np.array_equal(picture(cli, tmp_path, f"{name}-off", plain, f"+lora.mine.path={path}", "+lora.mine.scale=0.0"), first)
+        assert not np.array_equal(picture(cli, tmp_path, name, plain, *arrays(path, 4.0)), first)
+        assert np.array_equal(picture(cli, tmp_path, f"{name}-off", plain, *arrays(path, 0.0)), first)
     dev = f"pretrained_model_name_or_path={trained / 'flux-mini-dev'}"
     weak, strong = (picture(cli, tmp_path, f"g{g}", dev, f"guidance_scale={g}", "num_inference_steps=6") for g in (1.0, 5.0))
     assert not np.array_equal(weak, strong), "the strength of guidance is read"
@@ -187,7 +193,7 @@ def test_both_formats_say_what_training_multiplied(trained, tmp_path, cli):
     drawn = {"off": picture(cli, tmp_path, "off", plain)}
     for name, tensors in {"peft": adapters.peft(adapter, flux), "kohya": adapters.kohya(adapter)}.items():
         save_file(tensors, tmp_path / f"{name}.safetensors")
-        drawn[name] = picture(cli, tmp_path, name, plain, f"+lora.mine.path={tmp_path / f'{name}.safetensors'}")
+        drawn[name] = picture(cli, tmp_path, name, plain, *arrays(tmp_path / f"{name}.safetensors"))
     assert psnr(drawn["peft"], drawn["kohya"]) >= 50
     merged = tmp_path / "merged"
     shutil.copytree(trained / "flux-mini", merged)

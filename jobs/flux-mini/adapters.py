@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 from fluxbatch.weights import tables
 
 RANK = 8
-POOL = 3000
+POOL = 1000
 # Linear layers as Black Forest Labs fuse them → the kernels whose rows they are made of.
 FUSED = {
     **{f"double_blocks.{stream}_{name}": tuple(f"double_blocks.{stream}.{part}.kernel" for part in parts)

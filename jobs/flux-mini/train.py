@@ -21,11 +21,11 @@ import guidance
 from loop import Work
 
 STAGES = {
-    "vae": (autoencoder.train_vae, 4000),
-    "flow": (flow.train_flow, 8000),
-    "decoder": (autoencoder.train_decoder, 2000),
-    "guidance": (guidance.train_guidance, 600),
-    "adapters": (adapters.train_adapters, 400),
+    "vae": (autoencoder.train_vae, 2000),
+    "flow": (flow.train_flow, 4100),
+    "decoder": (autoencoder.train_decoder, 600),
+    "guidance": (guidance.train_guidance, 650),
+    "adapters": (adapters.train_adapters, 160),
 }
 
 
