@@ -9,10 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fluxbatch import chips, flops
 from fluxbatch.config import Job
 from fluxbatch.dist.mesh import Layout, batch_ways, open_mesh
 from fluxbatch.models import attention
-from fluxbatch.pipeline import Loading, Pipeline, quietly
+from fluxbatch.pipeline import Pipeline, Watcher
 from fluxbatch.sampling import Schedule
 from fluxbatch.text import Tokenizers
 from fluxbatch.types import Row, UserError
@@ -53,6 +54,18 @@ class Engine:
         """Heights and widths must be multiples of this many pixels."""
         return 2 * self.checkpoint.components["vae"].config.scale
 
+    @property
+    def peak(self) -> float | None:
+        """Dense bfloat16 FLOP/s of all devices together; None where it is not known, or does not apply."""
+        chip = chips.of_kind(self.mesh.devices.flat[0].device_kind)
+        return chip.peak * 1e12 * self.mesh.size if chip and self.activations_dtype != "float32" else None
+
+    def flops(self, row: Row) -> float:
+        """Floating-point operations of a row's steps and of its picture."""
+        flux, vae = (self.checkpoint.components[part].config for part in ("transformer", "vae"))
+        image = (row.height // self.multiple) * (row.width // self.multiple)
+        return row.num_inference_steps * flops.flux_step(flux, image, self.tokenizers.max_sequence_length) + flops.vae_decode(vae, row.height, row.width)
+
     def resolve(self, rows: Sequence[Row]) -> list[Row]:
         """The rows, each with its mix of adapters; UserError for mixes that cannot be in one job."""
         rows = self.lora.resolve(rows)
@@ -63,9 +76,9 @@ class Engine:
                             "expected one mix for all rows, which is merged into the blocks as they pass")  # fmt: skip
         return rows
 
-    def pipeline(self, rows: Sequence[Row] = (), loading: Loading = quietly) -> Pipeline:
+    def pipeline(self, rows: Sequence[Row] = (), watcher: Watcher = Watcher()) -> Pipeline:
         """What draws ``rows`` (resolved); weights stream onto the mesh as they are first needed, under the
-        eyes of ``loading``.
+        eyes of ``watcher``.
 
         Adapters are merged into the weights if all rows have one mix, else they stand beside them. Within a
         sweep the weights of the job before stay, but for what adapters change.
@@ -78,14 +91,14 @@ class Engine:
         kept, _kept[:] = _kept[:], []
         if kept and kept[0].identity == identity:
             pipeline = kept[0].pipeline
-            pipeline.schedule, pipeline.loading = self.schedule, loading
+            pipeline.schedule, pipeline.watcher = self.schedule, watcher
             for name, network in pipeline.networks.items() if kept[0].tag != tag else ():
                 network.merge(edits[name])
         else:
             kept.clear()  # its memory is needed
             networks = {name: self._network(part, edits[name], beside) for name, part in PARTS.items()}
             flux, vae = (self.checkpoint.components[part].config for part in ("transformer", "vae"))
-            pipeline = Pipeline(networks, flux, vae, self.mesh, self.activations_dtype, self.schedule, loading, beside)
+            pipeline = Pipeline(networks, flux, vae, self.mesh, self.activations_dtype, self.schedule, watcher, beside)
         if self.keep:
             _kept.append(Kept(identity, pipeline, tag))
         return pipeline

@@ -104,7 +104,7 @@ class Outcome:
             print(f"look at    {join(self.store.url, 'index.html')} or {join(self.store.url, 'contact_sheet.png')}")
             if self.job.sweep:
                 print(f"the sweep  {_write_grid(self.job)}")
-        self.work.ended(code, REASONS[code], counts, load=self.report.load())
+        self.work.ended(code, REASONS[code], counts, load=self.report.load(), speed=self.report.speed())
         if code != Exit.OK:
             self.report.say(REASONS[code])
         return code

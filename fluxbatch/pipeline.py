@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -30,7 +32,19 @@ from fluxbatch.weights.network import Network
 from fluxbatch.weights.stream import StreamedFlux
 
 
-Loading = Callable[[int], AbstractContextManager[Progress]]  # of how many bytes; yields what is told of the bytes read
+class Watcher:
+    """What a pipeline tells while it runs. This one tells nobody."""
+
+    def loading(self, total: int) -> AbstractContextManager[Progress]:
+        """Within it ``total`` bytes are read, and what it yields is told of them."""
+        return contextlib.nullcontext(lambda count: None)
+
+    def compiling(self) -> AbstractContextManager[None]:
+        """Within it nothing happens but a wait for the compiler."""
+        return contextlib.nullcontext()
+
+    def launched(self, since: float, outputs: Any, pictures: bool = False) -> None:
+        """``since`` a monotonic time the devices have had programs to run, until ``outputs`` are there."""
 
 
 class Pipeline:
@@ -38,12 +52,14 @@ class Pipeline:
 
     def __init__(
         self, networks: Mapping[str, Network], flux: FluxConfig, vae: VaeConfig, mesh: jax.sharding.Mesh, dtype: Any,
-        schedule: sampling.Schedule, loading: Loading, lora: Loras | None = None,
+        schedule: sampling.Schedule, watcher: Watcher, lora: Loras | None = None,
     ):  # fmt: skip
         """``networks``: t5, clip, flux and vae. ``lora``: the adapters that stand beside the weights, mixed
         row by row."""
         self.networks, self.flux_config, self.vae_config = networks, flux, vae
-        self.mesh, self.dtype, self.schedule, self.loading, self._lora = mesh, jnp.dtype(dtype), schedule, loading, lora
+        self.mesh, self.dtype, self.schedule, self.watcher, self._lora = mesh, jnp.dtype(dtype), schedule, watcher, lora
+        self._compiled: dict[Hashable, Future[None]] = {}
+        self._since: float | None = None  # when the devices got the first program of those under way
 
         def jit(function: Callable[..., Any], **options: Any) -> Any:
             function = functools.partial(function)  # of its own, so that its programs go with this pipeline
@@ -66,8 +82,8 @@ class Pipeline:
 
     def encode(self, clip_ids: np.ndarray, t5_ids: np.ndarray, rows: Sequence[Row]) -> tuple[jax.Array, jax.Array]:
         """Ids ``[B, 77]``, ``[B, T]`` of rows → T5 states ``[B, T, D]`` and pooled vectors ``[B, P]``."""
-        (clip, clip_state), (t5, t5_state) = self._ready("clip", "t5")
-        return self._run(self._encode, clip, t5, self.dtype, clip_state, t5_state, *self._put(clip_ids, t5_ids, *self._scales(rows)))
+        (clip, clip_state), (t5, t5_state) = self._ready("clip", "t5", program="encode")
+        return self._told(self._launch(self._encode, clip, t5, self.dtype, clip_state, t5_state, *self._put(clip_ids, t5_ids, *self._scales(rows))))
 
     def text_mix(self, row: Row) -> Hashable:
         """What the encoding of a row's prompts depends on besides them."""
@@ -78,13 +94,62 @@ class Pipeline:
         for name in ("clip", "t5"):
             self.networks[name].leave(again)
 
-    def _ready(self, *names: str) -> list[tuple[Any, Any]]:
-        """Graph definitions and parameters, loaded if they were not."""
+    @contextlib.contextmanager
+    def compiling(self, rows: Sequence[Row], batch: int, texts: tuple[int, int]) -> Iterator[None]:
+        """Within it threads compile, in the rows' order, all programs that their batches take, while weights are
+        on their way. ``texts``: tokens of CLIP's prompts and of T5's.
+
+        What a program is called with later must be what it is compiled for here, or it is compiled once more.
+        """
+        sizes = dict.fromkeys((row.height, row.width) for row in rows)
+        jobs: dict[Hashable, Callable[[], None]] = {"encode": lambda: self._compile_encode(batch, texts)}
+        if not isinstance(self.networks["flux"], StreamedFlux):
+            jobs |= {size: functools.partial(self._compile_denoise, batch, texts[1], *size) for size in sizes}
+        with ThreadPoolExecutor(2, "compile") as pool:
+            self._compiled = {key: pool.submit(job) for key, job in jobs.items()}
+            try:
+                yield
+            finally:
+                pool.shutdown(cancel_futures=True)
+                self._compiled = {}
+
+    def _compile_encode(self, batch: int, texts: tuple[int, int]) -> None:
+        (clip, clip_state), (t5, t5_state) = (self.networks[name].abstract() for name in ("clip", "t5"))
+        ids = [self._shape(np.int32, batch, length) for length in texts]
+        self._run(self._encode.lower, clip, t5, self.dtype, clip_state, t5_state, *ids, *self._abstract_scales(batch)).compile()
+
+    def _compile_denoise(self, batch: int, length: int, height: int, width: int) -> None:
+        cfg, (height, width) = self.flux_config, (side // self.vae_config.scale for side in (height, width))
+        (flux, state), (vae, vae_state) = (self.networks[name].abstract() for name in ("flux", "vae"))
+        tokens = (height // 2) * (width // 2)
+        latents = self._shape(np.float32, batch, tokens, cfg.in_channels)
+        text = self._shape(self.dtype, batch, length, cfg.joint_attention_dim)
+        pooled = self._shape(self.dtype, batch, cfg.pooled_projection_dim)
+        sigmas, left, guidance = self._shape(np.float32, batch, sampling.STEPS + 1), self._shape(np.int32, batch), self._shape(np.float32, batch)
+        rope = 2 * (jax.ShapeDtypeStruct((length + tokens, sum(cfg.axes_dims_rope) // 2), np.float32, sharding=replicated(self.mesh)),)
+        scales = self._abstract_scales(batch)
+        modulate = self._run(self._modulate.lower, flux, self.dtype, state, pooled, sigmas, guidance, *scales)
+        modulate.compile()
+        mod = jax.tree.map(lambda x: self._shape(x.dtype, *x.shape), modulate.out_info)
+        self._run(self._denoise.lower, flux, self.dtype, state, latents, text, mod, sigmas, left, rope, *scales).compile()
+        self._run(self._decode.lower, vae, self.dtype, vae_state, latents, height, width).compile()
+
+    def _shape(self, dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(self.mesh))
+
+    def _abstract_scales(self, batch: int) -> list[jax.ShapeDtypeStruct]:
+        return [] if self._lora is None else [self._shape(np.float32, batch, len(self._lora.adapters))]
+
+    def _ready(self, *names: str, program: Hashable = None) -> list[tuple[Any, Any]]:
+        """Graph definitions and parameters, loaded if they were not, and ``program`` compiled if it is about to be."""
         networks = [self.networks[name] for name in names]
         missing = sum(network.missing for network in networks)
-        with self.loading(missing) if missing else quietly() as progress:
+        with self.watcher.loading(missing) if missing else contextlib.nullcontext(lambda count: None) as progress:
             for network in networks:
                 network.load(progress)
+        if compiled := self._compiled.pop(program, None):
+            with self.watcher.compiling():
+                compiled.result()
         return [network.parts() for network in networks]
 
     def denoise(self, rows: Sequence[Row], text: np.ndarray, pooled: np.ndarray) -> jax.Array:
@@ -99,39 +164,39 @@ class Pipeline:
         guidance = np.array([row.guidance_scale for row in rows], np.float32)
         rope = rope_table(text.shape[1], height // 2, width // 2, self.flux_config.axes_dims_rope)
         rope = tuple(put(table, replicated(self.mesh)) for table in rope)
-        (graph, state), _ = self._ready("flux", "vae")  # the VAE on the same bar
+        (graph, state), _ = self._ready("flux", "vae", program=(rows[0].height, rows[0].width))  # the VAE on the same bar
         if isinstance(self.networks["flux"], StreamedFlux):
             return self._denoise_streamed(self.networks["flux"], latents, text, pooled, sigmas, counts, guidance, rope)
         latents, text, pooled, guidance, *scales = self._put(latents, text, pooled, guidance, *self._scales(rows))
         for first in range(0, counts.max(), sampling.STEPS):
             levels, left = self._put(sigmas[:, first : first + sampling.STEPS + 1], counts - first)
-            mod = self._run(self._modulate, graph, self.dtype, state, pooled, levels, guidance, *scales)
-            latents = self._run(self._denoise, graph, self.dtype, state, latents, text, mod, levels, left, rope, *scales)
+            mod = self._launch(self._modulate, graph, self.dtype, state, pooled, levels, guidance, *scales)
+            latents = self._launch(self._denoise, graph, self.dtype, state, latents, text, mod, levels, left, rope, *scales)
         return latents
 
     def _denoise_streamed(self, flux: StreamedFlux, latents, text, pooled, sigmas, counts, guidance, rope) -> jax.Array:
         """What ``_denoise`` computes, with the transformer's blocks passing through the devices."""
         graph, state = flux.parts()
         latents, text, pooled, guidance, sigmas, left = self._put(latents, text, pooled, guidance, sigmas, counts)
-        vec, final = self._run(self._condition, graph, self.dtype, state, pooled, sigmas, guidance)
+        vec, final = self._launch(self._condition, graph, self.dtype, state, pooled, sigmas, guidance)
         with flux.modulators() as layers:
-            mods = {name: jax.block_until_ready(self._run(self._layer, *layer, vec)) for name, layer in layers}
+            mods = {name: jax.block_until_ready(self._told(self._launch(self._layer, *layer, vec))) for name, layer in layers}
         steps = counts.max()
         with flux.blocks(steps) as blocks:
             for i in range(steps):
-                x = self._run(self._embed, graph, self.dtype, state, latents, text)
+                x = self._told(self._launch(self._embed, graph, self.dtype, state, latents, text))
                 for name, (block_graph, block) in itertools.islice(blocks, len(flux)):
                     mod = [mods[layer] for layer in flux.modulators_of(name)]
-                    x = self._run(self._block, block_graph, graph, block, state, x, mod, i, rope)
-                    jax.block_until_ready(x)  # or blocks would pile up behind the computation
-                latents = self._run(self._step, graph, state, latents, x, final, i, sigmas, left)
+                    x = self._launch(self._block, block_graph, graph, block, state, x, mod, i, rope)
+                    jax.block_until_ready(self._told(x))  # or blocks would pile up behind the computation
+                latents = self._launch(self._step, graph, state, latents, x, final, i, sigmas, left)
         return latents
 
     def decode(self, latents: jax.Array, height: int, width: int) -> tuple[jax.Array, jax.Array]:
         """Latents → pixels ``[B, height, width, 3]`` uint8, and whether each image is finite ``[B]``."""
         scale = self.vae_config.scale
         ((graph, state),) = self._ready("vae")
-        return self._run(self._decode, graph, self.dtype, state, latents, height // scale, width // scale)
+        return self._told(self._launch(self._decode, graph, self.dtype, state, latents, height // scale, width // scale), pictures=True)
 
     def _scales(self, rows: Sequence[Row]) -> list[np.ndarray]:
         """Each row's mix of adapters, if it has one of its own."""
@@ -146,11 +211,18 @@ class Pipeline:
         with jax.default_matmul_precision(precision):
             return program(*args)
 
+    def _launch(self, program: Any, *args: Any) -> Any:
+        """Runs a program of the devices."""
+        outputs = self._run(program, *args)
+        self._since = self._since or time.monotonic()
+        return outputs
 
-@contextlib.contextmanager
-def quietly(_: int = 0) -> Iterator[Progress]:
-    """Loading that nobody watches."""
-    yield lambda count: None
+    def _told(self, outputs: Any, pictures: bool = False) -> Any:
+        """The outputs of the last of some programs, told to whoever watches."""
+        assert self._since is not None
+        self.watcher.launched(self._since, outputs, pictures)
+        self._since = None
+        return outputs
 
 
 def _model(graph, state, scales=None):

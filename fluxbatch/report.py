@@ -4,13 +4,50 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from tqdm import tqdm
 
+from fluxbatch.pipeline import Watcher
 
-class Report:
+
+class Devices:
+    """The time from the launch of the first batch to the end of the last, and how much of it the devices were busy:
+    had a program running or queued, from the return of the call that launched it until its outputs were there."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1, "devices")
+        self._first: float | None = None
+        self._last = self._busy = self._busy_before = self._until = 0.0
+
+    def launched(self, since: float, outputs: Any, pictures: bool) -> None:
+        """In the order in which the devices are given programs."""
+        self._pool.submit(self._watch, since, outputs, pictures)
+
+    def _watch(self, since: float, outputs: Any, pictures: bool) -> None:
+        import jax
+
+        jax.block_until_ready(outputs)
+        now = time.monotonic()
+        if pictures and self._first is None:
+            self._first = self._until = since
+        if self._first is not None:  # what comes before the first batch is not its time
+            self._busy += max(0.0, now - max(since, self._until))
+            self._until = now
+        if pictures:
+            self._last, self._busy_before = now, self._busy
+
+    def figures(self) -> tuple[float, float]:
+        """Seconds from the first batch to the last, and the busy ones among them. Waits for what was launched."""
+        self._pool.submit(lambda: None).result()
+        return (self._last - self._first, self._busy_before) if self._first is not None else (0.0, 0.0)
+
+
+class Report(Watcher):
     """Bars on standard error, seconds by stage, and the closing lines on standard output."""
 
     def __init__(self, quiet: bool = False) -> None:
@@ -19,15 +56,20 @@ class Report:
         self.started = time.monotonic()
         self.seconds: dict[str, float] = {}
         self.loaded = 0  # bytes of weights that this process has read
+        self.devices = Devices()
+        self.images = 0  # handed to the devices, padding not counted
+        self.flops = 0.0  # that these take
+        self.peak: float | None = None  # FLOP/s of all devices together, where it is known
         self._within = 0.0  # seconds of stages inside the current one
         self._bars: list[tqdm] = []
+        self._thread = threading.get_ident()
         self._watch_compiler()
 
     def _watch_compiler(self) -> None:
         import jax.monitoring
 
         def seen(event: str, seconds: float, **_: object) -> None:
-            if event == "/jax/core/compile/backend_compile_duration":
+            if event == "/jax/core/compile/backend_compile_duration" and threading.get_ident() == self._thread:
                 self._account("compile", seconds)
 
         jax.monitoring.register_event_duration_secs_listener(seen)
@@ -69,6 +111,30 @@ class Report:
         for other in self._bars:
             other.unpause()  # what loads meanwhile is not its time
 
+    def compiling(self) -> contextlib.AbstractContextManager[None]:
+        """What threads compile meanwhile is nobody's time; the wait for them is."""
+        return self.stage("compile")
+
+    def launched(self, since: float, outputs: Any, pictures: bool = False) -> None:
+        self.devices.launched(since, outputs, pictures)
+
+    def drawing(self, images: int, flops: float) -> None:
+        """A batch is on its way."""
+        self.images, self.flops = self.images + images, self.flops + flops
+
+    def speed(self) -> dict[str, float]:
+        """From the first batch to the last: images a second, seconds an image, the share of that time in which the
+        devices had work; where their peak is known, the share of it that the images took (MFU) and the time as a
+        multiple of the one at peak (floor ratio). Empty before the first image."""
+        seconds, busy = self.devices.figures()
+        if not seconds:
+            return {}
+        said = {"images_per_second": self.images / seconds, "seconds_per_image": seconds / self.images, "device_busy": busy / seconds}
+        if self.peak:
+            mfu = self.flops / seconds / self.peak
+            said |= {"mfu": mfu, "floor_ratio": 1 / mfu}
+        return {name: float(f"{value:.4g}") for name, value in said.items()}
+
     def load(self) -> dict[str, float]:
         """Bytes of weights read so far, the seconds it took and GB/s."""
         seconds = self.seconds.get("load", 0.0)
@@ -83,20 +149,20 @@ class Report:
     def summary(self, counts: Mapping[str, int], place: str) -> dict[str, object]:
         """Prints and returns the closing figures."""
         total = time.monotonic() - self.started
-        made = counts["made"]
-        generate = self.seconds.get("generate", 0.0)
-        rate = made / generate if made and generate > 0 else 0.0
+        made, speed = counts["made"], self.speed()
         stages = {name: round(value, 2) for name, value in self.seconds.items()} | {"total": round(total, 2)}
         print(f"rows       {counts['rows']:,}: {made:,} made, {counts['before']:,} done before, {counts['rejected']:,} rejected")
         weights = f"{_size(self.loaded)} at {_size(1e9 * self.load()['gigabytes_per_second'])}/s" if self.loaded else None
         if weights:
             print(f"weights    {weights}")
         print("seconds    " + ", ".join(f"{name} {value:,.1f}" for name, value in stages.items()))
-        if made:
-            print(f"speed      {rate:,.2f} images/s while generating, {made / total:,.2f} over the whole run")
+        rate = f"{speed['images_per_second']:,.2f} images/s" if speed else None
+        if speed:
+            print(f"speed      {rate}, {speed['seconds_per_image']:.3g} s an image from the first batch to the last; {made / total:,.2f} images/s in all")
+            peak = f"; {speed['mfu']:.0%} of their peak, {speed['floor_ratio']:.2f} × the floor" if "mfu" in speed else ""
+            print(f"devices    busy {speed['device_busy']:.1%} of that time{peak}")
         print(f"output     {place}")
-        speed = f"{rate:,.2f} images/s" if made else None
-        return {"images": counts["rows"], "made now": made, "rejected": counts["rejected"], "speed": speed,
+        return {"images": counts["rows"], "made now": made, "rejected": counts["rejected"], "speed": rate,
                 "weights": weights, "seconds": stages["total"]}  # fmt: skip
 
 

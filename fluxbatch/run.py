@@ -56,8 +56,9 @@ def run(job: Job) -> int:
         try:
             shards = work.shards(drain)
             if first := next(shards, None):
-                pipeline = engine.pipeline(rows, report.loading)
+                pipeline, report.peak = engine.pipeline(rows, report), engine.peak
                 with (
+                    pipeline.compiling(todo, batch_size, engine.tokenizers.lengths),
                     report.stage("generate"),
                     report.bar(len(todo), "images", "img") as bar,
                     Writer(store, ledger, job, facts=engine.record, on_image=lambda row, ok: bar.update()) as writer,
@@ -71,6 +72,7 @@ def run(job: Job) -> int:
                             padded = batching.padded(batch.rows, batch.size)
                             latents = pipeline.denoise(padded, *states.batch(padded))
                             pixels, finite = pipeline.decode(latents, *batch.shape)
+                            report.drawing(len(batch.rows), sum(map(engine.flops, batch.rows)))
                             own, (pixels, finite) = hosts.own(batch.rows, pixels, finite)
                             if own:
                                 writer.put(own, names, pixels, finite)

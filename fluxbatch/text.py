@@ -24,6 +24,11 @@ class Tokenizers:
         self.max_sequence_length = max_sequence_length
         self.clip_length = self.clip.model_max_length
 
+    @property
+    def lengths(self) -> tuple[int, int]:
+        """Of CLIP's and T5's ids."""
+        return self.clip_length, self.max_sequence_length
+
     @staticmethod
     def _open(auto: Any, folder: str) -> Any:
         try:

@@ -44,7 +44,7 @@ def test_steps_with_modulation_made_before_are_the_plain_steps(flux):
     """More steps than are prepared at a time; rows of a batch with other counts, one of them a single step."""
     schedule = sampling.Schedule.of({"use_dynamic_shifting": True}, None, None, None)
     networks = {"flux": Loaded(flux), "vae": Loaded(decoder_module())}
-    whole = pipeline.Pipeline(networks, FLUX, VAE, make_mesh((1, 1)), "float32", schedule, pipeline.quietly)
+    whole = pipeline.Pipeline(networks, FLUX, VAE, make_mesh((1, 1)), "float32", schedule, pipeline.Watcher())
     counts = (2 * sampling.STEPS + 3, 1, sampling.STEPS)
     rows = [plain.row(i, height=12, width=8, num_inference_steps=n, guidance_scale=float(i)) for i, n in enumerate(counts)]
     rng = np.random.default_rng(2)

@@ -9,6 +9,7 @@ import json
 import shutil
 import tempfile
 
+import jax
 import numpy as np
 import pytest
 from conftest import images, metadata, pixels, psnr
@@ -74,15 +75,23 @@ def test_a_picture_depends_on_its_row_alone(cli, golden, tmp_path, mixed):
             assert np.abs(picture.astype(int) - reference[key].astype(int)).max() <= 1, (name, key)
 
 
-def test_one_compilation_per_shape(cli, golden, tmp_path, mixed, monkeypatch):
-    """23 rows of three sizes: 32×48 and 48×32 have as many tokens and share a denoiser; prompts, seeds, guidance and steps compile nothing."""
+def test_one_compilation_per_shape(cli, golden, tmp_path, mixed, monkeypatch, caplog):
+    """In threads, before it is called. 23 rows of three sizes: 32×48 and 48×32 have as many tokens and share a denoiser; prompts, seeds, guidance and steps compile nothing."""
     from fluxbatch import pipeline
 
     made = []
     init = pipeline.Pipeline.__init__
     monkeypatch.setattr(pipeline.Pipeline, "__init__", lambda self, *a, **k: (init(self, *a, **k), made.append(self))[0])
-    assert cli(*flags(golden, tmp_path, manifest=mixed, per_device_batch_size=2, shard_size=8))[0] == 0
+    jax.config.update("jax_log_compiles", True)  # as a context it would be this thread's alone
+    try:
+        assert cli(*flags(golden, tmp_path, manifest=mixed, per_device_batch_size=2, shard_size=8))[0] == 0
+    finally:
+        jax.config.update("jax_log_compiles", False)
     (one,) = made
+    compiled = [record for record in caplog.records if record.message.startswith("Finished XLA compilation")]
+    for name, count in {"encode": 1, "modulate": 1, "denoise": 2, "decode": 3}.items():
+        threads = [record.threadName for record in compiled if f"(_{name})" in record.message]
+        assert len(threads) == count and all(thread.startswith("compile") for thread in threads)
     assert one._denoise._cache_size() == 2
     assert one._decode._cache_size() == 3
     assert one._encode._cache_size() == 1
@@ -107,7 +116,8 @@ def test_the_record_says_it_all(cli, golden, tmp_path):
         assert len(record["sha256"]) == hashlib.sha256().digest_size * 2
     assert records[1]["sha256"] != records[2]["sha256"]
     assert (folder / "config.yaml").read_text()
-    assert json.loads((folder / "status.json").read_text())["exit_code"] == 0
+    status = json.loads((folder / "status.json").read_text())
+    assert status["exit_code"] == 0 and 0 < status["speed"]["device_busy"] <= 1
     assert "<html" in (folder / "index.html").read_text()[:500].lower()
 
 

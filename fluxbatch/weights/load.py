@@ -111,6 +111,16 @@ def held(plan: Plan, mesh: jax.sharding.Mesh, dtype: Any) -> int:
     return total * np.dtype(dtype).itemsize
 
 
+def abstract(plan: Plan, mesh: jax.sharding.Mesh, dtype: Any) -> Any:
+    """The parameters as ``load`` would place them, without their values."""
+
+    def placed(leaf: Any) -> jax.ShapeDtypeStruct:
+        shape = leaf.get_value().shape
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=Placement.of(mesh, shape, leaf.get_metadata()["axes"]).final)
+
+    return nnx.from_flat_state([(keys, leaf.replace(placed(leaf))) for keys, leaf in nnx.to_flat_state(plan.state)])
+
+
 def reload(
     plan: Plan, state: Any, paths: Collection[str], mesh: jax.sharding.Mesh, dtype: Any,
     progress: Progress = lambda _: None, edits: Edits | None = None,

@@ -59,6 +59,12 @@ class Network:
         """Graph definition and parameters, once loaded."""
         return self._graph, self._state
 
+    def abstract(self) -> tuple[Any, Any]:
+        """What ``parts`` will be once loaded: shapes, dtypes and places. (Adapters beside the weights are there.)"""
+        module = nnx.merge(self.plan.graph, load.abstract(self.plan, self.mesh, self.dtype))
+        self._attach(module)
+        return nnx.split(module)
+
     def merge(self, edits: load.Edits) -> None:
         """Other edits from the next `load` on, which reads what these or the ones before change."""
         self._stale |= {path for path, _ in (*self.edits, *edits)}
