@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -52,11 +52,20 @@ class Tokenizers:
 def _longer(tokenizer: Any, texts: Iterable[str], limit: int) -> dict[str, int]:
     # a character of ASCII is a token at most; beside them stand a start, an end and T5's leading space
     texts = [text for text in dict.fromkeys(texts) if len(text) > limit - 3 or not text.isascii()]
-    found = {}
+    words = [text.split() for text in texts]
+    sizes = dict(_lengths(tokenizer, list({word for split in words for word in split}), add_special_tokens=False))
+    ends = tokenizer.num_special_tokens_to_add()
+    found = {text: ends + sum(map(sizes.__getitem__, split)) for text, split in zip(texts, words, strict=True)}
+    # Both tokenizers go word by word, and words repeat: ten times faster than whole texts. Others may not.
+    by_words = all(found[text] == length for text, length in _lengths(tokenizer, texts[:100]))
+    found |= _lengths(tokenizer, [text for text in texts if abs(found[text] - limit) < 4] if by_words else texts)
+    return {text: length for text, length in found.items() if length > limit}
+
+
+def _lengths(tokenizer: Any, texts: Sequence[str], **options: Any) -> Iterator[tuple[str, int]]:
     for i in range(0, len(texts), 4096):
-        ids = tokenizer(texts[i : i + 4096], truncation=False, padding=False, return_attention_mask=False)["input_ids"]
-        found |= {text: len(tokens) for text, tokens in zip(texts[i : i + 4096], ids, strict=True) if len(tokens) > limit}
-    return found
+        ids = tokenizer(texts[i : i + 4096], truncation=False, padding=False, return_attention_mask=False, verbose=False, **options)["input_ids"]
+        yield from zip(texts[i : i + 4096], map(len, ids), strict=True)
 
 
 class Encoders(Protocol):
