@@ -16,6 +16,7 @@ from fluxbatch.models.clip import ClipConfig
 from fluxbatch.models.flux import Flux, FluxConfig
 from fluxbatch.models.t5 import T5Config
 from fluxbatch.models.vae import Decoder, VaeConfig
+from fluxbatch.text import Tokenizers
 from fluxbatch.types import UserError
 
 DEV = FluxConfig(64, 64, 19, 38, 24, 128, 4096, 768, True, (16, 56, 56))
@@ -131,3 +132,11 @@ def test_mistakes(planned, tmp_path):
     assert "price_per_chip_hour=-1.0: expected a number from 0" in planned(row, "price_per_chip_hour=-1", code=2)
     assert "ici_data_parallelism=8 × dcn_data_parallelism=-1 needs 8 devices, there are 4" in planned(row, "target=v6e-4", "ici_data_parallelism=8", code=2)
     assert not (tmp_path / "rows").exists()  # nothing is written
+
+
+def test_counting_word_by_word_is_counting(golden):
+    tokenizers = Tokenizers(str(golden / "dev/tokenizer"), str(golden / "dev/tokenizer_2"), 24)
+    texts = ["short", "A fox,  in\tthe snow; it's 12°C", "ü" * 30, "word " * 9, "don't stop-me.now " * 5, "日本語の長い文" * 4, "x" * 21, "x" * 40, " lead"]
+    for tokenizer, limit, found in zip((tokenizers.clip, tokenizers.t5), (tokenizers.clip_length, 24), tokenizers.cut(texts, texts), strict=True):
+        lengths = {text: len(tokenizer(text)["input_ids"]) for text in texts}
+        assert found == {text: length for text, length in lengths.items() if length > limit} != {}
