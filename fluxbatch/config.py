@@ -77,6 +77,8 @@ class Hardware:
     offload_encoders: bool | str = MISSING
     stream_blocks: bool = MISSING
     flash_block_sizes: dict[str, int] | None = MISSING
+    xla_flags: list[str] = MISSING
+    libtpu_init_args: list[str] = MISSING
 
 
 @dataclass
@@ -134,6 +136,7 @@ class Job:
     replica_count: int | None = MISSING
     replica_expiry: float = MISSING
     jax_cache_dir: str | None = MISSING
+    profile: bool = MISSING
     debug: bool = MISSING
     sweep: dict[str, Any] = field(default_factory=dict)  # what a multirun varies, filled in by the CLI
 
@@ -225,6 +228,11 @@ def _offenders(job: Job, rows: bool) -> Iterator[tuple[str, Any, str]]:
 
     if job.hardware.offload_encoders not in OFFLOAD:
         yield "hardware.offload_encoders", job.hardware.offload_encoders, "true, false, host or free"
+
+    for key, flags in {"xla_flags": job.hardware.xla_flags, "libtpu_init_args": job.hardware.libtpu_init_args}.items():
+        for flag in flags:
+            if not re.fullmatch(r"--\w+(=\S*)?", flag):
+                yield f"hardware.{key}", flag, "flags of the form --name=value"
 
     for name, size in (job.hardware.flash_block_sizes or {}).items():
         key = f"hardware.flash_block_sizes.{name}"

@@ -45,6 +45,7 @@ def replay(job: ReplayJob) -> int:
     if record is None:
         raise UserError(f"id={job.id}: {join(store.url, METADATA)} has no such row")
 
+    hosts.tell_compiler(recorded.hardware.xla_flags, recorded.hardware.libtpu_init_args)
     engine = open_engine(recorded, hosts.start(recorded.hardware.platform.name, recorded.jax_cache_dir))
     for line in difference(facts, engine.facts):
         print(f"changed since: {line}")

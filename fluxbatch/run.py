@@ -25,9 +25,11 @@ def run(job: Job) -> int:
     from fluxbatch.io.manifest import read_rows
     from fluxbatch.io.storage import StorageError, join, open_store
     from fluxbatch.report import Report
+    from fluxbatch.tracing import Trace
     from fluxbatch.writer import TooManyFailures, Writer
 
     replica = dealing.replica(job)
+    hosts.tell_compiler(job.hardware.xla_flags, job.hardware.libtpu_init_args)
     platform = hosts.start(job.hardware.platform.name, job.jax_cache_dir)
     report = Report(quiet=not hosts.is_first())
     with report.stage("open"), hosts.together():  # whatever can be wrong, before a weight is read
@@ -61,6 +63,7 @@ def run(job: Job) -> int:
                     pipeline.compiling(todo, batch_size, engine.tokenizers.lengths),
                     report.stage("generate"),
                     report.bar(len(todo), "images", "img") as bar,
+                    Trace(store if job.profile and hosts.is_first() else None, report.say) as trace,
                     Writer(store, ledger, job, facts=engine.record, on_image=lambda row, ok: bar.update()) as writer,
                 ):
                     for shard in chain([first], shards):
@@ -73,6 +76,7 @@ def run(job: Job) -> int:
                             latents = pipeline.denoise(padded, *states.batch(padded))
                             pixels, finite = pipeline.decode(latents, *batch.shape)
                             report.drawing(len(batch.rows), sum(map(engine.flops, batch.rows)))
+                            trace.batch(pixels)
                             own, (pixels, finite) = hosts.own(batch.rows, pixels, finite)
                             if own:
                                 writer.put(own, names, pixels, finite)

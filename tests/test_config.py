@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import json
+import os
 import pickle
 import re
 import subprocess
@@ -362,6 +363,7 @@ WRONG = [
     ("manifest=rows.jsonl", "prompt=x", "manifest=rows.jsonl"),
     ("flash_block_sizes={block_p: 1}", "hardware.flash_block_sizes.block_p=1", "block_q"),
     ("flash_block_sizes={block_q: 0}", "hardware.flash_block_sizes.block_q=0", "from 1"),
+    ("xla_flags=[fast]", "hardware.xla_flags=fast", "--name=value"),
     ("max_failures=-1", "max_failures=-1", "from 0"),
     ("num_images=0", "num_images=0", "from 1"),
     ("adapter_name=[a,b]", "lora_config.lora_model_name_or_path", "equal length"),
@@ -551,3 +553,12 @@ def test_as_a_process(tmp_path, argv, code, stdout):
     assert done.returncode == code and stdout in done.stdout
     assert len(done.stderr.splitlines()) == (code != 0), done.stderr
     assert list((tmp_path / "work").iterdir()) == []
+
+
+def test_the_environment_s_flags_win(monkeypatch):
+    from fluxbatch.dist.hosts import tell_compiler
+
+    monkeypatch.setenv("XLA_FLAGS", "--a=1 --b")
+    monkeypatch.delenv("LIBTPU_INIT_ARGS", raising=False)
+    tell_compiler(["--b=2", "--c=3", "--ab=4"], [])
+    assert os.environ["XLA_FLAGS"] == "--c=3 --ab=4 --a=1 --b" and "LIBTPU_INIT_ARGS" not in os.environ

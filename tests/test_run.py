@@ -101,9 +101,11 @@ def test_the_record_says_it_all(cli, golden, tmp_path):
     rows = [{"prompt": "a fox", "id": "fox", "seed": 5, "category": "animals"}, {"prompt": "two", "prompt_2": "deux", "num_images": 2}]
     manifest = tmp_path / "rows.jsonl"
     manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    code, _ = cli(*flags(golden, tmp_path, manifest=manifest, resolution=32, num_inference_steps=2, seed=40))
+    code, _ = cli(*flags(golden, tmp_path, manifest=manifest, resolution=32, num_inference_steps=2, seed=40, profile="true"))
     assert code == 0
     folder = tmp_path / "run"
+    (trace,) = folder.glob("profile/plugins/profile/*/*.xplane.pb")
+    assert trace.stat().st_size > 1000
     records = metadata(folder)
     assert [r["file_name"] for r in records] == ["flux_0.png", "flux_1.png", "flux_2.png"]
     assert [r["id"] for r in records] == ["fox", "1", "2"]

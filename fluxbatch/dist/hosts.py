@@ -28,6 +28,15 @@ HEARTBEAT, SHUTDOWN = 30, 15  # seconds until a silent peer counts as lost, and 
 COUNTED_BY = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
 
 
+def tell_compiler(xla: Sequence[str], libtpu: Sequence[str]) -> None:
+    """Adds flags to XLA_FLAGS and LIBTPU_INIT_ARGS, before JAX starts; those that are there already win."""
+    for variable, flags in (("XLA_FLAGS", xla), ("LIBTPU_INIT_ARGS", libtpu)):
+        given = os.environ.get(variable, "").split()
+        names = {flag.partition("=")[0] for flag in given}
+        if added := [flag for flag in flags if flag.partition("=")[0] not in names]:
+            os.environ[variable] = " ".join([*added, *given])
+
+
 def start(platform: str, cache_dir: str | None) -> str:
     """Brings JAX up on ``platform`` (``auto``: the best there is) and returns its name: cpu, gpu or tpu.
 
