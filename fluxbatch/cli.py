@@ -151,7 +151,7 @@ class _HydraTask:
         """The checked job, paths of the user's home expanded and the run named."""
         job = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(self.schema), cfg))
         assert isinstance(job, Job)
-        for key in ("output_dir", "manifest", "jax_cache_dir"):
+        for key in ("output_dir", "manifest", "jax_cache_dir", "text_cache_dir"):
             if (path := getattr(job, key)) is not None:
                 setattr(job, key, os.path.expanduser(path))
         hydra = HydraConfig.get()

@@ -136,6 +136,8 @@ class Job:
     replica_count: int | None = MISSING
     replica_expiry: float = MISSING
     jax_cache_dir: str | None = MISSING
+    text_cache_dir: str | None = MISSING
+    text_cache_gigabytes: float = MISSING
     profile: bool = MISSING
     debug: bool = MISSING
     sweep: dict[str, Any] = field(default_factory=dict)  # what a multirun varies, filled in by the CLI
@@ -208,6 +210,10 @@ def _offenders(job: Job, rows: bool) -> Iterator[tuple[str, Any, str]]:
 
     if not 0 < job.replica_expiry < math.inf:
         yield "replica_expiry", job.replica_expiry, "a number of seconds above 0"
+    if job.text_cache_dir is not None and (not job.text_cache_dir.strip() or "://" in job.text_cache_dir or "\0" in job.text_cache_dir):
+        yield "text_cache_dir", job.text_cache_dir, "a local directory, or null"
+    if not 0 < job.text_cache_gigabytes < math.inf:
+        yield "text_cache_gigabytes", job.text_cache_gigabytes, "a number above 0; text_cache_dir=null keeps nothing"
 
     sampler = job.sampler
     if not (math.isfinite(sampler.guidance_scale) and sampler.guidance_scale >= 0):

@@ -9,13 +9,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fluxbatch import chips, flops
+from fluxbatch import __version__, chips, flops
 from fluxbatch.config import Job
 from fluxbatch.dist.mesh import Layout, batch_ways, open_mesh
+from fluxbatch.io.cache import Cache
 from fluxbatch.models import attention
 from fluxbatch.pipeline import Pipeline, Watcher
 from fluxbatch.sampling import Schedule
-from fluxbatch.text import Tokenizers
+from fluxbatch.text import TextCache, Tokenizers
 from fluxbatch.types import Row, UserError
 from fluxbatch.weights import load, lora_apply, network
 from fluxbatch.weights.checkpoint import Checkpoint, open_checkpoint
@@ -102,6 +103,22 @@ class Engine:
         if self.keep:
             _kept.append(Kept(identity, pipeline, tag))
         return pipeline
+
+    def text_cache(self, folder: str | None, gigabytes: float, rows: Sequence[Row]) -> TextCache | None:
+        """The cache of encoded prompts in ``folder``; None also where all of ``rows``' would not fit into it, as then
+        none would be there when it is wanted again."""
+        texts = len({(row.prompt, row.prompt_2) for row in rows})
+        size = self.tokenizers.max_sequence_length * self.checkpoint.components["text_encoder_2"].config.d_model * jnp.dtype(self.activations_dtype).itemsize
+        if folder is None or texts * size > gigabytes * 1e9:
+            return None
+        try:
+            entries = Cache(folder, int(gigabytes * 1e9))
+        except UserError as error:
+            raise UserError(f"text_cache_dir={error}") from error
+        device = self.mesh.devices.flat[0].device_kind
+        program = (__version__, jax.__version__, device, *self.mesh.shape.items(), self.weights_dtype, self.activations_dtype)
+        facts = (self.checkpoint.text_digest(), *program)
+        return TextCache(entries, lambda row: (facts, tuple((self.lora.facts[name], scale) for name, scale in self.lora.text_mix(row))))
 
     def _network(self, part: str, edits: load.Edits, beside: Loras | None) -> Network:
         plan, dtype = self.plans[part], jnp.dtype(self.weights_dtype)

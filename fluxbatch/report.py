@@ -6,6 +6,7 @@ import contextlib
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -55,6 +56,7 @@ class Report(Watcher):
         self.quiet = quiet
         self.started = time.monotonic()
         self.seconds: dict[str, float] = {}
+        self.texts: Counter[str] = Counter()  # prompts that were encoded, and that came from the cache
         self.loaded = 0  # bytes of weights that this process has read
         self.devices = Devices()
         self.images = 0  # handed to the devices, padding not counted
@@ -155,6 +157,8 @@ class Report(Watcher):
         weights = f"{_size(self.loaded)} at {_size(1e9 * self.load()['gigabytes_per_second'])}/s" if self.loaded else None
         if weights:
             print(f"weights    {weights}")
+        if self.texts:
+            print(f"texts      {self.texts['encoded']:,} encoded, {self.texts['cached']:,} from the cache")
         print("seconds    " + ", ".join(f"{name} {value:,.1f}" for name, value in stages.items()))
         rate = f"{speed['images_per_second']:,.2f} images/s" if speed else None
         if speed:

@@ -42,10 +42,12 @@ def run(job: Job) -> int:
         with hosts.first_goes_first():
             ledger = Ledger(store, facts, writer_id=f"{start}-{hosts.index()}", overwrite=job.overwrite)
             todo = ledger.remaining(rows, bad_lines)
-        hosts.agree("manifest or configuration", chain([replica, facts], ((row.id, ledger.key(row)) for row in rows)))
+        cached = job.text_cache_dir is not None and job.text_cache_gigabytes
+        hosts.agree("manifest or configuration", chain([replica, facts, cached], ((row.id, ledger.key(row)) for row in rows)))
         todo = hosts.as_first_sees(todo, rows)
         names = ledger.names(todo, job.output.filename, EXTENSIONS[job.output.format.name])
         hosts.agree("ledger", names.items())
+        texts = engine.text_cache(job.text_cache_dir, job.text_cache_gigabytes, todo)
         batch_size = job.sharding.per_device_batch_size * engine.ways
         work = dealing.open_work(job, replica, store, ledger, start, rows, todo, batch_size)
 
@@ -67,7 +69,8 @@ def run(job: Job) -> int:
                     Writer(store, ledger, job, facts=engine.record, on_image=lambda row, ok: bar.update()) as writer,
                 ):
                     for shard in chain([first], shards):
-                        states = text.encode(shard.rows, engine.tokenizers, pipeline, batch_size)
+                        states = text.encode(shard.rows, engine.tokenizers, pipeline, batch_size, texts)
+                        report.texts.update(states.counts)
                         pipeline.encoders_out(again=engine.keep or not work.ends_with(shard))
                         for batch in shard.batches:
                             if drain.asked():

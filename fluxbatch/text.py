@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
+import math
 import os
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
+import jax.numpy as jnp
 import numpy as np
 
 from fluxbatch.dist import hosts
+from fluxbatch.io.cache import Cache
 from fluxbatch.types import Row, UserError
 
 
@@ -76,12 +81,16 @@ class Encoders(Protocol):
     def text_mix(self, row: Row) -> Hashable: ...
 
 
+State = tuple[np.ndarray, np.ndarray]  # T5's states [T, D] and CLIP's pooled vector [P] of one prompt
+
+
 @dataclasses.dataclass(frozen=True)
 class TextStates:
     """What a shard's distinct prompts encode to, on the host."""
 
-    states: dict[Hashable, tuple[np.ndarray, np.ndarray]]
+    states: dict[Hashable, State]
     key: Callable[[Row], Hashable]
+    counts: dict[str, int]  # how many of them were encoded, and how many cached
 
     def batch(self, rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray]:
         """T5 states ``[B, T, D]`` and pooled CLIP vectors ``[B, P]``."""
@@ -89,30 +98,77 @@ class TextStates:
         return np.stack(states), np.stack(pooled)
 
 
-def encode(rows: Iterable[Row], tokenize: Tokenizers, encoders: Encoders, batch_size: int) -> TextStates:
+@dataclasses.dataclass(frozen=True)
+class TextCache:
+    """What prompts encoded to in other jobs, bit by bit: an entry's name is a digest of all that decides it.
+
+    ``of``: what that is for a row, besides its token ids, its mix of adapters and the size of a batch.
+    """
+
+    entries: Cache
+    of: Callable[[Row], Hashable]
+
+    def name(self, row: Row, ids: Sequence[np.ndarray], *more: Hashable) -> str:
+        return hashlib.sha256(repr((self.of(row), *more, [x.tolist() for x in ids])).encode()).hexdigest()
+
+    def read(self, names: Sequence[str]) -> list[State | None]:
+        """The states of those names that every process of the replica has."""
+        found = [_unpacked(data) if (data := self.entries.get(name)) is not None else None for name in names]
+        everywhere = hosts.all_have([state is not None for state in found])
+        return [state if here else None for state, here in zip(found, everywhere, strict=True)]
+
+    def write(self, name: str, state: State) -> None:
+        self.entries.put(name, _packed(state))
+
+
+def _packed(arrays: Sequence[np.ndarray]) -> bytes:
+    head = json.dumps([[array.dtype.name, array.shape] for array in arrays]).encode()
+    return b"\n".join([head, b"".join(array.tobytes() for array in arrays)])
+
+
+def _unpacked(data: bytes) -> State:
+    head, _, data = data.partition(b"\n")
+    arrays, at = [], 0
+    for dtype, shape in json.loads(head):
+        array = np.frombuffer(data, jnp.dtype(dtype), math.prod(shape), at).reshape(shape)
+        arrays.append(array)
+        at += array.nbytes
+    t5, pooled = arrays
+    return t5, pooled
+
+
+def encode(rows: Iterable[Row], tokenize: Tokenizers, encoders: Encoders, batch_size: int, cache: TextCache | None = None) -> TextStates:
     """Encodes each distinct (prompt, prompt_2) once, ``batch_size`` at a time (one compiled shape);
-    once for each mix where adapters change the encoders.
+    once for each mix where adapters change the encoders. What is in ``cache`` is taken from there.
     """
 
     def key(row: Row) -> Hashable:
         return row.prompt, row.prompt_2, encoders.text_mix(row)
 
     distinct = {key(row): row for row in rows}
-    prompts = list(distinct)
-    states: dict[Hashable, tuple[np.ndarray, np.ndarray]] = {}
+    keys, own = list(distinct), list(distinct.values())
+    clip_ids, t5_ids = tokenize([row.prompt for row in own], [row.prompt_2 for row in own])
+    names = [cache.name(row, ids, encoders.text_mix(row), batch_size) for row, *ids in zip(own, clip_ids, t5_ids, strict=True)] if cache else []
+    states = {keys[i]: state for i, state in enumerate(cache.read(names) if cache else ()) if state is not None}
+    lacking = [i for i, key in enumerate(keys) if key not in states]
 
-    def collect(chunk: list[Hashable], encoded: tuple[Any, Any]) -> None:
+    def collect(chunk: list[int], encoded: tuple[Any, Any]) -> None:
         t5, pooled = hosts.whole(encoded[0]), hosts.whole(encoded[1])
-        states.update((prompt, (t5[i], pooled[i])) for i, prompt in enumerate(chunk))
+        for at, i in enumerate(chunk):
+            states[keys[i]] = t5[at], pooled[at]
+            if cache:
+                cache.write(names[i], states[keys[i]])
 
     before = None
-    for i in range(0, len(prompts), batch_size):
-        chunk = prompts[i : i + batch_size]
-        full = [distinct[prompt] for prompt in chunk + [chunk[-1]] * (batch_size - len(chunk))]
-        launched = encoders.encode(*tokenize([row.prompt for row in full], [row.prompt_2 for row in full]), full)
+    for at in range(0, len(lacking), batch_size):
+        chunk = lacking[at : at + batch_size]
+        full = chunk + [chunk[-1]] * (batch_size - len(chunk))
+        launched = encoders.encode(clip_ids[full], t5_ids[full], [own[i] for i in full])
         if before is not None:  # copied back while the device encodes the next ones
             collect(*before)
         before = chunk, launched
     if before is not None:
         collect(*before)
-    return TextStates(states, key)
+        if cache:
+            cache.entries.trim()
+    return TextStates(states, key, {"encoded": len(lacking), "cached": len(keys) - len(lacking)})

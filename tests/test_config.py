@@ -457,7 +457,7 @@ def test_a_sweep_by_joblib(tmp_path):
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     golden = Path(__file__).parent / "golden"
     words = [f"pretrained_model_name_or_path={golden / 'dev'}", "max_sequence_length=24", "resolution=16", "hardware=cpu", "prompt=a fox",
-             f"output_dir={tmp_path}", "run_name=s", f"jax_cache_dir={tmp_path / 'xla'}"]  # fmt: skip
+             f"output_dir={tmp_path}", "run_name=s", f"jax_cache_dir={tmp_path / 'xla'}", f"text_cache_dir={tmp_path / 'text'}"]  # fmt: skip
     command = [sys.executable, "-m", "fluxbatch.run", "-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "seed=0,1", *words]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

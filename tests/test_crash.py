@@ -39,7 +39,7 @@ def start(folder, name, batch=BATCH, devices=1, output_dir=None, env=None, **mor
     flags = {
         "pretrained_model_name_or_path": GOLDEN / "schnell", "max_sequence_length": 24, "resolution": 16, "hardware": "cpu",
         "manifest": folder / "rows.jsonl", "output_dir": output_dir or folder, "run_name": name, "per_device_batch_size": batch,
-        "jax_cache_dir": folder / "xla", "sharding": "ddp" if devices > 1 else "single", "shard_size": 48, "output.gallery": "false",
+        "jax_cache_dir": folder / "xla", "text_cache_dir": "null", "sharding": "ddp" if devices > 1 else "single", "shard_size": 48, "output.gallery": "false",
     } | more  # fmt: skip
     environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"} | (env or {})
     command = [sys.executable, "-m", "fluxbatch.run", *(f"{k}={v}" for k, v in flags.items())]

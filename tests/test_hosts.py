@@ -32,7 +32,7 @@ def replica(folder, cache, processes, name="run", devices=2, log=None, first=(),
         port = probe.getsockname()[1]
     flags = {
         "pretrained_model_name_or_path": GOLDEN / "dev", "max_sequence_length": 24, "hardware": "cpu", "output_dir": folder,
-        "run_name": name, "jax_cache_dir": cache, "sharding": "ddp", "output.gallery": "false",
+        "run_name": name, "jax_cache_dir": cache, "text_cache_dir": "null", "sharding": "ddp", "output.gallery": "false",
     } | more  # fmt: skip
     command = [sys.executable, *program, *(f"{k}={v}" for k, v in flags.items())]
     started = []

@@ -267,7 +267,7 @@ def test_the_image_is_of_what_is_there():
 def test_replicas_on_this_machine_survive_a_kill(tmp_path):
     """Two replicas of two processes; one process is killed, its replica is started again, all rows are there."""
     words = [f"pretrained_model_name_or_path={GOLDEN / 'dev'}", "max_sequence_length=24", "hardware=cpu", f"output_dir={tmp_path}", "run_name=run",
-             f"jax_cache_dir={tmp_path / 'xla'}", "sharding=ddp", "output.gallery=false", "resolution=16", "shard_size=16", "replica_expiry=3",
+             f"jax_cache_dir={tmp_path / 'xla'}", "text_cache_dir=null", "sharding=ddp", "output.gallery=false", "resolution=16", "shard_size=16", "replica_expiry=3",
              f"manifest={long_manifest(tmp_path)}"]  # fmt: skip
     env = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
     with open(tmp_path / "log", "w") as log:

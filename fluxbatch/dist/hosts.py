@@ -206,6 +206,13 @@ def all_say(yes: bool) -> bool:
     return all(_exchange(int(yes)))
 
 
+def all_have(has: Sequence[bool]) -> list[bool]:
+    """Of several things, those that every process has."""
+    if jax.process_count() == 1:
+        return list(has)
+    return np.all(multihost_utils.process_allgather(np.array(has, np.uint8)), axis=0).tolist()
+
+
 def whole(array: jax.Array) -> np.ndarray:
     """All of a global array, on every host."""
     if array.is_fully_addressable:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -95,18 +96,36 @@ class Checkpoint:
         converted copy, whose bytes have checksums, those of its origin."""
         if self.converted_from and all(isinstance(c.source, native.Arrays) for c in self.components.values()):
             return self.converted_from
-        digest = hashlib.sha256(json.dumps(self.scheduler, sort_keys=True).encode() + (self.converted_from or "").encode())
-        for name, component in sorted(self.components.items()):
-            digest.update(name.encode() + json.dumps(dataclasses.asdict(component.config), sort_keys=True).encode())
-        for source, file, size in files(self.components):
-            for part in sampled(source, file, size):
-                digest.update(part)
+        digest = hashlib.sha256(json.dumps(self.scheduler, sort_keys=True).encode() + self._weights(self.components))
         for folder in (self.tokenizer, self.tokenizer_2):
             for file in TOKENIZER_FILES:
                 if os.path.exists(path := os.path.join(folder, file)):
                     with open(path, "rb") as f:
                         digest.update(f.read())
         return digest.hexdigest()[:16]
+
+    def text_digest(self) -> str:
+        """Likewise, over what decides the encoding of token ids: it is the same for models that share their encoders."""
+        return self._weights({name: self.components[name] for name in ("text_encoder", "text_encoder_2")}).hex()
+
+    def _weights(self, components: Mapping[str, Component]) -> bytes:
+        digest = hashlib.sha256((self.converted_from or "").encode())
+        for name, component in sorted(components.items()):
+            digest.update(name.encode() + json.dumps(dataclasses.asdict(component.config), sort_keys=True).encode())
+        for source, file, _ in files(components):
+            digest.update(self._contents[source.path(file)])
+        return digest.digest()
+
+    @functools.cached_property
+    def _contents(self) -> dict[str, bytes]:
+        """A digest of each file of weights."""
+        found = {}
+        for source, file, size in files(self.components):
+            digest = hashlib.sha256()
+            for part in sampled(source, file, size):
+                digest.update(part)
+            found[source.path(file)] = digest.digest()
+        return found
 
 
 def files(components: Mapping[str, Component]) -> list[tuple[Source, str, int]]:
