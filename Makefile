@@ -27,7 +27,8 @@ soak: $(VENV)/.test
 	FLUXBATCH_SOAK=50 $(PYTEST) tests/test_crash.py -m slow --durations=5
 
 # Figures of this machine, each way against its peer in one run
-bench: $(VENV)/.test
+bench: $(VENV)/.parity
+	$(RUN) jobs/bench/bench.py
 	$(RUN) jobs/weights/bench.py --gigabytes 2
 	$(RUN) jobs/bench/lora_cost.py
 
