@@ -15,6 +15,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+import tensorstore as ts
 from conftest import GOLDEN, images
 from flax import nnx
 from safetensors.numpy import load_file, save_file
@@ -500,3 +501,24 @@ def test_the_command(golden, tmp_path, monkeypatch, capsys):
 def load_marker(folder):
     components = json.loads((folder / native.MARKER).read_text())["components"]
     return [entry["dtype"] for arrays in components.values() for entry in arrays.values()]
+
+
+@pytest.mark.parametrize("shape,stacked", [((5, 24, 8), True), ((24, 8), False), ((3, 10), True), ((7, 12, 2, 2), True)])
+@pytest.mark.parametrize("rows", [(0, None), (5, 11)])
+def test_rows_of_chunks(monkeypatch, tmp_path, shape, stacked, rows):
+    """Files of several layers, the last one not full; ranges that begin and end within chunks."""
+    monkeypatch.setattr(native, "CHUNK", 128)
+    monkeypatch.setattr(native, "SHARD", 2 * 24 * 8 * 4)
+    values = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    dtype = np.dtype(np.float32)
+    ts.open(native.spec(str(tmp_path / "a.kernel"), shape, dtype, stacked), create=True).result().write(values).result()
+    arrays = native.Arrays(str(tmp_path))
+    entry = {"a.kernel": {"shape": shape, "dtype": "float32", "stacked": stacked}}
+    found = native.tensors({"components": {"x": entry}}, "x", arrays)
+    for (name, tensor), layer in zip(found.items(), values if stacked else [values], strict=True):
+        first, last = rows[0], rows[1] or len(layer)
+        got = np.zeros_like(layer)
+        place = load.Rows([(tuple((0, n) for n in layer.shape), got)], first, None, lambda: None)
+        arrays.finish_rows(arrays.start_rows(tensor, first, last, place), tensor, first, last, place)
+        assert np.array_equal(got[first:last], layer[first:last]), name
+        assert not got[:first].any() and not got[last:].any()

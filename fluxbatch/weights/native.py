@@ -5,21 +5,25 @@
     transformer/config.json
     transformer/double_blocks.img.mlp_in.kernel/zarr.json, c/…
 
-A chunk that is missing, cut short or damaged is an error of TensorStore's, never zeros.
+A chunk that is missing, cut short or damaged is an error, never zeros.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import google_crc32c
 import numpy as np
 import tensorstore as ts
 
 from fluxbatch.types import UserError
 from fluxbatch.weights.rules import split_layer
-from fluxbatch.weights.source import FLOATS, RETRIES, Place, Source, Tensor, store_spec
+from fluxbatch.weights.source import FLOATS, READERS, RETRIES, Place, Source, Tensor, store_spec
 
 MARKER = "fluxbatch.json"
 STARTED = "converting.json"
@@ -27,11 +31,13 @@ FORMAT = 1
 PARTS = 64  # a parameter's rows are cut into at most this many chunks: the widest fsdp with exact reads
 CHUNK = 512 << 10  # bytes of a chunk at least
 SHARD = 64 << 20  # bytes of one file, about
+CHECKSUM = 4  # bytes
+MISSING = 2**64 - 1  # the start of a chunk that was never written
+REQUESTS = 16  # threads that read from elsewhere
 
 _DTYPES = {dtype.name: dtype for dtype in FLOATS.values()}
 BFLOAT16 = _DTYPES["bfloat16"]
-# Checked data is kept for a moment: the layers of a small parameter share one chunk.
-_CONTEXT = {"cache_pool": {"total_bytes_limit": 16 << 20}, **{f"{name}_request_retries": RETRIES for name in ("gcs", "http")}}
+_CONTEXT = {f"{name}_request_retries": RETRIES for name in ("gcs", "http")}
 
 
 def dtype_of(name: str) -> np.dtype | None:
@@ -109,27 +115,130 @@ def layer_names(path: str, count: int) -> list[str]:
     return [f"{head}[{i}].{tail}" for i in range(count)]
 
 
-class Arrays(Source):
-    """A component's arrays, read by rows."""
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where the chunks of one array lie."""
 
-    held = 2  # as it was stored, and decoded
+    path: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    stacked: bool
+
+    @functools.cached_property
+    def grids(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return grid(self.shape, self.stacked, self.dtype.itemsize)
+
+    @property
+    def rows(self) -> int:
+        """Of a chunk."""
+        return self.grids[1][1 if self.stacked else 0]
+
+    @property
+    def nbytes(self) -> int:
+        """Of a chunk, without its checksum."""
+        return math.prod(self.grids[1]) * self.dtype.itemsize
+
+    def place(self, layer: int, row: int) -> tuple[str, int]:
+        """The file of the chunk that begins with this row, and the chunk's number in it."""
+        file, chunk = self.grids
+        corner = ((layer, row) if self.stacked else (row,)) if file != chunk else ()
+        corner += (0,) * (len(self.shape) - len(corner))
+        key = "/".join(str(at // size) for at, size in zip(corner, file, strict=True))
+        inside = [at % size // part for at, size, part in zip(corner, file, chunk, strict=True)]
+        return f"{self.path}/c/{key}", int(np.ravel_multi_index(inside, [n // m for n, m in zip(file, chunk, strict=True)]))
+
+    def index(self, layer: int) -> tuple[int, int]:
+        """Where the list of chunks lies in the file of this layer, behind all of them: first and last byte."""
+        file, chunk = self.grids
+        count = math.prod(n // m for n, m in zip(file, chunk, strict=True))
+        there = count * min(file[0], self.shape[0] - layer // file[0] * file[0]) // file[0] if self.stacked else count
+        start = there * (self.nbytes + CHECKSUM)
+        return start, start + 16 * count + CHECKSUM
+
+
+class Arrays(Source):
+    """A component's arrays, read by rows.
+
+    TensorStore opens and checks every array. The chunks themselves are raw rows with a checksum behind, so they are
+    read like a safetensors file's, straight into their place (TensorStore's own way, through its buffers, is several
+    times slower), and checked there.
+    """
 
     def __init__(self, url: str):
         super().__init__(url)
+        self._pool = ThreadPoolExecutor(READERS if self.local else REQUESTS, "weights")
         self._context = ts.Context(_CONTEXT)
         self._opening: dict[str, ts.Future] = {}
+        self._layouts: dict[str, Layout] = {}
+        self._indices: dict[str, np.ndarray] = {}  # by file: start and length of each chunk
+        self._small: tuple[str, np.ndarray | None] = ("", None)  # the array last read whole: its layers are one chunk
 
     def open(self, path: str, shape: tuple[int, ...], dtype: np.dtype, stacked: bool) -> None:
         """Starts opening an array that must have this shape, dtype and grid."""
         self._opening[path] = ts.open(spec(self.path(path), shape, dtype, stacked), open=True, context=self._context)
+        self._layouts[path] = Layout(path, dtype, shape, stacked)
 
-    def start_rows(self, tensor: Tensor, first: int, last: int, place: Place) -> ts.Future:
-        array = self.wait(self._opening[tensor.file], tensor.file)
-        path, layer = split_layer(tensor.name)
-        return (array[layer, first:last] if path != tensor.name else array[first:last]).read()
+    def start_rows(self, tensor: Tensor, first: int, last: int, place: Place) -> Any:
+        self.wait(self._opening[tensor.file], tensor.file)
+        return self._pool.submit(self._read_chunks, tensor, first, last, place)
 
-    def finish_rows(self, future: ts.Future, tensor: Tensor, first: int, last: int, place: Place) -> None:
+    def finish_rows(self, future: Any, tensor: Tensor, first: int, last: int, place: Place) -> None:
         try:
-            place.put(self.wait(future, tensor.file))
+            self.wait(future, tensor.file)
         except UserError as error:
             raise UserError(f"{error} (tensor {tensor.name})") from error
+
+    def _read_chunks(self, tensor: Tensor, first: int, last: int, place: Place) -> None:
+        layout, layer = self._layouts[tensor.file], split_layer(tensor.name)[1] if tensor.name != tensor.file else 0
+        if layout.stacked and layout.grids[0] == layout.grids[1]:
+            place.put(self._whole(layout)[layer, first:last])
+            return
+        target = place.target(tensor, last - first)
+        rows = np.empty((last - first, *tensor.shape[1:]), tensor.dtype) if target is None else target
+        for row in range(first - first % layout.rows, last, layout.rows):
+            low, high = max(row, first), min(row + layout.rows, last)
+            within = rows[low - first : high - first]
+            if high - low == layout.rows:
+                self._read_chunk(layout, layer, row, within)
+            else:  # a part of a chunk: the checksum is of all of it
+                chunk = np.empty((layout.rows, *tensor.shape[1:]), tensor.dtype)
+                self._read_chunk(layout, layer, row, chunk)
+                within[...] = chunk[low - row : high - row]
+        if target is None:
+            place.put(rows)
+
+    def _whole(self, layout: Layout) -> np.ndarray:
+        path, values = self._small
+        if path != layout.path or values is None:
+            values = np.empty(layout.shape, layout.dtype)
+            self._read_chunk(layout, 0, 0, values)
+            self._small = layout.path, values
+        return values
+
+    def _read_chunk(self, layout: Layout, layer: int, row: int, values: np.ndarray) -> None:
+        """Fills contiguous ``values`` with a chunk; UserError when it is missing, cut short or damaged."""
+        file, number = layout.place(layer, row)
+        start, length = self._index(layout, layer, file)[number]
+        if start == MISSING:
+            raise UserError(f"{self.path(file)}: chunk {number} is missing")
+        if length != layout.nbytes + CHECKSUM:
+            raise UserError(f"{self.path(file)}: chunk {number} has {length:,} bytes, expected {layout.nbytes + CHECKSUM:,}")
+        data, checksum = values.reshape(-1).view(np.uint8), np.empty(CHECKSUM, np.uint8)
+        if self.local:
+            self._read_into([data, checksum], file, int(start))
+        else:
+            read = np.frombuffer(self.read(file, int(start), int(start + length)), np.uint8)
+            data[:], checksum[:] = read[:-CHECKSUM], read[-CHECKSUM:]
+        self._check(data, checksum, f"{file}: chunk {number}")
+
+    def _index(self, layout: Layout, layer: int, file: str) -> np.ndarray:
+        """``[chunks, 2]`` uint64: where each chunk of a file begins, and its length."""
+        if file not in self._indices:
+            data = np.frombuffer(self.read(file, *layout.index(layer)), np.uint8)
+            self._check(data[:-CHECKSUM], data[-CHECKSUM:], f"{file}: the list of chunks")
+            self._indices[file] = data[:-CHECKSUM].view("<u8").reshape(-1, 2)
+        return self._indices[file]
+
+    def _check(self, data: np.ndarray, checksum: np.ndarray, what: str) -> None:
+        if google_crc32c.value(data) != int(checksum.view("<u4")[0]):
+            raise UserError(f"{self.path(what)}: the checksum (CRC32C) does not fit: the file is damaged")

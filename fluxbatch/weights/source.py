@@ -148,25 +148,30 @@ class Source:
     def _read_rows(self, tensor: Tensor, first: int, last: int, place: Place) -> None:
         target = place.target(tensor, last - first)
         rows = np.empty((last - first, *tensor.shape[1:]), tensor.dtype) if target is None else target
-        self._read_into(rows.reshape(-1).view(np.uint8), tensor.file, tensor.start + first * tensor.row_bytes)
+        self._read_into([rows.reshape(-1).view(np.uint8)], tensor.file, tensor.start + first * tensor.row_bytes)
         if target is None:
             place.put(rows)
 
-    def _read_into(self, buffer: np.ndarray, name: str, start: int) -> None:
+    def _read_into(self, buffers: list[np.ndarray], name: str, start: int) -> None:
+        """Fills buffers of bytes, one after another, from byte ``start`` of a local file on."""
         try:
             file = os.open(self.path(name), os.O_RDONLY)
         except FileNotFoundError as error:
             raise UserError(f"{self.path(name)}: not found") from error
+        size, done = sum(map(len, buffers)), 0
         try:
             found = _identity(os.fstat(file))
             if self._opened.setdefault(name, found) != found:
                 raise UserError(f"{self.path(name)}: changed while it was being read")
-            done = 0
-            while done < len(buffer):
-                count = os.preadv(file, [buffer[done:]], start + done)
+            while buffers:
+                count = os.preadv(file, buffers, start + done)
                 if not count:
-                    raise UserError(f"{self.path(name)}: read {done} bytes where {len(buffer)} were expected: the file is truncated")
+                    raise UserError(f"{self.path(name)}: read {done} bytes where {size} were expected: the file is truncated")
                 done += count
+                while buffers and count >= len(buffers[0]):
+                    count -= len(buffers[0])
+                    buffers = buffers[1:]
+                buffers = [buffers[0][count:], *buffers[1:]] if buffers else []
         finally:
             os.close(file)
 
