@@ -43,6 +43,9 @@ ARRAY = {"SLURM_ARRAY_TASK_ID": "5", "SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_T
     (None, None, {"JOB_COMPLETION_INDEX": "1", "TPU_WORKER_HOSTNAMES": "a,b"}, (0, 1)),
     (None, None, {"BATCH_TASK_INDEX": "1", "BATCH_TASK_COUNT": "2", "JAX_NUM_PROCESSES": "2"}, (0, 1)),
     (None, None, {"SLURM_PROCID": "3", "SLURM_NTASKS": "4"}, (0, 1)),
+    # Nor is a sweep's job a replica of the others.
+    (None, None, ARRAY | {"SUBMITIT_EXECUTOR": "slurm"}, (0, 1)),
+    (1, 2, ARRAY | {"SUBMITIT_EXECUTOR": "slurm"}, (1, 2)),
 ])  # fmt: skip
 def test_the_scheduler_says_which_replica_this_is(index, count, env, expected):
     assert find(index, count, env) == expected

@@ -17,7 +17,7 @@ class Replica(NamedTuple):
 def find(index: int | None, count: int | None, env: Mapping[str, str] = os.environ) -> Replica:
     """``index`` and ``count`` as the job gives them; what it leaves out comes from the environment.
 
-    A Slurm array has a task for each replica, whatever runs inside. The indices of Kubernetes and Google
+    A Slurm array has a task for each replica, whatever runs inside, unless submitit has made it of a sweep's jobs. The indices of Kubernetes and Google
     Cloud Batch number a replica's processes just as well, so they count only where this process has no peers;
     an indexed Kubernetes job does not say how many there are, so there the count must be given.
     """
@@ -44,7 +44,7 @@ def _scheduled(env: Mapping[str, str]) -> tuple[int | None, int | None]:
             raise UserError(f"{name}={value}: expected a whole number; replica_index and replica_count may be given instead")
         return None if value is None else int(value)
 
-    if (task := number("SLURM_ARRAY_TASK_ID")) is not None:
+    if "SUBMITIT_EXECUTOR" not in env and (task := number("SLURM_ARRAY_TASK_ID")) is not None:
         first, last, count = (number(f"SLURM_ARRAY_TASK_{word}") for word in ("MIN", "MAX", "COUNT"))
         if first is None or last is None or count is None:
             return None, None
