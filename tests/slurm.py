@@ -58,11 +58,11 @@ def missing() -> str | None:
 def cluster(folder: pathlib.Path) -> Iterator[dict[str, str]]:
     """Starts it; the environment for its clients."""
     folder.chmod(0o755)
-    ports = []
-    for _ in range(3):
-        with socket.socket() as probe:
+    with contextlib.ExitStack() as probes:
+        sockets = [probes.enter_context(socket.socket()) for _ in range(3)]
+        for probe in sockets:
             probe.bind(("127.0.0.1", 0))
-            ports.append(probe.getsockname()[1])
+        ports = [probe.getsockname()[1] for probe in sockets]
     host = socket.gethostname().partition(".")[0]
     (folder / "slurm.conf").write_text(CONF.format(folder=folder, host=host, ports=ports))
     (folder / "state").mkdir()
