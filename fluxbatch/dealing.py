@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -102,8 +102,9 @@ class Shared:
         self._costs = [sum(map(batching.cost, left)) for left in self._left]
         if hosts.is_first():
             holder = Holder(replica.index, start)
-            self._life = Life(store, holder, expiry)
-            self._claims = Claims(store, _digest(portions), holder, expiry)
+            plan = _digest(portions, ledger.key)
+            self._life = Life(store, holder, expiry, plan)
+            self._claims = Claims(store, plan, holder, expiry)
             self._hand = batching.deal(self._costs, replica.count)[replica.index]
             self._dealt = True  # whether the hand is this replica's own
         self._given: list[int] = []  # every portion that was handed out, in order
@@ -158,6 +159,11 @@ class Shared:
             self._said = max(self._said, recorded)
             if self._life.replaced:
                 raise StorageError(f"{self._store.url}: another start of replica_index={self._replica.index} has taken this one's place")
+            if (other := self._life.stranger) is not None:
+                raise StorageError(
+                    f"{self._store.url}: replica_index={other} works there at the same time with another manifest, configuration, batch size or "
+                    f"number of chips than replica_index={self._replica.index}: replicas of one run are started alike, others have another run_name"
+                )
             while True:
                 if (number := self._from_hand()) is not None:
                     return number, [True] * len(self._left[number])
@@ -204,9 +210,9 @@ class Shared:
         return (_END if self.merges else _WAIT), []
 
 
-def _digest(portions: Sequence[Sequence[Row]]) -> str:
-    """Tells one plan from another: replicas that cut a manifest otherwise cannot go by each other's claims."""
+def _digest(portions: Sequence[Sequence[Row]], key: Callable[[Row], str]) -> str:
+    """Tells one plan from another: replicas that draw other pictures, or cut a manifest otherwise, cannot go by each other's claims."""
     digest = hashlib.sha256()
     for portion in portions:
-        digest.update(repr([row.id for row in portion]).encode("utf-8", "surrogatepass"))
+        digest.update(repr([(row.id, key(row)) for row in portion]).encode("utf-8", "surrogatepass"))
     return digest.hexdigest()[:16]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import resource
@@ -147,7 +148,7 @@ class Clock:
 
 def party(store, replica, clock=None, start=None, expiry=10.0):
     holder = Holder(replica, start or f"start-{replica}")
-    life = Life(store, holder, 4e6)  # it beats when told to
+    life = Life(store, holder, 4e6, "plan")  # it beats when told to
     life.begin()
     return life, Claims(store, "plan", holder, expiry, clock or Clock())
 
@@ -190,9 +191,9 @@ def test_who_has_ended_or_was_started_anew_is_not_waited_for():
 
 def test_a_later_start_of_a_replica_replaces_the_earlier():
     store = MemoryStore()
-    old = Life(store, Holder(0, "z-old"), 0.1)
+    old = Life(store, Holder(0, "z-old"), 0.1, "plan")
     old.begin()
-    new = Life(store, Holder(0, "a-new"), 0.1)
+    new = Life(store, Holder(0, "a-new"), 0.1, "plan")
     new.begin()
     end = time.monotonic() + 10
     while not old.replaced:
@@ -204,6 +205,28 @@ def test_a_later_start_of_a_replica_replaces_the_earlier():
     time.sleep(0.1)
     assert not new.replaced
     new.end(0, "", {})
+
+
+def test_a_replica_of_another_plan_is_met_if_it_lives():
+    """Nor one that was killed, one that ended, and one of the same plan are."""
+    store = MemoryStore()
+    others = {n: Life(store, Holder(n, f"start-{n}"), 4e6, "plan" if n == 3 else "other plan") for n in (1, 2, 3)}
+    for life in others.values():
+        life.begin()
+    mine = Life(store, Holder(0, "start-0"), 0.04, "plan")
+    mine.begin()
+    others[1].end(75, "drained", {})
+    for beat in range(1, 6):
+        others[3]._write(beat)
+        time.sleep(0.02)
+    assert mine.stranger is None  # 2 is silent
+    others[2]._write(1)
+    end = time.monotonic() + 10
+    while mine.stranger is None:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    assert mine.stranger == 2
+    mine.end(1, "", {})
 
 
 def test_after_the_end_another_start_claims_anew():
@@ -293,6 +316,30 @@ def test_another_number_of_replicas_goes_on():
     assert work_through(store, 1, 7, rows, 0, dies_after=30, made=made) is None
     merges, tally = work_through(store, 0, 2, rows, 0, made=made)
     assert merges and tally.done == 120 and len(made) == len(set(made)) == 120
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"rows": 39}, {"facts": {**FACTS, "weights_dtype": "bfloat16"}}, {"batch_size": 4}], ids=str)
+def test_replicas_that_were_not_started_alike_do_not_go_on(change):
+    """Another manifest, configuration or batch under one output place: the later one stops with a line."""
+
+    def open_(index, seed=0, rows=40, facts=FACTS, batch_size=2):
+        rows = [dataclasses.replace(row, seed=row.seed + seed) for row in mixed_rows(rows)]
+        ledger = Ledger(store, facts, writer_id=f"start{index}-0")
+        work = dealing.Shared(Replica(index, 2), store, ledger, f"start{index}", batching.portions(rows, batch_size, 16), rows, batch_size, 0.04)
+        work.started()
+        return work
+
+    store = MemoryStore()
+    works = [open_(0), open_(1, **change)]
+    end = time.monotonic() + 10
+    while works[1]._life.stranger is None:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    with pytest.raises(StorageError, match="replica_index=0 works there at the same time with another manifest"):
+        next(works[1].shards(Never()))
+    assert works[0]._life.stranger is None and next(works[0].shards(Never()))
+    for work in works:
+        work.ended(1, "", {})
 
 
 def test_who_lost_its_records_place_says_so():

@@ -37,18 +37,21 @@ class Holder(NamedTuple):
 
 
 class Life:
-    """A replica's sign of life, renewed by a thread from ``begin`` to ``end``."""
+    """A replica's sign of life, renewed by a thread from ``begin`` to ``end``. ``plan``: as of `Claims`."""
 
-    def __init__(self, store: Store, holder: Holder, expiry: float):
-        self._store, self._holder, self._expiry = store, holder, expiry
+    def __init__(self, store: Store, holder: Holder, expiry: float, plan: str):
+        self._store, self._holder, self._expiry, self._plan = store, holder, expiry, plan
         self._predecessor: str | None = None
+        self._doubtful: dict[int, bytes] = {}  # signs of other plans: of replicas that were killed, unless they change
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="sign of life", daemon=True)
         self.replaced = False  # a later start of the same replica has taken this one's place
+        self.stranger: int | None = None  # a replica that lives and works at another plan in the same place
 
     def begin(self) -> None:
         self._predecessor = self._written()
         self._write(0)
+        self._doubtful = {n: sign for name in self._store.list(_REPLICAS) if (n := _number(name)) is not None and (sign := self._of_another_plan(n))}
         self._thread.start()
 
     def end(self, exit_code: int, reason: str, more: Mapping[str, object]) -> None:
@@ -67,12 +70,23 @@ class Life:
                 if self.replaced:
                     return
                 self._write(number)
+                changed = (n for n, sign in self._doubtful.items() if self._of_another_plan(n) not in (sign, None))
+                self.stranger = next(changed, None)
             except StorageError:
                 pass  # the next one may get through; too many failures, and others take over
 
     def _is_replaced(self) -> bool:
         # the one before may be alive enough to write once more: it then finds a start that it does not know
         return self._written() not in (self._holder.start, self._predecessor, None)
+
+    def _of_another_plan(self, replica: int) -> bytes | None:
+        """The sign of a replica that works at another plan, as far as it says."""
+        try:
+            data = self._store.read(_sign(replica))
+        except NotFound:
+            return None
+        sign = json.loads(data)
+        return data if sign["beat"] is not None and sign["plan"] != self._plan else None
 
     def _written(self) -> str | None:
         try:
@@ -81,7 +95,7 @@ class Life:
             return None
 
     def _write(self, beat: int | None, **ended: object) -> None:
-        sign = {**self._holder._asdict(), "beat": beat, **ended, "time": utc_now()}
+        sign = {**self._holder._asdict(), "plan": self._plan, "beat": beat, **ended, "time": utc_now()}
         self._store.write(_sign(self._holder.replica), json.dumps(sign, indent=2).encode() + b"\n")
 
 
@@ -176,3 +190,8 @@ class Claims:
 
 def _sign(replica: int) -> str:
     return f"{_REPLICAS}{replica}.json"
+
+
+def _number(sign: str) -> int | None:
+    number = sign.removeprefix(_REPLICAS).removesuffix(".json")
+    return int(number) if number.isdecimal() else None
