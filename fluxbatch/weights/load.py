@@ -243,10 +243,18 @@ def fill(box: Box, layer: int, piece: Piece, scale: np.ndarray | None, reader: R
 
 
 def _ranges(local: list[Index], piece: Piece, edited: bool = False) -> set[tuple[int, int]]:
-    """The target's rows to read for ``local`` parts of a layer: each range once, whoever shares it."""
-    count = sum(b - a for a, b in piece.rows)
-    whole = edited or count * piece.tensor.row_bytes <= SMALL
-    return {(0, count)} if whole else {index[0] for index in local}
+    """The target's rows to read for ``local`` parts of a layer: each range once, whoever shares it, and
+    whole chunks where the file has them."""
+    count, chunk = sum(b - a for a, b in piece.rows), piece.tensor.chunk
+    if edited or count * piece.tensor.row_bytes <= SMALL:
+        return {(0, count)}
+    found: list[tuple[int, int]] = []
+    for first, last in sorted({index[0] for index in local}):
+        first, last = first - first % chunk, min(count, last + -last % chunk)
+        if found and first < found[-1][1]:  # a chunk in common
+            first, last = found[-1][0], max(last, found.pop()[1])
+        found.append((first, last))
+    return set(found)
 
 
 def _fill_edited(box: Box, layer: int, piece: Piece, scale: np.ndarray | None, reader: Reader, edit: Edit, parts) -> None:
