@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import jax
 import jax.numpy as jnp
 
-from fluxbatch import batching, flops, memory
+from fluxbatch import aot, batching, flops, memory
 from fluxbatch.chips import Target
 from fluxbatch.config import Job, shown
 from fluxbatch.engine import PARTS, Engine
@@ -78,8 +78,8 @@ class Work:
         return sum(-(-count // self.size) * self.size for count in distinct)
 
 
-def lines(job: Job, engine: Engine, target: Target, rows: Sequence[Row], rejects: Sequence[Reject], price: float | None) -> Iterator[str]:
-    """The whole plan."""
+def lines(job: Job, engine: Engine, target: Target, rows: Sequence[Row], rejects: Sequence[Reject], price: float | None, ahead: bool) -> Iterator[str]:
+    """The whole plan; ``ahead``: with what the compiler says of the largest picture."""
     work = Work.of(job, engine, rows)
     yield from _rows(job, rows, rejects)
     yield from _model(job, engine, target)
@@ -90,6 +90,8 @@ def lines(job: Job, engine: Engine, target: Target, rows: Sequence[Row], rejects
         yield from _memory(job, engine, target, work)
         yield from _reads(job, engine, target, work)
         yield from _cost(job, engine, target, work, price)
+        if ahead:
+            yield from _compiled(job, engine, target, work)
 
 
 def _rows(job: Job, rows: Sequence[Row], rejects: Sequence[Reject]) -> Iterator[str]:
@@ -153,6 +155,17 @@ def _memory(job: Job, engine: Engine, target: Target, work: Work) -> Iterator[st
     if worst.total > limit:
         way = situation.way_out(limit)
         yield _line("", f"fits with {' '.join(way)}" if way else "nothing here makes it fit: smaller pictures, or more or larger devices")
+
+
+def _compiled(job: Job, engine: Engine, target: Target, work: Work) -> Iterator[str]:
+    height, width = max(work.buckets(), key=math.prod)
+    if target.topology:
+        needs = aot.compiled(job, target, height, width)
+    else:
+        needs = aot.needs(engine, work.size, (engine.tokenizers.clip_length, work.text), height, width, ("denoise", "decode"))
+    for need in needs:
+        words = f"{_bytes(need.held)} weights + {_bytes(need.more)}, of it temporary {_bytes(need.temporaries)}" if not need.fault else need.fault
+        yield _line("compiled" if need.name == "denoise" else "", f"{need.name:8} {words}; {_time(need.seconds)} for {height}×{width}")
 
 
 def _reads(job: Job, engine: Engine, target: Target, work: Work) -> Iterator[str]:

@@ -21,10 +21,8 @@ from fluxbatch.models.clip import ClipConfig
 from fluxbatch.models.flux import FluxConfig
 from fluxbatch.models.t5 import T5Config
 from fluxbatch.models.vae import VaeConfig
+from fluxbatch.sampling import STEPS
 from fluxbatch.weights import load
-
-
-WIDE = {"cpu": 11, "gpu": 6, "tpu": 6}  # the transformer's width, so many times at once, in heads and hidden units
 
 
 @dataclass(frozen=True)
@@ -62,20 +60,20 @@ class Situation:
     def phases(self) -> list[Phase]:
         """Encode, denoise and decode, each for the largest picture."""
         engine, images = self.engine, self.images
-        flux, t5, clip, vae = (engine.checkpoint.components[part].config for part in ("transformer", "text_encoder_2", "text_encoder", "vae"))
+        t5, clip, vae = (engine.checkpoint.components[part].config for part in ("text_encoder_2", "text_encoder", "vae"))
         weights = {part: on_a_device(engine, part) for part in PARTS.values()}
         if engine.stream:
             weights["transformer"] = streamed(engine)
         dtype = jnp.dtype(engine.activations_dtype).itemsize
+        cut = jnp.dtype(engine.weights_dtype).itemsize if self.platform == "cpu" else 0
         encoders = weights["text_encoder"] + weights["text_encoder_2"]
         drawing = weights["transformer"] + weights["vae"] + self.beside
         height, width = max(self.sizes, key=math.prod)
-        split = {axis: engine.mesh.shape[axis] for axis in ("context", "tensor")}
         tokens = height * width // engine.multiple**2
         resident = drawing + (encoders if self.stay else 0)
         return [
-            Phase("encode", encoders + (drawing if self.stay or self.again else 0), encode(t5, clip, images, self.text, dtype)),
-            Phase("denoise", resident, denoise(flux, images, tokens, self.text, dtype, self.platform, **split) + whole_layers(engine, self.platform)),
+            Phase("encode", encoders + (drawing if self.stay or self.again else 0), encode(t5, clip, images, self.text, dtype, cut)),
+            Phase("denoise", resident, denoise(engine, images, tokens, self.text, self.platform)),
             Phase("decode", resident, decode(vae, images, height, width)),
         ]
 
@@ -121,29 +119,31 @@ def streamed(engine: Engine) -> int:
     return (rest + 2 * max(blocks)) * jnp.dtype(engine.weights_dtype).itemsize
 
 
-def whole_layers(engine: Engine, platform: str) -> int:
-    """Weights of layers that are put together, or copied, while they compute: FSDP gathers the next one ahead; on
-    the CPU one layer is cut from its stack."""
-    copies = 2 if engine.mesh.shape["fsdp"] > 1 else 1 if platform == "cpu" else 0
+def denoise(engine: Engine, images: int, tokens: int, text: int, platform: str) -> int:
+    """The modulation of some steps, and in a single block: the sequence and its normed form, and in heads and hidden
+    units q, k, v and the MLP's four widths; what else there is differs from compiler to compiler. ``tokens``, ``text``:
+    of an image."""
     cfg: FluxConfig = engine.checkpoint.components["transformer"].config
-    return copies * 12 * cfg.width**2 * jnp.dtype(engine.weights_dtype).itemsize // engine.mesh.shape["tensor"]
+    shape, d = engine.mesh.shape, cfg.width
+    dtype, weight = (jnp.dtype(name).itemsize for name in (engine.activations_dtype, engine.weights_dtype))
+    modulation = images * STEPS * d * dtype * (12 * cfg.num_layers + 3 * cfg.num_single_layers + 2)
+    width = images * (tokens + text) // shape["context"] * d * dtype
+    layer = 12 * d * d * weight // shape["tensor"]  # of a single block; a double one has twice that
+    if platform == "cpu":  # cuts each layer from its stack
+        return modulation + max(layer + 13 * width, 2 * layer + 6 * width)
+    gathered = 4 * layer if shape["fsdp"] > 1 else 0  # a double block, and the next one on its way
+    return modulation + gathered + 2 * width + 6 * width // shape["tensor"]
 
 
-def denoise(cfg: FluxConfig, images: int, tokens: int, text: int, dtype: int, platform: str, context: int = 1, tensor: int = 1) -> int:
-    """In a single block: the sequence and its normed form, and in heads or hidden units q, k, v and the MLP's four
-    widths; what is fused away differs from compiler to compiler. ``tokens``, ``text``: of an image; ``dtype``: bytes
-    of a number."""
-    widths = 2 + WIDE[platform] / tensor
-    return int(images * (tokens + text) / context * cfg.width * dtype * widths)
-
-
-def encode(t5: T5Config, clip: ClipConfig, images: int, text: int, dtype: int) -> int:
-    """T5's float32 scores, weights and bias, or CLIP's scores."""
-    scores = 4 * t5.num_heads * text**2
+def encode(t5: T5Config, clip: ClipConfig, images: int, text: int, dtype: int, weight: int) -> int:
+    """Scores in float32, twice, T5's bias, and what a block works on. ``weight``: bytes of a number of those layers
+    that the CPU cuts from their stack; else 0."""
+    scores, length = 4 * t5.num_heads * text**2, clip.max_position_embeddings
     of_t5 = scores * (1 + 2 * images) + 4 * images * text * t5.d_model * dtype
-    length = clip.max_position_embeddings
-    of_clip = images * length * 4 * (clip.num_attention_heads * length + 4 * clip.hidden_size)
-    return max(of_t5, of_clip)
+    of_clip = 4 * images * length * (clip.num_attention_heads * length + 4 * clip.hidden_size)
+    layer_t5 = t5.d_model * (4 * t5.num_heads * t5.d_kv + 3 * t5.d_ff)
+    layer_clip = clip.hidden_size * (4 * clip.hidden_size + 2 * clip.intermediate_size)
+    return max(of_t5 + weight * layer_t5, of_clip + weight * layer_clip)
 
 
 def decode(cfg: VaeConfig, images: int, height: int, width: int) -> int:

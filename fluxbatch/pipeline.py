@@ -113,12 +113,25 @@ class Pipeline:
                 pool.shutdown(cancel_futures=True)
                 self._compiled = {}
 
+    def programs(self, batch: int, texts: tuple[int, int], height: int, width: int) -> Iterator[tuple[str, jax.stages.Lowered]]:
+        """Names and programs that pictures of one size take, from shapes alone: each is lowered when its turn
+        comes, and is yet to be compiled."""
+        yield "encode", self._lower_encode(batch, texts)
+        yield from self._lower_drawing(batch, texts[1], height, width)
+
     def _compile_encode(self, batch: int, texts: tuple[int, int]) -> None:
-        (clip, clip_state), (t5, t5_state) = (self.networks[name].abstract() for name in ("clip", "t5"))
-        ids = [self._shape(np.int32, batch, length) for length in texts]
-        self._run(self._encode.lower, clip, t5, self.dtype, clip_state, t5_state, *ids, *self._abstract_scales(batch)).compile()
+        self._lower_encode(batch, texts).compile()
 
     def _compile_denoise(self, batch: int, length: int, height: int, width: int) -> None:
+        for _, lowered in self._lower_drawing(batch, length, height, width):
+            lowered.compile()
+
+    def _lower_encode(self, batch: int, texts: tuple[int, int]) -> jax.stages.Lowered:
+        (clip, clip_state), (t5, t5_state) = (self.networks[name].abstract() for name in ("clip", "t5"))
+        ids = [self._shape(np.int32, batch, length) for length in texts]
+        return self._run(self._encode.lower, clip, t5, self.dtype, clip_state, t5_state, *ids, *self._abstract_scales(batch))
+
+    def _lower_drawing(self, batch: int, length: int, height: int, width: int) -> Iterator[tuple[str, jax.stages.Lowered]]:
         cfg, (height, width) = self.flux_config, (side // self.vae_config.scale for side in (height, width))
         (flux, state), (vae, vae_state) = (self.networks[name].abstract() for name in ("flux", "vae"))
         tokens = (height // 2) * (width // 2)
@@ -129,10 +142,10 @@ class Pipeline:
         rope = 2 * (jax.ShapeDtypeStruct((length + tokens, sum(cfg.axes_dims_rope) // 2), np.float32, sharding=replicated(self.mesh)),)
         scales = self._abstract_scales(batch)
         modulate = self._run(self._modulate.lower, flux, self.dtype, state, pooled, sigmas, guidance, *scales)
-        modulate.compile()
+        yield "modulate", modulate
         mod = jax.tree.map(lambda x: self._shape(x.dtype, *x.shape), modulate.out_info)
-        self._run(self._denoise.lower, flux, self.dtype, state, latents, text, mod, sigmas, left, rope, *scales).compile()
-        self._run(self._decode.lower, vae, self.dtype, vae_state, latents, height, width).compile()
+        yield "denoise", self._run(self._denoise.lower, flux, self.dtype, state, latents, text, mod, sigmas, left, rope, *scales)
+        yield "decode", self._run(self._decode.lower, vae, self.dtype, vae_state, latents, height, width)
 
     def _shape(self, dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(self.mesh))

@@ -26,6 +26,7 @@ class PlanJob(Job):
 
     target: str | None = None  # v6e-4, v5e-8, v4-8, v5p-8, h100, a100-8, 2xh100-8, cpu; null: this machine
     price_per_chip_hour: float | None = None  # in any currency; null: no cost is shown
+    aot: bool | None = None  # compile the largest picture's programs ahead of time; null: for TPU targets, if libtpu is installed
 
 
 def plan(job: PlanJob) -> int:
@@ -39,9 +40,25 @@ def plan(job: PlanJob) -> int:
     target, devices = _machine(job)
     engine = open_engine(job, target.platform, devices)
     rows, rejects = read_rows(job, multiple=engine.multiple)
-    for line in forecast.lines(job, engine, target, engine.resolve(rows), rejects, job.price_per_chip_hour):
-        print(line)
+    for line in forecast.lines(job, engine, target, engine.resolve(rows), rejects, job.price_per_chip_hour, _ahead(job, target)):
+        print(line, flush=True)
     return Exit.OK
+
+
+def _ahead(job: PlanJob, target: Target) -> bool:
+    """Whether to compile ahead of time; UserError if that is asked for and cannot be."""
+    from fluxbatch import aot
+
+    here, tpu = job.target is None or target.platform == "cpu", target.platform == "tpu"
+    if job.aot is None:
+        return tpu and not here and aot.available() and not job.hardware.stream_blocks
+    if job.aot and not (here or tpu):
+        raise UserError(f"aot=true, target={job.target}: expected a TPU slice, or no target for this machine")
+    if job.aot and tpu and not here and not aot.available():
+        raise UserError(f"aot=true, target={job.target}: libtpu is not installed: pip install 'fluxbatch[tpu]'")
+    if job.aot and job.hardware.stream_blocks:
+        raise UserError("aot=true, hardware.stream_blocks=true: expected one of them, as streamed blocks are small programs of their own")
+    return job.aot
 
 
 def _machine(job: PlanJob) -> tuple[Target, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import pathlib
 
 import jax
@@ -11,13 +12,16 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from fluxbatch import chips, flops
+import fluxbatch.cli
+from fluxbatch import aot, chips, flops, memory
+from fluxbatch.engine import open_engine
 from fluxbatch.models.clip import ClipConfig
 from fluxbatch.models.flux import Flux, FluxConfig
 from fluxbatch.models.t5 import T5Config
 from fluxbatch.models.vae import Decoder, VaeConfig
 from fluxbatch.text import Tokenizers
 from fluxbatch.types import UserError
+from fluxbatch.weights import load
 
 DEV = FluxConfig(64, 64, 19, 38, 24, 128, 4096, 768, True, (16, 56, 56))
 T5XXL = T5Config(32128, 4096, 64, 10240, 24, 64, 32, 128, 1e-6)
@@ -129,6 +133,7 @@ def test_mistakes(planned, tmp_path):
     row = [{"prompt": "x"}]
     assert "target=v7: expected cpu, a TPU slice" in planned(row, "target=v7", code=2)
     assert "hardware=tpu: expected hardware=gpu or auto for target=h100" in planned(row, "target=h100", "hardware=tpu", code=2)
+    assert "aot=true, target=h100: expected a TPU slice" in planned(row, "target=h100", "aot=true", code=2)
     assert "price_per_chip_hour=-1.0: expected a number from 0" in planned(row, "price_per_chip_hour=-1", code=2)
     assert "ici_data_parallelism=8 × dcn_data_parallelism=-1 needs 8 devices, there are 4" in planned(row, "target=v6e-4", "ici_data_parallelism=8", code=2)
     assert not (tmp_path / "rows").exists()  # nothing is written
@@ -140,3 +145,45 @@ def test_counting_word_by_word_is_counting(golden):
     for tokenizer, limit, found in zip((tokenizers.clip, tokenizers.t5), (tokenizers.clip_length, 24), tokenizers.cut(texts, texts), strict=True):
         lengths = {text: len(tokenizer(text)["input_ids"]) for text in texts}
         assert found == {text: length for text, length in lengths.items() if length > limit} != {}
+
+
+# ---- memory
+
+
+def opened(checkpoint, *args):
+    """Job and engine of a command line, on one CPU device."""
+    found = []
+    words = [f"pretrained_model_name_or_path={checkpoint}", "hardware=cpu", "prompt=x", *args]
+    with pytest.raises(SystemExit):
+        fluxbatch.cli.main(lambda job: found.append(job) or 0, argv=words)
+    return found[0], open_engine(found[0], "cpu", jax.devices()[:1])
+
+
+@pytest.mark.parametrize(("side", "images"), [(128, 2), pytest.param(256, 4, marks=pytest.mark.slow), pytest.param(128, 1, marks=pytest.mark.slow)])
+def test_memory_against_the_compiler(side, images, text=32):
+    args = f"resolution={side}", f"per_device_batch_size={images}", f"max_sequence_length={text}", "offload_encoders=free"
+    job, engine = opened("flux-mini", *args)
+    phases = {phase.name: phase for phase in memory.Situation.of(job, engine, "cpu", [(side, side)], again=False).phases()}
+    needs = {need.name: need for need in aot.needs(engine, images, (engine.tokenizers.clip_length, text), side, side)}
+    for name, phase in phases.items():
+        assert phase.total == pytest.approx(phase.weights + needs[name].more, rel=0.1), name
+    assert phases["encode"].weights == needs["encode"].held
+    assert phases["decode"].weights == needs["denoise"].held + needs["decode"].held + modulators(engine)
+
+
+def modulators(engine):
+    """Bytes that stay on the device although the denoising program does not take them."""
+    cfg = engine.checkpoint.components["transformer"].config
+    d, rest = cfg.width, sum(math.prod(leaf.get_value().shape) for keys, leaf in nnx.to_flat_state(engine.plans["transformer"].state)
+                             if "_in." in (path := load.path_of(keys)) and path.startswith(("time_in", "vector_in", "guidance_in")))  # fmt: skip
+    return 4 * ((12 * cfg.num_layers + 3 * cfg.num_single_layers + 2) * (d * d + d) + rest)
+
+
+def test_what_makes_it_fit(golden):
+    job, engine = opened(golden / "dev", "resolution=64", "per_device_batch_size=4", "offload_encoders=false", "max_sequence_length=24")
+    need = memory.Situation.of(job, engine, "tpu", [(64, 64)], again=False)
+    largest = max(phase.total for phase in need.phases())
+    assert need.way_out(largest) != () and need.way_out(1000) == ()
+    assert need.way_out(largest - 1) in {("offload_encoders=true",), ("per_device_batch_size=1",)}
+    one = dataclasses.replace(need, images=1, stay=False)
+    assert set(need.way_out(max(phase.total for phase in one.phases()))) >= {"per_device_batch_size=1", "offload_encoders=true"}

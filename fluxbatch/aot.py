@@ -1,0 +1,97 @@
+"""A job's programs compiled ahead of time, for TPUs that are not here: what the compiler says they need.
+
+    job, target, size ─ subprocess with libtpu ─ the run's own programs, from shapes ─ bytes of a device
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import math
+import os
+import pickle
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from fluxbatch.chips import Target
+from fluxbatch.config import Job
+from fluxbatch.types import UserError
+
+# libtpu looks for a TPU's metadata server and neighbours, and for itself in other processes.
+ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+               "TF_CPP_MIN_LOG_LEVEL": "3"}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Need:
+    """What one program takes of a device, in bytes: ``held`` are its weights, ``more`` everything else."""
+
+    name: str
+    held: int
+    more: int
+    temporaries: int
+    seconds: float  # of compiling
+    fault: str = ""  # why it does not compile
+
+
+def available() -> bool:
+    return importlib.util.find_spec("libtpu") is not None
+
+
+def needs(engine: Any, batch: int, texts: tuple[int, int], height: int, width: int, only: Sequence[str] = ()) -> Iterator[Need]:
+    """Compiles the programs of one size for the engine's mesh, or those called ``only``. No weight is read."""
+    import jax
+    from flax import nnx
+
+    pipeline = dataclasses.replace(engine, keep=False).pipeline()
+    for name, lowered in pipeline.programs(batch, texts, height, width):
+        if only and name not in only:
+            continue
+        start = time.monotonic()
+        try:
+            found = lowered.compile().memory_analysis()
+        except jax.errors.JaxRuntimeError as error:
+            yield Need(name, 0, 0, 0, time.monotonic() - start, " ".join(str(error).split())[:300])
+            continue
+        inputs = [arg for arg in lowered.args_info[0] if not isinstance(arg, nnx.State)]
+        given = sum(info.dtype.itemsize * math.prod(info.shape) for info in jax.tree.leaves(inputs)) // engine.ways
+        more = given + found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+        yield Need(name, found.argument_size_in_bytes - given, more, found.temp_size_in_bytes, time.monotonic() - start)
+
+
+def compiled(job: Job, target: Target, height: int, width: int) -> list[Need]:
+    """The denoising and decoding programs for one size, compiled for ``target`` in a process of its own."""
+    plain = Job(**{field.name: getattr(job, field.name) for field in dataclasses.fields(Job)})
+    asked = pickle.dumps((plain, target, height, width))
+    done = subprocess.run([sys.executable, "-m", "fluxbatch.aot"], input=asked, env=os.environ | ENVIRONMENT, capture_output=True)
+    if done.returncode:
+        raise UserError(f"target={target.name}: the program cannot be compiled: {done.stderr.decode(errors='replace').strip().splitlines()[-1]}")
+    return [Need(**line) for line in map(json.loads, done.stdout.splitlines())]
+
+
+def main() -> None:
+    """The subprocess's part."""
+    from jax.experimental import topologies
+
+    from fluxbatch.engine import open_engine
+
+    job, target, height, width = pickle.load(sys.stdin.buffer)
+    options: Mapping[str, Any] = {}
+    if target.chip.name == "v4":
+        options = {"chip_config_name": "megacore"}
+    elif target.chips == 1:
+        options = {"chips_per_host_bounds": (1, 1, 1)}
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=f"{target.chip.name}:{target.topology}", **options)
+    engine = open_engine(job, target.platform, list(topology.devices))
+    batch = job.sharding.per_device_batch_size * engine.ways
+    texts = engine.tokenizers.clip_length, job.sampler.max_sequence_length
+    for need in needs(engine, batch, texts, height, width, only=("denoise", "decode")):
+        print(json.dumps(dataclasses.asdict(need)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
