@@ -144,6 +144,8 @@ def _lora(engine: Engine) -> Iterator[str]:
 def _memory(job: Job, engine: Engine, target: Target, work: Work) -> Iterator[str]:
     limit = target.chip.limit if target.chip else network.host_memory() // engine.mesh.size
     situation = memory.Situation.of(job, engine, target.platform, list(work.buckets()), again=len(work.shards) > 1)
+    if len(engine.lora.mixes(row for batch in work.batches for row in batch.rows)) > 1:  # adapters are not merged
+        situation = dataclasses.replace(situation, beside=memory.adapters(engine))
     phases = situation.phases()
     for i, phase in enumerate(phases):
         yield _line("" if i else "memory", f"{phase.name:8} {_bytes(phase.weights)} weights + about {_bytes(phase.activations)} = {_bytes(phase.total)} a device")
@@ -169,7 +171,7 @@ def _compiled(job: Job, engine: Engine, target: Target, work: Work) -> Iterator[
 
 
 def _reads(job: Job, engine: Engine, target: Target, work: Work) -> Iterator[str]:
-    mixes = engine.lora.mixes([row for batch in work.batches for row in batch.rows])
+    mixes = engine.lora.mixes(row for batch in work.batches for row in batch.rows)
     each = engine.mesh.size // target.hosts
     hosts = [set(engine.mesh.devices.flat[i * each : (i + 1) * each]) for i in range(target.hosts)]
     read = {}

@@ -104,6 +104,12 @@ def parameters(engine: Engine, part: str) -> int:
     return sum(math.prod(leaf.get_value().shape) for _, leaf in nnx.to_flat_state(engine.plans[part].state))
 
 
+def adapters(engine: Engine) -> int:
+    """Bytes of all adapters beside the weights, as if no device shared them."""
+    numbers = sum(part.parameters for adapter in engine.lora.adapters for part in adapter.parts)
+    return numbers * jnp.dtype(engine.weights_dtype).itemsize
+
+
 def on_a_device(engine: Engine, part: str) -> int:
     """Bytes of a component's weights."""
     return load.held(engine.plans[part], engine.mesh, engine.weights_dtype) // engine.mesh.size

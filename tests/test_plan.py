@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import pathlib
+import re
 
 import jax
 import numpy as np
@@ -127,6 +128,15 @@ def test_time_and_cost_follow_from_the_flops(planned):
     image = 4 * flops.flux_step(flux, (2048 // (2 * vae.scale)) ** 2, 24) + flops.vae_decode(vae, 2048, 2048)
     assert f"{image / 1e12:.3g} TFLOP of it for the picture alone" in text
     assert "at the peak of 989 TFLOP/s" in text and "at 52% of it" in text and "cost " in text and "(estimate)" in text
+
+
+def test_adapters_are_covered_and_weigh_what_they_weigh(planned):
+    rows = [{"prompt": "a", "lora": {"outline": 1.0}}, {"prompt": "b", "lora": {"outline": 0.5}}]
+    text = planned(rows, "pretrained_model_name_or_path=flux-mini", "sampler=mini", "lora=outline", "target=v6e-1")
+    merged = planned(rows[:1], "pretrained_model_name_or_path=flux-mini", "sampler=mini", "lora=outline", "target=v6e-1")
+    assert "lora      outline × 1: " in text and " layers  rank " in text
+    held = [re.search(r"denoise +([\d.]+) MiB weights", of)[1] for of in (text, merged)]
+    assert float(held[0]) > float(held[1])
 
 
 def test_mistakes(planned, tmp_path):
