@@ -14,7 +14,7 @@ from conftest import images, psnr
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from fluxbatch.dist.mesh import Layout, Placement, batch_sharding, make_mesh, mesh_shape, put, replicated
+from fluxbatch.dist.mesh import Layout, Pairs, Placement, batch_sharding, make_mesh, mesh_shape, put, replicated
 from fluxbatch.models import attention
 from fluxbatch.models.flux import Flux, FluxConfig, rope_table
 
@@ -70,7 +70,8 @@ def velocity(shape, *args):
 def plain(*args):
     batch, rope = arguments(*args)
     graph, leaves = weights()
-    state = nnx.from_flat_state([(keys, leaf.replace(jnp.asarray(value))) for keys, leaf, value in leaves])
+    arranged = lambda leaf, value: Placement.of(make_mesh((1,)), value.shape, leaf.get_metadata()["axes"]).arranged(value)  # noqa: E731
+    state = nnx.from_flat_state([(keys, leaf.replace(jnp.asarray(arranged(leaf, value)))) for keys, leaf, value in leaves])
     return np.asarray(jax.jit(lambda state, batch, rope: nnx.merge(graph, state)(*batch, rope))(state, batch, rope))
 
 
@@ -166,6 +167,15 @@ def test_parts_that_stand_side_by_side_are_dealt_each_by_itself():
     assert joined.tolist() == [0, 10, 11, 1, 12, 13]
     assert [part.tolist() for part in layout.split(joined, (2, 4), 0, "tokens")] == [[0, 1], [10, 11, 12, 13]]
     assert layout.join((np.arange(3), np.arange(2)), 0, "tokens").tolist() == [0, 1, 2, 0, 1]  # 3 do not divide
+
+
+def test_pairs_become_halves():
+    pairs = Pairs("heads", 6)
+    assert pairs.halved(np.arange(12)[None], -1).tolist() == [[0, 2, 4, 1, 3, 5, 6, 8, 10, 7, 9, 11]]
+    rows = np.arange(24).reshape(2, 6, 2)
+    assert np.array_equal(pairs.paired(pairs.halved(rows, -2), -2), rows)
+    place = Placement.of(make_mesh((1, 1, 1, 2)), (5, 12, 4), (pairs, "embed"))
+    assert place.final.spec == P(None, "tensor", None) and place.pairs == ((-2, pairs),)
 
 
 ALL = {"ici_fsdp_parallelism": 2, "ici_context_parallelism": 2, "ici_tensor_parallelism": -1}

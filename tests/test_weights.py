@@ -40,7 +40,10 @@ def test_every_parameter_is_filled_with_its_bytes(golden):
     module = load.load(plan, make_mesh((1, 1)), np.float32)
     file = load_file(golden / "dev" / FLUX)
     block = module.double_blocks.img
-    assert np.array_equal(block.qkv.q.kernel[...][1], file["transformer_blocks.1.attn.to_q.weight"])
+    assert np.array_equal(block.qkv.v.kernel[...][1], file["transformer_blocks.1.attn.to_v.weight"])
+    rows, _ = block.qkv.q.kernel.get_metadata()["axes"]  # rotated pairs become halves
+    assert np.array_equal(block.qkv.q.kernel[...][1], rows.halved(file["transformer_blocks.1.attn.to_q.weight"], 0))
+    assert np.array_equal(block.qkv.key_norm.scale[...][1], rows.halved(file["transformer_blocks.1.attn.norm_k.weight"], 0))
     scale, shift = np.split(file["norm_out.linear.weight"], 2)
     assert np.array_equal(module.final_mod.kernel[...], np.concatenate([shift, scale]))
     assert plan.nbytes == sum(x.nbytes for x in file.values())

@@ -24,8 +24,30 @@ BATCH = P(SLOW)  # images are dealt over both
 
 RULES = {"heads": "tensor", "mlp": "tensor", "tokens": "context", "batch": SLOW}
 
+
+@dataclasses.dataclass(frozen=True)
+class Pairs:
+    """An axis in groups of ``size`` that are rotated pair by pair. Checkpoints have a pair's two numbers side by
+    side; the model has the first of each pair, then the second of each, so that no lane is shuffled."""
+
+    name: str | None
+    size: int
+
+    def halved(self, x: Any, axis: int) -> Any:
+        """A checkpoint's order → the model's."""
+        return self._turned(x, axis, (self.size // 2, 2))
+
+    def paired(self, x: Any, axis: int) -> Any:
+        """The model's order → a checkpoint's."""
+        return self._turned(x, axis, (2, self.size // 2))
+
+    def _turned(self, x: Any, axis: int, grid: tuple[int, int]) -> Any:
+        axis %= x.ndim
+        return x.reshape(*x.shape[:axis], -1, *grid, *x.shape[axis + 1 :]).swapaxes(axis + 1, axis + 2).reshape(x.shape)
+
+
 # Of a parameter: a name, or the names and sizes of parts that stand in one axis side by side.
-Axis = str | None | tuple[tuple[str, int], ...]
+Axis = str | None | Pairs | tuple[tuple[str, int], ...]
 
 
 def mesh_shape(ici: Sequence[int], dcn: Sequence[int], devices: int, slices: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -127,6 +149,7 @@ class Placement:
     used: NamedSharding  # while a layer computes: what fsdp divides is whole
     parts: tuple[int, ...] = ()  # of the last axis, which are dealt over the devices each by itself
     groups: int = 1
+    pairs: tuple[tuple[int, Pairs], ...] = ()  # axes, counted from the last (-1), that are rotated
 
     @classmethod
     def of(cls, mesh: Mesh, shape: Sequence[int], axes: Sequence[Axis]) -> Placement:
@@ -134,7 +157,8 @@ class Placement:
         spec: list[tuple[str, ...]] = [()] * len(shape)
         parts: tuple[int, ...] = ()
         for i, axis in enumerate(axes, layers):
-            names = {RULES.get(name) for name, _ in axis} if isinstance(axis, tuple) else {RULES.get(axis)}
+            logical = [name for name, _ in axis] if isinstance(axis, tuple) else [axis.name if isinstance(axis, Pairs) else axis]
+            names = {RULES.get(name) for name in logical}
             sizes = tuple(size for _, size in axis) if isinstance(axis, tuple) else (shape[i],)
             (name,) = names  # parts that stand side by side lie on one mesh axis
             if name and _groups(mesh, name, sizes) > 1:
@@ -153,11 +177,16 @@ class Placement:
             read = [(), *[()] * (len(shape) - 1)]
             read[layers] = next((names for names in ((*spec[layers], "tensor"), spec[layers]) if fits(names, layers)), ())
         shardings = (NamedSharding(mesh, _spec(axes)) for axes in (read, spec, whole))
-        return cls(*shardings, parts, mesh.shape["tensor"] if parts else 1)
+        pairs = tuple((i - len(axes), axis) for i, axis in enumerate(axes) if isinstance(axis, Pairs))
+        return cls(*shardings, parts, mesh.shape["tensor"] if parts else 1, pairs)
 
     def arranged(self, x: Any) -> Any:
-        """``x`` with the parts of its last axis in the order in which devices hold them."""
-        return x if self.groups == 1 else _join(_cut(x, self.parts, -1), -1, self.groups)
+        """``x``, as a checkpoint has it, in the order in which devices hold it."""
+        if self.groups > 1:
+            x = _join(_cut(x, self.parts, -1), -1, self.groups)
+        for axis, pairs in self.pairs:
+            x = pairs.halved(x, axis)
+        return x
 
 
 def _spec(axes: Sequence[tuple[str, ...]]) -> P:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from fluxbatch.dist.mesh import Layout
+from fluxbatch.dist.mesh import Layout, Pairs
 from fluxbatch.models import attention as attn
 from fluxbatch.models.layers import Linear, RMSNorm, each, from_heads, gelu_tanh, layer_norm, scan, stack
 
@@ -82,11 +82,11 @@ def rope_table(text_len: int, rows: int, cols: int, axes: tuple[int, ...]) -> tu
 
 
 def rotate(x: Array, rope: tuple[Array, Array]) -> Array:
-    """Rotates neighbouring pairs of ``[B, H, L, K]`` by the angles of each token, in float32."""
+    """Rotates ``[B, H, L, K]`` by the angles of each token, in float32: its halves are the pairs' first and
+    second numbers."""
     cos, sin = rope
-    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
-    a, b = pairs[..., 0], pairs[..., 1]
-    return jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=-1).reshape(x.shape).astype(x.dtype)
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
 def modulate(x: Array, shift: Array, scale: Array) -> Array:
@@ -132,12 +132,12 @@ class QKV(nnx.Module):
     """Normed queries and keys, and values: ``[B, L, D]`` → three of ``[B, H, L, K]``."""
 
     def __init__(self, cfg: FluxConfig, *, rngs: nnx.Rngs):
-        d = cfg.width
-        self.q = Linear(d, d, ("heads", "embed"), rngs=rngs)
-        self.k = Linear(d, d, ("heads", "embed"), rngs=rngs)
+        d, head = cfg.width, cfg.attention_head_dim
+        self.q = Linear(d, d, (Pairs("heads", head), "embed"), rngs=rngs)
+        self.k = Linear(d, d, (Pairs("heads", head), "embed"), rngs=rngs)
         self.v = Linear(d, d, ("heads", "embed"), rngs=rngs)
-        self.query_norm = RMSNorm(cfg.attention_head_dim, eps=EPS, rngs=rngs)
-        self.key_norm = RMSNorm(cfg.attention_head_dim, eps=EPS, rngs=rngs)
+        self.query_norm = RMSNorm(head, eps=EPS, rngs=rngs, axis=Pairs(None, head))
+        self.key_norm = RMSNorm(head, eps=EPS, rngs=rngs, axis=Pairs(None, head))
         self.heads = cfg.num_attention_heads
 
     def __call__(self, x: Array, split_head_dim: bool) -> tuple[Array, Array, Array]:

@@ -116,7 +116,7 @@ class Embedding(nnx.Module):
 class RMSNorm(nnx.Module):
     """Scale-only norm over the last axis, in float32."""
 
-    def __init__(self, width: int, *, eps: float, rngs: nnx.Rngs, axis: str | None = None):
+    def __init__(self, width: int, *, eps: float, rngs: nnx.Rngs, axis: Axis = None):
         self.scale = param(rngs, (width,), (axis,), ones)
         self.eps = eps
 

@@ -77,8 +77,15 @@ class HostBox(Box):
         pass  # the buffers are views of the array to be
 
     def array(self) -> jax.Array:
-        array = self._on_devices(self._buffers, self.shape, self.place.read)
-        return array if self.place.read == self.place.final else _converted(self.place, self.dtype)(array, None)
+        place = self.place
+        here = all(bound % pairs.size == 0 for axis, pairs in place.pairs for index in self._buffers for bound in index[axis])
+        if place.read != place.final or not here:  # devices exchange what they have
+            return _converted(place, self.dtype)(self._on_devices(self._buffers, self.shape, place.read), None)
+        if place.pairs:
+            for buffer in self._buffers.values():
+                for layer in buffer if self.stacked else [buffer]:
+                    layer[...] = place.arranged(layer)
+        return self._on_devices(self._buffers, self.shape, place.final)
 
 
 class DeviceBox(Box):

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import optax
+from flax import nnx
 from loop import Work, schedule, train
 from safetensors.numpy import save_file
 
@@ -51,13 +52,14 @@ def begin(flux: Any) -> dict[str, dict[str, np.ndarray]]:
 
 
 def adapted(flux: Any, adapter: Mapping[str, Mapping[str, Any]]) -> Any:
-    """The network with the adapter merged into its kernels."""
+    """The network with the adapter, which has a checkpoint's order, merged into its kernels."""
     shapes = {path_of(keys): leaf.shape for keys, leaf in jax.tree_util.tree_leaves_with_path(flux)}
+    axes = {".".join(map(str, keys)): leaf.get_metadata()["axes"] for keys, leaf in nnx.to_flat_state(flux)}
     change = {}
     for name, paths in FUSED.items():
         ends = np.cumsum([shapes[path][1] for path in paths])[:-1].tolist()
         parts = jnp.split(adapter[name]["up"] @ adapter[name]["down"], ends, axis=1)
-        change |= dict(zip(paths, parts, strict=True))
+        change |= {path: export.halved(part, axes[path]) for path, part in zip(paths, parts, strict=True)}
     return jax.tree_util.tree_map_with_path(lambda keys, leaf: leaf + change.get(path_of(keys), 0), flux)
 
 

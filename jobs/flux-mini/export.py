@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import save_file
 
+from fluxbatch.dist.mesh import Pairs
 from fluxbatch.weights import tables
 from fluxbatch.weights.rules import Table, split_layer
 
@@ -25,8 +26,22 @@ INDEX = {"_class_name": "FluxPipeline", "scheduler": ["diffusers", "FlowMatchEul
 
 
 def arrays_of(state: Any) -> dict[str, np.ndarray]:
-    """A state's arrays by their paths."""
-    return {".".join(map(str, keys)): np.asarray(leaf.get_value()) for keys, leaf in nnx.to_flat_state(state)}
+    """A state's arrays by their paths, in the order that checkpoints have."""
+    return {".".join(map(str, keys)): paired(np.asarray(leaf.get_value()), leaf.get_metadata()["axes"]) for keys, leaf in nnx.to_flat_state(state)}
+
+
+def paired(array: Any, axes: tuple[Any, ...]) -> Any:
+    """What the model rotates half by half, as checkpoints have it: pair by pair."""
+    for i, axis in enumerate(axes):
+        array = axis.paired(array, i - len(axes)) if isinstance(axis, Pairs) else array
+    return array
+
+
+def halved(array: Any, axes: tuple[Any, ...]) -> Any:
+    """The other way round."""
+    for i, axis in enumerate(axes):
+        array = axis.halved(array, i - len(axes)) if isinstance(axis, Pairs) else array
+    return array
 
 
 def named(arrays: Mapping[str, np.ndarray], table: Table) -> dict[str, np.ndarray]:
