@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -25,8 +26,9 @@ def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("xla")
 
 
-def replica(folder, cache, processes, name="run", devices=2, log=None, first=(), program=("-m", "fluxbatch.run"), **more):
-    """Starts the processes of a replica on this machine; ``first``: arguments that only process 0 gets."""
+def replica(folder, cache, processes, name="run", devices=2, log=None, first=(), program=("-m", "fluxbatch.run"), places=None, **more):
+    """Starts the processes of a replica on this machine; ``first``: arguments that only process 0 gets; ``places``:
+    for each process the words that start it elsewhere, if the first one's address is not this machine's own."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -35,13 +37,14 @@ def replica(folder, cache, processes, name="run", devices=2, log=None, first=(),
         "run_name": name, "jax_cache_dir": cache, "text_cache_dir": "null", "sharding": "ddp", "output.gallery": "false",
     } | more  # fmt: skip
     command = [sys.executable, *program, *(f"{k}={v}" for k, v in flags.items())]
+    address, prefixes = places or ("127.0.0.1", [[]] * processes)
     started = []
     for index in range(processes):
         env = os.environ | {
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_COORDINATOR_ADDRESS": f"{address}:{port}",
             "JAX_NUM_PROCESSES": str(processes), "JAX_PROCESS_ID": str(index)}  # fmt: skip
         file = open(folder / f"{log or name}.{index}.log", "w")  # noqa: SIM115
-        started.append(subprocess.Popen([*command, *first] if index == 0 else command, env=env, stdout=file, stderr=file))
+        started.append(subprocess.Popen([*prefixes[index], *command, *(first if index == 0 else ())], env=env, stdout=file, stderr=file))
     return started
 
 
@@ -57,11 +60,14 @@ def test_several_processes_make_the_pictures_of_one(tmp_path, cache, count, devi
     """Of what several processes hold, one writes each picture; encoders are read anew for every shard where weights are split."""
     flags = {f"ici_{axis}_parallelism": size for axis, _, size in (word.partition("=") for word in sizes.split())}
     flags |= {"offload_encoders": "free", "shard_size": 2} if "fsdp" in sizes else {}
-    processes = replica(tmp_path, cache, count, devices=devices, manifest=GOLDEN / "dev.jsonl", sharding="single", **flags)
+    rows = (GOLDEN / "dev.jsonl").read_text().splitlines()
+    rows = rows if count == 2 else [rows[0], rows[3]]  # of one size: four processes on few cores compile for long
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows) + "\n")
+    processes = replica(tmp_path, cache, count, devices=devices, manifest=tmp_path / "rows.jsonl", sharding="single", **flags)
     assert [p.wait(timeout=600) for p in processes] == [0] * count, said(tmp_path)
     expected = np.load(GOLDEN / "dev.npz")
     made = images(tmp_path / "run")
-    assert sorted(r["id"] for r in metadata(tmp_path / "run")) == sorted(expected.files)
+    assert sorted(r["id"] for r in metadata(tmp_path / "run")) == sorted(json.loads(row)["id"] for row in rows)
     assert all(psnr(picture, expected[name]) >= 50 for name, picture in made.items())
     assert not list((tmp_path / "run").glob("*.tmp"))
 
@@ -157,6 +163,74 @@ def test_one_of_four_killed_anywhere(tmp_path, cache):
     assert [p.wait(timeout=400) for p in processes] == [0] * 4, said(tmp_path)
     assert sorted(r["id"] for r in metadata(tmp_path / "run")) == sorted(f"r{i}" for i in range(160))
     assert pictures(tmp_path / "run") == 160
+
+
+@pytest.fixture
+def two_hosts(tmp_path):
+    """Two network namespaces with a link between them: (address of the first, words that start a process in each), and
+    what cuts and joins the link."""
+    names = [f"fluxbatch{os.getpid()}{letter}" for letter in "ab"]
+
+    def ip(*words):
+        return subprocess.run(["ip", *words], capture_output=True, text=True)
+
+    try:
+        made = [ip("netns", "add", name) for name in names] + [ip("link", "add", "va", "netns", names[0], "type", "veth", "peer", "vb", "netns", names[1])]
+        if any(done.returncode for done in made):
+            pytest.skip(f"no network namespaces here: {''.join(done.stderr for done in made)}")
+        (tmp_path / "hosts").write_text("127.0.0.1 localhost\n10.9.8.1 hosta\n10.9.8.2 hostb\n")
+        places = []
+        for name, letter, number in zip(names, "ab", "12", strict=True):
+            for words in (["addr", "add", f"10.9.8.{number}/24", "dev", f"v{letter}"], ["link", "set", f"v{letter}", "up"], ["link", "set", "lo", "up"]):
+                assert ip("-n", name, *words).returncode == 0
+            there = f'mount --bind {tmp_path / "hosts"} /etc/hosts && hostname host{letter} && exec "$@"'
+            places.append(["ip", "netns", "exec", name, "unshare", "-m", "-u", "sh", "-c", there, "sh"])
+        yield ("10.9.8.1", places), lambda state: ip("-n", names[0], "link", "set", "va", state)
+    finally:
+        for name in names:
+            ip("netns", "del", name)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("ip") is None, reason="network namespaces need root and iproute2")
+def test_a_cut_link_ends_both_sides(tmp_path, cache, two_hosts):
+    """Nobody dies and nobody answers: with a heartbeat of 10 s both end within 15 s, and the next start completes."""
+    places, link = two_hosts
+    more = {"manifest": long_manifest(tmp_path), "resolution": 16, "shard_size": 32, "places": places, "devices": 1, "num_inference_steps": 2}
+    impatient = "from fluxbatch.dist import hosts\nhosts.HEARTBEAT = 10\nfrom fluxbatch import run\nrun.main()"
+    processes = replica(tmp_path, cache, 2, program=("-c", impatient), **more)
+    wait_for(processes, tmp_path / "run", 12)
+    link("down")
+    begun = time.monotonic()
+    codes = [p.wait(timeout=60) for p in processes]
+    assert time.monotonic() - begun < 15 and {*codes} <= {76, -signal.SIGABRT}, (codes, time.monotonic() - begun, said(tmp_path))
+    assert 12 <= pictures(tmp_path / "run") < 160
+    link("up")
+    processes = replica(tmp_path, cache, 2, **more)
+    assert [p.wait(timeout=240) for p in processes] == [0, 0], said(tmp_path)
+    assert sorted(r["id"] for r in metadata(tmp_path / "run")) == sorted(f"r{i}" for i in range(160))
+    assert pictures(tmp_path / "run") == 160
+
+
+@pytest.mark.slow
+def test_a_text_cache_of_which_processes_have_different_parts(tmp_path, cache):
+    """What one of them lacks all encode; then nobody loads an encoder."""
+    (tmp_path / "rows.jsonl").write_text("".join(f'{{"prompt": "prompt {n}", "seed": {n}}}\n' for n in range(3)))
+    first, second = tmp_path / "first", tmp_path / "second"
+    loaded, made = {}, []
+    for name in ("cold", "holes", "warm"):
+        processes = replica(tmp_path, cache, 2, name, first=[f"text_cache_dir={first}"], text_cache_dir=second, manifest=tmp_path / "rows.jsonl",
+                            resolution=16, num_inference_steps=1, devices=1)  # fmt: skip
+        assert [p.wait(timeout=120) for p in processes] == [0, 0], said(tmp_path, name)
+        loaded[name] = json.loads((tmp_path / name / "status.json").read_text())["load"]["bytes"]
+        made.append(images(tmp_path / name))
+        entries = [sorted(folder.iterdir()) for folder in (first, second)]
+        assert [len(each) for each in entries] == [3, 3]
+        if name == "cold":
+            entries[0][0].unlink()
+            entries[1][2].unlink()
+    assert loaded["cold"] == loaded["holes"] > loaded["warm"] > 0
+    assert all((made[0][row] == picture).all() for pictures in made for row, picture in pictures.items())
 
 
 @pytest.mark.slow

