@@ -65,7 +65,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if fault == "stall":
             time.sleep(self.server.stall)
             return self._reset()
-        if fault in ("503", "429"):
+        if fault.isdigit():
             return self._answer(int(fault), {}, b'{"error": {"message": "injected"}}')
         status, headers, data = self._forward(body)
         if fault == "lost answer":

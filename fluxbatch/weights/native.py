@@ -179,7 +179,6 @@ class Arrays(Source):
         self._layouts[path] = Layout(path, dtype, shape, stacked)
 
     def start_rows(self, tensor: Tensor, first: int, last: int, place: Place) -> Any:
-        self.wait(self._opening[tensor.file], tensor.file)
         return self._pool.submit(self._read_chunks, tensor, first, last, place)
 
     def finish_rows(self, future: Any, tensor: Tensor, first: int, last: int, place: Place) -> None:
@@ -189,21 +188,24 @@ class Arrays(Source):
             raise UserError(f"{error} (tensor {tensor.name})") from error
 
     def _read_chunks(self, tensor: Tensor, first: int, last: int, place: Place) -> None:
+        self.wait(self._opening[tensor.file], tensor.file)
         layout, layer = self._layouts[tensor.file], split_layer(tensor.name)[1] if tensor.name != tensor.file else 0
         if layout.stacked and layout.grids[0] == layout.grids[1]:
             place.put(self._whole(layout)[layer, first:last])
             return
         target = place.target(tensor, last - first)
         rows = np.empty((last - first, *tensor.shape[1:]), tensor.dtype) if target is None else target
+        chunks, parts = [], []
         for row in range(first - first % layout.rows, last, layout.rows):
             low, high = max(row, first), min(row + layout.rows, last)
-            within = rows[low - first : high - first]
-            if high - low == layout.rows:
-                self._read_chunk(layout, layer, row, within)
-            else:  # a part of a chunk: the checksum is of all of it
+            chunk = within = rows[low - first : high - first]
+            if high - low < layout.rows:  # a part of a chunk: the checksum is of all of it
                 chunk = np.empty((layout.rows, *tensor.shape[1:]), tensor.dtype)
-                self._read_chunk(layout, layer, row, chunk)
-                within[...] = chunk[low - row : high - row]
+                parts.append((within, chunk[low - row : high - row]))
+            chunks.append((row, chunk))
+        self._fill(layout, layer, chunks)
+        for within, read in parts:
+            within[...] = read
         if target is None:
             place.put(rows)
 
@@ -211,25 +213,39 @@ class Arrays(Source):
         path, values = self._small
         if path != layout.path or values is None:
             values = np.empty(layout.shape, layout.dtype)
-            self._read_chunk(layout, 0, 0, values)
+            self._fill(layout, 0, [(0, values)])
             self._small = layout.path, values
         return values
 
-    def _read_chunk(self, layout: Layout, layer: int, row: int, values: np.ndarray) -> None:
-        """Fills contiguous ``values`` with a chunk; UserError when it is missing, cut short or damaged."""
-        file, number = layout.place(layer, row)
-        start, length = self._index(layout, layer, file)[number]
-        if start == MISSING:
-            raise UserError(f"{self.path(file)}: chunk {number} is missing")
-        if length != layout.nbytes + CHECKSUM:
-            raise UserError(f"{self.path(file)}: chunk {number} has {length:,} bytes, expected {layout.nbytes + CHECKSUM:,}")
-        data, checksum = values.reshape(-1).view(np.uint8), np.empty(CHECKSUM, np.uint8)
-        if self.local:
-            self._read_into([data, checksum], file, int(start))
-        else:
-            read = np.frombuffer(self.read(file, int(start), int(start + length)), np.uint8)
-            data[:], checksum[:] = read[:-CHECKSUM], read[-CHECKSUM:]
-        self._check(data, checksum, f"{file}: chunk {number}")
+    def _fill(self, layout: Layout, layer: int, chunks: list[tuple[int, np.ndarray]]) -> None:
+        """Fills contiguous arrays with the chunks that begin with these rows; UserError for one that is missing, cut
+        short or damaged. Chunks that lie one behind another are one read."""
+        runs: list[tuple[str, int, int, list[np.ndarray]]] = []  # file, first and last byte, what they fill
+        checks = []
+        for row, values in chunks:
+            file, number = layout.place(layer, row)
+            start, length = map(int, self._index(layout, layer, file)[number])
+            what = f"{file}: chunk {number}"
+            if start == MISSING:
+                raise UserError(f"{self.path(what)} is missing")
+            if length != layout.nbytes + CHECKSUM:
+                raise UserError(f"{self.path(what)} has {length:,} bytes, expected {layout.nbytes + CHECKSUM:,}")
+            data, checksum = values.reshape(-1).view(np.uint8), np.empty(CHECKSUM, np.uint8)
+            checks.append((data, checksum, what))
+            if runs and runs[-1][0] == file and runs[-1][2] == start:
+                _, begin, _, buffers = runs.pop()
+            else:
+                begin, buffers = start, []
+            runs.append((file, begin, start + length, [*buffers, data, checksum]))
+        for file, start, stop, buffers in runs:
+            if self.local:
+                self._read_into(buffers, file, start)
+            else:
+                read = np.frombuffer(self.read(file, start, stop), np.uint8)
+                for buffer, part in zip(buffers, np.split(read, np.cumsum([*map(len, buffers)])[:-1]), strict=True):
+                    buffer[...] = part
+        for check in checks:
+            self._check(*check)
 
     def _index(self, layout: Layout, layer: int, file: str) -> np.ndarray:
         """``[chunks, 2]`` uint64: where each chunk of a file begins, and its length."""

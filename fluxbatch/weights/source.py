@@ -42,6 +42,7 @@ MAX_HEADER = 100 << 20  # safetensors' own bound
 RETRIES = {"max_retries": 7, "initial_delay": "200ms", "max_delay": "5s"}
 STALLED = 120.0
 READERS = 4  # threads that read a local file
+_NOTES = re.compile(r" \[(source locations|tensorstore_spec)=.*")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,7 +232,8 @@ def store_spec(url: str) -> dict[str, Any]:
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+    """What went wrong, without TensorStore's notes of where in its own source."""
+    return _NOTES.sub("", str(error).splitlines()[0]) if str(error) else type(error).__name__
 
 
 def read_header(source: Source, file: str) -> dict[str, Tensor]:
