@@ -64,7 +64,8 @@ def needs(engine: Any, batch: int, texts: tuple[int, int], height: int, width: i
 
 
 def compiled(job: Job, target: Target, height: int, width: int) -> list[Need]:
-    """The denoising and decoding programs for one size, compiled for ``target`` in a process of its own."""
+    """The denoising program for one size, compiled for ``target`` in a process of its own. (The decoder
+    takes libtpu many minutes: it is only estimated.)"""
     plain = Job(**{field.name: getattr(job, field.name) for field in dataclasses.fields(Job)})
     asked = pickle.dumps((plain, target, height, width))
     done = subprocess.run([sys.executable, "-m", "fluxbatch.aot"], input=asked, env=os.environ | ENVIRONMENT, capture_output=True)
@@ -89,7 +90,7 @@ def main() -> None:
     engine = open_engine(job, target.platform, list(topology.devices))
     batch = job.sharding.per_device_batch_size * engine.ways
     texts = engine.tokenizers.clip_length, job.sampler.max_sequence_length
-    for need in needs(engine, batch, texts, height, width, only=("denoise", "decode")):
+    for need in needs(engine, batch, texts, height, width, only=("denoise",)):
         print(json.dumps(dataclasses.asdict(need)), flush=True)
 
 

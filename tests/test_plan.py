@@ -95,7 +95,7 @@ def planned(cli, golden, tmp_path):
         manifest = tmp_path / "rows.jsonl"
         manifest.write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows))
         base = f"pretrained_model_name_or_path={golden / 'dev'}", "sampler=dev", "resolution=64", "max_sequence_length=24", f"output_dir={tmp_path}"
-        status, text = cli(f"manifest={manifest}", *base, *args, entry="plan")
+        status, text = cli(f"manifest={manifest}", *base, "aot=false", *args, entry="plan")
         assert status == code, text
         return text
 
@@ -187,6 +187,14 @@ def modulators(engine):
     d, rest = cfg.width, sum(math.prod(leaf.get_value().shape) for keys, leaf in nnx.to_flat_state(engine.plans["transformer"].state)
                              if "_in." in (path := load.path_of(keys)) and path.startswith(("time_in", "vector_in", "guidance_in")))  # fmt: skip
     return 4 * ((12 * cfg.num_layers + 3 * cfg.num_single_layers + 2) * (d * d + d) + rest)
+
+
+@pytest.mark.slow
+def test_compiled_for_a_tpu_that_is_not_here(planned):
+    pytest.importorskip("libtpu", reason="needs .[tpu]")
+    for sharding in ("ddp", "fsdp"):
+        text = planned([{"prompt": "x"}], "pretrained_model_name_or_path=flux-mini", "sampler=mini", "target=v6e-4", f"sharding={sharding}", "aot=true")
+        assert re.search(r"compiled  denoise  [\d.]+ MiB weights \+ [\d.]+ MiB, of it temporary", text), text
 
 
 def test_what_makes_it_fit(golden):
