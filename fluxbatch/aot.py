@@ -78,9 +78,11 @@ def main() -> None:
     """The subprocess's part."""
     from jax.experimental import topologies
 
+    from fluxbatch.dist import hosts
     from fluxbatch.engine import open_engine
 
     job, target, height, width = pickle.load(sys.stdin.buffer)
+    hosts.tell_compiler(job.hardware.xla_flags, job.hardware.libtpu_init_args)
     options: Mapping[str, Any] = {}
     if target.chip.name == "v4":
         options = {"chip_config_name": "megacore"}
