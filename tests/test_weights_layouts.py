@@ -353,12 +353,13 @@ class Ranges(http.server.SimpleHTTPRequestHandler):
         path = self.translate_path(self.path)
         if not os.path.isfile(path):
             return self.send_error(404)
-        with open(path, "rb") as file:
-            data = file.read()
-        total, status = len(data), 200
+        total, status = os.path.getsize(path), 200
+        first, last = 0, total - 1
         if match := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
-            first, last = int(match[1]), min(int(match[2] or total - 1), total - 1)
-            data, status = data[first : last + 1], 206
+            first, last, status = int(match[1]), min(int(match[2] or last), last), 206
+        with open(path, "rb") as file:
+            file.seek(first)
+            data = file.read(max(0, last + 1 - first))
         self.send_response(status)
         if status == 206:
             self.send_header("Content-Range", f"bytes {first}-{last}/{total}")

@@ -1,13 +1,18 @@
-"""Weights pass through a small window: host memory, and bytes read by TensorStore's own counters."""
+"""Weights pass through a small window: host memory, and bytes read, of local files by the kernel's count (TensorStore
+does not see those reads), over the network by TensorStore's."""
 
 from __future__ import annotations
 
 import importlib.util
+import os
 import pathlib
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+from test_weights_layouts import web  # noqa: F401
 
 from fluxbatch.models.flux import Flux, FluxConfig
 from fluxbatch.weights import load, single
@@ -76,6 +81,29 @@ def test_a_converted_copy_too(small):
     check(*bench.in_process("converted", copy, "1,8", devices=8))
     for result in bench.in_process("converted", copy, "1,8", devices=8, processes=2):
         check(result)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["fluxbatch", "converted"])
+def test_over_the_network_too(tmp_path, web, way):  # noqa: F811
+    """Here every byte passes through TensorStore and its counters."""
+    file = written(tmp_path, 0.4)
+    place = file if way == "fluxbatch" else bench.converted(file)
+    try:
+        for result in bench.in_process(way, f"{web}/{place.relative_to(tmp_path)}", "1,8", devices=8, processes=2):
+            check(result)
+            assert result["read"] >= result["owned"]
+    finally:
+        shutil.rmtree(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_step_block_by_block(small):
+    """What jobs/weights tells to do at full size."""
+    command = [sys.executable, str(JOB / "one_step.py"), str(small), "--side", "64", "--words", "16"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"}, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(" finite") == 2 and "resident memory at most" in done.stdout, done.stdout
 
 
 @pytest.mark.parametrize("guidance", [True, False])

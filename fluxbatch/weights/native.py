@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -171,7 +172,8 @@ class Arrays(Source):
         self._opening: dict[str, ts.Future] = {}
         self._layouts: dict[str, Layout] = {}
         self._indices: dict[str, np.ndarray] = {}  # by file: start and length of each chunk
-        self._small: tuple[str, np.ndarray | None] = ("", None)  # the array last read whole: its layers are one chunk
+        self._small: dict[str, np.ndarray] = {}  # arrays whose layers are one chunk
+        self._one = threading.Lock()  # of the threads that want such an array reads it
 
     def open(self, path: str, shape: tuple[int, ...], dtype: np.dtype, stacked: bool) -> None:
         """Starts opening an array that must have this shape, dtype and grid."""
@@ -210,12 +212,12 @@ class Arrays(Source):
             place.put(rows)
 
     def _whole(self, layout: Layout) -> np.ndarray:
-        path, values = self._small
-        if path != layout.path or values is None:
-            values = np.empty(layout.shape, layout.dtype)
-            self._fill(layout, 0, [(0, values)])
-            self._small = layout.path, values
-        return values
+        with self._one:
+            if layout.path not in self._small:
+                values = np.empty(layout.shape, layout.dtype)
+                self._fill(layout, 0, [(0, values)])
+                self._small[layout.path] = values
+            return self._small[layout.path]
 
     def _fill(self, layout: Layout, layer: int, chunks: list[tuple[int, np.ndarray]]) -> None:
         """Fills contiguous arrays with the chunks that begin with these rows; UserError for one that is missing, cut

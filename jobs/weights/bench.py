@@ -28,8 +28,9 @@ WAYS = ("plain", "safetensors", "fluxbatch", "converted")
 
 def anonymous() -> int:
     """Bytes of anonymous memory of this process that are resident."""
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
+    with open("/proc/self/statm") as statm:  # a short line: reading it often hardly counts as bytes read
+        _, resident, shared, *_ = map(int, statm.read().split())
+    return (resident - shared) * os.sysconf("SC_PAGESIZE")
 
 
 class Peak(threading.Thread):
@@ -56,9 +57,13 @@ class Peak(threading.Thread):
 
 
 def bytes_read() -> int:
-    """Bytes that this process has asked the system for, by the kernel's own count."""
+    """Bytes that this process has read: of files by the kernel's own count, over the network by TensorStore's."""
+    import tensorstore as ts
+
+    counts = [ts.experimental_collect_matching_metrics(f"/tensorstore/kvstore/{driver}/bytes_read") for driver in ("http", "gcs")]
     with open("/proc/self/io") as io:
-        return next(int(line.split()[1]) for line in io if line.startswith("rchar"))
+        files = next(int(line.split()[1]) for line in io if line.startswith("rchar"))
+    return files + sum(value["value"] for metrics in counts for metric in metrics for value in metric["values"])
 
 
 def plain(path: str) -> Callable[[], object]:
@@ -164,7 +169,7 @@ def compare(places: dict[str, str], rounds: int) -> dict[str, float]:
     return best
 
 
-def in_process(way: str, path: pathlib.Path, mesh: str = "1,1", dtype: str = "bfloat16", devices: int = 1, processes: int = 1) -> list[dict]:
+def in_process(way: str, path: pathlib.Path | str, mesh: str = "1,1", dtype: str = "bfloat16", devices: int = 1, processes: int = 1) -> list[dict]:
     """The measurements of one load in fresh processes, one for each process of the mesh."""
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices // processes}",
                                 "PYTHONPATH": str(HERE.parents[2])}  # fmt: skip

@@ -20,7 +20,7 @@ from fluxbatch.dist.mesh import make_mesh
 from fluxbatch.models import attention
 from fluxbatch.models.flux import Flux, FluxConfig
 from fluxbatch.models.vae import VaeConfig
-from fluxbatch.pipeline import Pipeline, quietly
+from fluxbatch.pipeline import Pipeline, Watcher
 from fluxbatch.sampling import Schedule
 from fluxbatch.types import Row
 from fluxbatch.weights import load, single
@@ -56,7 +56,7 @@ def main() -> None:
     mesh = make_mesh((1, 1))
     vae = VaeConfig(config.in_channels // 4, (8, 8, 8, 8), 1, 4, 1.0, 0.0, False, False, False)  # only its scale counts
     networks = {"flux": StreamedFlux(plan, mesh, "bfloat16", {}), "vae": Nothing()}
-    pipeline = Pipeline(networks, config, vae, mesh, "bfloat16", Schedule.of(single.schedule(True), None, None, None), quietly)
+    pipeline = Pipeline(networks, config, vae, mesh, "bfloat16", Schedule.of(single.schedule(True), None, None, None), Watcher())
     rng = np.random.default_rng(0)
     text, pooled = (rng.standard_normal((1, *shape), np.float32) for shape in ((args.words, config.joint_attention_dim), (config.pooled_projection_dim,)))
     row = Row(0, "0", "", "", 0, args.side, args.side, 1, 3.5)
