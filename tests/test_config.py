@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import MISSING, OmegaConf
 
@@ -209,6 +209,7 @@ def test_free_text_in_a_sweep(command):
 TYPEABLE = st.characters(blacklist_categories=("Cs",), blacklist_characters="\0")
 
 
+@settings(deadline=None)
 @given(st.text(TYPEABLE, min_size=1) | st.text("\\'\"${}, :a", min_size=1))
 def test_any_text_survives_the_grammar(text):
     if text == "null" or re.fullmatch(overrides.QUOTED, text, re.DOTALL) or text == MISSING:
