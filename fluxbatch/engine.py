@@ -151,7 +151,7 @@ def open_engine(job: Job, platform: str, devices: Sequence[jax.Device] | None = 
     try:
         inner = sharding.ici_data_parallelism, sharding.ici_fsdp_parallelism, sharding.ici_context_parallelism, sharding.ici_tensor_parallelism
         mesh = open_mesh(inner, (sharding.dcn_data_parallelism, sharding.dcn_fsdp_parallelism), devices)
-        attend = attention.by_name(hardware.attention.name, platform, activations, hardware.flash_block_sizes)
+        attend = attention.by_name(hardware.attention.name, platform, activations, hardware.flash_block_sizes, mesh.devices.flat[0].device_kind)
     except ValueError as error:
         raise UserError(str(error)) from error
     checkpoint = open_checkpoint(job.model)

@@ -41,6 +41,7 @@ def test_splash_in_interpret_mode(length, blocks, keys):
 
 def test_splash_blocks_divide_what_they_pad_to():
     assert attention.splash_blocks(4608) == {"block_q": 2304, "block_kv": 2304, "block_kv_compute": 768}
+    assert attention.splash_blocks(4608, "TPU v4") == {"block_q": 2304, "block_kv": 2304, "block_kv_compute": 256}
     assert attention.splash_blocks(4352)["block_q"] == 2176
     for length in (1, 127, 128, 1000, 4352, 4608, 5000):
         blocks = attention.splash_blocks(length)

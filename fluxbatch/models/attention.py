@@ -54,14 +54,16 @@ def cudnn(q: Array, k: Array, v: Array) -> Array:
     return jax.nn.dot_product_attention(q, k, v, implementation="cudnn").swapaxes(1, 2)
 
 
-def splash(q: Array, k: Array, v: Array, *, blocks: Mapping[str, int] | None = None, interpret: bool = False) -> Array:
+def splash(
+    q: Array, k: Array, v: Array, *, chip: str = "", blocks: Mapping[str, int] | None = None, interpret: bool = False
+) -> Array:  # fmt: skip
     """Splash attention (Pallas, TPU). Tokens are padded to a whole number of blocks and masked out
     with segment ids; ``blocks`` overrides the sizes of ``splash_blocks``."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     heads, length, width = q.shape[1:]
-    chosen = splash_blocks(k.shape[2]) | {"block_q": splash_blocks(length)["block_q"]}
+    chosen = splash_blocks(k.shape[2], chip) | {"block_q": splash_blocks(length)["block_q"]}
     sizes = chosen | {name: size for name, size in (blocks or {}).items() if name in chosen}  # the forward kernel's
     over = [-x.shape[2] % sizes[block] for x, block in ((q, "block_q"), (k, "block_kv"))]
     mask = masks.MultiHeadMask([masks.FullMask((length + over[0], k.shape[2] + over[1])) for _ in range(heads)])
@@ -73,20 +75,23 @@ def splash(q: Array, k: Array, v: Array, *, blocks: Mapping[str, int] | None = N
     return jax.vmap(attend, in_axes=(0, 0, 0, None))(q, k, v, ids)[:, :, :length].astype(v.dtype)
 
 
-def splash_blocks(length: int) -> dict[str, int]:
-    """Block sizes that divide the padded length with the least padding, queries first.
+def splash_blocks(length: int, chip: str = "") -> dict[str, int]:
+    """Block sizes that divide the padded length with the least padding, queries first. ``chip``: JAX's name of the
+    device; more than 256 keys at once do not fit the vector memory of "TPU v4". The others need the larger limit
+    (``xla_tpu_scoped_vmem_limit_kib``) that conf/hardware gives them.
 
     Measured for FLUX: 2304/2304/768 is best at 4,608 tokens and 2176 at 4,352 on v6e; blocks that
     do not divide cost a whole extra block (2176 at 4,608 pads to 6,528: 2.5 times the time).
     """
     padded = -(-length // 128) * 128
     size = max(s for s in range(128, min(padded, 2304) + 1, 128) if padded % s == 0)
-    compute = max(s for s in range(128, min(size, 768) + 1, 128) if size % s == 0)
+    compute = max(s for s in range(128, min(size, 256 if chip == "TPU v4" else 768) + 1, 128) if size % s == 0)
     return {"block_q": size, "block_kv": size, "block_kv_compute": compute}
 
 
-def by_name(name: str, platform: str, dtype: str, blocks: Mapping[str, int] | None = None) -> AttentionFn:
-    """The attention called ``name`` on this ``platform`` (cpu, gpu, tpu) for activations of ``dtype``.
+def by_name(name: str, platform: str, dtype: str, blocks: Mapping[str, int] | None = None, chip: str = "") -> AttentionFn:
+    """The attention called ``name`` on this ``platform`` (cpu, gpu, tpu) for activations of ``dtype``; ``chip`` is JAX's
+    name of the device.
 
     Raises ValueError when the hardware cannot serve the name: never a silent fall-back.
     """
@@ -101,7 +106,7 @@ def by_name(name: str, platform: str, dtype: str, blocks: Mapping[str, int] | No
     if name == "cudnn_flash_te" and not half:
         raise ValueError(f"hardware.attention={name} needs activations_dtype=bfloat16 or float16, got {dtype}")
     if name == "flash":
-        return functools.partial(splash, blocks=blocks)
+        return functools.partial(splash, chip=chip, blocks=blocks)
     if name == "cudnn_flash_te":
         return cudnn
     return blocked if platform == "cpu" else dot_product
