@@ -4,7 +4,7 @@ VENV ?= .venv
 RUN = $(VENV)/bin/python
 PYTEST = $(RUN) -m pytest
 
-.PHONY: demo eval test parity slow soak bench clean
+.PHONY: demo eval test parity slow tpu soak bench clean
 
 demo: $(VENV)/.base
 	$(RUN) -m fluxbatch.run manifest=jobs/demo/prompts.jsonl run_name=demo
@@ -21,6 +21,10 @@ parity: $(VENV)/.parity
 
 slow: $(VENV)/.test
 	$(PYTEST) -m "slow and not parity" --durations=5
+
+# What only the TPU's compiler can say, without a TPU
+tpu: $(VENV)/.tpu
+	PYTHONPATH=$(VENV)/libtpu $(PYTEST) -m slow -k tpu tests/test_attention.py tests/test_plan.py --durations=5
 
 # The long form of the crash tests: 50 kills
 soak: $(VENV)/.test
@@ -52,3 +56,9 @@ $(VENV)/.parity: pyproject.toml | $(VENV)/bin/python
 	$(RUN) -m pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(RUN) -m pip install --quiet --disable-pip-version-check --editable ".[test,parity]"
 	@touch $@ $(VENV)/.test $(VENV)/.base
+
+# beside the other packages: JAX looks for TPUs wherever it finds libtpu
+$(VENV)/.tpu: pyproject.toml | $(VENV)/.test
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --target $(VENV)/libtpu "$$($(RUN) -c \
+	    'from importlib.metadata import requires; print(*[r.split(";")[0] for r in requires("jax") if r.startswith("libtpu")])')"
+	@touch $@

@@ -1,5 +1,9 @@
 """Every attention against the plain one; names that the hardware cannot serve are refused."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -65,3 +69,28 @@ def test_scores_are_float32():
     """Scores beyond float16's range must not overflow."""
     q, k, v = (x.astype(jnp.float16) for x in qkv(1, 1, 32, 8))
     assert np.isfinite(np.asarray(attention.dot_product(q * 300, k * 300, v))).all()
+
+
+COMPILE = """
+import functools, sys
+import jax, jax.numpy as jnp
+from jax.experimental import topologies
+from fluxbatch.models import attention
+name, *options = sys.argv[1].split()
+(device, *_) = topologies.get_topology_desc(platform="tpu", topology_name=name, **dict(o.split("=") for o in options)).devices
+for length in (4352, 4608):
+    x = jax.ShapeDtypeStruct((1, 24, length, 128), jnp.bfloat16, sharding=jax.sharding.SingleDeviceSharding(device))
+    program = jax.jit(functools.partial(attention.splash, chip=device.device_kind)).lower(x, x, x)
+    program.compile(compiler_options={"xla_tpu_scoped_vmem_limit_kib": "65536"})
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", ["v4:2x2x1 chip_config_name=megacore", "v5e:2x2", "v6e:2x2"])
+def test_splash_compiles_for_tpu(chip):
+    """FLUX.1's lengths, by libtpu, with the limit that conf/hardware sets."""
+    pytest.importorskip("libtpu", reason="needs .[tpu]")
+    from fluxbatch import aot
+
+    done = subprocess.run([sys.executable, "-c", COMPILE, chip], env=os.environ | aot.ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
