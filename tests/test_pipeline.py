@@ -12,7 +12,7 @@ from flax import nnx
 
 from fluxbatch import pipeline, sampling
 from fluxbatch.dist.mesh import make_mesh
-from fluxbatch.models.flux import Flux, FluxConfig, rope_table
+from fluxbatch.models.flux import Flux, FluxConfig, rope_table, timestep_embedding
 from fluxbatch.models.vae import Decoder, VaeConfig
 
 FLUX = FluxConfig(16, 16, 2, 3, 4, 16, 24, 16, True, (4, 6, 6))
@@ -116,3 +116,15 @@ def test_without_the_second_decode_it_would_be_lost():
     graph, state = decoder()
     grid = latents()[:1].reshape(1, 4, 4, 4, 2, 2).transpose(0, 1, 4, 2, 5, 3).reshape(1, 8, 8, 4)
     assert not np.isfinite(np.asarray(nnx.merge(graph, state)(grid.astype(jnp.float16)))).all()
+
+
+def test_times_are_float32_whatever_the_activations_are():
+    """Two times that bfloat16 cannot tell apart, and angles of up to 1,000 radians."""
+    times = np.float32([0.7510, 0.7513])
+    assert len({float(t) for t in jnp.asarray(times, jnp.bfloat16)}) == 1
+    angles = 1000.0 * times.astype(np.float64)[:, None] * np.exp(-np.log(10_000) * np.arange(128) / 128)
+    exact = np.concatenate([np.cos(angles), np.sin(angles)], axis=-1)
+    assert np.abs(np.asarray(timestep_embedding(jnp.asarray(times))) - exact).max() < 2e-4
+    flux = Flux(FLUX, rngs=nnx.Rngs(0))
+    vec = flux.condition(jnp.zeros((1, FLUX.pooled_projection_dim)), jnp.asarray(times)[None], jnp.ones(1), jnp.bfloat16)
+    assert vec.dtype == jnp.bfloat16 and not np.array_equal(*np.asarray(vec[0], np.float32))
