@@ -119,8 +119,9 @@ def test_tokenizers_know_every_caption_and_survive_any_text(data, scenes, tmp_pa
 
 @pytest.fixture(scope="module")
 def trained(data, tmp_path_factory):
-    """All stages of the recipe, a few steps each, at 64 pixels."""
-    pytest.importorskip("optax")
+    """All stages of the recipe, a few steps each, at 64 pixels and with small networks; no average, which would
+    still be the beginning."""
+    optax = pytest.importorskip("optax")
     import adapters
     import autoencoder
     import flow
@@ -129,9 +130,17 @@ def trained(data, tmp_path_factory):
     import loop
     import train
 
+    small = {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 2}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(flow, "POOL", 64)
         patch.setattr(adapters, "POOL", 16)
+        for module in (flow, guidance):
+            patch.setattr(module, "FLUX", module.FLUX | small)
+            patch.setattr(module, "train", lambda *args, decay, **options: loop.train(*args, **options))
+        patch.setattr(adapters, "train", lambda *args, decay, **options: loop.train(*args, **options))
+        patch.setattr(autoencoder, "VAE", autoencoder.VAE | {"block_out_channels": [4, 8, 8, 8]})
+        for module in (autoencoder, guidance):  # flow has Muon, which takes long to compile
+            patch.setattr(module, "matrices_by_muon", lambda peak, adam_peak, steps: optax.adam(1e-3))
         work = loop.Work(tmp_path_factory.mktemp("recipe"), 64)
         autoencoder.train_vae(work, 2, size=2)
         flow.train_flow(work, 3, size=4)
@@ -176,27 +185,31 @@ def test_recipe_exports_what_the_runner_runs(trained, tmp_path, cli):
 
 
 @pytest.mark.slow
-def test_both_formats_say_what_training_multiplied(trained, tmp_path, cli):
+def test_both_formats_say_what_training_multiplies(data, tmp_path, cli):
     """One adapter, loud, as PEFT's file, as kohya's, and merged into the kernels by the recipe."""
     import adapters
     import export
     import jax
-    import loop
+    from flax import nnx
     from safetensors.numpy import save_file
+    from test_weights import model
 
-    from fluxbatch.weights import tables
+    from fluxbatch.dist.mesh import make_mesh
+    from fluxbatch.weights import load, tables
+    from fluxbatch.weights.checkpoint import open_checkpoint
 
-    flux = loop.Work(trained, 64).result("flow")["flux"]
+    mini = pathlib.Path(__file__).parents[1] / "fluxbatch" / "checkpoints" / "flux-mini"
+    plan = open_checkpoint(model(mini)).components["transformer"].plan()
+    flux = nnx.state(load.load(plan, make_mesh((1, 1)), "float32"), nnx.Param)
     rng = np.random.default_rng(0)
     adapter = jax.tree.map(lambda m: rng.normal(0, 0.06, m.shape).astype(np.float32), adapters.begin(flux))
-    plain = f"pretrained_model_name_or_path={trained / 'flux-mini'}"
-    drawn = {"off": picture(cli, tmp_path, "off", plain)}
+    drawn = {"off": picture(cli, tmp_path, "off")}
     for name, tensors in {"peft": adapters.peft(adapter, flux), "kohya": adapters.kohya(adapter)}.items():
         save_file(tensors, tmp_path / f"{name}.safetensors")
-        drawn[name] = picture(cli, tmp_path, name, plain, *arrays(tmp_path / f"{name}.safetensors"))
+        drawn[name] = picture(cli, tmp_path, name, *arrays(tmp_path / f"{name}.safetensors"))
     assert psnr(drawn["peft"], drawn["kohya"]) >= 50
     merged = tmp_path / "merged"
-    shutil.copytree(trained / "flux-mini", merged)
+    shutil.copytree(mini, merged)
     tensors = export.named(export.arrays_of(adapters.adapted(flux, adapter)), tables.FLUX_DIFFUSERS)
     save_file(tensors, merged / "transformer" / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
     expected = picture(cli, tmp_path, "expected", f"pretrained_model_name_or_path={merged}")
