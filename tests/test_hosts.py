@@ -54,7 +54,7 @@ def said(folder, name="run"):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count,devices,sizes", [
-    (2, 2, "data=-1"), (2, 2, "fsdp=-1"), (2, 2, "data=2 fsdp=2"), (2, 2, "tensor=2 context=2"), (2, 1, "tensor=2"), (2, 1, "context=2"),
+    (2, 2, "data=-1"), (2, 2, "fsdp=-1"), (2, 2, "data=2 fsdp=2"), (2, 2, "tensor=2 context=2"),
     (4, 2, "data=4 fsdp=2"), (4, 2, "fsdp=2 context=2 tensor=2"), (4, 2, "data=2 context=4")], ids=str)  # fmt: skip
 def test_several_processes_make_the_pictures_of_one(tmp_path, cache, count, devices, sizes):
     """Of what several processes hold, one writes each picture; encoders are read anew for every shard where weights are split."""
