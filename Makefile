@@ -20,7 +20,7 @@ parity: $(VENV)/.parity
 	$(PYTEST) -m "parity and not slow" -n 2 --durations=5
 
 slow: $(VENV)/.test
-	$(PYTEST) -m "slow and not parity" --durations=5
+	$(PYTEST) -m "slow and not parity" -n 2 --durations=5
 
 # What only the TPU's compiler can say, without a TPU
 tpu: $(VENV)/.tpu
