@@ -61,11 +61,11 @@ class Engine:
         chip = chips.of_kind(self.mesh.devices.flat[0].device_kind)
         return chip.peak * 1e12 * self.mesh.size if chip and self.activations_dtype != "float32" else None
 
-    def flops(self, row: Row) -> float:
-        """Floating-point operations of a row's steps and of its picture."""
+    def flops(self, height: int, width: int, steps: int) -> int:
+        """Floating-point operations from noise to picture."""
         flux, vae = (self.checkpoint.components[part].config for part in ("transformer", "vae"))
-        image = (row.height // self.multiple) * (row.width // self.multiple)
-        return row.num_inference_steps * flops.flux_step(flux, image, self.tokenizers.max_sequence_length) + flops.vae_decode(vae, row.height, row.width)
+        tokens = height * width // self.multiple**2
+        return steps * flops.flux_step(flux, tokens, self.tokenizers.max_sequence_length) + flops.vae_decode(vae, height, width)
 
     def resolve(self, rows: Sequence[Row]) -> list[Row]:
         """The rows, each with its mix of adapters; UserError for mixes that cannot be in one job."""

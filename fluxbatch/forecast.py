@@ -53,12 +53,6 @@ class Work:
             found.setdefault(batch.shape, []).append(batch)
         return found
 
-    def image(self, height: int, width: int, steps: int) -> int:
-        """FLOPs from noise to picture."""
-        flux, vae = (self.engine.checkpoint.components[part].config for part in ("transformer", "vae"))
-        tokens = height * width // self.engine.multiple**2
-        return steps * flops.flux_step(flux, tokens, self.text) + flops.vae_decode(vae, height, width)
-
     def prompt(self) -> int:
         """FLOPs of encoding one."""
         clip, t5 = (self.engine.checkpoint.components[part].config for part in ("text_encoder", "text_encoder_2"))
@@ -66,11 +60,11 @@ class Work:
 
     def drawn(self, batches: Sequence[Batch]) -> int:
         """FLOPs of these batches, what fills them up included: a batch takes as many steps as its longest row."""
-        return sum(self.size * self.image(*batch.shape, max(row.num_inference_steps for row in batch.rows)) for batch in batches)
+        return sum(self.size * self.engine.flops(*batch.shape, max(row.num_inference_steps for row in batch.rows)) for batch in batches)
 
     def asked(self, batches: Sequence[Batch]) -> int:
         """FLOPs of the rows alone."""
-        return sum(self.image(row.height, row.width, row.num_inference_steps) for batch in batches for row in batch.rows)
+        return sum(self.engine.flops(row.height, row.width, row.num_inference_steps) for batch in batches for row in batch.rows)
 
     def encoded(self) -> int:
         """Prompts that are encoded: a shard's distinct ones, in whole batches."""

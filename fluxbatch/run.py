@@ -78,7 +78,7 @@ def run(job: Job) -> int:
                             padded = batching.padded(batch.rows, batch.size)
                             latents = pipeline.denoise(padded, *states.batch(padded))
                             pixels, finite = pipeline.decode(latents, *batch.shape)
-                            report.drawing(len(batch.rows), sum(map(engine.flops, batch.rows)))
+                            report.drawing(len(batch.rows), sum(engine.flops(*batch.shape, row.num_inference_steps) for row in batch.rows))
                             trace.batch(pixels)
                             own, (pixels, finite) = hosts.own(batch.rows, pixels, finite)
                             if own:
