@@ -116,13 +116,16 @@ def on_a_device(engine: Engine, part: str) -> int:
 
 
 def streamed(engine: Engine) -> int:
-    """What is on a device when the transformer's blocks pass through it: two of them, and what lies in none."""
-    plan, blocks, rest = engine.plans["transformer"], [], 0
-    sizes = {path: math.prod(shape) for path, (_, shape) in plan.shapes.items()}
-    for stack in ("double_blocks", "single_blocks"):
-        blocks.append(sum(size for path, size in sizes.items() if path.startswith(f"{stack}.")))
-    rest = sum(sizes.values()) - sum(blocks)
-    return (rest + 2 * max(blocks)) * jnp.dtype(engine.weights_dtype).itemsize
+    """What is on a device when the transformer's blocks pass through it: two of them without what makes their
+    modulation, which has passed before, and what lies in none."""
+    rest, blocks = 0, {"double_blocks": 0, "single_blocks": 0}
+    for path, (_, shape) in engine.plans["transformer"].shapes.items():
+        stack, numbers = path.partition(".")[0], math.prod(shape)
+        if stack not in blocks:
+            rest += numbers
+        elif ".mod." not in path:
+            blocks[stack] += numbers
+    return (rest + 2 * max(blocks.values())) * jnp.dtype(engine.weights_dtype).itemsize
 
 
 def denoise(engine: Engine, images: int, tokens: int, text: int, platform: str) -> int:
