@@ -91,7 +91,7 @@ def main() -> None:
     topology = topologies.get_topology_desc(platform="tpu", topology_name=f"{target.chip.name}:{target.topology}", **options)
     engine = open_engine(job, target.platform, list(topology.devices))
     batch = job.sharding.per_device_batch_size * engine.ways
-    texts = engine.tokenizers.clip_length, job.sampler.max_sequence_length
+    texts = engine.tokenizers.lengths
     for need in needs(engine, batch, texts, height, width, only=("denoise",)):
         print(json.dumps(dataclasses.asdict(need)), flush=True)
 

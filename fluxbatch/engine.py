@@ -16,7 +16,8 @@ from fluxbatch.io.cache import Cache
 from fluxbatch.models import attention
 from fluxbatch.pipeline import Pipeline, Watcher
 from fluxbatch.sampling import Schedule
-from fluxbatch.text import TextCache, Tokenizers
+from fluxbatch.text import TextCache
+from fluxbatch.tokens import Tokenizers
 from fluxbatch.types import Row, UserError
 from fluxbatch.weights import load, lora_apply, network
 from fluxbatch.weights.checkpoint import Checkpoint, open_checkpoint

@@ -122,7 +122,7 @@ def _text(engine: Engine, rows: Sequence[Row]) -> Iterator[str]:
     tokenizers = engine.tokenizers
     clip, t5 = tokenizers.cut((row.prompt for row in rows), (row.prompt_2 for row in rows))
     for name, limit, found, of in (
-        ("CLIP", tokenizers.clip_length, clip, lambda row: row.prompt),
+        ("CLIP", tokenizers.lengths[0], clip, lambda row: row.prompt),
         ("T5", tokenizers.max_sequence_length, t5, lambda row: row.prompt_2),
     ):
         hit = [row for row in rows if of(row) in found] if found else []
@@ -158,7 +158,7 @@ def _compiled(job: Job, engine: Engine, target: Target, work: Work) -> Iterator[
     if target.topology:
         needs = aot.compiled(job, target, height, width)
     else:
-        needs = aot.needs(engine, work.size, (engine.tokenizers.clip_length, work.text), height, width, ("denoise", "decode"))
+        needs = aot.needs(engine, work.size, (engine.tokenizers.lengths[0], work.text), height, width, ("denoise", "decode"))
     for need in needs:
         words = f"{_bytes(need.held)} weights + {_bytes(need.more)}, of it temporary {_bytes(need.temporaries)}" if not need.fault else need.fault
         yield _line("compiled" if need.name == "denoise" else "", f"{need.name:8} {words}; {_time(need.seconds)} for {height}×{width}")

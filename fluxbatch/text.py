@@ -1,4 +1,4 @@
-"""Prompts to token ids, and the cache of what a shard's prompts encode to."""
+"""What a shard's prompts encode to, and the cache of it."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, Protocol
 
 import jax.numpy as jnp
@@ -15,62 +14,7 @@ import numpy as np
 
 from fluxbatch.dist import hosts
 from fluxbatch.io.cache import Cache
-from fluxbatch.types import Row, UserError
-
-
-class Tokenizers:
-    """CLIP's and T5's tokenizers; prompts become fixed-length, padded, truncated ids."""
-
-    def __init__(self, clip: str, t5: str, max_sequence_length: int):
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would say that torch is missing
-        from transformers import AutoTokenizer  # slow to import; only a run needs it
-
-        self.clip, self.t5 = (self._open(AutoTokenizer, folder) for folder in (clip, t5))
-        self.max_sequence_length = max_sequence_length
-        self.clip_length = self.clip.model_max_length
-
-    @property
-    def lengths(self) -> tuple[int, int]:
-        """Of CLIP's and T5's ids."""
-        return self.clip_length, self.max_sequence_length
-
-    @staticmethod
-    def _open(auto: Any, folder: str) -> Any:
-        try:
-            return auto.from_pretrained(folder, local_files_only=True)
-        except Exception as error:  # transformers and tokenizers raise whatever their parsers raise
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise UserError(f"{folder}: the tokenizer cannot be read: {reason}") from error
-
-    def __call__(self, prompts: Sequence[str], prompts_2: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Ids of ``prompts`` for CLIP ``[B, 77]`` and of ``prompts_2`` for T5 ``[B, max_sequence_length]``."""
-        pad = dict(padding="max_length", truncation=True, return_tensors="np")
-        clip = self.clip(list(prompts), max_length=self.clip_length, **pad)["input_ids"]
-        t5 = self.t5(list(prompts_2), max_length=self.max_sequence_length, **pad)["input_ids"]
-        return clip.astype(np.int32), t5.astype(np.int32)
-
-    def cut(self, prompts: Iterable[str], prompts_2: Iterable[str]) -> tuple[dict[str, int], dict[str, int]]:
-        """Those of ``prompts`` that are too long for CLIP and of ``prompts_2`` for T5, with the tokens they have."""
-        return _longer(self.clip, prompts, self.clip_length), _longer(self.t5, prompts_2, self.max_sequence_length)
-
-
-def _longer(tokenizer: Any, texts: Iterable[str], limit: int) -> dict[str, int]:
-    # a character of ASCII is a token at most; beside them stand a start, an end and T5's leading space
-    texts = [text for text in dict.fromkeys(texts) if len(text) > limit - 3 or not text.isascii()]
-    words = [text.split() for text in texts]
-    sizes = dict(_lengths(tokenizer, list({word for split in words for word in split}), add_special_tokens=False))
-    ends = tokenizer.num_special_tokens_to_add()
-    found = {text: ends + sum(map(sizes.__getitem__, split)) for text, split in zip(texts, words, strict=True)}
-    # Both tokenizers go word by word, and words repeat: ten times faster than whole texts. Others may not.
-    by_words = all(found[text] == length for text, length in _lengths(tokenizer, texts[:100]))
-    found |= _lengths(tokenizer, [text for text in texts if abs(found[text] - limit) < 4] if by_words else texts)
-    return {text: length for text, length in found.items() if length > limit}
-
-
-def _lengths(tokenizer: Any, texts: Sequence[str], **options: Any) -> Iterator[tuple[str, int]]:
-    for i in range(0, len(texts), 4096):
-        ids = tokenizer(texts[i : i + 4096], truncation=False, padding=False, return_attention_mask=False, verbose=False, **options)["input_ids"]
-        yield from zip(texts[i : i + 4096], map(len, ids), strict=True)
+from fluxbatch.types import Row
 
 
 class Encoders(Protocol):
@@ -81,6 +25,7 @@ class Encoders(Protocol):
     def text_mix(self, row: Row) -> Hashable: ...
 
 
+Tokenize = Callable[[Sequence[str], Sequence[str]], tuple[np.ndarray, np.ndarray]]  # as tokens.Tokenizers does
 State = tuple[np.ndarray, np.ndarray]  # T5's states [T, D] and CLIP's pooled vector [P] of one prompt
 
 
@@ -137,7 +82,7 @@ def _unpacked(data: bytes) -> State:
     return t5, pooled
 
 
-def encode(rows: Iterable[Row], tokenize: Tokenizers, encoders: Encoders, batch_size: int, cache: TextCache | None = None) -> TextStates:
+def encode(rows: Iterable[Row], tokenize: Tokenize, encoders: Encoders, batch_size: int, cache: TextCache | None = None) -> TextStates:
     """Encodes each distinct (prompt, prompt_2) once, ``batch_size`` at a time (one compiled shape);
     once for each mix where adapters change the encoders. What is in ``cache`` is taken from there.
     """

@@ -1,0 +1,93 @@
+"""Prompts to token ids."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer as Backend
+
+from fluxbatch.types import UserError
+
+
+class Tokenizer:
+    """One of them; its ids are those of transformers."""
+
+    def __init__(self, folder: str):
+        """UserError if ``folder`` has none that can be read."""
+        try:
+            self._backend, self.max_length, self._padding, self._side = _open(Path(folder))
+        except Exception as error:  # transformers and tokenizers raise whatever their parsers raise
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise UserError(f"{folder}: the tokenizer cannot be read: {reason}") from error
+
+    def __call__(self, texts: Sequence[str], length: int) -> np.ndarray:
+        """Ids ``[B, length]``, padded and truncated."""
+        self._backend.enable_truncation(length, direction=self._side)
+        self._backend.enable_padding(length=length, **self._padding)
+        found = np.array([found.ids for found in self._backend.encode_batch(list(texts))], np.int32)
+        return found.reshape(len(texts), length)
+
+    def longer(self, texts: Iterable[str], limit: int) -> dict[str, int]:
+        """Those of ``texts`` that have more than ``limit`` tokens, and how many."""
+        # a character of ASCII is a token at most; beside them stand a start, an end and T5's leading space
+        texts = [text for text in dict.fromkeys(texts) if len(text) > limit - 3 or not text.isascii()]
+        words = [text.split() for text in texts]
+        sizes = dict(self._lengths(list({word for split in words for word in split}), special=False))
+        ends = self._backend.num_special_tokens_to_add(is_pair=False)
+        found = {text: ends + sum(map(sizes.__getitem__, split)) for text, split in zip(texts, words, strict=True)}
+        # Both tokenizers go word by word, and words repeat: ten times faster than whole texts. Others may not.
+        by_words = all(found[text] == length for text, length in self._lengths(texts[:100]))
+        found |= self._lengths([text for text in texts if abs(found[text] - limit) < 4] if by_words else texts)
+        return {text: length for text, length in found.items() if length > limit}
+
+    def _lengths(self, texts: Sequence[str], special: bool = True) -> Iterator[tuple[str, int]]:
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        for i in range(0, len(texts), 4096):
+            chunk = list(texts[i : i + 4096])
+            yield from zip(chunk, map(len, self._backend.encode_batch(chunk, add_special_tokens=special)), strict=True)
+
+
+def _open(folder: Path) -> tuple[Backend, int, dict[str, object], str]:
+    """A tokenizer, the length it is made for, how it pads, and the side that it truncates."""
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    if config.get("backend") == "tokenizers" and (file := folder / "tokenizer.json").exists():
+        # Written by transformers 5, so the file is all there is to it; transformers takes up to three seconds to import.
+        backend, pad, length = Backend.from_file(str(file)), config["pad_token"], config["model_max_length"]
+        pad, sides = pad if isinstance(pad, str) else pad["content"], (config.get("padding_side", "right"), config.get("truncation_side", "right"))
+    else:
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would say that torch is missing
+        from transformers import AutoTokenizer
+
+        whole = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        backend, pad, length, sides = whole.backend_tokenizer, whole.pad_token, whole.model_max_length, (whole.padding_side, whole.truncation_side)
+    if (number := backend.token_to_id(pad)) is None:
+        raise ValueError(f"it has no token {pad!r} to pad with")
+    return backend, length, {"pad_id": number, "pad_token": pad, "direction": sides[0]}, sides[1]
+
+
+class Tokenizers:
+    """CLIP's and T5's; prompts become fixed-length, padded, truncated ids."""
+
+    def __init__(self, clip: str, t5: str, max_sequence_length: int):
+        self.clip, self.t5, self.max_sequence_length = Tokenizer(clip), Tokenizer(t5), max_sequence_length
+
+    @property
+    def lengths(self) -> tuple[int, int]:
+        """Of CLIP's and T5's ids."""
+        return self.clip.max_length, self.max_sequence_length
+
+    def __call__(self, prompts: Sequence[str], prompts_2: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of ``prompts`` for CLIP ``[B, 77]`` and of ``prompts_2`` for T5 ``[B, max_sequence_length]``."""
+        clip, t5 = self.lengths
+        return self.clip(prompts, clip), self.t5(prompts_2, t5)
+
+    def cut(self, prompts: Iterable[str], prompts_2: Iterable[str]) -> tuple[dict[str, int], dict[str, int]]:
+        """Those of ``prompts`` that are too long for CLIP and of ``prompts_2`` for T5, with the tokens they have."""
+        clip, t5 = self.lengths
+        return self.clip.longer(prompts, clip), self.t5.longer(prompts_2, t5)

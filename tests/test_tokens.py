@@ -1,0 +1,68 @@
+"""Token ids are those of transformers, also where it is not asked."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from fluxbatch.tokens import Tokenizer
+from fluxbatch.types import UserError
+
+TEXTS = ["", " ", "a red apple", "A  Cat,\tleft of\na BOAT!", "l'été à la plage — 12°C 🙂", "日本語の文章", "<|endoftext|> and </s> <pad>", "e\u0301 \u00e9", "word " * 200, "x" * 400,
+         "word " * 9, "don't stop-me.now " * 5, "日本語の長い文" * 4, "ü" * 30, "x" * 21, " lead"]
+
+
+@pytest.fixture(params=["flux-mini", "flux-mini-dev", "dev"])
+def checkpoint(request, golden, pytestconfig):
+    return golden / "dev" if request.param == "dev" else pytestconfig.rootpath / "fluxbatch/checkpoints" / request.param
+
+
+def test_ids_are_those_of_transformers(checkpoint):
+    from transformers import AutoTokenizer
+
+    for name, length in (("tokenizer", 32), ("tokenizer_2", 24), ("tokenizer_2", 512)):
+        theirs = AutoTokenizer.from_pretrained(checkpoint / name)(TEXTS, padding="max_length", truncation=True, max_length=length, return_tensors="np")
+        assert np.array_equal(Tokenizer(str(checkpoint / name))(TEXTS, length), theirs["input_ids"])
+
+
+def test_prompts_that_are_too_long(checkpoint):
+    from transformers import AutoTokenizer
+
+    for name in ("tokenizer", "tokenizer_2"):
+        lengths = {text: len(ids) for text, ids in zip(TEXTS, AutoTokenizer.from_pretrained(checkpoint / name)(TEXTS)["input_ids"], strict=True)}
+        tokenizer = Tokenizer(str(checkpoint / name))
+        tokenizer(TEXTS, 8)  # what it truncates and pads to must not matter
+        assert tokenizer.longer(TEXTS, 30) == {text: length for text, length in lengths.items() if length > 30} != {}
+
+
+def test_what_the_library_reads_alone_does_not_wait_for_transformers(pytestconfig):
+    folder = pytestconfig.rootpath / "fluxbatch/checkpoints/flux-mini/tokenizer"
+    script = f"import sys; from fluxbatch.tokens import Tokenizer; Tokenizer({str(folder)!r})(['a'], 8); assert not {{'transformers', 'torch'}} & {{*sys.modules}}"
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=pytestconfig.rootpath)
+
+
+def test_a_folder_of_another_kind_is_left_to_transformers(checkpoint, tmp_path):
+    """Only a file that transformers itself has written so is known to be all there is to a tokenizer."""
+    for name in ("tokenizer", "tokenizer_2"):
+        other = shutil.copytree(checkpoint / name, tmp_path / name)
+        config = json.loads((other / "tokenizer_config.json").read_text())
+        config.pop("backend", None)
+        (other / "tokenizer_config.json").write_text(json.dumps(config))
+        assert np.array_equal(Tokenizer(str(other))(TEXTS, 24), Tokenizer(str(checkpoint / name))(TEXTS, 24))
+
+
+@pytest.mark.parametrize("damage", ["tokenizer.json", "tokenizer_config.json", "pad_token"])
+def test_a_damaged_one_is_named(checkpoint, tmp_path, damage):
+    folder = shutil.copytree(checkpoint / "tokenizer", tmp_path / "tokenizer")
+    if damage == "pad_token":
+        config = json.loads((folder / "tokenizer_config.json").read_text()) | {"pad_token": "<nothing>", "backend": "tokenizers"}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    else:
+        for file in folder.iterdir():
+            if file.name == damage or file.suffix == ".txt" or file.name == "vocab.json":
+                file.write_text("{")
+    with pytest.raises(UserError, match=f"{folder}: the tokenizer cannot be read: "):
+        Tokenizer(str(folder))
