@@ -25,7 +25,7 @@ def reference(q, k, v):
     return weights / weights.sum(-1, keepdims=True) @ v
 
 
-@pytest.mark.parametrize("l,m", [(7, 7), (96, 33), (2048, 2048)])
+@pytest.mark.parametrize("l,m", [(7, 7), (96, 33), (512, 512), (2048, 2048)])
 def test_plain_and_blocked(l, m):
     inputs = qkv(2, 3, l, 8, m)
     expected = reference(*inputs)
