@@ -55,7 +55,7 @@ def vae_decode(cfg: VaeConfig, height: int, width: int) -> int:
         total += pixels * (_resnet(before, size) + cfg.layers_per_block * _resnet(size, size))
         if i + 1 < len(sizes):
             pixels *= 4
-            total += pixels * _conv(size, size, 3)
+            total += pixels * _conv(size, size, 2)  # 3×3 over doubled pixels sees 2×2 of them: Conv.of_doubled
         before = size
     return total + pixels * _conv(before, 3, 3)
 

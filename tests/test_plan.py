@@ -20,7 +20,6 @@ from fluxbatch.models.clip import ClipConfig
 from fluxbatch.models.flux import Flux, FluxConfig
 from fluxbatch.models.t5 import T5Config
 from fluxbatch.models.vae import Decoder, VaeConfig
-from fluxbatch.text import Tokenizers
 from fluxbatch.types import UserError
 from fluxbatch.weights import load
 
@@ -39,7 +38,8 @@ def test_flops_of_flux_at_1024(text, linear, attention, step):
 
 
 def test_flops_of_the_rest():
-    assert flops.vae_decode(VAE, 1024, 1024) / T == pytest.approx(10.4, abs=0.1)
+    doubled = 9 * 2 * (512**2 * 256**2 + 512**2 * 512**2 + 256**2 * 1024**2) / T  # of 3×3 kernels over doubled pixels: 4/9 of it is needed
+    assert flops.vae_decode(VAE, 1024, 1024) / T == pytest.approx(10.4 - 5 / 9 * doubled, abs=0.1)
     assert flops.t5(T5XXL, 512) / T == pytest.approx(4.845, abs=0.001)
     assert flops.clip(CLIP_L, 77) / T == pytest.approx(0.0134, rel=0.05)
 
@@ -149,14 +149,6 @@ def test_mistakes(planned, tmp_path):
     assert not (tmp_path / "rows").exists()  # nothing is written
 
 
-def test_counting_word_by_word_is_counting(golden):
-    tokenizers = Tokenizers(str(golden / "dev/tokenizer"), str(golden / "dev/tokenizer_2"), 24)
-    texts = ["short", "A fox,  in\tthe snow; it's 12°C", "ü" * 30, "word " * 9, "don't stop-me.now " * 5, "日本語の長い文" * 4, "x" * 21, "x" * 40, " lead"]
-    for tokenizer, limit, found in zip((tokenizers.clip, tokenizers.t5), (tokenizers.clip_length, 24), tokenizers.cut(texts, texts), strict=True):
-        lengths = {text: len(tokenizer(text)["input_ids"]) for text in texts}
-        assert found == {text: length for text, length in lengths.items() if length > limit} != {}
-
-
 # ---- memory
 
 
@@ -174,7 +166,7 @@ def test_memory_against_the_compiler(side, images, text=32):
     args = f"resolution={side}", f"per_device_batch_size={images}", f"max_sequence_length={text}", "offload_encoders=free"
     job, engine = opened("flux-mini", *args)
     phases = {phase.name: phase for phase in memory.Situation.of(job, engine, "cpu", [(side, side)], again=False).phases()}
-    needs = {need.name: need for need in aot.needs(engine, images, (engine.tokenizers.clip_length, text), side, side)}
+    needs = {need.name: need for need in aot.needs(engine, images, (engine.tokenizers.lengths[0], text), side, side)}
     for name, phase in phases.items():
         assert phase.total == pytest.approx(phase.weights + needs[name].more, rel=0.1), name
     assert phases["encode"].weights == needs["encode"].held

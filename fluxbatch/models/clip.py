@@ -46,7 +46,7 @@ class ClipConfig:
 
 
 class Block(nnx.Module):
-    def __init__(self, cfg: ClipConfig, *, rngs: nnx.Rngs):
+    def __init__(self, cfg: ClipConfig, *, rngs: nnx.Rngs | None):
         d = cfg.hidden_size
         self.norm1 = LayerNorm(d, eps=cfg.layer_norm_eps, rngs=rngs)
         self.q = Linear(d, d, ("heads", "embed"), rngs=rngs)
@@ -68,7 +68,7 @@ class Block(nnx.Module):
 class ClipTextEncoder(nnx.Module):
     """Token ids ``[B, T]`` → pooled ``[B, D]``: the state at the first end-of-text token."""
 
-    def __init__(self, cfg: ClipConfig, *, rngs: nnx.Rngs, layout: Layout = Layout()):
+    def __init__(self, cfg: ClipConfig, *, rngs: nnx.Rngs | None, layout: Layout = Layout()):
         self.cfg, self.layout = cfg, layout
         self.embed = Embedding(cfg.vocab_size, cfg.hidden_size, rngs=rngs)
         self.positions = param(rngs, (cfg.max_position_embeddings, cfg.hidden_size), (None, "embed"), normal(0.01))

@@ -120,7 +120,7 @@ class Modulation(NamedTuple):
 class MLPEmbedder(nnx.Module):
     """``[B, in]`` → ``[B, D]``: two layers with SiLU between."""
 
-    def __init__(self, d_in: int, width: int, *, rngs: nnx.Rngs):
+    def __init__(self, d_in: int, width: int, *, rngs: nnx.Rngs | None):
         self.in_layer = Linear(d_in, width, ("mlp", "embed"), rngs=rngs)
         self.out_layer = Linear(width, width, ("embed", "mlp"), rngs=rngs)
 
@@ -131,7 +131,7 @@ class MLPEmbedder(nnx.Module):
 class QKV(nnx.Module):
     """Normed queries and keys, and values: ``[B, L, D]`` → three of ``[B, H, L, K]``."""
 
-    def __init__(self, cfg: FluxConfig, *, rngs: nnx.Rngs):
+    def __init__(self, cfg: FluxConfig, *, rngs: nnx.Rngs | None):
         d, head = cfg.width, cfg.attention_head_dim
         self.q = Linear(d, d, (Pairs("heads", head), "embed"), rngs=rngs)
         self.k = Linear(d, d, (Pairs("heads", head), "embed"), rngs=rngs)
@@ -148,7 +148,7 @@ class QKV(nnx.Module):
 class Stream(nnx.Module):
     """The image's or the text's half of a double block."""
 
-    def __init__(self, cfg: FluxConfig, *, rngs: nnx.Rngs):
+    def __init__(self, cfg: FluxConfig, *, rngs: nnx.Rngs | None):
         d = cfg.width
         self.mod = Linear(d, 6 * d, ("mlp", "embed"), rngs=rngs)
         self.qkv = QKV(cfg, rngs=rngs)
@@ -165,7 +165,7 @@ class Stream(nnx.Module):
 class DoubleBlock(nnx.Module):
     """Image and text keep their own weights and attend to each other."""
 
-    def __init__(self, cfg: FluxConfig, *, rngs: nnx.Rngs):
+    def __init__(self, cfg: FluxConfig, *, rngs: nnx.Rngs | None):
         self.img = Stream(cfg, rngs=rngs)
         self.txt = Stream(cfg, rngs=rngs)
 
@@ -186,7 +186,7 @@ class DoubleBlock(nnx.Module):
 class SingleBlock(nnx.Module):
     """Text and image as one sequence; attention and MLP side by side."""
 
-    def __init__(self, cfg: FluxConfig, *, rngs: nnx.Rngs):
+    def __init__(self, cfg: FluxConfig, *, rngs: nnx.Rngs | None):
         d = cfg.width
         self.mod = Linear(d, 3 * d, ("mlp", "embed"), rngs=rngs)
         self.qkv = QKV(cfg, rngs=rngs)
@@ -217,7 +217,7 @@ class Flux(nnx.Module):
     """
 
     def __init__(
-        self, cfg: FluxConfig, *, rngs: nnx.Rngs, attention: attn.AttentionFn = attn.dot_product, split_head_dim: bool = True,
+        self, cfg: FluxConfig, *, rngs: nnx.Rngs | None, attention: attn.AttentionFn = attn.dot_product, split_head_dim: bool = True,
         layout: Layout = Layout(),
     ):  # fmt: skip
         d = cfg.width

@@ -56,7 +56,7 @@ def relative_buckets(length: int, buckets: int, max_distance: int) -> np.ndarray
 class Block(nnx.Module):
     """Self-attention without scaling (T5 folds it into the weights), then the gated MLP."""
 
-    def __init__(self, cfg: T5Config, *, rngs: nnx.Rngs):
+    def __init__(self, cfg: T5Config, *, rngs: nnx.Rngs | None):
         d, inner = cfg.d_model, cfg.num_heads * cfg.d_kv
         self.norm1 = RMSNorm(d, eps=cfg.layer_norm_epsilon, rngs=rngs)
         self.q = Linear(d, inner, ("heads", "embed"), bias=False, rngs=rngs, init=normal((d * cfg.d_kv) ** -0.5))
@@ -80,7 +80,7 @@ class Block(nnx.Module):
 class T5Encoder(nnx.Module):
     """Token ids ``[B, T]`` → states ``[B, T, d_model]`` in ``dtype``; padding is attended, as FLUX does."""
 
-    def __init__(self, cfg: T5Config, *, rngs: nnx.Rngs, layout: Layout = Layout()):
+    def __init__(self, cfg: T5Config, *, rngs: nnx.Rngs | None, layout: Layout = Layout()):
         self.cfg, self.layout = cfg, layout
         self.embed = Embedding(cfg.vocab_size, cfg.d_model, rngs=rngs)
         buckets = (cfg.relative_attention_num_buckets, cfg.num_heads)

@@ -52,7 +52,7 @@ class VaeConfig:
 
 
 class ResnetBlock(nnx.Module):
-    def __init__(self, c_in: int, c_out: int, groups: int, *, rngs: nnx.Rngs):
+    def __init__(self, c_in: int, c_out: int, groups: int, *, rngs: nnx.Rngs | None):
         self.norm1 = GroupNorm(c_in, groups, eps=EPS, rngs=rngs)
         self.conv1 = Conv(c_in, c_out, 3, rngs=rngs)
         self.norm2 = GroupNorm(c_out, groups, eps=EPS, rngs=rngs)
@@ -68,7 +68,7 @@ class ResnetBlock(nnx.Module):
 class AttentionBlock(nnx.Module):
     """One-headed attention over all pixels."""
 
-    def __init__(self, channels: int, groups: int, layout: Layout, *, rngs: nnx.Rngs):
+    def __init__(self, channels: int, groups: int, layout: Layout, *, rngs: nnx.Rngs | None):
         self.norm = GroupNorm(channels, groups, eps=EPS, rngs=rngs)
         self.q, self.k, self.v, self.out = (Linear(channels, channels, ("channels", None), rngs=rngs) for _ in range(4))
         self.layout = layout
@@ -81,7 +81,7 @@ class AttentionBlock(nnx.Module):
 
 
 class MidBlock(nnx.Module):
-    def __init__(self, channels: int, cfg: VaeConfig, layout: Layout, *, rngs: nnx.Rngs):
+    def __init__(self, channels: int, cfg: VaeConfig, layout: Layout, *, rngs: nnx.Rngs | None):
         groups = cfg.norm_num_groups
         self.block_1 = ResnetBlock(channels, channels, groups, rngs=rngs)
         self.attn_1 = AttentionBlock(channels, groups, layout, rngs=rngs) if cfg.mid_block_add_attention else None
@@ -95,7 +95,7 @@ class MidBlock(nnx.Module):
 class Level(nnx.Module):
     """The resnets of one resolution and the change to the next: up, down or none."""
 
-    def __init__(self, c_in: int, c_out: int, count: int, change: str | None, groups: int, *, rngs: nnx.Rngs):
+    def __init__(self, c_in: int, c_out: int, count: int, change: str | None, groups: int, *, rngs: nnx.Rngs | None):
         sizes = [c_in] + [c_out] * (count - 1)
         self.block = nnx.List([ResnetBlock(c, c_out, groups, rngs=rngs) for c in sizes])
         self.change = change
@@ -105,15 +105,15 @@ class Level(nnx.Module):
     def __call__(self, x: Array) -> Array:
         for block in self.block:
             x = block(x)
-        if self.change == "up":
-            x = x.repeat(2, axis=1).repeat(2, axis=2)
-        return x if self.conv is None else self.conv(x)
+        if self.conv is None:
+            return x
+        return self.conv.of_doubled(x) if self.change == "up" else self.conv(x)
 
 
 class Decoder(nnx.Module):
     """Latents ``[B, h, w, C]`` as the transformer leaves them → image ``[B, 8h, 8w, 3]``."""
 
-    def __init__(self, cfg: VaeConfig, *, rngs: nnx.Rngs, layout: Layout = Layout()):
+    def __init__(self, cfg: VaeConfig, *, rngs: nnx.Rngs | None, layout: Layout = Layout()):
         self.cfg, self.layout = cfg, layout
         sizes, c = cfg.block_out_channels[::-1], cfg.latent_channels
         self.post_quant = Conv(c, c, 1, rngs=rngs) if cfg.use_post_quant_conv else None
@@ -140,7 +140,7 @@ class Encoder(nnx.Module):
     The runner never encodes; the training recipe does.
     """
 
-    def __init__(self, cfg: VaeConfig, *, rngs: nnx.Rngs):
+    def __init__(self, cfg: VaeConfig, *, rngs: nnx.Rngs | None):
         self.cfg = cfg
         sizes, c = cfg.block_out_channels, cfg.latent_channels
         self.conv_in = Conv(3, sizes[0], 3, rngs=rngs)

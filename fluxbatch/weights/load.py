@@ -61,9 +61,9 @@ class Plan:
         return sum((b - a) * p.tensor.row_bytes for ps in self.pieces.values() for p in ps for a, b in p.rows)
 
 
-def plan(make: Callable[[nnx.Rngs], nnx.Module], tensors: dict[str, Tensor], table: Table, source: Source) -> Plan:
+def plan(make: Callable[[nnx.Rngs | None], nnx.Module], tensors: dict[str, Tensor], table: Table, source: Source) -> Plan:
     """Assigns the tensors to the parameters of the module that ``make`` builds; nothing is allocated."""
-    graph, state = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))), nnx.Param, ...)[:2]
+    graph, state = nnx.split(make(None), nnx.Param, ...)[:2]
     flat = {path_of(keys): leaf for keys, leaf in nnx.to_flat_state(state)}
     shapes = {path: leaf.get_value().shape for path, leaf in flat.items()}
     stacked = {path: len(shapes[path]) > len(leaf.get_metadata()["axes"]) for path, leaf in flat.items()}

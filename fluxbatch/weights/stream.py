@@ -77,7 +77,7 @@ class StreamedFlux(Network):
 
 def _shapes(cfg: FluxConfig) -> dict[str, Part]:
     """Of the layers that make modulation, each by itself, and of the blocks without them."""
-    makers: dict[str, Callable[[nnx.Rngs], nnx.Module]] = {
+    makers: dict[str, Callable[[nnx.Rngs | None], nnx.Module]] = {
         "double_blocks.img.mod": lambda rngs: DoubleBlock(cfg, rngs=rngs).img.mod,
         "double_blocks.txt.mod": lambda rngs: DoubleBlock(cfg, rngs=rngs).txt.mod,
         "single_blocks.mod": lambda rngs: SingleBlock(cfg, rngs=rngs).mod,
@@ -87,8 +87,8 @@ def _shapes(cfg: FluxConfig) -> dict[str, Part]:
     return {stack: _abstract(make) for stack, make in makers.items()}
 
 
-def _abstract(make: Callable[[nnx.Rngs], nnx.Module]) -> Part:
-    return nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))), nnx.Param, ...)[:2]
+def _abstract(make: Callable[[nnx.Rngs | None], nnx.Module]) -> Part:
+    return nnx.split(make(None), nnx.Param, ...)[:2]
 
 
 def _paths(state: Any) -> list[str]:
