@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import atexit
 import functools
+import gc
 import os
 import re
 import shutil
@@ -60,6 +61,8 @@ def main(
     The exit code is the task's, the worst one of a multirun, or 2 after a line for each mistake.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
+    sys.setswitchinterval(0.001)  # what feeds the device waits this long, and not 5 ms, for a thread that traces or writes
+    gc.set_threshold(100_000, 50, 50)  # by default a tenth of the start goes into looking through imported modules for cycles
     try:
         code = _start(task, schema, rows, about, argv)
     except KeyboardInterrupt:
@@ -67,6 +70,7 @@ def main(
         code = 130
     except Exception as error:  # the task's own were met in _HydraTask: this is about the configuration
         code = _report(error, schema, debug=bool({"debug=true", "debug=True"} & {*argv}))
+    gc.freeze()  # the interpreter need not search what JAX and Flax have made for cycles: a third of a second
     sys.exit(code)
 
 

@@ -32,6 +32,12 @@ from fluxbatch.weights.network import Network
 from fluxbatch.weights.stream import StreamedFlux
 
 
+# XLA:CPU leaves products, convolutions and sums to a library that is the faster for wide ones; over flux-mini's 12 channels
+# it is not, and its first run takes as long as two more.
+_NARROW = 16
+_NARROW_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": ""}
+
+
 class Watcher:
     """What a pipeline tells while it runs. This one tells nobody."""
 
@@ -58,7 +64,7 @@ class Pipeline:
         row by row."""
         self.networks, self.flux_config, self.vae_config = networks, flux, vae
         self.mesh, self.dtype, self.schedule, self.watcher, self._lora = mesh, jnp.dtype(dtype), schedule, watcher, lora
-        self._compiled: dict[Hashable, Future[None]] = {}
+        self._compiled: dict[Hashable, Future[list[Future[Any]]]] = {}
         self._since: float | None = None  # when the devices got the first program of those under way
 
         def jit(function: Callable[..., Any], **options: Any) -> Any:
@@ -73,7 +79,8 @@ class Pipeline:
         self._embed = jit(_embed, static_argnames=("graph", "dtype"))
         self._block = jit(_block, static_argnames=("block_graph", "graph"))
         self._step = jit(_step, static_argnames="graph", donate_argnames="latents")
-        self._decode = jit(_decode, static_argnames=("graph", "dtype", "height", "width"))
+        narrow = mesh.devices.flat[0].platform == "cpu" and vae.block_out_channels[0] < _NARROW
+        self._decode = jit(_decode, static_argnames=("graph", "dtype", "height", "width"), compiler_options=_NARROW_OPTIONS if narrow else None)
 
     @property
     def multiple(self) -> int:
@@ -102,40 +109,38 @@ class Pipeline:
         What a program is called with later must be what it is compiled for here, or it is compiled once more.
         """
         sizes = dict.fromkeys((row.height, row.width) for row in rows)
-        jobs: dict[Hashable, Callable[[], None]] = {"encode": lambda: self._compile_encode(batch, texts)}
-        if not isinstance(self.networks["flux"], StreamedFlux):
-            jobs |= {size: functools.partial(self._compile_denoise, batch, texts[1], *size) for size in sizes}
-        with ThreadPoolExecutor(2, "compile") as pool:
-            self._compiled = {key: pool.submit(job) for key, job in jobs.items()}
+        whole = not isinstance(self.networks["flux"], StreamedFlux)
+        jobs: dict[Hashable, Callable[[], Iterator[Any]]] = {"encode": lambda: self._lower_encode(batch, texts)}
+        for size in sizes:
+            jobs |= {("denoise", *size): functools.partial(self._lower_denoise, batch, texts[1], *size)} if whole else {}
+            jobs |= {("decode", *size): functools.partial(self._lower_decode, batch, *size)}
+        # Python traces one program at a time however many threads it has, so the one that is needed first goes first.
+        with ThreadPoolExecutor(2, "compile") as compiler, ThreadPoolExecutor(1, "trace") as tracer:
+            each = lambda lower: [compiler.submit(lowered.compile) for _, lowered in lower()]  # noqa: E731
+            self._compiled = {key: tracer.submit(each, lower) for key, lower in jobs.items()}
             try:
                 yield
             finally:
-                pool.shutdown(cancel_futures=True)
+                for pool in (tracer, compiler):
+                    pool.shutdown(cancel_futures=True)
                 self._compiled = {}
 
     def programs(self, batch: int, texts: tuple[int, int], height: int, width: int) -> Iterator[tuple[str, jax.stages.Lowered]]:
         """Names and programs that pictures of one size take, from shapes alone: each is lowered when its turn
         comes, and is yet to be compiled."""
-        yield "encode", self._lower_encode(batch, texts)
-        yield from self._lower_drawing(batch, texts[1], height, width)
+        yield from self._lower_encode(batch, texts)
+        yield from self._lower_denoise(batch, texts[1], height, width)
+        yield from self._lower_decode(batch, height, width)
 
-    def _compile_encode(self, batch: int, texts: tuple[int, int]) -> None:
-        self._lower_encode(batch, texts).compile()
-
-    def _compile_denoise(self, batch: int, length: int, height: int, width: int) -> None:
-        for _, lowered in self._lower_drawing(batch, length, height, width):
-            lowered.compile()
-
-    def _lower_encode(self, batch: int, texts: tuple[int, int]) -> jax.stages.Lowered:
+    def _lower_encode(self, batch: int, texts: tuple[int, int]) -> Iterator[tuple[str, jax.stages.Lowered]]:
         (clip, clip_state), (t5, t5_state) = (self.networks[name].abstract() for name in ("clip", "t5"))
         ids = [self._shape(np.int32, batch, length) for length in texts]
-        return self._run(self._encode.lower, clip, t5, self.dtype, clip_state, t5_state, *ids, *self._abstract_scales(batch))
+        yield "encode", self._run(self._encode.lower, clip, t5, self.dtype, clip_state, t5_state, *ids, *self._abstract_scales(batch))
 
-    def _lower_drawing(self, batch: int, length: int, height: int, width: int) -> Iterator[tuple[str, jax.stages.Lowered]]:
-        cfg, (height, width) = self.flux_config, (side // self.vae_config.scale for side in (height, width))
-        (flux, state), (vae, vae_state) = (self.networks[name].abstract() for name in ("flux", "vae"))
-        tokens = (height // 2) * (width // 2)
-        latents = self._shape(np.float32, batch, tokens, cfg.in_channels)
+    def _lower_denoise(self, batch: int, length: int, height: int, width: int) -> Iterator[tuple[str, jax.stages.Lowered]]:
+        cfg, (flux, state) = self.flux_config, self.networks["flux"].abstract()
+        latents = self._latents(batch, height, width)
+        tokens = latents.shape[1]
         text = self._shape(self.dtype, batch, length, cfg.joint_attention_dim)
         pooled = self._shape(self.dtype, batch, cfg.pooled_projection_dim)
         sigmas, left, guidance = self._shape(np.float32, batch, sampling.STEPS + 1), self._shape(np.int32, batch), self._shape(np.float32, batch)
@@ -145,7 +150,14 @@ class Pipeline:
         yield "modulate", modulate
         mod = jax.tree.map(lambda x: self._shape(x.dtype, *x.shape), modulate.out_info)
         yield "denoise", self._run(self._denoise.lower, flux, self.dtype, state, latents, text, mod, sigmas, left, rope, *scales)
-        yield "decode", self._run(self._decode.lower, vae, self.dtype, vae_state, latents, height, width)
+
+    def _lower_decode(self, batch: int, height: int, width: int) -> Iterator[tuple[str, jax.stages.Lowered]]:
+        graph, state = self.networks["vae"].abstract()
+        scale = self.vae_config.scale
+        yield "decode", self._run(self._decode.lower, graph, self.dtype, state, self._latents(batch, height, width), height // scale, width // scale)
+
+    def _latents(self, batch: int, height: int, width: int) -> jax.ShapeDtypeStruct:
+        return self._shape(np.float32, batch, (height // self.multiple) * (width // self.multiple), self.flux_config.in_channels)
 
     def _shape(self, dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(self.mesh))
@@ -162,7 +174,8 @@ class Pipeline:
                 network.load(progress)
         if compiled := self._compiled.pop(program, None):
             with self.watcher.compiling():
-                compiled.result()
+                for program in compiled.result():
+                    program.result()
         return [network.parts() for network in networks]
 
     def denoise(self, rows: Sequence[Row], text: np.ndarray, pooled: np.ndarray) -> jax.Array:
@@ -177,7 +190,7 @@ class Pipeline:
         guidance = np.array([row.guidance_scale for row in rows], np.float32)
         rope = rope_table(text.shape[1], height // 2, width // 2, self.flux_config.axes_dims_rope)
         rope = tuple(put(table, replicated(self.mesh)) for table in rope)
-        (graph, state), _ = self._ready("flux", "vae", program=(rows[0].height, rows[0].width))  # the VAE on the same bar
+        (graph, state), _ = self._ready("flux", "vae", program=("denoise", rows[0].height, rows[0].width))  # the VAE on the same bar
         if isinstance(self.networks["flux"], StreamedFlux):
             return self._denoise_streamed(self.networks["flux"], latents, text, pooled, sigmas, counts, guidance, rope)
         latents, text, pooled, guidance, *scales = self._put(latents, text, pooled, guidance, *self._scales(rows))
@@ -208,7 +221,7 @@ class Pipeline:
     def decode(self, latents: jax.Array, height: int, width: int) -> tuple[jax.Array, jax.Array]:
         """Latents → pixels ``[B, height, width, 3]`` uint8, and whether each image is finite ``[B]``."""
         scale = self.vae_config.scale
-        ((graph, state),) = self._ready("vae")
+        ((graph, state),) = self._ready("vae", program=("decode", height, width))
         return self._told(self._launch(self._decode, graph, self.dtype, state, latents, height // scale, width // scale), pictures=True)
 
     def _scales(self, rows: Sequence[Row]) -> list[np.ndarray]:

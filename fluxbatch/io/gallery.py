@@ -123,7 +123,7 @@ def write_contact_sheet(
         for n, line in enumerate(_lines_of(_caption(record), small, side, 2)):
             draw.text((x, y + side + 4 + 14 * n), line, "#4a4a47", small)
     out = io.BytesIO()
-    sheet.save(out, "PNG")
+    sheet.save(out, "PNG", compress_level=4)  # twice as fast as 6, and 3 % larger
     store.write("contact_sheet.png", out.getvalue())
 
 
