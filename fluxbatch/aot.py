@@ -42,14 +42,17 @@ def available() -> bool:
     return importlib.util.find_spec("libtpu") is not None
 
 
-def needs(engine: Any, batch: int, texts: tuple[int, int], height: int, width: int, only: Sequence[str] = ()) -> Iterator[Need]:
-    """Compiles the programs of one size for the engine's mesh, or those called ``only``. No weight is read."""
+PARTS = "encode", "denoise", "decode"
+
+
+def needs(engine: Any, batch: int, texts: tuple[int, int], height: int, width: int, parts: Sequence[str] = PARTS) -> Iterator[Need]:
+    """Compiles the programs of one size for the engine's mesh. No weight is read."""
     import jax
     from flax import nnx
 
     pipeline = dataclasses.replace(engine, keep=False).pipeline()
-    for name, lowered in pipeline.programs(batch, texts, height, width):
-        if only and name not in only:
+    for name, lowered in pipeline.programs(batch, texts, height, width, parts):
+        if name not in parts:  # what makes modulation runs once for many steps
             continue
         start = time.monotonic()
         try:
@@ -92,7 +95,7 @@ def main() -> None:
     engine = open_engine(job, target.platform, list(topology.devices))
     batch = job.sharding.per_device_batch_size * engine.ways
     texts = engine.tokenizers.lengths
-    for need in needs(engine, batch, texts, height, width, only=("denoise",)):
+    for need in needs(engine, batch, texts, height, width, parts=("denoise",)):
         print(json.dumps(dataclasses.asdict(need)), flush=True)
 
 

@@ -6,6 +6,7 @@ import os
 import re
 from dataclasses import dataclass
 
+from fluxbatch.dist.hosts import GPU_MEMORY
 from fluxbatch.types import UserError
 
 GIB = 1 << 30
@@ -28,7 +29,7 @@ class Chip:
     @property
     def limit(self) -> int:
         """Bytes that a program may use; of a GPU, JAX takes a part and keeps to it."""
-        share = float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", 0.75)) if self.platform == "gpu" else 1.0
+        share = float(os.environ.get(*GPU_MEMORY)) if self.platform == "gpu" else 1.0
         return int(self.memory * share * GIB)
 
 

@@ -125,12 +125,15 @@ class Pipeline:
                     pool.shutdown(cancel_futures=True)
                 self._compiled = {}
 
-    def programs(self, batch: int, texts: tuple[int, int], height: int, width: int) -> Iterator[tuple[str, jax.stages.Lowered]]:
-        """Names and programs that pictures of one size take, from shapes alone: each is lowered when its turn
-        comes, and is yet to be compiled."""
-        yield from self._lower_encode(batch, texts)
-        yield from self._lower_denoise(batch, texts[1], height, width)
-        yield from self._lower_decode(batch, height, width)
+    def programs(
+        self, batch: int, texts: tuple[int, int], height: int, width: int, parts: Sequence[str] = ("encode", "denoise", "decode")
+    ) -> Iterator[tuple[str, jax.stages.Lowered]]:  # fmt: skip
+        """Names and programs that pictures of one size take for these ``parts`` of the way, from shapes alone: each is
+        lowered when its turn comes, and is yet to be compiled."""
+        lower = {"encode": lambda: self._lower_encode(batch, texts), "denoise": lambda: self._lower_denoise(batch, texts[1], height, width),
+                 "decode": lambda: self._lower_decode(batch, height, width)}  # fmt: skip
+        for part in parts:
+            yield from lower[part]()
 
     def _lower_encode(self, batch: int, texts: tuple[int, int]) -> Iterator[tuple[str, jax.stages.Lowered]]:
         (clip, clip_state), (t5, t5_state) = (self.networks[name].abstract() for name in ("clip", "t5"))

@@ -557,9 +557,14 @@ def test_as_a_process(tmp_path, argv, code, stdout):
 
 
 def test_the_environment_s_flags_win(monkeypatch):
-    from fluxbatch.dist.hosts import tell_compiler
+    from fluxbatch.dist.hosts import GPU_MEMORY, tell_compiler
 
     monkeypatch.setenv("XLA_FLAGS", "--a=1 --b")
     monkeypatch.delenv("LIBTPU_INIT_ARGS", raising=False)
+    monkeypatch.setenv(GPU_MEMORY[0], "0.3")
     tell_compiler(["--b=2", "--c=3", "--ab=4"], [])
     assert os.environ["XLA_FLAGS"] == "--c=3 --ab=4 --a=1 --b" and "LIBTPU_INIT_ARGS" not in os.environ
+    assert os.environ[GPU_MEMORY[0]] == "0.3"
+    monkeypatch.delenv(GPU_MEMORY[0])
+    tell_compiler([], [])
+    assert os.environ[GPU_MEMORY[0]] == "0.9"
