@@ -148,11 +148,11 @@ class Pipeline:
         pooled = self._shape(self.dtype, batch, cfg.pooled_projection_dim)
         sigmas, left, guidance = self._shape(np.float32, batch, sampling.STEPS + 1), self._shape(np.int32, batch), self._shape(np.float32, batch)
         rope = 2 * (jax.ShapeDtypeStruct((length + tokens, sum(cfg.axes_dims_rope) // 2), np.float32, sharding=replicated(self.mesh)),)
-        scales = self._abstract_scales(batch)
+        turns, scales = jax.ShapeDtypeStruct((), np.int32, sharding=replicated(self.mesh)), self._abstract_scales(batch)
         modulate = self._run(self._modulate.lower, flux, self.dtype, state, pooled, sigmas, guidance, *scales)
         yield "modulate", modulate
         mod = jax.tree.map(lambda x: self._shape(x.dtype, *x.shape), modulate.out_info)
-        yield "denoise", self._run(self._denoise.lower, flux, self.dtype, state, latents, text, mod, sigmas, left, rope, *scales)
+        yield "denoise", self._run(self._denoise.lower, flux, self.dtype, state, latents, text, mod, sigmas, left, turns, rope, *scales)
 
     def _lower_decode(self, batch: int, height: int, width: int) -> Iterator[tuple[str, jax.stages.Lowered]]:
         graph, state = self.networks["vae"].abstract()
@@ -199,8 +199,9 @@ class Pipeline:
         latents, text, pooled, guidance, *scales = self._put(latents, text, pooled, guidance, *self._scales(rows))
         for first in range(0, counts.max(), sampling.STEPS):
             levels, left = self._put(sigmas[:, first : first + sampling.STEPS + 1], counts - first)
+            turns = put(np.array(min(counts.max() - first, sampling.STEPS), np.int32), replicated(self.mesh))
             mod = self._launch(self._modulate, graph, self.dtype, state, pooled, levels, guidance, *scales)
-            latents = self._launch(self._denoise, graph, self.dtype, state, latents, text, mod, levels, left, rope, *scales)
+            latents = self._launch(self._denoise, graph, self.dtype, state, latents, text, mod, levels, left, turns, rope, *scales)
         return latents
 
     def _denoise_streamed(self, flux: StreamedFlux, latents, text, pooled, sigmas, counts, guidance, rope) -> jax.Array:
@@ -270,8 +271,9 @@ def _modulate(graph, dtype, state, pooled, sigmas, guidance, scales=None):
     return flux.modulation(flux.condition(pooled, sigmas[:, :-1], guidance, dtype))
 
 
-def _denoise(graph, dtype, state, latents, text, mod, sigmas, left, rope, scales=None):
-    """As many Euler steps as there are ``sigmas``; a row that has none ``left`` stands still.
+def _denoise(graph, dtype, state, latents, text, mod, sigmas, left, turns, rope, scales=None):
+    """As many Euler steps as ``turns``; a row that has none ``left`` stands still. (Devices would have to meet to find
+    the largest of ``left``.)
 
     The layers that make modulation are in ``state`` but not in the program: jit drops what is not used.
     """
@@ -279,7 +281,7 @@ def _denoise(graph, dtype, state, latents, text, mod, sigmas, left, rope, scales
     flux.drop_modulators()
     text = flux.embed_text(text, dtype)
     step = lambda i, x: _euler(x, flux.velocity(x.astype(dtype), text, mod.at(i), rope), i, sigmas, left)  # noqa: E731
-    return jax.lax.fori_loop(0, jnp.minimum(jnp.max(left), sigmas.shape[1] - 1), step, latents)
+    return jax.lax.fori_loop(0, turns, step, latents)
 
 
 def _euler(x, velocity, i, sigmas, left):

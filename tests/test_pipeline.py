@@ -71,7 +71,7 @@ def test_denoising_does_not_receive_the_weights_that_make_modulation(flux):
     modulate = jax.jit(functools.partial(pipeline._modulate, graph, jnp.dtype("float32"))).lower(state, pooled, sigmas, guidance).compile()
     mod = modulate.out_info
     latents, text, rope = shape((2, 6, 16), "float32"), shape((2, 5, 24), "float32"), 2 * (shape((11, 8), "float32"),)
-    denoise = jax.jit(functools.partial(pipeline._denoise, graph, jnp.dtype("float32"))).lower(state, latents, text, mod, sigmas, left, rope).compile()
+    denoise = jax.jit(functools.partial(pipeline._denoise, graph, jnp.dtype("float32"))).lower(state, latents, text, mod, sigmas, left, jnp.int32(8), rope).compile()
     given = sum(np.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves((latents, text, mod, sigmas, left, rope)))
     received = denoise.memory_analysis().argument_size_in_bytes
     assert apart > 0.25 * size([flux]) and denoise.out_info.shape == latents.shape

@@ -401,7 +401,8 @@ def check(folder, rows=160):
     assert sorted(r["id"] for r in records) == sorted(f"r{i}" for i in range(rows))
     assert pictures(folder / "run") == rows == len({r["file_name"] for r in records})
     assert json.loads((folder / "run" / "status.json").read_text())["exit_code"] == 0
-    assert {p.name for p in (folder / "run" / ".fluxbatch" / "claims").glob("*/*")} == {"finished"}
+    claims = (folder / "run" / ".fluxbatch" / "claims").glob("*/*")  # a kill in the middle of writing one leaves what sweep() takes away
+    assert {p.name for p in claims if p.suffix != ".tmp"} == {"finished"}
 
 
 @pytest.mark.slow

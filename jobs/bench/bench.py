@@ -79,7 +79,7 @@ def once(way: str, checkpoint: pathlib.Path, manifest: pathlib.Path, case: Case,
     shutil.rmtree(out.parent, ignore_errors=True)
     if way == "fluxbatch":
         words = {"pretrained_model_name_or_path": checkpoint, "manifest": manifest, "output_dir": out.parent, "run_name": out.name,
-                 "per_device_batch_size": batch, "max_sequence_length": case.text, "jax_cache_dir": work / "xla", "text_cache_dir": "null", "filename": "{id}"}  # fmt: skip
+                 "per_device_batch_size": batch, "max_sequence_length": case.text, "jax_cache_dir": work / "xla", "text_cache_dir": "null", "filename": "{id}", "png_level": 6}  # fmt: skip
         command = [HERE, "run", *(f"{key}={value}" for key, value in words.items())]
     else:
         command = [HERE.parent / "peer.py", checkpoint, manifest, out, batch, way]
