@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass
 
-from fluxbatch.dist.hosts import GPU_MEMORY
+from fluxbatch.dist.hosts import gpu_share
 from fluxbatch.types import UserError
 
 GIB = 1 << 30
@@ -29,7 +28,7 @@ class Chip:
     @property
     def limit(self) -> int:
         """Bytes that a program may use; of a GPU, JAX takes a part and keeps to it."""
-        share = float(os.environ.get(*GPU_MEMORY)) if self.platform == "gpu" else 1.0
+        share = gpu_share() if self.platform == "gpu" else 1.0
         return int(self.memory * share * GIB)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import time
 from collections.abc import Iterator, Sequence
 
@@ -14,7 +13,7 @@ import jax.numpy as jnp
 from fluxbatch import aot, batching, flops, memory
 from fluxbatch.chips import Target
 from fluxbatch.config import Job, shown
-from fluxbatch.dist.hosts import GPU_MEMORY
+from fluxbatch.dist.hosts import GPU_SHARES, gpu_share
 from fluxbatch.engine import PARTS, Engine
 from fluxbatch.types import Batch, Reject, Row, Shard
 from fluxbatch.weights import load, network
@@ -148,7 +147,7 @@ def _memory(job: Job, engine: Engine, target: Target, work: Work) -> Iterator[st
     worst = max(phases, key=lambda phase: phase.total)
     verdict = f"{_bytes(limit)} a device: {'fits' if worst.total <= limit else f'{worst.name} does not fit'} (estimate)"
     if target.platform == "gpu":
-        verdict += f"; fluxbatch takes {float(os.environ.get(*GPU_MEMORY)):.0%} of a GPU, unless {GPU_MEMORY[0]} says otherwise"
+        verdict += f"; fluxbatch takes {gpu_share():.0%} of a GPU, unless {GPU_SHARES[0]} says otherwise"
     yield _line("", verdict)
     if worst.total > limit:
         way = situation.way_out(limit)

@@ -557,14 +557,23 @@ def test_as_a_process(tmp_path, argv, code, stdout):
 
 
 def test_the_environment_s_flags_win(monkeypatch):
-    from fluxbatch.dist.hosts import GPU_MEMORY, tell_compiler
+    from fluxbatch.dist.hosts import tell_compiler
 
     monkeypatch.setenv("XLA_FLAGS", "--a=1 --b")
     monkeypatch.delenv("LIBTPU_INIT_ARGS", raising=False)
-    monkeypatch.setenv(GPU_MEMORY[0], "0.3")
     tell_compiler(["--b=2", "--c=3", "--ab=4"], [])
     assert os.environ["XLA_FLAGS"] == "--c=3 --ab=4 --a=1 --b" and "LIBTPU_INIT_ARGS" not in os.environ
-    assert os.environ[GPU_MEMORY[0]] == "0.3"
-    monkeypatch.delenv(GPU_MEMORY[0])
-    tell_compiler([], [])
-    assert os.environ[GPU_MEMORY[0]] == "0.9"
+
+
+@pytest.mark.parametrize("given", [{}, {"XLA_CLIENT_MEM_FRACTION": "0.3"}, {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.3"}])
+def test_the_share_of_a_gpu_is_told_once(monkeypatch, given):
+    """JAX knows it by two names, and does not start if it is told both."""
+    from fluxbatch.dist import hosts
+
+    for name in (*hosts.GPU_SHARES, "XLA_FLAGS", "LIBTPU_INIT_ARGS"):
+        monkeypatch.setenv(name, "")
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    hosts.tell_compiler([], [])
+    assert [os.environ[name] for name in hosts.GPU_SHARES if os.environ[name]] == list(given.values() or ["0.9"])
+    assert hosts.gpu_share() == (0.3 if given else 0.9)

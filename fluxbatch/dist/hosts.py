@@ -23,9 +23,7 @@ from jax.experimental import multihost_utils
 from fluxbatch.types import Exit, Row, UserError
 
 PLATFORMS = {"cpu": "cpu", "gpu": "cuda", "tpu": "tpu"}
-# The share of a GPU that JAX takes, unless the environment says another. Of its own accord it takes 0.75, which is less of
-# 40 GB than FLUX.1 and T5 need when the next shard's texts are encoded.
-GPU_MEMORY = "XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9"
+GPU_SHARES = "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"  # JAX's names for it; it refuses to be told both
 HEARTBEAT, SHUTDOWN = 30, 15  # seconds until a silent peer counts as lost, and that an exit waits for peers
 # How schedulers whose processes JAX finds by itself say how many there are.
 COUNTED_BY = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
@@ -38,7 +36,14 @@ def tell_compiler(xla: Sequence[str], libtpu: Sequence[str]) -> None:
         names = {flag.partition("=")[0] for flag in given}
         if added := [flag for flag in flags if flag.partition("=")[0] not in names]:
             os.environ[variable] = " ".join([*added, *given])
-    os.environ.setdefault(*GPU_MEMORY)
+    if not any(map(os.environ.get, GPU_SHARES)):
+        os.environ[GPU_SHARES[0]] = str(gpu_share())
+
+
+def gpu_share() -> float:
+    """The part of a GPU's memory that JAX takes: 0.9, unless the environment says another. Of its own accord it takes 0.75,
+    which is less of 40 GB than FLUX.1 and T5 need when the next shard's texts are encoded."""
+    return float(next(filter(None, map(os.environ.get, GPU_SHARES)), 0.9))
 
 
 def start(platform: str, cache_dir: str | None) -> str:
