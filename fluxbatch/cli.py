@@ -70,7 +70,6 @@ def main(
         code = 130
     except Exception as error:  # the task's own were met in _HydraTask: this is about the configuration
         code = _report(error, schema, debug=bool({"debug=true", "debug=True"} & {*argv}))
-    gc.freeze()  # the interpreter need not search what JAX and Flax have made for cycles: a third of a second
     sys.exit(code)
 
 
@@ -197,6 +196,7 @@ def _scratch() -> str:
     return folder
 
 
+atexit.register(gc.freeze)  # a third of a second goes into looking through what JAX and Flax leave for cycles
 OmegaConf.register_new_resolver("fluxbatch_sweep", _sweep_dir, replace=True)
 
 
