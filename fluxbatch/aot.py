@@ -42,10 +42,19 @@ def available() -> bool:
     return importlib.util.find_spec("libtpu") is not None
 
 
-PARTS = "encode", "denoise", "decode"
+def devices(target: Target) -> list[Any]:
+    """Those of a TPU target, as far as the compiler needs them."""
+    from jax.experimental import topologies
+
+    options: Mapping[str, Any] = {}
+    if target.chip.name == "v4":
+        options = {"chip_config_name": "megacore"}
+    elif target.chips == 1:
+        options = {"chips_per_host_bounds": (1, 1, 1)}
+    return list(topologies.get_topology_desc(platform="tpu", topology_name=f"{target.chip.name}:{target.topology}", **options).devices)
 
 
-def needs(engine: Any, batch: int, texts: tuple[int, int], height: int, width: int, parts: Sequence[str] = PARTS) -> Iterator[Need]:
+def needs(engine: Any, batch: int, texts: tuple[int, int], height: int, width: int, parts: Sequence[str] = ("encode", "denoise", "decode")) -> Iterator[Need]:
     """Compiles the programs of one size for the engine's mesh. No weight is read."""
     import jax
     from flax import nnx
@@ -79,20 +88,12 @@ def compiled(job: Job, target: Target, height: int, width: int) -> list[Need]:
 
 def main() -> None:
     """The subprocess's part."""
-    from jax.experimental import topologies
-
     from fluxbatch.dist import hosts
     from fluxbatch.engine import open_engine
 
     job, target, height, width = pickle.load(sys.stdin.buffer)
     hosts.tell_compiler(job.hardware.xla_flags, job.hardware.libtpu_init_args)
-    options: Mapping[str, Any] = {}
-    if target.chip.name == "v4":
-        options = {"chip_config_name": "megacore"}
-    elif target.chips == 1:
-        options = {"chips_per_host_bounds": (1, 1, 1)}
-    topology = topologies.get_topology_desc(platform="tpu", topology_name=f"{target.chip.name}:{target.topology}", **options)
-    engine = open_engine(job, target.platform, list(topology.devices))
+    engine = open_engine(job, target.platform, devices(target))
     batch = job.sharding.per_device_batch_size * engine.ways
     texts = engine.tokenizers.lengths
     for need in needs(engine, batch, texts, height, width, parts=("denoise",)):

@@ -126,10 +126,10 @@ class Pipeline:
                 self._compiled = {}
 
     def programs(
-        self, batch: int, texts: tuple[int, int], height: int, width: int, parts: Sequence[str] = ("encode", "denoise", "decode")
+        self, batch: int, texts: tuple[int, int], height: int, width: int, parts: Sequence[str]
     ) -> Iterator[tuple[str, jax.stages.Lowered]]:  # fmt: skip
-        """Names and programs that pictures of one size take for these ``parts`` of the way, from shapes alone: each is
-        lowered when its turn comes, and is yet to be compiled."""
+        """Names and programs that pictures of one size take for these ``parts`` of the way (encode, denoise, decode), from
+        shapes alone: each is lowered when its turn comes, and is yet to be compiled."""
         lower = {"encode": lambda: self._lower_encode(batch, texts), "denoise": lambda: self._lower_denoise(batch, texts[1], height, width),
                  "decode": lambda: self._lower_decode(batch, height, width)}  # fmt: skip
         for part in parts:

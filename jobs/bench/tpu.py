@@ -1,6 +1,6 @@
 """One denoising step of FLUX.1 for a TPU slice that is not here: what libtpu's compiler expects of it.
 
-    python jobs/bench/tpu.py v6e-4 --sharding ddp fsdp        # needs fluxbatch[tpu]; five minutes each
+    python jobs/bench/tpu.py v6e-4 --sharding ddp fsdp        # needs fluxbatch[tpu]; three minutes and twelve
 
 Milliseconds are the sum of the cycles that the compiler writes beside each instruction, an estimate. It writes none beside
 Splash, whose FLOPs are counted at half the peak, and none beside waits for collectives. Synchronous collectives are those
@@ -20,14 +20,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from fluxbatch.aot import ENVIRONMENT
+from fluxbatch import aot
 
-os.environ.update(ENVIRONMENT)
+os.environ.update(aot.ENVIRONMENT)
 
 import jax
-import numpy as np
 from flax import nnx
-from jax.experimental import topologies
 from omegaconf import OmegaConf
 
 from fluxbatch import chips, flops
@@ -50,12 +48,11 @@ SIZES = {"bf16": 2, "f32": 4, "s32": 4, "u32": 4, "pred": 1, "u8": 1}
 
 def compiled(target: chips.Target, sharding: str, side: int, text: int, images: int) -> jax.stages.Compiled:
     """The program that denoises, of a run with ``images`` on each chip."""
-    cores = {"chip_config_name": "megacore"} if target.chip.name == "v4" else {}
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=f"{target.chip.name}:{target.topology}", **cores).devices
+    devices = aot.devices(target)
     choice = OmegaConf.load(CONF / "sharding" / f"{sharding}.yaml")
     choice = choice.get("sharding", choice)
     axes = [choice.get(f"ici_{axis}_parallelism", 1) for axis in AXES]
-    mesh = open_mesh(axes, (1, 1), list(devices))
+    mesh = open_mesh(axes, (1, 1), devices)
     layout = Layout(mesh if mesh.size > 1 else None)
     attend = attention.by_name("flash", "tpu", "bfloat16", None, devices[0].device_kind)
 
@@ -87,7 +84,8 @@ def one_step(hlo: str) -> tuple[int, collections.Counter[str]]:
     def cost(name: str) -> tuple[int, collections.Counter[str]]:
         cycles, moved = 0, collections.Counter()
         for line in computations.get(name, ()):
-            shape, op = re.match(r".*? = (\(.*?\)|\S+) ([\w\-]+)\(", line).groups() if re.match(r".*? = (\(.*?\)|\S+) ([\w\-]+)\(", line) else ("", "")
+            instruction = re.match(r".*? = (\(.*?\)|\S+) ([\w\-]+)\(", line)
+            shape, op = instruction.groups() if instruction else ("", "")
             if op == "while":
                 inner, more = cost(re.search(r"body=%?([\w.\-]+)", line)[1])
                 until = "\n".join(computations[re.search(r"condition=%?([\w.\-]+)", line)[1]])
