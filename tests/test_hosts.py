@@ -72,8 +72,8 @@ def test_several_processes_make_the_pictures_of_one(tmp_path, cache, count, devi
     assert not list((tmp_path / "run").glob("*.tmp"))
 
 
-def long_manifest(folder):
-    rows = [{"id": f"r{i}", "prompt": f"prompt {i % 9}", "seed": i, "num_inference_steps": 2} for i in range(160)]
+def long_manifest(folder, steps=2):
+    rows = [{"id": f"r{i}", "prompt": f"prompt {i % 9}", "seed": i, "num_inference_steps": steps} for i in range(160)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder / "rows.jsonl"
 

@@ -51,7 +51,7 @@ def test_an_array_of_replicas_is_preempted_and_comes_back(tmp_path, cluster):
 
     rendered = call(
         sys.executable, ROOT / "jobs" / "launch" / "render.py", "kind=slurm", "target=2xh100-8", "replica_count=2", "sharding=ddp",
-        *words(tmp_path, manifest=long_manifest(tmp_path), shard_size=16, num_inference_steps=4))  # fmt: skip
+        *words(tmp_path, manifest=long_manifest(tmp_path, steps=20), shard_size=16))  # fmt: skip
     # eight H100 a node are one process on a CPU here
     script = rendered.replace("--ntasks-per-node=8", "--ntasks-per-node=1").replace("#SBATCH --gpus-per-node=8\n", "").replace("hardware=gpu", "hardware=cpu")
     assert rendered.count("8") - script.count("8") == 2
@@ -63,7 +63,8 @@ def test_an_array_of_replicas_is_preempted_and_comes_back(tmp_path, cluster):
     status = [json.loads((tmp_path / "run" / ".fluxbatch" / "replicas" / f"{n}.json").read_text())["exit_code"] for n in range(2)]
     assert status == [75, 75]
     until(lambda: not call("squeue", "-h", "-p", "high"))
-    call("scontrol", "update", f"job={array}", "StartTime=now")  # Slurm would wait two minutes
+    # Slurm itself would wait two minutes; at once, its nodes would take the new start for the one they have just ended
+    call("scontrol", "update", f"job={array}", "StartTime=now+4")
     until(lambda: not queue())
     assert sorted(record["id"] for record in metadata(tmp_path / "run")) == sorted(f"r{n}" for n in range(160))
     assert pictures(tmp_path / "run") == 160 and json.loads((tmp_path / "run" / "status.json").read_text())["exit_code"] == 0
