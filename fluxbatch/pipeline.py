@@ -66,6 +66,7 @@ class Pipeline:
         self.mesh, self.dtype, self.schedule, self.watcher, self._lora = mesh, jnp.dtype(dtype), schedule, watcher, lora
         self._compiled: dict[Hashable, Future[list[Future[Any]]]] = {}
         self._since: float | None = None  # when the devices got the first program of those under way
+        self._pictures: Any = None  # the last ones, perhaps still to be drawn
 
         def jit(function: Callable[..., Any], **options: Any) -> Any:
             function = functools.partial(function)  # of its own, so that its programs go with this pipeline
@@ -172,6 +173,8 @@ class Pipeline:
         """Graph definitions and parameters, loaded if they were not, and ``program`` compiled if it is about to be."""
         networks = [self.networks[name] for name in names]
         missing = sum(network.missing for network in networks)
+        if not all(network.here for network in networks):
+            jax.block_until_ready(self._pictures)  # what comes now may need the memory that they are drawn in
         with self.watcher.loading(missing) if missing else contextlib.nullcontext(lambda count: None) as progress:
             for network in networks:
                 network.load(progress)
@@ -226,7 +229,8 @@ class Pipeline:
         """Latents → pixels ``[B, height, width, 3]`` uint8, and whether each image is finite ``[B]``."""
         scale = self.vae_config.scale
         ((graph, state),) = self._ready("vae", program=("decode", height, width))
-        return self._told(self._launch(self._decode, graph, self.dtype, state, latents, height // scale, width // scale), pictures=True)
+        self._pictures = self._told(self._launch(self._decode, graph, self.dtype, state, latents, height // scale, width // scale), pictures=True)
+        return self._pictures
 
     def _scales(self, rows: Sequence[Row]) -> list[np.ndarray]:
         """Each row's mix of adapters, if it has one of its own."""

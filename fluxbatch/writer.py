@@ -12,7 +12,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -92,11 +92,10 @@ class Writer:
             self._room.release()
             raise self._error
         self._begun = self._begun or called
-        self._submit(self._write_batch, tuple(rows), names, pixels, finite, seconds)
+        self._submit(self._write_batch, tuple(rows), names, pixels, finite, seconds).add_done_callback(lambda _: self._room.release())
 
     def compact(self) -> None:
-        """At the end of a shard: its records become one object, in the background."""
-        self._room.acquire()
+        """At the end of a shard: its records become one object, in the background, once its last batch is recorded."""
         self._submit(self._compact)
 
     def close(self) -> None:
@@ -119,16 +118,14 @@ class Writer:
         self._batches.shutdown()  # what was put is finished all the same; the first error stays
         self._images.shutdown()
 
-    def _submit(self, task: Callable[..., None], *arguments: Any) -> None:
+    def _submit(self, task: Callable[..., None], *arguments: Any) -> Future[None]:
         def run() -> None:
             try:
                 task(*arguments)
             except BaseException as error:  # noqa: BLE001 (raised by the next put, or by close)
                 self._error = self._error or error
-            finally:
-                self._room.release()
 
-        self._batches.submit(run)
+        return self._batches.submit(run)
 
     def _write_batch(
         self,

@@ -14,6 +14,7 @@ from test_lora import adapters, arrays, opened, states  # noqa: F401
 from test_weights import FLUX, copy, plans  # noqa: F401
 
 from fluxbatch.dist.mesh import make_mesh
+from fluxbatch import text
 from fluxbatch.types import UserError
 from fluxbatch.weights import load, network
 
@@ -36,7 +37,7 @@ def test_weights_leave_and_return(golden, where):
         net.load(read.append)
         assert net.missing == 0
         held = leaves(net)
-        assert sum(x.nbytes for x in held) == load.held(net.plan, net.mesh, np.float32) > 0
+        assert sum(part.data.nbytes for x in held for part in x.addressable_shards) == load.held(net.plan, net.mesh, np.float32) > 0
         before = [np.array(x) for x in held]
         net.leave()
         assert all(x.is_deleted() for x in held) == (where != "keep")
@@ -91,6 +92,22 @@ def test_adapters_on_encoders_that_come_and_go(opened, adapters, monkeypatch, wh
     for (_, values), (_, same) in ((swept[0], swept[3]), (swept[2], weights(two, sweep=False))):
         assert all(np.array_equal(a, b) for name in values for a, b in zip(values[name], same[name], strict=True))
     assert not all(np.array_equal(a, b) for a, b in zip(swept[0][1]["t5"], swept[1][1]["t5"], strict=True))
+
+
+@pytest.mark.parametrize("where", ["keep", "free"])
+def test_encoders_return_once_the_pictures_are_drawn(opened, monkeypatch, where):  # noqa: F811
+    """They may need that memory; where they never left, the next texts are encoded behind the pictures."""
+    monkeypatch.setattr(network, "away", lambda *_: where)
+    engine, rows = opened([ROW])
+    pipeline = engine.pipeline(rows)
+    states = text.encode(rows, engine.tokenizers, pipeline, 1)
+    waited, wait = [], jax.block_until_ready
+    monkeypatch.setattr("fluxbatch.pipeline.jax.block_until_ready", lambda x: waited.append(x) or wait(x))
+    pipeline.encoders_out(again=True)
+    pictures = pipeline.decode(pipeline.denoise(rows, *states.batch(rows)), 32, 32)
+    del waited[:]
+    text.encode(rows, engine.tokenizers, pipeline, 1)
+    assert any(x is pictures for x in waited) == (where == "free")
 
 
 def test_freed_encoders_change_no_picture(cli, golden, tmp_path):

@@ -146,7 +146,8 @@ def test_slow_parts_of_an_axis_lie_over_slices():
     ((3, 8), ("embed", "mlp"), (1, 2, 1, 2), P(None, None), P(None, ("tensor", "fsdp"))),
     ((6, 8), ("embed", "mlp"), (1, 1, 1, 4), P(None, None), P(None, "tensor")),
     ((6, 6), ("mlp", "embed"), (1, 1, 1, 4), P(None, None), P(None, None)),
-    ((8,), ("mlp",), (1, 2, 1, 2), P(("tensor", "fsdp")), P(("tensor", "fsdp"))),
+    ((8,), ("mlp",), (1, 2, 1, 2), P("tensor"), P("tensor")),
+    ((3, 8), ("mlp",), (1, 4), P(None, None), P(None, None)),  # vectors of three layers
     ((8, 4), ("mlp", "embed"), (1, 1, 4), P(None, None), P(None, None)),
 ])  # fmt: skip
 def test_where_parameters_lie(shape, axes, mesh, read, final):

@@ -302,6 +302,27 @@ def test_put_waits_when_the_writing_is_slower():
     assert writer.written == 4 and writer.waited > 0.4
 
 
+def test_the_end_of_a_shard_waits_for_nothing():
+    """The texts of the next one are encoded meanwhile; the shard's records become one object all the same."""
+    rows = [plain.row(k) for k in range(3)]
+    store = MemoryStore()
+    ledger = Ledger(store, {}, writer_id="w")
+    ledger.assign(rows, template="{i}", extension=".png")
+    drawn = threading.Event()
+
+    class Drawing(OnDevice):
+        def __array__(self, dtype=None, copy=None):
+            assert drawn.wait(10)
+            return self.pixels
+
+    with Writer(store, ledger, plain.job(), facts={}) as writer:
+        writer.put(rows, {row.index: f"{row.index}.png" for row in rows}, Drawing(batch(rows), 0), [True] * 3)
+        writer.compact()
+        assert writer.written == ledger.compactions == 0
+        drawn.set()
+    assert (writer.written, ledger.compactions) == (3, 1) and ledger.merge().done == 3
+
+
 # --- killed --------------------------------------------------------------------------------
 
 

@@ -140,8 +140,10 @@ class Placement:
     """Where a parameter lies. A leading layer axis, not named in its axes, is never split.
 
     FSDP splits rows (axis 0 as the checkpoint has it), because a range of rows is one contiguous
-    read; where rows do not divide it takes the first axis that does. What tensor parallelism splits
-    by columns is read by rows all the same, each device another range, and exchanged on the devices.
+    read; where rows do not divide it takes the first axis that does. It leaves vectors whole: a layer
+    would wait for a dozen of them, and all together are a four-thousandth of the weights. What tensor
+    parallelism splits by columns is read by rows all the same, each device another range, and
+    exchanged on the devices.
     """
 
     read: NamedSharding
@@ -167,7 +169,7 @@ class Placement:
                 spec[i], parts = (name,), sizes if len(sizes) > 1 else parts
         whole = list(spec)
         fits = lambda names, i: shape[i] % math.prod(mesh.shape[name] for name in names) == 0  # noqa: E731
-        if mesh.shape["fsdp"] > 1:
+        if mesh.shape["fsdp"] > 1 and len(axes) > 1:
             for i in range(layers, len(shape)):
                 if fits((*spec[i], "fsdp"), i):
                     spec[i] = (*spec[i], "fsdp")

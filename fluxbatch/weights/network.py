@@ -39,6 +39,11 @@ class Network:
         paths = self._stale if self._state is not None or self._aside is not None else None
         return load.to_read(self.plan, self.mesh, self.edits, paths)
 
+    @property
+    def here(self) -> bool:
+        """Whether there are weights on the devices."""
+        return self._state is not None
+
     def load(self, progress: load.Progress) -> None:
         """Brings the weights onto the devices, from host memory or from the checkpoint, as ``edits`` has them."""
         if self._state is not None and not self._stale:
