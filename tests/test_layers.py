@@ -7,8 +7,8 @@ import pytest
 from flax import nnx
 
 from fluxbatch.models.clip import ClipConfig, ClipTextEncoder
-from fluxbatch.models.flux import Flux, FluxConfig
-from fluxbatch.models.layers import Conv
+from fluxbatch.models.flux import Flux, FluxConfig, rope_table, rotate, rotated_by_halves, rotated_by_product
+from fluxbatch.models.layers import Conv, Linear, from_heads, side_by_side, transposed
 from fluxbatch.models.t5 import T5Config, T5Encoder
 from fluxbatch.models.vae import Decoder, VaeConfig
 
@@ -42,6 +42,32 @@ def test_convolution_of_doubled_pixels():
     half = np.asarray(module.of_doubled(x.astype(jnp.bfloat16)), np.float64)
     usual = np.asarray(module(x.astype(jnp.bfloat16).repeat(2, axis=1).repeat(2, axis=2)), np.float64)
     assert np.sqrt(np.mean((half - expected) ** 2)) < 1.2 * np.sqrt(np.mean((usual - expected) ** 2))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_what_a_tpu_does_in_its_own_way_is_the_same(dtype):
+    """Bit by bit: its exchange of halves is exact, and nothing else differs."""
+    x = jax.random.normal(jax.random.key(2), (2, 3, 23, 128)).astype(dtype)
+    rope = rope_table(3, 4, 5, (16, 56, 56))
+    expected = rotated_by_halves(x, *rope)
+    turned = np.asarray(x, np.float64)[..., :64] + 1j * np.asarray(x, np.float64)[..., 64:]
+    turned = turned * (rope[0] + 1j * rope[1])
+    turned = np.concatenate([turned.real, turned.imag], -1)
+    rounding = (0 if dtype == jnp.float32 else 2**-8) * np.abs(turned)  # half a unit in the last place, at most
+    assert np.all(np.abs(turned - np.asarray(expected, np.float64)) <= rounding + 1e-6)
+    assert np.array_equal(rotated_by_product(x, *rope), expected) and np.array_equal(rotate(x, rope), expected)
+    assert np.array_equal(side_by_side(x), transposed(x)) and np.array_equal(from_heads(x), transposed(x))
+
+
+def test_a_bias_is_added_in_float32():
+    """As near to the sum in float64 as bfloat16 can be, and a product that XLA:GPU gives no epilogue."""
+    y, bias = (jax.random.normal(jax.random.key(i), (512,)) for i in range(2))
+    linear = Linear(1, 512, (None, None), rngs=nnx.Rngs(0))
+    linear.kernel[...], linear.bias[...] = y[:, None], bias
+    half = np.asarray(linear(jnp.ones((1, 1), jnp.bfloat16))[0], np.float64)
+    exact = np.asarray(y.astype(jnp.bfloat16), np.float64) + np.asarray(bias, np.float64)
+    assert np.abs(half - exact).max() <= 2**-8 * np.abs(exact).max()
+    assert np.array_equal(half, np.asarray(jnp.asarray(exact, jnp.float32).astype(jnp.bfloat16), np.float64))
 
 
 MODELS = {

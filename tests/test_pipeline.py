@@ -21,7 +21,7 @@ FLUX = FluxConfig(16, 16, 2, 3, 4, 16, 24, 16, True, (4, 6, 6))
 class Loaded:
     """A network whose weights are there."""
 
-    missing = 0
+    missing, here = 0, True
 
     def __init__(self, module):
         self._parts = nnx.split(module)

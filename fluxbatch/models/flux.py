@@ -84,9 +84,22 @@ def rope_table(text_len: int, rows: int, cols: int, axes: tuple[int, ...]) -> tu
 def rotate(x: Array, rope: tuple[Array, Array]) -> Array:
     """Rotates ``[B, H, L, K]`` by the angles of each token, in float32: its halves are the pairs' first and
     second numbers."""
-    cos, sin = rope
+    return jax.lax.platform_dependent(x, *rope, tpu=rotated_by_product, default=rotated_by_halves)
+
+
+def rotated_by_halves(x: Array, cos: Array, sin: Array) -> Array:
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def rotated_by_product(x: Array, cos: Array, sin: Array) -> Array:
+    """The same for a TPU, whose vectors are as wide as both halves: it cuts and joins them in memory, and exchanges them
+    without leaving the chip where that is a product with a permutation, which is exact."""
+    width = x.shape[-1]
+    swap = jnp.asarray(np.roll(np.eye(width), width // 2, 0), x.dtype)
+    swapped = jax.lax.dot_general(x, swap, (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+    cos, sin = jnp.concatenate([cos, cos], -1), jnp.concatenate([-sin, sin], -1)
+    return (x.astype(jnp.float32) * cos + swapped * sin).astype(x.dtype)
 
 
 def modulate(x: Array, shift: Array, scale: Array) -> Array:

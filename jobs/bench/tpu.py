@@ -74,6 +74,7 @@ def bytes_of(shape: str) -> int:
 def one_step(hlo: str) -> tuple[int, collections.Counter[str]]:
     """Cycles of one turn of the loop over steps, and bytes by kind of collective."""
     computations: dict[str, list[str]] = {}
+    body: list[str] = []  # what stands before the first
     for line in hlo.splitlines():
         if head := re.match(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$", line):
             body = computations[head[1]] = []
