@@ -1,0 +1,235 @@
+"""One denoising step of FLUX.1 on hardware that is not here, as its compiler has it. Nothing runs.
+
+    python jobs/bench/static.py v6e-4 --sharding ddp fsdp     # needs fluxbatch[tpu]; a minute and two
+    python jobs/bench/static.py h100 --images 1 8             # needs jax[cuda12]; 15 seconds
+
+TPU: milliseconds are the sum of the cycles that libtpu writes beside each instruction, an estimate. It writes none beside
+Splash, whose FLOPs are counted at half the peak, and none beside waits for collectives. Synchronous collectives are those
+that nothing is computed beside.
+
+GPU: XLA times no kernel that it cannot run, so this is the memory traffic of those that are neither products nor attention,
+which a step pays for beside them, and how long it takes at the memory's full speed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import math
+import os
+import re
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from fluxbatch import aot
+
+os.environ.update(aot.ENVIRONMENT)
+
+import jax
+from flax import nnx
+from omegaconf import OmegaConf
+
+from fluxbatch import chips, flops
+from fluxbatch.dist.hosts import tell_compiler
+from fluxbatch.dist.mesh import AXES, Layout, open_mesh
+from fluxbatch.models import attention
+from fluxbatch.models.flux import Flux, FluxConfig
+from fluxbatch.models.vae import Decoder, VaeConfig
+from fluxbatch.pipeline import Pipeline, Watcher
+from fluxbatch.types import UserError
+from fluxbatch.weights.load import Plan
+from fluxbatch.weights.network import Network
+
+jax.config.update("jax_platforms", "cpu")  # what is not here must not be looked for
+CONF = Path(__file__).parents[2] / "conf"
+DEV = FluxConfig(64, 64, 19, 38, 24, 128, 4096, 768, True, (16, 56, 56))
+VAE = VaeConfig(16, (128, 256, 512, 512), 2, 32, 0.3611, 0.1159, True, False, False)
+MXU = {"v4": 262144, "v5e": 131072, "v5p": 262144, "v6e": 524288}  # FLOPs of a cycle
+COLLECTIVE = r"all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
+SIZES = {"bf16": 2, "f32": 4, "s32": 4, "u32": 4, "pred": 1, "u8": 1, "s8": 1}
+BANDWIDTH = 3.35e12  # bytes a second of the H100's memory
+# What XLA must know of a GPU to compile for it
+H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
+  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: 84942979072
+  shared_memory_per_block_optin: 232448 cuda_compute_capability { major: 9 minor: 0 }
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}
+platform_name: "CUDA" dnn_version_info { major: 9 minor: 10 } runtime_version { major: 12 minor: 9 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+
+
+def devices(target: chips.Target) -> list[jax.Device]:
+    if target.platform == "tpu":
+        return aot.devices(target)
+    if target.chip is None or target.chip.name != "h100":
+        sys.exit(f"static.py: {target.name}: expected a TPU slice or h100, h100-2, …")
+    from jax.experimental import topologies
+
+    return list(topologies.get_topology_desc(platform="cuda", topology_name="", target_config=H100, topology=f"1x1x{target.chips}").devices)
+
+
+def compiled(target: chips.Target, sharding: str, side: int, text: int, images: int) -> jax.stages.Compiled:
+    """The program that denoises, of a run with ``images`` on each chip."""
+    found = devices(target)
+    choice = OmegaConf.load(CONF / "sharding" / f"{sharding}.yaml")
+    choice = choice.get("sharding", choice)
+    axes = [choice.get(f"ici_{axis}_parallelism", 1) for axis in AXES]
+    mesh = open_mesh(axes, (1, 1), found)
+    layout = Layout(mesh if mesh.size > 1 else None)
+    attend = attention.by_name("auto", target.platform, "bfloat16", None, found[0].device_kind)
+
+    def network(module: nnx.Module) -> Network:
+        graph, state = nnx.split(module)
+        return Network(Plan(None, graph, state, {}), mesh, "bfloat16", {})
+
+    networks = {"flux": network(Flux(DEV, rngs=None, attention=layout.attention(attend), layout=layout)), "vae": network(Decoder(VAE, rngs=None, layout=layout))}
+    pipeline = Pipeline(networks, DEV, VAE, mesh, "bfloat16", None, Watcher())
+    ways = math.prod(mesh.shape[axis] for axis in ("data", "fsdp"))
+    programs = pipeline.programs(images * ways, (77, text), side, side, ("denoise",))
+    return next(lowered for name, lowered in programs if name == "denoise").compile()
+
+
+def bytes_of(shape: str) -> int:
+    return sum(SIZES.get(kind, 2) * math.prod(map(int, dims.split(",") if dims else ())) for kind, dims in re.findall(r"(\w+)\[([\d,]*)\]", shape))
+
+
+def computations(hlo: str) -> tuple[dict[str, list[str]], str]:
+    """The lines of each computation, and the name of the one that is called from outside."""
+    found: dict[str, list[str]] = {}
+    body: list[str] = []  # what stands before the first
+    for line in hlo.splitlines():
+        if head := re.match(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$", line):
+            body = found[head[1]] = []
+        elif " = " in line:
+            body.append(line)
+    return found, re.search(r"^ENTRY %?([\w.\-]+)", hlo, re.MULTILINE)[1]
+
+
+def parsed(line: str) -> tuple[str, str, str, str]:
+    """An instruction's name, shape, operation and operands."""
+    found = re.match(r"\s*(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*?)\)", line)
+    return found.groups() if found else ("", "", "", "")
+
+
+def called(line: str, what: str) -> str:
+    found = re.search(rf"(?:{what})=%?([\w.\-]+)", line)
+    return found[1] if found else ""
+
+
+def one_step(hlo: str) -> tuple[int, collections.Counter[str]]:
+    """TPU: cycles of one turn of the loop over steps, and bytes by kind of collective."""
+    bodies, entry = computations(hlo)
+
+    def cost(name: str) -> tuple[int, collections.Counter[str]]:
+        cycles, moved = 0, collections.Counter()
+        for line in bodies.get(name, ()):
+            own, shape, op, _ = parsed(line)
+            if op == "while":
+                inner, more = cost(called(line, "body"))
+                until = "\n".join(bodies[called(line, "condition")])
+                turns = int((re.search(r"constant\((\d+)\)", until) or ("", 1))[1])  # of the loop over steps it is data: one
+                cycles += turns * inner
+                moved.update({kind: turns * size for kind, size in more.items()})
+                continue
+            if op in ("call", "async-start") and (body := called(line, "to_apply|calls")):
+                inner, more = cost(body)
+                cycles += inner if op == "call" else 0
+                moved.update(more if op == "call" else {kind.replace("synchronous", "asynchronous"): size for kind, size in more.items()})
+                continue
+            if found := re.search(r'"estimated_cycles":"(\d+)"', line):
+                cycles += int(found[1])
+            if kind := re.match(COLLECTIVE, op):
+                start = op.endswith("-start")
+                if not op.endswith("-done"):
+                    moved[f"{kind[0]}, {'asynchronous' if start else 'synchronous'}"] += bytes_of(shape) // (2 if start else 1)
+            elif own.startswith("async-collective-done"):  # in parts, each fused with some computation
+                moved["all-gather, asynchronous"] += bytes_of(shape)
+        return cycles, moved
+
+    return cost(entry)
+
+
+def traffic(hlo: str) -> collections.Counter[str]:
+    """GPU: bytes that the kernels of one turn of the loop over steps read and write, by what they are."""
+    bodies, entry = computations(hlo)
+    shapes = {parsed(line)[0]: parsed(line)[1] for body in bodies.values() for line in body}
+    free = ("parameter", "get-tuple-element", "tuple", "bitcast", "constant", "")
+
+    def kind(line: str) -> str:
+        inside = [line, *bodies.get(called(line, "calls"), ())]
+        if any("__cudnn$fmha" in text for text in inside):
+            return "attention"
+        if any(" dot(" in text or "__cublas" in text for text in inside):
+            return "products"
+        return "weights copied" if all(parsed(text)[2] in (*free, "dynamic-slice") for text in inside[1:]) and len(inside) > 1 else "others"
+
+    def walk(name: str, turns: int, depth: int) -> collections.Counter[str]:
+        moved: collections.Counter[str] = collections.Counter()
+        for line in bodies[name]:
+            _, shape, op, operands = parsed(line)
+            if op == "while":
+                count = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
+                moved.update(walk(called(line, "body"), turns * int(count[1] if count else 1), depth + 1))
+            elif op == "call":
+                moved.update(walk(called(line, "to_apply"), turns, depth))
+            elif depth and op not in free and not op.endswith("-done"):
+                what = kind(line)
+                written = bytes_of(re.sub(r"^\(\(.*?\), ", "", shape) if op.endswith("-start") else shape)
+                read = sum(bytes_of(shapes.get(operand, "")) for operand in re.findall(r"%([\w.\-]+)", operands))
+                moved[what] += turns * (2 * written if what == "weights copied" else written + read)
+        return moved
+
+    return walk(entry, 1, 0)
+
+
+def report(target: chips.Target, program: jax.stages.Compiled, side: int, text: int, images: int) -> tuple[str, list[str]]:
+    """The step in a few words, and lines below it."""
+    if target.platform == "gpu":
+        moved = traffic(program.as_text())
+        beside = moved["weights copied"] + moved["others"]
+        return f"{beside / 1e9:.0f} GB moved beside products and attention ({beside / BANDWIDTH * 1e3:.0f} ms)", [
+            f"{kind}: {moved[kind] / 1e9:.1f} GB" for kind in ("weights copied", "others")]  # fmt: skip
+    cycles, collectives = one_step(program.as_text())
+    hertz = target.chip.peak * 1e12 / MXU[target.chip.name]
+    splash = 2 * images * flops.flux_attention(DEV, (side // 16) ** 2, text) / target.chip.peak / 1e12
+    said = f"{(cycles / hertz + splash) * 1e3:.0f} ms a step ({splash * 1e3:.0f} of them Splash)"
+    return said, [f"{kind}: {size / 2**30:.2f} GiB a step" for kind, size in sorted(collectives.items())]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("target")
+    parser.add_argument("--sharding", nargs="+", default=["ddp"])
+    parser.add_argument("--side", type=int, default=1024)
+    parser.add_argument("--text", type=int, default=512)
+    parser.add_argument("--images", type=int, nargs="+", default=[1], help="a chip")
+    parser.add_argument("--save", help="directory for the compiled text")
+    args = parser.parse_args()
+    try:
+        target = chips.target(args.target)
+    except UserError as error:
+        sys.exit(f"static.py: {error}")
+    hardware = OmegaConf.load(CONF / "hardware/auto.yaml")
+    tell_compiler(hardware.xla_flags, hardware.libtpu_init_args)
+    for sharding in args.sharding:
+        for images in args.images:
+            start = time.monotonic()
+            program = compiled(target, sharding, args.side, args.text, images)
+            if args.save:
+                Path(args.save, f"{target.name}-{sharding}-{images}.txt").write_text(program.as_text())
+            found, seconds = program.memory_analysis(), time.monotonic() - start
+            said, lines = report(target, program, args.side, args.text, images)
+            print(f"{target.name} {sharding}, {images} at once a chip: {said}, {found.argument_size_in_bytes / 2**30:.2f} GiB of arguments, "
+                  f"{found.temp_size_in_bytes / 2**30:.2f} GiB temporary; compiled in {seconds:.0f} s", *lines, sep="\n    ", flush=True)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""What jobs/bench/static.py reads out of a compiled program."""
+
+import importlib.util
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+SCRIPT = ROOT / "jobs" / "bench" / "static.py"
+
+TPU = """HloModule jit__denoise
+FileNames
+1 "a = b.py"
+
+%gather (p: bf16[1,8]) -> bf16[1,32] {
+  %p = bf16[1,8]{1,0} parameter(0)
+  ROOT %all-gather.9 = bf16[1,32]{1,0} all-gather(%p), dimensions={1}
+}
+
+%layers (arg: (s32[], bf16[4,8])) -> (s32[], bf16[4,8]) {
+  %arg = (s32[], bf16[4,8]{1,0}) parameter(0)
+  %all-gather.1 = bf16[1,32]{1,0} all-gather(%x), dimensions={1}
+  %async-collective-start.1 = (bf16[1,8]{1,0}, bf16[1,64]{1,0}) fusion(%x), kind=kCustom, calls=%gather
+  %fusion.1 = bf16[4,8]{1,0} fusion(%x), kind=kLoop, backend_config={"estimated_cycles":"100"}
+  ROOT %async-collective-done.1 = bf16[1,64]{1,0} fusion(%x), kind=kCustom, backend_config={"estimated_cycles":"11"}
+}
+
+%few (arg: (s32[], bf16[4,8])) -> pred[] {
+  %constant.1 = s32[] constant(19)
+  ROOT %less = pred[] compare(%i, %constant.1), direction=LT
+}
+
+%steps (arg: (s32[], bf16[4,8])) -> (s32[], bf16[4,8]) {
+  %while.1 = (s32[], bf16[4,8]{1,0}) while(%init), condition=%few, body=%layers
+  %reduce = f32[4]{0} reduce(%y), backend_config={"estimated_cycles":"7"}
+}
+
+%until (arg: (s32[], bf16[4,8])) -> pred[] {
+  ROOT %less.1 = pred[] compare(%i, %turns), direction=LT
+}
+
+ENTRY %main (a: bf16[4,8]) -> bf16[4,8] {
+  %while.2 = (s32[], bf16[4,8]{1,0}) while(%init), condition=%until, body=%steps
+}
+"""
+
+GPU = """HloModule jit__denoise
+
+%product (p0: bf16[19,16,8], p1: s32[], p2: bf16[4,8]) -> (bf16[4,16], s8[64]) {
+  %slice.1 = bf16[1,16,8]{2,1,0} dynamic-slice(%p0, %p1), dynamic_slice_sizes={1,16,8}
+  ROOT %gemm = (bf16[4,16]{1,0}, s8[64]{0}) custom-call(%slice.1, %p2), custom_call_target="__cublas$lt$matmul"
+}
+
+%cut (p0.1: bf16[19,16,8], p1.1: s32[]) -> bf16[1,16,8] {
+  %p0.1 = bf16[19,16,8]{2,1,0} parameter(0)
+  %p1.1 = s32[] parameter(1)
+  ROOT %slice.2 = bf16[1,16,8]{2,1,0} dynamic-slice(%p0.1, %p1.1), dynamic_slice_sizes={1,16,8}
+}
+
+%sum (p0.2: bf16[4,16], p1.2: bf16[16]) -> bf16[4,16] {
+  ROOT %add = bf16[4,16]{1,0} add(%p0.2, %p1.2)
+}
+
+%layers (arg: (s32[], bf16[19,16,8])) -> (s32[], bf16[19,16,8]) {
+  %x = bf16[4,8]{1,0} get-tuple-element(%arg), index=1
+  %w = bf16[19,16,8]{2,1,0} get-tuple-element(%arg), index=2
+  %i = s32[] get-tuple-element(%arg), index=0
+  %fusion.1 = (bf16[4,16]{1,0}, s8[64]{0}) fusion(%w, %i, %x), kind=kCustom, calls=%product
+  %fusion-start.1 = ((bf16[19,16,8]{2,1,0}, s32[]), bf16[1,16,8]{2,1,0}, u32[]) fusion-start(%w, %i), kind=kLoop, calls=%cut
+  %fusion-done.1 = bf16[1,16,8]{2,1,0} fusion-done(%fusion-start.1)
+  %y = bf16[4,16]{1,0} get-tuple-element(%fusion.1), index=0
+  %b = bf16[16]{0} get-tuple-element(%arg), index=3
+  %fusion.2 = bf16[4,16]{1,0} fusion(%y, %b), kind=kLoop, calls=%sum
+  %attend = (bf16[1,4,16]{2,1,0}, u8[0]{0}) custom-call(%fusion.2), custom_call_target="__cudnn$fmhaSoftmax"
+}
+
+%steps (arg: (s32[], bf16[4,8])) -> (s32[], bf16[4,8]) {
+  %while.1 = (s32[], bf16[19,16,8]{2,1,0}) while(%init), condition=%few, body=%layers, backend_config={"known_trip_count":{"n":"19"}}
+}
+
+ENTRY %main (a: bf16[4,8]) -> bf16[4,8] {
+  %while.2 = (s32[], bf16[4,8]{1,0}) while(%init), condition=%until, body=%steps
+  %copy = bf16[4,8]{1,0} copy(%a)
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def static():
+    spec = importlib.util.spec_from_file_location("static", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.environ", {})
+        spec.loader.exec_module(module)
+    return module
+
+
+def test_cycles_and_collectives_of_a_step(static):
+    cycles, moved = static.one_step(TPU)
+    assert cycles == 19 * 111 + 7
+    assert moved == {"all-gather, synchronous": 19 * 64, "all-gather, asynchronous": 19 * 128}
+
+
+def test_bytes_that_a_step_moves(static):
+    moved = static.traffic(GPU)
+    assert moved["weights copied"] == 19 * 2 * (2 * 16 * 8 + 4)  # read and written, with the event beside them
+    assert moved["others"] == 19 * (2 * 64 + 2 * 64 + 2 * 16)
+    assert moved["attention"] == 19 * 2 * 2 * 64 and moved["products"] > 0
+
+
+@pytest.mark.parametrize("target,words", [("l4", "expected a TPU slice or h100"), ("h300", "target=h300")])
+def test_what_it_does_not_know_is_one_line(target, words):
+    done = subprocess.run([sys.executable, SCRIPT, target], capture_output=True, text=True)
+    assert done.returncode and words in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_an_h100_that_is_not_here():
+    pytest.importorskip("jax_plugins.xla_cuda12", reason="needs jax[cuda12]")
+    done = subprocess.run([sys.executable, SCRIPT, "h100", "--side", "256"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "weights copied: 0.0 GB" in done.stdout
