@@ -7,18 +7,14 @@ import json
 import random
 import threading
 import time
-from collections import Counter
-
-import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import plain
+import pytest
+
 from fluxbatch.io import ledger as module
 from fluxbatch.io.images import decode, encode, pixel_sha256
 from fluxbatch.io.ledger import Ledger, row_key, write_status
 from fluxbatch.io.match import decisive
-from fluxbatch.io.names import Namer
 from fluxbatch.io.storage import NotFound, StorageError, check_name
 from fluxbatch.types import Reject, UserError
 
@@ -410,198 +406,6 @@ def test_a_damaged_record_is_named_with_its_line():
     store.objects[".fluxbatch/job.json"] = b"{"
     with pytest.raises(UserError, match="job.json: not a JSON object"):
         open_ledger(store)
-
-
-# --- any instant may be the last -----------------------------------------------------------
-
-
-def states_are_sound(store):
-    """What must hold at every instant: no record without its whole image."""
-    for name, data in store.objects.items():
-        if "/records/" in name or name == "metadata.jsonl":
-            for line in map(json.loads, data.splitlines()):
-                assert line["file_name"] in store.objects, f"{name}: record without its image"
-                assert pixel_sha256(decode(store.objects[line["file_name"]])) == line["sha256"]
-
-
-def operations(start, **options):
-    """How many operations ``start`` takes when nothing goes wrong."""
-    store = MemoryStore()
-    start(store, **options)
-    return store.operations
-
-
-def test_killed_at_every_instant_and_resumed():
-    rows = [plain.row(k) for k in range(8)]
-    for instant in range(operations(lambda store: run(store, rows, batch_size=2))):
-        store = MemoryStore(die_after=instant)
-        with pytest.raises(Killed):
-            run(store, rows, batch_size=2)
-        states_are_sound(store)
-        recorded = {line["id"] for n, d in store.objects.items() if "/records/" in n for line in map(json.loads, d.splitlines())}
-        images = [name for name in store.objects if name.endswith(".png")]
-        assert len(images) - len(recorded) <= 2, "more than one batch to make again"
-        again = MemoryStore(store.objects)
-        todo, _ = assign(open_ledger(again), rows)
-        assert {row.id for row in todo} == {row.id for row in rows} - recorded
-        run(again, rows, batch_size=3)
-        check(again, rows)
-
-
-def test_killed_at_every_instant_of_a_resume():
-    rows = [plain.row(k) for k in range(6)]
-    begun = MemoryStore()
-    run(begun, rows, batch_size=1, batches=3)
-    counted = MemoryStore(dict(begun.objects))
-    run(counted, rows, batch_size=2)
-    for instant in range(counted.operations):
-        store = MemoryStore(dict(begun.objects), die_after=instant)
-        with pytest.raises(Killed):
-            run(store, rows, batch_size=2)
-        states_are_sound(store)
-        again = MemoryStore(store.objects)
-        run(again, rows)
-        check(again, rows)
-
-
-@pytest.mark.parametrize("what", ["row", "configuration"])
-def test_killed_at_every_instant_of_an_overwrite(what):
-    rows = [plain.row(k) for k in range(5)]
-    facts = FACTS
-    changed = rows
-    if what == "row":
-        changed = [*rows[:2], dataclasses.replace(rows[2], seed=1, prompt="new"), *rows[3:]]
-    else:
-        facts = {**FACTS, "model_digest": "abd"}
-    begun = MemoryStore()
-    run(begun, rows)
-    counted = MemoryStore(dict(begun.objects))
-    run(counted, changed, facts=facts, overwrite=True)
-    for instant in range(counted.operations):
-        store = MemoryStore(dict(begun.objects), die_after=instant)
-        with pytest.raises(Killed):
-            run(store, changed, facts=facts, overwrite=True)
-        states_are_sound(store)
-        again = MemoryStore(store.objects)
-        run(again, changed, facts=facts, overwrite=True)
-        check(again, changed)
-
-
-# --- several processes ---------------------------------------------------------------------
-
-
-def test_processes_write_into_one_ledger_without_asking_each_other():
-    rows = [plain.row(k) for k in range(60)]
-    store = MemoryStore()
-    tallies = []
-
-    def replica(part):
-        ledger = open_ledger(store)
-        todo, names = assign(ledger, rows)
-        mine = [row for row in todo if row.index % 3 == part]
-        for start in range(0, len(mine), 2):
-            produce(store, ledger, mine[start : start + 2], names)
-            if start % 8 == 6:
-                ledger.compact()
-        tallies.append(ledger.merge())
-
-    for _ in range(5):
-        store.objects.clear()
-        threads = [threading.Thread(target=replica, args=(part,)) for part in range(3)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        check(store, rows)
-        assert min(tally.left for tally in tallies[-3:]) == 0  # whoever merged last, whenever it was noted
-
-
-def test_a_merge_sees_what_is_committed_while_it_works():
-    rows = [plain.row(k) for k in range(4)]
-
-    class Busy(MemoryStore):
-        """Another process commits its batch, and compacts, while metadata.jsonl is written."""
-
-        other = None
-
-        def write(self, name, data, **options):
-            if name == "metadata.jsonl" and self.other:
-                other, self.other = self.other, None
-                other()
-            return super().write(name, data, **options)
-
-    store = Busy()
-    first, second = open_ledger(store), open_ledger(store)
-    _, names = assign(first, rows)
-    assign(second, rows)
-    produce(store, first, rows[:2], names)
-    store.other = lambda: (
-        produce(store, second, rows[2:3], names),
-        produce(store, second, rows[3:], names),
-        second.compact(),
-    )
-    assert first.merge().done == 4
-    check(store, rows)
-
-
-def test_two_processes_with_one_writer_id_are_noticed():
-    store = MemoryStore()
-    ledgers = [Ledger(store, FACTS, writer_id="same") for _ in range(2)]
-    ledgers[0].commit([record(ledgers[0], plain.row(0), "a.png")])
-    with pytest.raises(StorageError, match="two processes have one writer id"):
-        ledgers[1].commit([record(ledgers[1], plain.row(1), "b.png")])
-    with pytest.raises(ValueError, match="writer_id"):
-        Ledger(store, FACTS, writer_id="../x")
-
-
-# --- file names ----------------------------------------------------------------------------
-
-
-def names_of(template, rows, taken=()):
-    return Namer(template, ".png").assign(rows, taken)
-
-
-def test_templates():
-    row = plain.row(7, id="cat", seed=5)
-    for template, name in (
-        ("flux_{i}", "flux_7.png"),
-        ("flux_{i:05d}.png", "flux_00007.png"),
-        ("{id}", "cat.png"),
-        ("{seed}/{id}-{i}", "5/cat-7.png"),
-        ("plain", "plain.png"),
-    ):
-        assert names_of(template, [row]) == {7: name}
-
-
-@pytest.mark.parametrize(
-    "template",
-    ["../{i}", "/tmp/{i}", "{i}/../../x", "{x}", "{i.real}", "{id[0]}", "{}", "{i", "{i:{seed}}", ".{i}", "a/.b/{i}", "a\\{i}", "{i!r:>0}{q}", "{i:q}", "a\n{i}"],
-)
-def test_templates_cannot_leave_the_output_place(template):
-    with pytest.raises(UserError, match=r"output.filename: got .*expected a file name with \{i\}, \{id\} or \{seed\}"):
-        Namer(template, ".png")
-
-
-def test_no_name_is_given_twice():
-    rows = [plain.row(0, id="Cat", seed=1), plain.row(1, id="cat", seed=1), plain.row(2, id="contact_sheet", seed=1)]
-    assert names_of("{id}", rows) == {0: "Cat.png", 1: "cat_1.png", 2: "contact_sheet_1.png"}
-    assert names_of("{seed}", rows) == {0: "1.png", 1: "1_1.png", 2: "1_2.png"}
-    assert names_of("flux_{i}", rows, ["flux_1.png", "flux_3.png"]) == {0: "flux_0.png", 2: "flux_2.png", 1: "flux_4.png"}
-
-
-@settings(max_examples=200, deadline=None)
-@given(
-    st.permutations(range(8)), st.sets(st.integers(0, 12)), st.sets(st.integers(0, 7)), st.sampled_from(["f_{i}", "{seed}"])
-)
-def test_names_do_not_change_while_rows_get_done(order, taken, done, template):
-    rows = [plain.row(k, seed=k % 3) for k in order]
-    taken = [template.format(i=k, seed=k % 3) + ".png" for k in taken]
-    names = names_of(template, rows, taken)
-    assert len({*names.values(), *taken}) == 8 + len({*taken})
-    left = [row for row in rows if row.index not in done]
-    assert names_of(template, sorted(rows, key=lambda row: row.index), taken) == names
-    later = names_of(template, left, [*taken, *(names[k] for k in done)])
-    assert later == {row.index: names[row.index] for row in left}
 
 
 # --- and ------------------------------------------------------------------------------------

@@ -23,7 +23,8 @@ from fluxbatch.io.images import EXTENSIONS, decode, pixel_sha256
 from fluxbatch.io.ledger import Ledger
 from fluxbatch.io.storage import LocalStore, StorageError, open_store
 from fluxbatch.writer import TooManyFailures, Writer
-from test_ledger import Killed, MemoryStore, check, states_are_sound
+from test_ledger import Killed, MemoryStore, check
+from test_ledger_killed import states_are_sound
 
 FACTS = {
     "model": "flux-mini",

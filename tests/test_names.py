@@ -1,0 +1,57 @@
+"""File names by template: each row its own, and the same at every start."""
+
+from __future__ import annotations
+
+import plain
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fluxbatch.io.names import Namer
+from fluxbatch.types import UserError
+
+def names_of(template, rows, taken=()):
+    return Namer(template, ".png").assign(rows, taken)
+
+
+def test_templates():
+    row = plain.row(7, id="cat", seed=5)
+    for template, name in (
+        ("flux_{i}", "flux_7.png"),
+        ("flux_{i:05d}.png", "flux_00007.png"),
+        ("{id}", "cat.png"),
+        ("{seed}/{id}-{i}", "5/cat-7.png"),
+        ("plain", "plain.png"),
+    ):
+        assert names_of(template, [row]) == {7: name}
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["../{i}", "/tmp/{i}", "{i}/../../x", "{x}", "{i.real}", "{id[0]}", "{}", "{i", "{i:{seed}}", ".{i}", "a/.b/{i}", "a\\{i}", "{i!r:>0}{q}", "{i:q}", "a\n{i}"],
+)
+def test_templates_cannot_leave_the_output_place(template):
+    with pytest.raises(UserError, match=r"output.filename: got .*expected a file name with \{i\}, \{id\} or \{seed\}"):
+        Namer(template, ".png")
+
+
+def test_no_name_is_given_twice():
+    rows = [plain.row(0, id="Cat", seed=1), plain.row(1, id="cat", seed=1), plain.row(2, id="contact_sheet", seed=1)]
+    assert names_of("{id}", rows) == {0: "Cat.png", 1: "cat_1.png", 2: "contact_sheet_1.png"}
+    assert names_of("{seed}", rows) == {0: "1.png", 1: "1_1.png", 2: "1_2.png"}
+    assert names_of("flux_{i}", rows, ["flux_1.png", "flux_3.png"]) == {0: "flux_0.png", 2: "flux_2.png", 1: "flux_4.png"}
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.permutations(range(8)), st.sets(st.integers(0, 12)), st.sets(st.integers(0, 7)), st.sampled_from(["f_{i}", "{seed}"])
+)
+def test_names_do_not_change_while_rows_get_done(order, taken, done, template):
+    rows = [plain.row(k, seed=k % 3) for k in order]
+    taken = [template.format(i=k, seed=k % 3) + ".png" for k in taken]
+    names = names_of(template, rows, taken)
+    assert len({*names.values(), *taken}) == 8 + len({*taken})
+    left = [row for row in rows if row.index not in done]
+    assert names_of(template, sorted(rows, key=lambda row: row.index), taken) == names
+    later = names_of(template, left, [*taken, *(names[k] for k in done)])
+    assert later == {row.index: names[row.index] for row in left}

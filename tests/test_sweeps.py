@@ -1,0 +1,106 @@
+"""Sweeps from the command line: each job its place, its name and its exit code."""
+
+import importlib
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_config import command, own  # noqa: F401
+
+from fluxbatch import cli
+from fluxbatch.config import Job
+from fluxbatch.types import Exit, UserError
+
+def test_a_sweep_gives_each_job_its_place(command, tmp_path):
+    jobs = command("-m", "manifest=a.jsonl", "seed=range(2)", "num_inference_steps=2,4", "run_name=grid", "output_dir=out")
+    assert [(job.output_dir, job.run_name) for job in jobs] == [("out", f"grid/{n}") for n in range(4)]
+    assert [job.sweep for job in jobs] == [
+        {"seed": seed, "sampler.num_inference_steps": steps} for seed in (0, 1) for steps in (2, 4)
+    ]
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert files == [tmp_path / "out/grid/multirun.yaml"]
+
+
+@pytest.mark.parametrize("rank", ["JAX_PROCESS_ID", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK"])
+def test_only_the_first_process_keeps_a_sweep_s_record(command, tmp_path, monkeypatch, rank):
+    words = ("-m", "manifest=a.jsonl", "seed=0,1", "run_name=grid", "output_dir=out")
+    cli._scratch.cache_clear()
+    monkeypatch.setenv(rank, "1")
+    assert [job.run_name for job in command(*words)] == ["grid/0", "grid/1"]
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setenv(rank, "0")
+    command(*words)
+    assert (tmp_path / "out/grid/multirun.yaml").exists()
+
+
+@pytest.mark.slow
+def test_a_sweep_by_joblib(tmp_path):
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    golden = Path(__file__).parent / "golden"
+    words = [f"pretrained_model_name_or_path={golden / 'dev'}", "max_sequence_length=24", "resolution=16", "hardware=cpu", "prompt=a fox",
+             f"output_dir={tmp_path}", "run_name=s", f"jax_cache_dir={tmp_path / 'xla'}", f"text_cache_dir={tmp_path / 'text'}"]  # fmt: skip
+    command = [sys.executable, "-m", "fluxbatch.run", "-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "seed=0,1", *words]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    records = [json.loads((tmp_path / f"s/{n}/metadata.jsonl").read_text()) for n in range(2)]
+    assert [record["seed"] for record in records] == [0, 1]
+
+
+def test_what_sweeps(command, own):
+    jobs = command("-m", own, "prompt='a, b','c'", "lora=anime,[anime,realistic]")
+    assert [job.prompt for job in jobs] == ["a, b", "a, b", "c", "c"]
+    assert jobs[1].sweep == {"prompt": "a, b", "lora": ["anime", "realistic"]}
+    jobs = command("-m", "prompt=a, b", "pretrained_model_name_or_path=/a (b),gs://c", "attention=choice(flash)")
+    assert [job.model.pretrained_model_name_or_path for job in jobs] == ["/a (b)", "gs://c"]
+    assert [job.prompt for job in jobs] == ["a, b", "a, b"]
+    assert jobs[1].sweep == {"model.pretrained_model_name_or_path": "gs://c", "hardware.attention": "flash"}
+
+
+def test_sweeps_are_named_by_their_content(command):
+    def place(*words):
+        return {job.run_name.rpartition("/")[0] for job in command("-m", "prompt=x", *words)}
+
+    first = place("seed=0,1")
+    assert first == place("seed=0,1") == place("seed=0,1", "overwrite=true") and len(first) == 1
+    assert first != place("seed=0,2")
+
+
+def test_a_sweep_s_exit_code_is_its_worst(command):
+    codes = {0: 0, 1: 3, 2: 2, 3: 75, 4: 0}
+    ran = []
+
+    def task(job):
+        ran.append(job.seed)
+        if job.seed == 2:
+            raise UserError("rows.jsonl:1: bad")
+        return codes[job.seed]
+
+    command("-m", "prompt=x", "seed=0,1", task=task, expect=3)
+    command("-m", "prompt=x", "seed=0,1,2", task=task, expect=2)
+    ran.clear()
+    command("-m", "prompt=x", "seed=2,3,4", task=task, expect=Exit.PREEMPTED)
+    assert ran == [2, 3]  # a preempted job takes the rest of the sweep with it
+
+
+def test_a_sweep_into_a_bucket_makes_no_directory_here(command, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    jobs = command("-m", "prompt=x", "seed=0,1", "output_dir=gs://bucket/out", "run_name=r")
+    assert [f"{job.output_dir}/{job.run_name}" for job in jobs] == ["gs://bucket/out/r/0", "gs://bucket/out/r/1"]
+    assert [p.name for p in tmp_path.iterdir()] == ["temporary"]
+
+
+def test_launchers_can_send_the_task_elsewhere():
+    task = cli._HydraTask(print, Job, True, frozenset({"seed"}))
+    assert pickle.loads(pickle.dumps(task)).fixed == {"seed"}
+
+
+@pytest.mark.parametrize("entry", ["run", "convert", "verify", "replay"])
+def test_help_is_of_the_command(monkeypatch, capsys, entry):
+    monkeypatch.setattr("sys.argv", ["fluxbatch", "--help"])
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module(f"fluxbatch.{entry}").main()
+    said = capsys.readouterr().out
+    assert not stop.value.code and said.count("Usage:") == said.count(f"Usage: python -m fluxbatch.{entry} ") == 1
