@@ -208,7 +208,7 @@ class SingleBlock(nnx.Module):
 
     def __call__(self, x: Array, mod: Array, rope, model: Flux) -> Array:
         shift, scale, gate = jnp.split(mod, 3, axis=-1)
-        y = modulate(x, shift, scale)
+        y = jax.lax.optimization_barrier(modulate(x, shift, scale))  # a TPU would make it anew in each of the products
         q, k, v = self.qkv(y, model.split_head_dim)
         attended = from_heads(model.attention(rotate(q, rope), rotate(k, rope), v))
         joined = model.layout.join([attended, gelu_tanh(self.mlp_in(y))], -1, "mlp")
