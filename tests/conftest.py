@@ -40,6 +40,14 @@ def images(folder: pathlib.Path) -> dict[str, np.ndarray]:
     return {record["id"]: pixels(folder / record["file_name"]) for record in metadata(folder)}
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_kept():
+    """No weights pass from a sweep in one test to another test."""
+    yield
+    if engine := sys.modules.get("fluxbatch.engine"):
+        engine._kept.clear()
+
+
 @pytest.fixture
 def golden() -> pathlib.Path:
     return GOLDEN

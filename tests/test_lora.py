@@ -17,7 +17,6 @@ from conftest import metadata
 from flax import nnx
 
 from fluxbatch import cli, text
-from fluxbatch import engine as engine_module
 from fluxbatch.dist import hosts
 from fluxbatch.engine import open_engine
 from fluxbatch.io.manifest import read_rows
@@ -242,8 +241,7 @@ def opened(golden, tmp_path, monkeypatch):
         engine = open_engine(job, hosts.start("cpu", None))
         return engine, engine.resolve(read_rows(job, multiple=engine.multiple)[0])
 
-    yield open_
-    engine_module._kept.clear()
+    return open_
 
 
 def draw(engine, pipeline, rows):
