@@ -31,7 +31,7 @@ from fluxbatch.weights.stream import StreamedFlux
 class Nothing:
     """Stands for the VAE: a step needs none."""
 
-    missing = 0
+    missing, here = 0, True
 
     def load(self, progress) -> None: ...
 
