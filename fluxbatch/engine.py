@@ -68,6 +68,13 @@ class Engine:
         tokens = height * width // self.multiple**2
         return steps * flops.flux_step(flux, tokens, self.tokenizers.max_sequence_length) + flops.vae_decode(vae, height, width)
 
+    def floor(self, row: Row) -> float | None:
+        """Seconds that this process's devices would take for the row's image at their peak; None where that is not known."""
+        if self.peak is None:
+            return None
+        share = len(self.mesh.local_devices) / self.mesh.size
+        return self.flops(row.height, row.width, row.num_inference_steps) / (self.peak * share)
+
     def resolve(self, rows: Sequence[Row]) -> list[Row]:
         """The rows, each with its mix of adapters; UserError for mixes that cannot be in one job."""
         rows = self.lora.resolve(rows)

@@ -66,7 +66,7 @@ def run(job: Job) -> int:
                     report.stage("generate"),
                     report.bar(len(todo), "images", "img") as bar,
                     Trace(store if job.profile and hosts.is_first() else None, report.say) as trace,
-                    Writer(store, ledger, job, facts=engine.record, on_image=lambda row, ok: bar.update()) as writer,
+                    Writer(store, ledger, job, facts=engine.record, floor=engine.floor, on_image=lambda row, ok: bar.update()) as writer,
                 ):
                     for shard in chain([first], shards):
                         states = text.encode(shard.rows, engine.tokenizers, pipeline, batch_size, texts)

@@ -36,6 +36,8 @@ class Writer:
     """Context manager around one run; leaving it waits for everything that was put.
 
     ``facts``: what a record says besides its row and its file (model, digests, dtypes, …).
+    ``floor``: the least seconds a row's image takes on this process's devices, where that is known: its record then
+    has the share of their peak (MFU) that it reached.
     ``retry``: makes a row again that came out non-finite → (uint8 [H, W, 3], finite).
     ``on_image``: called once for every row, with whether it has its image now; from a thread.
     """
@@ -47,6 +49,7 @@ class Writer:
         job: Job,
         *,
         facts: Mapping[str, Any],
+        floor: Callable[[Row], float | None] = lambda row: None,
         retry: Callable[[Row], tuple[np.ndarray, bool]] | None = None,
         on_image: Callable[[Row, bool], None] | None = None,
     ):
@@ -55,6 +58,7 @@ class Writer:
         self._output = job.output
         self._failures_that_end = 1 if job.on_error.name == "stop" else job.max_failures
         self._facts = dict(facts)
+        self._floor = floor
         self._retry = retry
         self._retrying = threading.Lock()  # it may need the device's memory: one row at a time
         self._on_image = on_image
@@ -184,7 +188,7 @@ class Writer:
 
     def _encode_and_write(self, record: Record, pixels: np.ndarray) -> None:
         # only what decides the pixels: the same image is then the same file, byte for byte
-        unstable = ("file_name", "index", "seconds", "created", "flags")
+        unstable = ("file_name", "index", "seconds", "mfu", "created", "flags")
         parameters = {key: value for key, value in record.items() if key not in unstable}
         data = encode(
             pixels,
@@ -198,6 +202,7 @@ class Writer:
             self.bytes += len(data)
 
     def _record(self, row: Row, name: str, pixels: np.ndarray, seconds: float) -> Record:
+        floor = self._floor(row)
         record = {
             "file_name": name,
             "id": row.id,
@@ -206,6 +211,7 @@ class Writer:
             **self._facts,
             "sha256": pixel_sha256(pixels),
             "seconds": round(seconds, 4),
+            **({"mfu": float(f"{floor / seconds:.3g}")} if floor and seconds else {}),
             "created": utc_now(),
             "flags": ["flat"] if is_flat(pixels) else [],
             "key": self._ledger.key(row),

@@ -20,7 +20,7 @@ from fluxbatch.models.clip import ClipConfig
 from fluxbatch.models.flux import Flux, FluxConfig
 from fluxbatch.models.t5 import T5Config
 from fluxbatch.models.vae import Decoder, VaeConfig
-from fluxbatch.types import UserError
+from fluxbatch.types import Row, UserError
 from fluxbatch.weights import load
 
 DEV = FluxConfig(64, 64, 19, 38, 24, 128, 4096, 768, True, (16, 56, 56))
@@ -171,6 +171,17 @@ def test_memory_against_the_compiler(side, images, text=32):
         assert phase.total == pytest.approx(phase.weights + needs[name].more, rel=0.1), name
     assert phases["encode"].weights == needs["encode"].held
     assert phases["decode"].weights == needs["denoise"].held + needs["decode"].held + modulators(engine)
+
+
+def test_floor_of_an_image(monkeypatch):
+    """At the peak of the devices that draw it, where that is known."""
+    row = Row(0, "0", "", "", 0, 128, 128, 4, 0.0)
+    engine = opened("flux-mini")[1]
+    assert engine.floor(row) is None  # a CPU
+    monkeypatch.setattr(chips, "of_kind", lambda kind: chips.CHIPS["h100"])
+    assert engine.floor(row) is None  # the table has bfloat16's peak, activations are float32
+    engine = opened("flux-mini", "activations_dtype=bfloat16")[1]
+    assert engine.floor(row) == engine.flops(128, 128, 4) / (chips.CHIPS["h100"].peak * 1e12)
 
 
 def modulators(engine):

@@ -115,6 +115,20 @@ def test_an_image_of_one_colour_is_kept_and_flagged(tmp_path):
     assert line["flags"] == ["flat"] and line["seconds"] == 0.25 and store.exists("a.png")
 
 
+def test_a_record_says_the_share_of_the_peak(tmp_path):
+    """Where the peak is known, and not in the picture's own file, which is the same however long it took."""
+    from PIL import Image
+
+    ledger = Ledger(open_store(str(tmp_path)), {}, writer_id="w")
+    floor = {0: 0.1, 1: None}
+    with Writer(open_store(str(tmp_path)), ledger, plain.job(), facts={}, floor=lambda row: floor[row.index]) as writer:
+        writer.put([plain.row(k) for k in floor], {0: "a.png", 1: "b.png"}, np.zeros((2, 8, 8, 3), np.uint8), [True] * 2, seconds=0.3)
+    known, unknown = ledger.records()
+    assert known["mfu"] == 0.333 and "mfu" not in unknown
+    with Image.open(tmp_path / "a.png") as image:
+        assert "mfu" not in json.loads(image.text["parameters"])
+
+
 # --- what goes wrong -----------------------------------------------------------------------
 
 
