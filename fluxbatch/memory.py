@@ -140,8 +140,7 @@ def denoise(engine: Engine, images: int, tokens: int, text: int, platform: str) 
     layer = 12 * d * d * weight // shape["tensor"]  # of a single block; a double one has twice that
     if platform == "cpu":  # cuts each layer from its stack
         return modulation + max(layer + 13 * width, 2 * layer + 6 * width)
-    block = layer * (2 if cfg.num_layers else 1)
-    gathered = block + block // shape["fsdp"] if shape["fsdp"] > 1 else 0  # whole, and the part of it that is passed on
+    gathered = layer + layer // 2 if shape["fsdp"] > 1 else 0  # three quarters of a double block: its MLPs come ahead
     return modulation + gathered + 2 * width + 6 * width // shape["tensor"]
 
 
