@@ -24,7 +24,7 @@ slow: $(VENV)/.test
 
 # What only the TPU's compiler can say, without a TPU
 tpu: $(VENV)/.tpu
-	PYTHONPATH=$(VENV)/libtpu $(PYTEST) -m slow -k tpu tests/test_attention.py tests/test_plan.py --durations=5
+	PYTHONPATH=$(VENV)/libtpu $(PYTEST) -m slow -k tpu tests/test_attention.py tests/test_plan.py tests/test_static.py --durations=5
 
 # The long form of the crash tests: 50 kills
 soak: $(VENV)/.test

@@ -27,7 +27,7 @@ from fluxbatch.types import UserError
 # libtpu looks for a TPU's metadata server and neighbours, and for itself in other processes.
 ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
                "TF_CPP_MIN_LOG_LEVEL": "3"}  # fmt: skip
-ASSIGNED = re.compile(r"^allocation \d+: size (\d+), preallocated-temp:", re.MULTILINE)  # others, with a color, lie on the chip
+ASSIGNED = re.compile(r"^allocation \d+: size (\d+),(?: page \d+,)? preallocated-temp:", re.MULTILINE)  # others, with a color, lie on the chip
 
 
 @dataclasses.dataclass(frozen=True)

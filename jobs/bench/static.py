@@ -130,8 +130,9 @@ def one_step(hlo: str) -> tuple[int, collections.Counter[str]]:
 
     def cost(name: str) -> tuple[int, collections.Counter[str]]:
         cycles, moved = 0, collections.Counter()
+        begun: dict[str, tuple[int, collections.Counter[str]]] = {}  # on the sparse cores: since which cycle, and what
         for line in bodies.get(name, ()):
-            own, shape, op, _ = parsed(line)
+            own, shape, op, operands = parsed(line)
             if op == "while":
                 inner, more = cost(called(line, "body"))
                 until = "\n".join(bodies[called(line, "condition")])
@@ -139,11 +140,19 @@ def one_step(hlo: str) -> tuple[int, collections.Counter[str]]:
                 cycles += turns * inner
                 moved.update({kind: turns * size for kind, size in more.items()})
                 continue
-            if op in ("call", "async-start") and (body := called(line, "to_apply|calls")):
+            if op in ("call", "call-start", "async-start") and (body := called(line, "to_apply|calls")):
                 inner, more = cost(body)
-                cycles += inner if op == "call" else 0
-                moved.update(more if op == "call" else {kind.replace("synchronous", "asynchronous"): size for kind, size in more.items()})
+                if op == "call":
+                    cycles += inner
+                    moved.update(more)
+                else:
+                    begun[own] = cycles, more
                 continue
+            if op == "call-update" and (start := operands.partition(",")[0].lstrip("%")) in begun:  # it has its operands only now
+                begun[own] = cycles, begun.pop(start)[1]
+            if op in ("call-done", "async-done") and (start := operands.lstrip("%")) in begun:
+                since, more = begun.pop(start)
+                moved.update({kind.replace("synchronous", "asynchronous") if cycles > since else kind: size for kind, size in more.items()})
             if found := re.search(r'"estimated_cycles":"(\d+)"', line):
                 cycles += int(found[1])
             if kind := re.match(COLLECTIVE, op):
