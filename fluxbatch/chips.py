@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from fluxbatch.dist.hosts import gpu_share
 from fluxbatch.types import UserError
 
 GIB = 1 << 30
@@ -28,6 +27,8 @@ class Chip:
     @property
     def limit(self) -> int:
         """Bytes that a program may use; of a GPU, JAX takes a part and keeps to it."""
+        from fluxbatch.dist.hosts import gpu_share  # with JAX, which the table's readers need not wait for
+
         share = gpu_share() if self.platform == "gpu" else 1.0
         return int(self.memory * share * GIB)
 

@@ -22,7 +22,7 @@ from typing import Any
 import yaml
 from hydra.core.hydra_config import HydraConfig
 
-from fluxbatch import cli
+from fluxbatch import chips, cli
 from fluxbatch.config import Job
 from fluxbatch.types import Exit, UserError
 
@@ -54,17 +54,25 @@ class Target:
     accelerator: str  # Kubernetes' label for the chip
     topology: str | None = None  # of a TPU slice
 
+    @classmethod
+    def of(cls, name: str, machine: str, accelerator: str) -> Target:
+        known = chips.target(name)
+        return cls(known.platform, known.hosts, known.chips // known.hosts, machine, accelerator, known.topology)
+
 
 TARGETS = {
-    "v6e-1": Target("tpu", 1, 1, "ct6e-standard-1t", "tpu-v6e-slice", "1x1"),
-    "v6e-4": Target("tpu", 1, 4, "ct6e-standard-4t", "tpu-v6e-slice", "2x2"),
-    "v6e-8": Target("tpu", 1, 8, "ct6e-standard-8t", "tpu-v6e-slice", "2x4"),
-    "v6e-16": Target("tpu", 4, 4, "ct6e-standard-4t", "tpu-v6e-slice", "4x4"),
-    "v6e-64": Target("tpu", 16, 4, "ct6e-standard-4t", "tpu-v6e-slice", "8x8"),
-    "l4-1": Target("gpu", 1, 1, "g2-standard-12", "nvidia-l4"),
-    "a100-8": Target("gpu", 1, 8, "a2-ultragpu-8g", "nvidia-a100-80gb"),
-    "h100-8": Target("gpu", 1, 8, "a3-highgpu-8g", "nvidia-h100-80gb"),
-    "2xh100-8": Target("gpu", 2, 8, "a3-highgpu-8g", "nvidia-h100-80gb"),
+    name: Target.of(name, *words)
+    for name, *words in (
+        ("v6e-1", "ct6e-standard-1t", "tpu-v6e-slice"),
+        ("v6e-4", "ct6e-standard-4t", "tpu-v6e-slice"),
+        ("v6e-8", "ct6e-standard-8t", "tpu-v6e-slice"),
+        ("v6e-16", "ct6e-standard-4t", "tpu-v6e-slice"),
+        ("v6e-64", "ct6e-standard-4t", "tpu-v6e-slice"),
+        ("l4-1", "g2-standard-12", "nvidia-l4"),
+        ("a100-8", "a2-ultragpu-8g", "nvidia-a100-80gb"),
+        ("h100-8", "a3-highgpu-8g", "nvidia-h100-80gb"),
+        ("2xh100-8", "a3-highgpu-8g", "nvidia-h100-80gb"),
+    )
 }
 AGAIN = (Exit.PREEMPTED.value, Exit.PEER_LOST.value)  # run the same command again
 FINAL = (Exit.BAD_INPUT.value, Exit.REJECTED_ROWS.value)  # another start would end the same way
