@@ -14,6 +14,7 @@ from fluxbatch.config import Job
 from fluxbatch.dist.mesh import Layout, batch_ways, open_mesh
 from fluxbatch.io.cache import Cache
 from fluxbatch.models import attention
+from fluxbatch.models.vae import TPU_BANDS
 from fluxbatch.pipeline import Pipeline, Watcher
 from fluxbatch.sampling import Schedule
 from fluxbatch.text import TextCache
@@ -167,7 +168,10 @@ def open_engine(job: Job, platform: str, devices: Sequence[jax.Device] | None = 
     if heads % tensor:
         raise UserError(f"sharding.ici_tensor_parallelism={tensor}: expected a divisor of the transformer's {heads} attention heads")
     layout = Layout(mesh if mesh.size > 1 else None)
-    options: dict[str, Mapping[str, Any]] = {"transformer": {"attention": layout.attention(attend), "split_head_dim": hardware.split_head_dim}}
+    options: dict[str, Mapping[str, Any]] = {
+        "transformer": {"attention": layout.attention(attend), "split_head_dim": hardware.split_head_dim},
+        "vae": {"bands": TPU_BANDS if platform == "tpu" else 1},
+    }
     plans = _collect({name: lambda c=c, o=options.get(name, {}): c.plan(layout=layout, **o) for name, c in checkpoint.components.items()})
     tokenizers = Tokenizers(checkpoint.tokenizer, checkpoint.tokenizer_2, sampler.max_sequence_length)
     places = checkpoint.components["text_encoder"].config.max_position_embeddings

@@ -21,6 +21,7 @@ from fluxbatch.models.clip import ClipConfig
 from fluxbatch.models.flux import FluxConfig
 from fluxbatch.models.t5 import T5Config
 from fluxbatch.models.vae import VaeConfig
+from fluxbatch.programs import together
 from fluxbatch.sampling import STEPS
 from fluxbatch.weights import load
 

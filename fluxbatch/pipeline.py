@@ -1,4 +1,4 @@
-"""The compiled programs: encode, denoise, decode. The only place that jits.
+"""The programs of ``programs.py``, compiled and run: encode, denoise, decode. The only place that jits.
 
 Everything that differs from row to row is an argument (prompts, noise, schedule, guidance), so there
 is one compilation per image size, batch size and text length.
@@ -18,24 +18,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from fluxbatch import sampling
+from fluxbatch import programs, sampling
 from fluxbatch.dist.mesh import batch_sharding, put, replicated
-from fluxbatch.models.flux import DoubleBlock, FluxConfig, rope_table
-from fluxbatch.models.layers import gathered, set_rows
+from fluxbatch.models.flux import FluxConfig, rope_table
 from fluxbatch.models.vae import VaeConfig
 from fluxbatch.types import Row
 from fluxbatch.weights.load import Progress
 from fluxbatch.weights.lora_apply import Loras
 from fluxbatch.weights.network import Network
 from fluxbatch.weights.stream import StreamedFlux
-
-
-# XLA:CPU leaves products, convolutions and sums to a library that is the faster for wide ones; over flux-mini's 12 channels
-# it is not, and its first run takes as long as two more.
-_NARROW = 16
-_NARROW_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": ""}
 
 
 class Watcher:
@@ -72,16 +64,16 @@ class Pipeline:
             function = functools.partial(function)  # of its own, so that its programs go with this pipeline
             return jax.jit(function, out_shardings=batch_sharding(mesh), **options)
 
-        self._encode = jit(_encode, static_argnames=("clip_graph", "t5_graph", "dtype"))
-        self._modulate = jit(_modulate, static_argnames=("graph", "dtype"))
-        self._denoise = jit(_denoise, static_argnames=("graph", "dtype"), donate_argnames="latents")
-        self._condition = jit(_condition, static_argnames=("graph", "dtype"))
-        self._layer = jit(_layer, static_argnames="graph")
-        self._embed = jit(_embed, static_argnames=("graph", "dtype"))
-        self._block = jit(_block, static_argnames=("block_graph", "graph"))
-        self._step = jit(_step, static_argnames="graph", donate_argnames="latents")
-        narrow = mesh.devices.flat[0].platform == "cpu" and vae.block_out_channels[0] < _NARROW
-        self._decode = jit(_decode, static_argnames=("graph", "dtype", "height", "width"), compiler_options=_NARROW_OPTIONS if narrow else None)
+        self._encode = jit(programs.encode, static_argnames=("clip_graph", "t5_graph", "dtype"))
+        self._modulate = jit(programs.modulate, static_argnames=("graph", "dtype"))
+        self._denoise = jit(programs.denoise, static_argnames=("graph", "dtype"), donate_argnames="latents")
+        self._condition = jit(programs.condition, static_argnames=("graph", "dtype"))
+        self._layer = jit(programs.layer, static_argnames="graph")
+        self._embed = jit(programs.embed, static_argnames=("graph", "dtype"))
+        self._block = jit(programs.block, static_argnames=("block_graph", "graph"))
+        self._step = jit(programs.step, static_argnames="graph", donate_argnames="latents")
+        options = programs.decoder_options(mesh.devices.flat[0].platform, vae)
+        self._decode = jit(programs.decode, static_argnames=("graph", "dtype", "height", "width"), compiler_options=options)
 
     @property
     def multiple(self) -> int:
@@ -208,7 +200,7 @@ class Pipeline:
         return latents
 
     def _denoise_streamed(self, flux: StreamedFlux, latents, text, pooled, sigmas, counts, guidance, rope) -> jax.Array:
-        """What ``_denoise`` computes, with the transformer's blocks passing through the devices."""
+        """What ``denoise`` computes, with the transformer's blocks passing through the devices."""
         graph, state = flux.parts()
         latents, text, pooled, guidance, sigmas, left = self._put(latents, text, pooled, guidance, sigmas, counts)
         vec, final = self._launch(self._condition, graph, self.dtype, state, pooled, sigmas, guidance)
@@ -257,86 +249,3 @@ class Pipeline:
         self.watcher.launched(self._since, outputs, pictures)
         self._since = None
         return outputs
-
-
-def _model(graph, state, scales=None):
-    model = nnx.merge(graph, state)
-    return model if scales is None else set_rows(model, scales)
-
-
-def _encode(clip_graph, t5_graph, dtype, clip, t5, clip_ids, t5_ids, scales=None):
-    pooled = _model(clip_graph, clip, scales)(clip_ids, dtype)
-    return _model(t5_graph, t5, scales)(t5_ids, dtype), pooled
-
-
-def _modulate(graph, dtype, state, pooled, sigmas, guidance, scales=None):
-    """All that ``_denoise`` needs of time, guidance and pooled text, and of the weights that it can do without."""
-    flux = _model(graph, state, scales)
-    return flux.modulation(flux.condition(pooled, sigmas[:, :-1], guidance, dtype))
-
-
-def _denoise(graph, dtype, state, latents, text, mod, sigmas, left, turns, rope, scales=None):
-    """As many Euler steps as ``turns``; a row that has none ``left`` stands still. (Devices would have to meet to find
-    the largest of ``left``.)
-
-    The layers that make modulation are in ``state`` but not in the program: jit drops what is not used.
-    """
-    flux = _model(graph, state, scales)
-    flux.drop_modulators()
-    text = flux.embed_text(text, dtype)
-    step = lambda i, x: _euler(x, flux.velocity(x.astype(dtype), text, mod.at(i), rope), i, sigmas, left)  # noqa: E731
-    return jax.lax.fori_loop(0, turns, step, latents)
-
-
-def _euler(x, velocity, i, sigmas, left):
-    moved = x + (sigmas[:, i + 1] - sigmas[:, i])[:, None, None] * velocity.astype(jnp.float32)
-    return jnp.where((i < left)[:, None, None], moved, x)
-
-
-# The same in parts, for blocks that come one at a time.
-
-
-def _condition(graph, dtype, state, pooled, sigmas, guidance):
-    flux = nnx.merge(graph, state)
-    vec = flux.condition(pooled, sigmas[:, :-1], guidance, dtype)
-    return vec, flux.modulation(vec).final
-
-
-def _layer(graph, state, vec):
-    return nnx.merge(graph, state)(vec)
-
-
-def _embed(graph, dtype, state, latents, text):
-    flux = nnx.merge(graph, state)
-    return flux.embed_image(latents.astype(dtype)), flux.embed_text(text, dtype)
-
-
-def _block(block_graph, graph, block, state, x, mod, i, rope):
-    """``x``: image and text; in single blocks one sequence of both, text first. ``mod``: of all steps."""
-    block, flux = nnx.merge(block_graph, block), nnx.merge(graph, state)
-    img, txt = x
-    mod = [part[:, i] for part in mod]
-    if isinstance(block, DoubleBlock):
-        return block(x, mod, rope, flux)
-    both = block(jnp.concatenate([txt, img], axis=1), *mod, rope, flux)
-    return both[:, txt.shape[1] :], both[:, : txt.shape[1]]
-
-
-def _step(graph, state, latents, x, final, i, sigmas, left):
-    return _euler(latents, nnx.merge(graph, state).finish(x[0], final[:, i]), i, sigmas, left)
-
-
-def _decode(graph, dtype, state, latents, height, width):
-    """Non-finite pictures of finite latents are decoded once more in float32."""
-    # Whole weights: the compiler would divide convolutions by channels too, on some meshes wrongly (jax 0.10).
-    vae = nnx.merge(graph, gathered(state, nnx.merge(graph, state).layout))
-    grid = sampling.unpack(latents, height, width)
-    picture = lambda dtype: vae(grid.astype(dtype)).astype(jnp.float32)  # noqa: E731
-    image = picture(dtype)
-    if dtype != jnp.float32:
-        again = jnp.all(jnp.isfinite(grid), axis=(1, 2, 3)) & ~jnp.all(jnp.isfinite(image), axis=(1, 2, 3))
-        second = jax.lax.cond(jnp.any(again), lambda: picture(jnp.float32), lambda: image)
-        image = jnp.where(again[:, None, None, None], second, image)
-    finite = jnp.all(jnp.isfinite(image), axis=(1, 2, 3)) & jnp.all(jnp.isfinite(grid), axis=(1, 2, 3))
-    pixels = jnp.round(jnp.clip(image * 0.5 + 0.5, 0, 1) * 255)
-    return jnp.where(finite[:, None, None, None], pixels, 0).astype(jnp.uint8), finite

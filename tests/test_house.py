@@ -16,7 +16,7 @@ MODULES = {
 }
 
 WORDS = {"fluxbatch", "fluxbatch.types", "fluxbatch.config"}
-ART = {"fluxbatch.text", "fluxbatch.sampling", "fluxbatch.pipeline", "fluxbatch.writer"}
+ART = {"fluxbatch.text", "fluxbatch.sampling", "fluxbatch.programs", "fluxbatch.pipeline", "fluxbatch.writer"}
 SERVICES = {"fluxbatch.io", "fluxbatch.dist", "fluxbatch.batching", "fluxbatch.tokens"}
 # Room → the rooms below it that it may import, besides its own. Whatever is not here is the roof.
 MAY = {

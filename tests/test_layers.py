@@ -8,7 +8,7 @@ from flax import nnx
 
 from fluxbatch.models.clip import ClipConfig, ClipTextEncoder
 from fluxbatch.models.flux import Flux, FluxConfig, rope_table, rotate, rotated_by_halves, rotated_by_product
-from fluxbatch.models.layers import Conv, Linear, from_heads, side_by_side, transposed
+from fluxbatch.models.layers import Conv, GroupNorm, Linear, from_heads, side_by_side, transposed
 from fluxbatch.models.t5 import T5Config, T5Encoder
 from fluxbatch.models.vae import Decoder, VaeConfig
 
@@ -42,6 +42,22 @@ def test_convolution_of_doubled_pixels():
     half = np.asarray(module.of_doubled(x.astype(jnp.bfloat16)), np.float64)
     usual = np.asarray(module(x.astype(jnp.bfloat16).repeat(2, axis=1).repeat(2, axis=2)), np.float64)
     assert np.sqrt(np.mean((half - expected) ** 2)) < 1.2 * np.sqrt(np.mean((usual - expected) ** 2))
+
+
+def test_pictures_in_bands():
+    """As a TPU works on them: each band sees a row of its neighbours, and a norm all bands of a picture."""
+    module, x = conv(3)
+    x = jnp.concatenate([x, x[:, :5] ** 2], axis=1)  # 12 rows
+    banded = x.reshape(2, 4, 3, 4, 6)
+    for by in (module, module.of_doubled, GroupNorm(6, 3, eps=1e-6, rngs=nnx.Rngs(0))):
+        expected = np.asarray(by(x))
+        assert np.abs(np.asarray(by(banded)).reshape(expected.shape) - expected).max() < 1e-5
+    cfg = VaeConfig(4, (8, 16), 1, 4, 1.0, 0.0, True, True, True)
+    latents = jax.random.normal(jax.random.key(1), (2, 12, 6, 4))
+    whole, bands = (Decoder(cfg, rngs=nnx.Rngs(0), bands=bands) for bands in (1, 8))
+    assert "conv_general_dilated" in (program := str(jax.make_jaxpr(bands)(latents))) and "f32[8,5,6,16]" in program  # 4 bands of 3 rows, and 2
+    assert np.abs(np.asarray(bands(latents)) - np.asarray(whole(latents))).max() < 1e-5
+    assert np.array_equal(bands(latents[:, :7]), whole(latents[:, :7]))  # seven rows have no bands
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

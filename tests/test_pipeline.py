@@ -10,8 +10,8 @@ import plain
 import pytest
 from flax import nnx
 
-from fluxbatch import pipeline, sampling
-from fluxbatch.dist.mesh import make_mesh
+from fluxbatch import pipeline, programs, sampling
+from fluxbatch.dist.mesh import Layout, make_mesh
 from fluxbatch.models.flux import Flux, FluxConfig, rope_table, timestep_embedding
 from fluxbatch.models.vae import Decoder, VaeConfig
 
@@ -68,10 +68,10 @@ def test_denoising_does_not_receive_the_weights_that_make_modulation(flux):
                   flux.guidance_in])  # fmt: skip
     shape = jax.ShapeDtypeStruct
     sigmas, left, pooled, guidance = shape((2, 9), "float32"), shape((2,), "int32"), shape((2, 16), "float32"), shape((2,), "float32")
-    modulate = jax.jit(functools.partial(pipeline._modulate, graph, jnp.dtype("float32"))).lower(state, pooled, sigmas, guidance).compile()
+    modulate = jax.jit(functools.partial(programs.modulate, graph, jnp.dtype("float32"))).lower(state, pooled, sigmas, guidance).compile()
     mod = modulate.out_info
     latents, text, rope = shape((2, 6, 16), "float32"), shape((2, 5, 24), "float32"), 2 * (shape((11, 8), "float32"),)
-    denoise = jax.jit(functools.partial(pipeline._denoise, graph, jnp.dtype("float32"))).lower(state, latents, text, mod, sigmas, left, jnp.int32(8), rope).compile()
+    denoise = jax.jit(functools.partial(programs.denoise, graph, jnp.dtype("float32"))).lower(state, latents, text, mod, sigmas, left, jnp.int32(8), rope).compile()
     given = sum(np.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves((latents, text, mod, sigmas, left, rope)))
     received = denoise.memory_analysis().argument_size_in_bytes
     assert apart > 0.25 * size([flux]) and denoise.out_info.shape == latents.shape
@@ -91,7 +91,7 @@ def decoder():
 
 def decode(dtype, latents):
     graph, state = decoder()
-    program = jax.jit(functools.partial(pipeline._decode, graph, jnp.dtype(dtype)), static_argnums=(2, 3))
+    program = jax.jit(functools.partial(programs.decode, graph, jnp.dtype(dtype)), static_argnums=(2, 3))
     pixels, finite = program(state, latents, 8, 8)
     return np.asarray(pixels), np.asarray(finite)
 
@@ -116,6 +116,27 @@ def test_without_the_second_decode_it_would_be_lost():
     graph, state = decoder()
     grid = latents()[:1].reshape(1, 4, 4, 4, 2, 2).transpose(0, 1, 4, 2, 5, 3).reshape(1, 8, 8, 4)
     assert not np.isfinite(np.asarray(nnx.merge(graph, state)(grid.astype(jnp.float16)))).all()
+
+
+def test_large_pictures_are_decoded_a_few_at_a_time(monkeypatch):
+    """Each device's own, and what comes out is what they are all at once."""
+    assert [programs.together(8, side, side) for side in (128, 256, 512, 1024)] == [8, 4, 1, 1]
+    assert programs.together(6, 256, 256) == 3  # equal turns
+    vae = Decoder(VAE, rngs=nnx.Rngs(0), layout=Layout(make_mesh([2])))
+    graph, state = nnx.split(vae)
+    many = jax.random.normal(jax.random.key(0), (8, 16, 16)).at[5].multiply(1e6).at[6, 0, 0].set(jnp.nan)
+
+    def run(pixels):
+        monkeypatch.setattr(programs, "_TOGETHER", pixels)
+        program = jax.jit(functools.partial(programs.decode, graph, jnp.dtype("float16")), static_argnums=(2, 3)).lower(state, many, 8, 8).compile()
+        return [np.asarray(x) for x in program(state, many)], program.memory_analysis().temp_size_in_bytes
+
+    (whole, finite), most = run(1 << 20)
+    for pixels in (2 * 16 * 16, 1):
+        (parts, parts_finite), least = run(pixels)
+        assert np.abs(parts.astype(int) - whole).max() <= 1 and np.array_equal(parts_finite, finite)  # other shapes round otherwise
+    assert finite.tolist() == [True] * 6 + [False, True] and whole[5].std() > 0
+    assert least < 0.6 * most
 
 
 def test_times_are_float32_whatever_the_activations_are():

@@ -165,7 +165,7 @@ class LayerNorm(nnx.Module):
 
 
 class GroupNorm(nnx.Module):
-    """``[B, h, w, C]`` normed over pixels and the channels of a group, in float32."""
+    """``[B, …, C]`` normed over pixels and the channels of a group, in float32."""
 
     def __init__(self, channels: int, groups: int, *, eps: float, rngs: nnx.Rngs | None):
         self.scale = param(rngs, (channels,), (None,), ones)
@@ -174,20 +174,24 @@ class GroupNorm(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         # Pixels are reduced first, channel by channel: five times faster on a CPU than by groups.
-        y = x.astype(jnp.float32).reshape(x.shape[0], -1, x.shape[-1])
-        y = y - self._over_groups(jnp.mean(y, axis=1, keepdims=True))
-        factor = jax.lax.rsqrt(self._over_groups(jnp.mean(y * y, axis=1, keepdims=True)) + self.eps)
-        y = y * (factor * self.scale[...]) + self.bias[...]
-        return y.reshape(x.shape).astype(x.dtype)
+        y, pixels = x.astype(jnp.float32), tuple(range(1, x.ndim - 1))
+        y = y - self._over_groups(jnp.mean(y, pixels, keepdims=True))
+        factor = jax.lax.rsqrt(self._over_groups(jnp.mean(y * y, pixels, keepdims=True)) + self.eps)
+        return (y * (factor * self.scale[...]) + self.bias[...]).astype(x.dtype)
 
     def _over_groups(self, means: Array) -> Array:
-        """``[B, 1, C]`` → the same, each channel with its group's mean."""
-        grouped = means.reshape(means.shape[0], 1, self.groups, -1)
+        """``[B, 1, …, C]`` → the same, each channel with its group's mean."""
+        grouped = means.reshape(means.shape[0], self.groups, -1)
         return jnp.broadcast_to(jnp.mean(grouped, axis=-1, keepdims=True), grouped.shape).reshape(means.shape)
 
 
 class Conv(nnx.Module):
-    """Square convolution, ``[B, h, w, in]`` → ``[B, h', w', out]``, kernel ``[out, in, k, k]``."""
+    """Square convolution, ``[B, h, w, in]`` → ``[B, h', w', out]``, kernel ``[out, in, k, k]``.
+
+    Also ``[B, N, h, w, in]`` → ``[B, N, h, w, out]``: pictures in N bands of h rows, for a 3×3 kernel of stride 1.
+    A TPU convolves as many pictures at once as its vectors have rows, eight: of fewer it would make bands of its own,
+    before each convolution, and undo them behind it.
+    """
 
     def __init__(self, c_in: int, c_out: int, size: int, *, stride: int = 1, padding=None, rngs: nnx.Rngs | None):
         init = normal(1 / math.sqrt(c_in * size * size))
@@ -199,7 +203,7 @@ class Conv(nnx.Module):
     def __call__(self, x: Array) -> Array:
         kernel = self.kernel[...].astype(x.dtype)
         if kernel.shape[2] == self.stride == 1:  # a matrix product, and three times as fast on a CPU if it is called one
-            y = jax.lax.dot_general(x, kernel[:, :, 0, 0], (((3,), (1,)), ((), ())))
+            y = jax.lax.dot_general(x, kernel[:, :, 0, 0], (((x.ndim - 1,), (1,)), ((), ())))
         else:
             y = self._convolved(x, kernel, self.padding)
         return y + self.bias[...].astype(x.dtype)
@@ -208,9 +212,13 @@ class Conv(nnx.Module):
         """The same of ``x`` with each pixel repeated 2×2: ``[B, h, w, in]`` → ``[B, 2h, 2w, out]``, for a 3×3 kernel.
 
         A window of 3×3 then sees 2×2 pixels, other ones for each of the four that come from one: four kernels of 2×2,
-        sums over the 3×3 one, do it with 4/9 of the work and without the larger picture.
+        sums over the 3×3 one, do it with 4/9 of the work and without the larger picture. (In bands ``[B, N, h, w, in]``
+        it is made all the same: a TPU can put rows between rows, but not the four results.)
         """
-        b, h, w, _ = x.shape
+        b, *bands, h, w, c = x.shape
+        if bands:
+            x = jnp.broadcast_to(x[:, :, :, None, :, None], (b, *bands, h, 2, w, 2, c))
+            return self(x.reshape(b, *bands, 2 * h, 2 * w, c))
         kernel = self.kernel[...].astype(jnp.float32)
         for axis in (2, 3):  # [out, in, 3, 3] → [out, in, 2, 3, 2] → [out, in, 2, 2, 2, 2]: after each axis, the parity
             first, second, third = jnp.moveaxis(kernel, axis, 0)
@@ -222,7 +230,17 @@ class Conv(nnx.Module):
         return jnp.stack(rows, 2).reshape(b, 2 * h, 2 * w, -1) + self.bias[...].astype(x.dtype)
 
     def _convolved(self, x: Array, kernel: Array, padding: Any) -> Array:
+        if x.ndim == 5:
+            y = self._convolved(with_neighbours(x).reshape(-1, x.shape[2] + 2, *x.shape[3:]), kernel, ((0, 0), padding[1]))
+            return y.reshape(*x.shape[:4], -1)
         return jax.lax.conv_general_dilated(x, kernel, (self.stride,) * 2, padding, dimension_numbers=("NHWC", "OIHW", "NHWC"))
+
+
+def with_neighbours(bands: Array) -> Array:
+    """``[B, N, h, w, C]`` → ``[B, N, h + 2, w, C]``: each band between the last row of the one above and the first row of
+    the one below; outside the picture there are zeros."""
+    last, first = (jnp.pad(bands[:, :, row], ((0, 0), (1, 1), (0, 0), (0, 0))) for row in (-1, 0))
+    return jnp.concatenate([last[:, :-2, None], bands, first[:, 2:, None]], axis=2)
 
 
 def stack(count: int, make: Callable[[nnx.Rngs | None], nnx.Module], rngs: nnx.Rngs | None) -> nnx.Module | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +20,7 @@ Array = jax.Array
 EPS = 1e-6
 # Above this many pixels the mid block's score matrix is made a block at a time.
 _ATTENTION_PIXELS = 2048
+TPU_BANDS = 8  # the rows of its vectors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,10 +113,13 @@ class Level(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Latents ``[B, h, w, C]`` as the transformer leaves them → image ``[B, 8h, 8w, 3]``."""
+    """Latents ``[B, h, w, C]`` as the transformer leaves them → image ``[B, 8h, 8w, 3]``.
 
-    def __init__(self, cfg: VaeConfig, *, rngs: nnx.Rngs | None, layout: Layout = Layout()):
-        self.cfg, self.layout = cfg, layout
+    ``bands``: how many bands of rows each picture is worked on in, where its height can be divided so (``Conv``).
+    """
+
+    def __init__(self, cfg: VaeConfig, *, rngs: nnx.Rngs | None, layout: Layout = Layout(), bands: int = 1):
+        self.cfg, self.layout, self.bands = cfg, layout, bands
         sizes, c = cfg.block_out_channels[::-1], cfg.latent_channels
         self.post_quant = Conv(c, c, 1, rngs=rngs) if cfg.use_post_quant_conv else None
         self.conv_in = Conv(c, sizes[0], 3, rngs=rngs)
@@ -126,12 +131,16 @@ class Decoder(nnx.Module):
         self.conv_out = Conv(sizes[-1], 3, 3, rngs=rngs)
 
     def __call__(self, latents: Array) -> Array:
+        b, h, w, c = latents.shape
+        if (bands := math.gcd(self.bands, h)) > 1:
+            latents = latents.reshape(b, bands, h // bands, w, c)
         x = latents / self.cfg.scaling_factor + self.cfg.shift_factor
         x = x if self.post_quant is None else self.post_quant(x)
         x = self.mid(self.conv_in(x))
         for level in self.up:
             x = level(x)
-        return self.conv_out(jax.nn.silu(self.norm_out(x)))
+        image = self.conv_out(jax.nn.silu(self.norm_out(x)))
+        return image.reshape(b, self.cfg.scale * h, self.cfg.scale * w, 3)
 
 
 class Encoder(nnx.Module):

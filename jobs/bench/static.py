@@ -37,7 +37,7 @@ from fluxbatch.dist.hosts import tell_compiler
 from fluxbatch.dist.mesh import AXES, Layout, open_mesh
 from fluxbatch.models import attention
 from fluxbatch.models.flux import Flux, FluxConfig
-from fluxbatch.models.vae import Decoder, VaeConfig
+from fluxbatch.models.vae import TPU_BANDS, Decoder, VaeConfig
 from fluxbatch.pipeline import Pipeline, Watcher
 from fluxbatch.types import UserError
 from fluxbatch.weights.load import Plan
@@ -90,7 +90,7 @@ def compiled(target: chips.Target, sharding: str, side: int, text: int, images: 
         graph, state = nnx.split(module)
         return Network(Plan(None, graph, state, {}), mesh, "bfloat16", {})
 
-    networks = {"flux": network(Flux(DEV, rngs=None, attention=layout.attention(attend), layout=layout)), "vae": network(Decoder(VAE, rngs=None, layout=layout))}
+    networks = {"flux": network(Flux(DEV, rngs=None, attention=layout.attention(attend), layout=layout)), "vae": network(Decoder(VAE, rngs=None, layout=layout, bands=TPU_BANDS if target.platform == "tpu" else 1))}
     pipeline = Pipeline(networks, DEV, VAE, mesh, "bfloat16", None, Watcher())
     ways = math.prod(mesh.shape[axis] for axis in ("data", "fsdp"))
     programs = pipeline.programs(images * ways, (77, text), side, side, ("denoise",))
