@@ -95,8 +95,7 @@ def compile_counted(lowered: Any, platform: str) -> tuple[Any, int]:
 
 
 def compiled(job: Job, target: Target, height: int, width: int) -> list[Need]:
-    """The denoising program for one size, compiled for ``target`` in a process of its own. (The decoder
-    takes libtpu many minutes: it is only estimated.)"""
+    """The programs that draw pictures of one size, compiled for ``target`` in a process of its own."""
     plain = Job(**{field.name: getattr(job, field.name) for field in dataclasses.fields(Job)})
     asked = pickle.dumps((plain, target, height, width))
     done = subprocess.run([sys.executable, "-m", "fluxbatch.aot"], input=asked, env=os.environ | ENVIRONMENT, capture_output=True)
@@ -115,7 +114,7 @@ def main() -> None:
     engine = open_engine(job, target.platform, devices(target))
     batch = job.sharding.per_device_batch_size * engine.ways
     texts = engine.tokenizers.lengths
-    for need in needs(engine, batch, texts, height, width, parts=("denoise",)):
+    for need in needs(engine, batch, texts, height, width, parts=("denoise", "decode")):
         print(json.dumps(dataclasses.asdict(need)), flush=True)
 
 

@@ -157,12 +157,12 @@ def encode(t5: T5Config, clip: ClipConfig, images: int, text: int, dtype: int, w
 
 
 def decode(cfg: VaeConfig, images: int, height: int, width: int, platform: str) -> int:
-    """The widest resnet in float32, in which pictures that bfloat16 cannot hold are decoded again: its input, once as it is
-    and once as the convolution that doubled the pixels left it, the normed form and the outputs of its convolutions."""
-    widest, pixels = 0, height * width
+    """The widest resnet in float32, in which pictures that bfloat16 cannot hold are decoded again, of the pictures that are
+    decoded at once: its input, once as it is and once as the convolution that doubled the pixels left it, the normed form and
+    the outputs of its convolutions. A TPU's compiler keeps the first and the normed form, and rows around bands of it."""
+    widest, pixels = 0.0, height * width
     sizes = cfg.block_out_channels
     for size, before in zip(sizes, (*sizes[1:], sizes[-1]), strict=True):
-        widest = max(widest, pixels * max(3 * before, before + 3 * size))
+        widest = max(widest, pixels * (2.25 * before if platform == "tpu" else max(3 * before, before + 3 * size)))
         pixels //= 4
-    padding = 1.36 if platform == "tpu" else 1  # of few channels to 128 lanes: what libtpu takes for FLUX.1 at 1024 × 1024
-    return int(4 * images * widest * padding)
+    return int(4 * together(images, height, width) * widest) + 3 * images * height * width

@@ -90,7 +90,7 @@ def test_one_compilation_per_shape(cli, golden, tmp_path, mixed, monkeypatch, ca
     (one,) = made
     compiled = [record for record in caplog.records if record.message.startswith("Finished XLA compilation")]
     for name, count in {"encode": 1, "modulate": 1, "denoise": 2, "decode": 3}.items():
-        threads = [record.threadName for record in compiled if f"(_{name})" in record.message]
+        threads = [record.threadName for record in compiled if f"({name})" in record.message]
         assert len(threads) == count and all(thread.startswith("compile") for thread in threads)
     assert one._denoise._cache_size() == 2
     assert one._decode._cache_size() == 3
