@@ -1,6 +1,7 @@
-"""One denoising step of FLUX.1 on hardware that is not here, as its compiler has it. Nothing runs.
+"""One denoising step of FLUX.1 on hardware that is not here, as its compiler has it, or the decoder. Nothing runs.
 
     python jobs/bench/static.py v6e-4 --sharding ddp fsdp     # needs fluxbatch[tpu]; a minute and two
+    python jobs/bench/static.py v6e-4 --part decode           # three minutes
     python jobs/bench/static.py h100 --images 1 8             # needs jax[cuda12]; 15 seconds
 
 TPU: milliseconds are the sum of the cycles that libtpu writes beside each instruction, an estimate. It writes none beside
@@ -76,8 +77,8 @@ def devices(target: chips.Target) -> list[jax.Device]:
     return list(topologies.get_topology_desc(platform="cuda", topology_name="", target_config=H100, topology=f"1x1x{target.chips}").devices)
 
 
-def compiled(target: chips.Target, sharding: str, side: int, text: int, images: int) -> tuple[jax.stages.Compiled, int]:
-    """The program that denoises, of a run with ``images`` on each chip, and the bytes of its temporaries."""
+def compiled(target: chips.Target, sharding: str, side: int, text: int, images: int, part: str) -> tuple[jax.stages.Compiled, int]:
+    """The program that denoises or decodes, of a run with ``images`` on each chip, and the bytes of its temporaries."""
     found = devices(target)
     choice = OmegaConf.load(CONF / "sharding" / f"{sharding}.yaml")
     choice = choice.get("sharding", choice)
@@ -93,8 +94,8 @@ def compiled(target: chips.Target, sharding: str, side: int, text: int, images: 
     networks = {"flux": network(Flux(DEV, rngs=None, attention=layout.attention(attend), layout=layout)), "vae": network(Decoder(VAE, rngs=None, layout=layout, bands=TPU_BANDS if target.platform == "tpu" else 1))}
     pipeline = Pipeline(networks, DEV, VAE, mesh, "bfloat16", None, Watcher())
     ways = math.prod(mesh.shape[axis] for axis in ("data", "fsdp"))
-    programs = pipeline.programs(images * ways, (77, text), side, side, ("denoise",))
-    return aot.compile_counted(next(lowered for name, lowered in programs if name == "denoise"), target.platform)
+    programs = pipeline.programs(images * ways, (77, text), side, side, (part,))
+    return aot.compile_counted(next(lowered for name, lowered in programs if name == part), target.platform)
 
 
 def bytes_of(shape: str) -> int:
@@ -125,7 +126,8 @@ def called(line: str, what: str) -> str:
 
 
 def one_step(hlo: str) -> tuple[int, collections.Counter[str]]:
-    """TPU: cycles of one turn of the loop over steps, and bytes by kind of collective."""
+    """TPU: cycles of one turn of the loop over steps, and bytes by kind of collective; of a program without that loop, of all
+    but what depends on a condition."""
     bodies, entry = computations(hlo)
 
     def cost(name: str) -> tuple[int, collections.Counter[str]]:
@@ -199,8 +201,8 @@ def traffic(hlo: str) -> collections.Counter[str]:
     return walk(entry, 1, 0)
 
 
-def report(target: chips.Target, program: jax.stages.Compiled, side: int, text: int, images: int) -> tuple[str, list[str]]:
-    """The step in a few words, and lines below it."""
+def report(target: chips.Target, program: jax.stages.Compiled, side: int, text: int, images: int, part: str) -> tuple[str, list[str]]:
+    """The step, or the decoder, in a few words, and lines below it."""
     if target.platform == "gpu":
         moved = traffic(program.as_text())
         beside = moved["weights copied"] + moved["others"]
@@ -208,9 +210,11 @@ def report(target: chips.Target, program: jax.stages.Compiled, side: int, text: 
             f"{kind}: {moved[kind] / 1e9:.1f} GB" for kind in ("weights copied", "others")]  # fmt: skip
     cycles, collectives = one_step(program.as_text())
     hertz = target.chip.peak * 1e12 / MXU[target.chip.name]
+    lines = [f"{kind}: {size / 2**30:.2f} GiB" for kind, size in sorted(collectives.items())]
+    if part == "decode":
+        return f"{cycles / hertz * 1e3:.0f} ms to decode", lines
     splash = 2 * images * flops.flux_attention(DEV, (side // 16) ** 2, text) / target.chip.peak / 1e12
-    said = f"{(cycles / hertz + splash) * 1e3:.0f} ms a step ({splash * 1e3:.0f} of them Splash)"
-    return said, [f"{kind}: {size / 2**30:.2f} GiB a step" for kind, size in sorted(collectives.items())]
+    return f"{(cycles / hertz + splash) * 1e3:.0f} ms a step ({splash * 1e3:.0f} of them Splash)", lines
 
 
 def main() -> None:
@@ -220,22 +224,25 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=1024)
     parser.add_argument("--text", type=int, default=512)
     parser.add_argument("--images", type=int, nargs="+", default=[1], help="a chip")
+    parser.add_argument("--part", choices=["denoise", "decode"], default="denoise", help="decode: of a TPU")
     parser.add_argument("--save", help="directory for the compiled text")
     args = parser.parse_args()
     try:
         target = chips.target(args.target)
     except UserError as error:
         sys.exit(f"static.py: {error}")
+    if args.part == "decode" and target.platform != "tpu":
+        sys.exit(f"static.py: --part decode: expected a TPU slice, got {target.name}")
     hardware = OmegaConf.load(CONF / "hardware/auto.yaml")
     tell_compiler(hardware.xla_flags, hardware.libtpu_init_args)
     for sharding in args.sharding:
         for images in args.images:
             start = time.monotonic()
-            program, temporaries = compiled(target, sharding, args.side, args.text, images)
+            program, temporaries = compiled(target, sharding, args.side, args.text, images, args.part)
             if args.save:
-                Path(args.save, f"{target.name}-{sharding}-{images}.txt").write_text(program.as_text())
+                Path(args.save, f"{target.name}-{args.part}-{sharding}-{images}.txt").write_text(program.as_text())
             found, seconds = program.memory_analysis(), time.monotonic() - start
-            said, lines = report(target, program, args.side, args.text, images)
+            said, lines = report(target, program, args.side, args.text, images, args.part)
             print(f"{target.name} {sharding}, {images} at once a chip: {said}, {found.argument_size_in_bytes / 2**30:.2f} GiB of arguments, "
                   f"{temporaries / 2**30:.2f} GiB temporary; compiled in {seconds:.0f} s", *lines, sep="\n    ", flush=True)  # fmt: skip
 
