@@ -161,7 +161,8 @@ def opened(checkpoint, *args):
     return found[0], open_engine(found[0], "cpu", jax.devices()[:1])
 
 
-@pytest.mark.parametrize(("side", "images"), [(128, 2), pytest.param(256, 4, marks=pytest.mark.slow), pytest.param(128, 1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("side", "images"), [(128, 2), pytest.param(256, 4, marks=pytest.mark.slow), pytest.param(128, 1, marks=pytest.mark.slow),
+                                            pytest.param(512, 2, marks=pytest.mark.slow)])  # decoded one after the other
 def test_memory_against_the_compiler(side, images, text=32):
     args = f"resolution={side}", f"per_device_batch_size={images}", f"max_sequence_length={text}", "offload_encoders=free"
     job, engine = opened("flux-mini", *args)
