@@ -159,7 +159,8 @@ def encode(t5: T5Config, clip: ClipConfig, images: int, text: int, dtype: int, w
 def decode(cfg: VaeConfig, images: int, height: int, width: int, platform: str) -> int:
     """The widest resnet in float32, in which pictures that bfloat16 cannot hold are decoded again, of the pictures that are
     decoded at once: its input, once as it is and once as the convolution that doubled the pixels left it, the normed form and
-    the outputs of its convolutions. A TPU's compiler keeps the first and the normed form, and rows around bands of it."""
+    the outputs of its convolutions. Of a TPU the factor is libtpu's figure for FLUX.1 at
+    1024 × 1024 on one v6e; at 512, and on meshes of four, its figures are 11 % less to 8 % more."""
     widest, pixels = 0.0, height * width
     sizes = cfg.block_out_channels
     for size, before in zip(sizes, (*sizes[1:], sizes[-1]), strict=True):

@@ -196,8 +196,9 @@ def modulators(engine):
 @pytest.mark.slow
 def test_compiled_for_a_tpu_that_is_not_here(planned):
     pytest.importorskip("libtpu", reason="needs .[tpu]")
-    text = planned([{"prompt": "x"}], "pretrained_model_name_or_path=flux-mini", "sampler=mini", "target=v6e-4", "sharding=fsdp", "aot=true")
-    assert all(re.search(rf"{name} +[\d.]+ [KM]iB weights \+ [\d.]+ MiB, of it temporary", text) for name in ("compiled  denoise", "decode")), text
+    for sharding in ("ddp", "fsdp"):
+        text = planned([{"prompt": "x"}], "pretrained_model_name_or_path=flux-mini", "sampler=mini", "target=v6e-4", f"sharding={sharding}", "aot=true")
+        assert all(re.search(rf"{name} +[\d.]+ [KM]iB weights \+ [\d.]+ MiB, of it temporary", text) for name in ("compiled  denoise", "decode")), text
 
 
 def test_what_makes_it_fit(golden):
