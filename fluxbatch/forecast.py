@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import functools
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -43,10 +45,11 @@ class Work:
             shards = [Shard(i, tuple(batching.batches(portion, size))) for i, portion in enumerate(portions)]
         return cls(engine, shards, size, job.sampler.max_sequence_length)
 
-    @property
+    @functools.cached_property
     def batches(self) -> list[Batch]:
         return [batch for shard in self.shards for batch in shard.batches]
 
+    @functools.cached_property
     def buckets(self) -> dict[tuple[int, int], list[Batch]]:
         """Batches by image size."""
         found: dict[tuple[int, int], list[Batch]] = {}
@@ -61,11 +64,15 @@ class Work:
 
     def drawn(self, batches: Sequence[Batch]) -> int:
         """FLOPs of these batches, what fills them up included: a batch takes as many steps as its longest row."""
-        return sum(self.size * self.engine.flops(*batch.shape, max(row.num_inference_steps for row in batch.rows)) for batch in batches)
+        return self.size * self._flops((*batch.shape, max(row.num_inference_steps for row in batch.rows)) for batch in batches)
 
     def asked(self, batches: Sequence[Batch]) -> int:
         """FLOPs of the rows alone."""
-        return sum(self.engine.flops(row.height, row.width, row.num_inference_steps) for batch in batches for row in batch.rows)
+        return self._flops((row.height, row.width, row.num_inference_steps) for batch in batches for row in batch.rows)
+
+    def _flops(self, pictures: Iterable[tuple[int, int, int]]) -> int:
+        """Of heights, widths and steps: of few different ones."""
+        return sum(count * self.engine.flops(*picture) for picture, count in collections.Counter(pictures).items())
 
     def encoded(self) -> int:
         """Prompts that are encoded: a shard's distinct ones, in whole batches."""
@@ -108,14 +115,14 @@ def _model(job: Job, engine: Engine, target: Target) -> Iterator[str]:
 
 def _batches(work: Work) -> Iterator[str]:
     name = "buckets"
-    for (height, width), batches in work.buckets().items():
+    for (height, width), batches in work.buckets.items():
         count = sum(len(batch.rows) for batch in batches)
         steps = sorted({row.num_inference_steps for batch in batches for row in batch.rows})
         waste = 1 - work.asked(batches) / work.drawn(batches)
         span = f"{steps[0]}–{steps[-1]}" if len(steps) > 1 else str(steps[0])
         yield _line(name, f"{height}×{width}, {span} steps: {count:,} rows in {len(batches):,} batches of {work.size}, {waste:.1%} padding")
         name = ""
-    sizes = len(work.buckets())
+    sizes = len(work.buckets)
     yield _line("programs", f"{2 + 2 * sizes} to compile: text, modulation, {sizes} × denoising, {sizes} × decoding; {len(work.shards):,} shards")
 
 
@@ -138,7 +145,7 @@ def _lora(engine: Engine) -> Iterator[str]:
 
 def _memory(job: Job, engine: Engine, target: Target, work: Work) -> Iterator[str]:
     limit = target.chip.limit if target.chip else network.host_memory() // engine.mesh.size
-    situation = memory.Situation.of(job, engine, target.platform, list(work.buckets()), again=len(work.shards) > 1)
+    situation = memory.Situation.of(job, engine, target.platform, list(work.buckets), again=len(work.shards) > 1)
     if len(engine.lora.mixes(row for batch in work.batches for row in batch.rows)) > 1:  # adapters are not merged
         situation = dataclasses.replace(situation, beside=memory.adapters(engine))
     phases = situation.phases()
@@ -155,7 +162,7 @@ def _memory(job: Job, engine: Engine, target: Target, work: Work) -> Iterator[st
 
 
 def _compiled(job: Job, engine: Engine, target: Target, work: Work) -> Iterator[str]:
-    height, width = max(work.buckets(), key=math.prod)
+    height, width = max(work.buckets, key=math.prod)
     if target.topology:
         needs = aot.compiled(job, target, height, width)
     else:

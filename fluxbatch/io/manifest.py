@@ -171,7 +171,7 @@ class _Resolver:
             problems.append("prompt: missing")
         prompt_2 = _text(given, "prompt_2", problems) if "prompt_2" in given else self._prompt_2 or prompt
         base = _id(given, problems)
-        numbers = self._numbers({**self._defaults, **given}, problems)
+        numbers = {**self._defaults, **self._numbers(given, problems)}
         lora = self._lora(given, problems)
         if problems:
             raise BadLine("; ".join(problems))
@@ -227,7 +227,8 @@ class _Resolver:
                 limit = "2**64 - 1" if high == MAX_SEED else high
                 problems.append(f"{key}: got {shown(value)}, expected {kind} from {low} to {limit}")
             numbers[key] = value
-        numbers["guidance_scale"] = _float("guidance_scale", given["guidance_scale"], problems, low=0.0)
+        if "guidance_scale" in given:
+            numbers["guidance_scale"] = _float("guidance_scale", given["guidance_scale"], problems, low=0.0)
         return numbers
 
     def _lora(self, given: Mapping[str, Any], problems: list[str]) -> tuple[tuple[str, float], ...] | None:
