@@ -13,6 +13,9 @@ demo: $(VENV)/.base
 eval: $(VENV)/.base
 	$(RUN) jobs/flux-mini/evaluate.py
 
+# Half the time of these two goes to LLVM, so it is told to do little; `make demo` and `make parity` run what it makes of all
+test slow: export XLA_FLAGS += --xla_backend_optimization_level=0
+
 test: $(VENV)/.test
 	$(PYTEST) -m "not parity and not slow" -n 2 --durations=5
 
@@ -23,8 +26,9 @@ slow: $(VENV)/.test
 	$(PYTEST) -m "slow and not parity" -n 2 --durations=5
 
 # What only the TPU's compiler can say, without a TPU
+TPU_TESTS ?= tests/test_attention.py tests/test_plan.py tests/test_static.py
 tpu: $(VENV)/.tpu
-	PYTHONPATH=$(VENV)/libtpu $(PYTEST) -m slow -k tpu tests/test_attention.py tests/test_plan.py tests/test_static.py --durations=5
+	PYTHONPATH=$(VENV)/libtpu $(PYTEST) -m slow -n 2 -k tpu $(TPU_TESTS) --durations=5
 
 # The long form of the crash tests: 50 kills
 soak: $(VENV)/.test

@@ -12,12 +12,20 @@ import sys
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ["HF_HUB_OFFLINE"] = "1"
+# What one test has compiled the next one need not compile, nor the next time.
+CACHE = pathlib.Path(__file__).parents[1] / ".pytest_cache/xla"
+os.environ |= {"JAX_COMPILATION_CACHE_DIR": str(CACHE), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
 
 import numpy as np
 import pytest
 from PIL import Image
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
+
+
+def xla_flags(devices: int) -> str:
+    """Of a process that sees so many CPU devices: the last of equal flags counts."""
+    return f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
@@ -40,6 +48,16 @@ def images(folder: pathlib.Path) -> dict[str, np.ndarray]:
     return {record["id"]: pixels(folder / record["file_name"]) for record in metadata(folder)}
 
 
+def filled(module):
+    """A module without values, given some. (JAX compiles a program for each shape that it draws, for seconds.)"""
+    import jax
+    from flax import nnx
+
+    rng = np.random.default_rng(1)
+    graph, state = nnx.split(module)
+    return nnx.merge(graph, jax.tree.map(lambda x: jax.numpy.asarray(rng.normal(0, 0.2, x.shape), "float32"), state))
+
+
 @pytest.fixture(autouse=True)
 def nothing_is_kept():
     """No weights pass from a sweep in one test to another test."""
@@ -60,8 +78,9 @@ def cli(monkeypatch, capsys):
     def call(*args: object, entry: str = "run") -> tuple[int, str]:
         command = importlib.import_module(f"fluxbatch.{entry}")
         words = [*map(str, args)]
-        if entry == "run" and not any(word.startswith("text_cache_dir=") for word in words):
-            words.append("text_cache_dir=null")  # every test encodes its prompts
+        for key, value in {"text_cache_dir": "null", "jax_cache_dir": CACHE}.items() if entry == "run" else ():
+            if not any(word.startswith(f"{key}=") for word in words):  # every test encodes its prompts
+                words.append(f"{key}={value}")
         monkeypatch.setattr(sys, "argv", [f"fluxbatch.{entry}", *words])
         with pytest.raises(SystemExit) as stop:
             command.main()

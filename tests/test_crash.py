@@ -15,7 +15,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import images, metadata
+from conftest import images, metadata, xla_flags
 
 ROWS, BATCH = 200, 8
 KILLS = int(os.environ.get("FLUXBATCH_SOAK", "4"))
@@ -41,7 +41,7 @@ def start(folder, name, batch=BATCH, devices=1, output_dir=None, env=None, **mor
         "manifest": folder / "rows.jsonl", "output_dir": output_dir or folder, "run_name": name, "per_device_batch_size": batch,
         "jax_cache_dir": folder / "xla", "text_cache_dir": "null", "sharding": "ddp" if devices > 1 else "single", "shard_size": 48, "output.gallery": "false",
     } | more  # fmt: skip
-    environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"} | (env or {})
+    environment = os.environ | {"XLA_FLAGS": xla_flags(devices)} | (env or {})
     command = [sys.executable, "-m", "fluxbatch.run", *(f"{k}={v}" for k, v in flags.items())]
     return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 

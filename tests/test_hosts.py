@@ -14,7 +14,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import GOLDEN, images, metadata, psnr
+from conftest import GOLDEN, images, metadata, psnr, xla_flags
 
 from fluxbatch.dist.hosts import HEARTBEAT
 
@@ -41,7 +41,7 @@ def replica(folder, cache, processes, name="run", devices=2, log=None, first=(),
     started = []
     for index in range(processes):
         env = os.environ | {
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_COORDINATOR_ADDRESS": f"{address}:{port}",
+            "XLA_FLAGS": xla_flags(devices), "JAX_COORDINATOR_ADDRESS": f"{address}:{port}",
             "JAX_NUM_PROCESSES": str(processes), "JAX_PROCESS_ID": str(index)}  # fmt: skip
         file = open(folder / f"{log or name}.{index}.log", "w")  # noqa: SIM115
         started.append(subprocess.Popen([*prefixes[index], *command, *(first if index == 0 else ())], env=env, stdout=file, stderr=file))

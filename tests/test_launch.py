@@ -16,7 +16,7 @@ import tomllib
 
 import pytest
 import yaml
-from conftest import GOLDEN, metadata
+from conftest import GOLDEN, metadata, xla_flags
 from test_hosts import long_manifest, pictures
 
 from fluxbatch.types import Exit
@@ -269,7 +269,7 @@ def test_replicas_on_this_machine_survive_a_kill(tmp_path):
     words = [f"pretrained_model_name_or_path={GOLDEN / 'dev'}", "max_sequence_length=24", "hardware=cpu", f"output_dir={tmp_path}", "run_name=run",
              f"jax_cache_dir={tmp_path / 'xla'}", "text_cache_dir=null", "sharding=ddp", "output.gallery=false", "resolution=16", "shard_size=16", "replica_expiry=3",
              f"manifest={long_manifest(tmp_path)}"]  # fmt: skip
-    env = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+    env = os.environ | {"XLA_FLAGS": xla_flags(1), "PYTHONPATH": str(ROOT)}
     with open(tmp_path / "log", "w") as log:
         local = subprocess.Popen([sys.executable, LAUNCH / "local.py", "2", "2", *words], env=env, stdout=log, stderr=log)
     end = time.monotonic() + 250

@@ -192,7 +192,7 @@ SHARDED = {
 def pictures(cli, golden, folder, name, manifest, sizes):
     code, err = cli(
         f"pretrained_model_name_or_path={golden / 'dev'}", "max_sequence_length=24", "hardware=cpu", f"output_dir={folder}", f"run_name={name}",
-        f"manifest={manifest}", f"jax_cache_dir={folder / 'xla'}", "gallery=false", *(f"{key}={size}" for key, size in sizes.items()))  # fmt: skip
+        f"manifest={manifest}", "gallery=false", *(f"{key}={size}" for key, size in sizes.items()))  # fmt: skip
     assert code == 0, err
     return images(folder / name)
 

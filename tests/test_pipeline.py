@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import plain
 import pytest
+from conftest import filled
 from flax import nnx
 
 from fluxbatch import pipeline, programs, sampling
@@ -35,9 +36,7 @@ class Loaded:
 
 @pytest.fixture(scope="module")
 def flux():
-    graph, state = nnx.split(nnx.eval_shape(lambda: Flux(FLUX, rngs=nnx.Rngs(0))))
-    rng = np.random.default_rng(1)
-    return nnx.merge(graph, jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.2, x.shape), jnp.float32), state))
+    return filled(Flux(FLUX, rngs=None))
 
 
 def test_steps_with_modulation_made_before_are_the_plain_steps(flux):
@@ -82,7 +81,7 @@ VAE = VaeConfig(4, (8, 8), 1, 4, 1.0, 0.0, False, False, False)
 
 
 def decoder_module():
-    return Decoder(VAE, rngs=nnx.Rngs(0))
+    return filled(Decoder(VAE, rngs=None))
 
 
 def decoder():
@@ -122,7 +121,7 @@ def test_large_pictures_are_decoded_a_few_at_a_time(monkeypatch):
     """Each device's own, and what comes out is what they are all at once."""
     assert [programs.together(8, side, side) for side in (128, 256, 512, 1024)] == [8, 4, 1, 1]
     assert programs.together(6, 256, 256) == 3  # equal turns
-    vae = Decoder(VAE, rngs=nnx.Rngs(0), layout=Layout(make_mesh([2])))
+    vae = filled(Decoder(VAE, rngs=None, layout=Layout(make_mesh([2]))))
     graph, state = nnx.split(vae)
     many = jax.random.normal(jax.random.key(0), (8, 16, 16)).at[5].multiply(1e6).at[6, 0, 0].set(jnp.nan)
 
@@ -139,13 +138,12 @@ def test_large_pictures_are_decoded_a_few_at_a_time(monkeypatch):
     assert least < 0.6 * most
 
 
-def test_times_are_float32_whatever_the_activations_are():
+def test_times_are_float32_whatever_the_activations_are(flux):
     """Two times that bfloat16 cannot tell apart, and angles of up to 1,000 radians."""
     times = np.float32([0.7510, 0.7513])
     assert len({float(t) for t in jnp.asarray(times, jnp.bfloat16)}) == 1
     angles = 1000.0 * times.astype(np.float64)[:, None] * np.exp(-np.log(10_000) * np.arange(128) / 128)
     exact = np.concatenate([np.cos(angles), np.sin(angles)], axis=-1)
     assert np.abs(np.asarray(timestep_embedding(jnp.asarray(times))) - exact).max() < 2e-4
-    flux = Flux(FLUX, rngs=nnx.Rngs(0))
     vec = flux.condition(jnp.zeros((1, FLUX.pooled_projection_dim)), jnp.asarray(times)[None], jnp.ones(1), jnp.bfloat16)
     assert vec.dtype == jnp.bfloat16 and not np.array_equal(*np.asarray(vec[0], np.float32))

@@ -3,11 +3,9 @@ the batch size, the devices and the sharding; one compilation per shape; records
 
 from __future__ import annotations
 
-import atexit
 import hashlib
 import json
 import shutil
-import tempfile
 
 import jax
 import numpy as np
@@ -17,11 +15,6 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 
-# Runs share compiled programs, as a user's runs do; one test compiles on purpose.
-CACHE = tempfile.mkdtemp(prefix="fluxbatch-test-xla-")
-atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
-
-
 def flags(golden, tmp_path, name="run", variant="dev", **more):
     given = {
         "pretrained_model_name_or_path": golden / variant,
@@ -29,7 +22,6 @@ def flags(golden, tmp_path, name="run", variant="dev", **more):
         "hardware": "cpu",
         "output_dir": tmp_path,
         "run_name": name,
-        "jax_cache_dir": CACHE,
     }
     return [f"{key}={value}" for key, value in (given | more).items()]
 

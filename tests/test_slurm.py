@@ -10,7 +10,7 @@ import time
 
 import pytest
 import slurm
-from conftest import GOLDEN, metadata
+from conftest import GOLDEN, metadata, xla_flags
 from test_hosts import long_manifest, pictures
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(slurm.missing() is not None, 
 def cluster(tmp_path_factory):
     with slurm.cluster(tmp_path_factory.mktemp("slurm")) as env:
         path = f"{pathlib.Path(sys.executable).parent}:{env['PATH']}"
-        yield env | {"PATH": path, "PYTHONPATH": str(ROOT), "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+        yield env | {"PATH": path, "PYTHONPATH": str(ROOT), "XLA_FLAGS": xla_flags(1), "JAX_PLATFORMS": "cpu"}
 
 
 def words(folder, **more):

@@ -76,13 +76,8 @@ def test_a_cache_that_cannot_be_is_told_and_one_that_fails_later_is_not(tmp_path
 # ---- whole runs
 
 
-@pytest.fixture(scope="module")
-def programs(tmp_path_factory):
-    return tmp_path_factory.mktemp("xla")
-
-
 @pytest.fixture
-def run(cli, golden, tmp_path, monkeypatch, programs):
+def run(cli, golden, tmp_path, monkeypatch):
     """Runs a job of four rows with three prompts → the number of prompts that were encoded; no network is loaded for none."""
     rows = [{"prompt": f"prompt {n % 3}", "seed": n} for n in range(4)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -98,7 +93,7 @@ def run(cli, golden, tmp_path, monkeypatch, programs):
         encoded.clear()
         given = {"pretrained_model_name_or_path": golden / "dev", "max_sequence_length": 24, "hardware": "cpu", "output_dir": tmp_path, "run_name": name,
                  "manifest": tmp_path / "rows.jsonl", "resolution": 16, "num_inference_steps": 1, "per_device_batch_size": 2, "output.gallery": "false",
-                 "jax_cache_dir": programs, "text_cache_dir": cache and tmp_path / cache}  # fmt: skip
+                 "text_cache_dir": cache and tmp_path / cache}  # fmt: skip
         given |= dict(word.split("=", 1) for word in more if not word.startswith("-"))
         words = [f"{key}={'null' if value is None else value}" for key, value in given.items()]
         code, err = cli(*[word for word in more if word.startswith("-")], *words)

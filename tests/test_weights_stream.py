@@ -20,7 +20,7 @@ from fluxbatch.weights.stream import StreamedFlux
 
 def flags(golden, tmp_path, name, **more):
     given = {"pretrained_model_name_or_path": golden / "dev", "max_sequence_length": 24, "hardware": "cpu", "output_dir": tmp_path,
-             "run_name": name, "resolution": 32, "jax_cache_dir": tmp_path / "xla"}  # fmt: skip
+             "run_name": name, "resolution": 32}  # fmt: skip
     return [f"{key}={value}" for key, value in (given | more).items()]
 
 
