@@ -21,7 +21,7 @@ from fluxbatch.models.clip import ClipConfig
 from fluxbatch.models.flux import FluxConfig
 from fluxbatch.models.t5 import T5Config
 from fluxbatch.models.vae import VaeConfig
-from fluxbatch.programs import together
+from fluxbatch.programs import pixels_at_once, together
 from fluxbatch.sampling import STEPS
 from fluxbatch.weights import load
 
@@ -171,4 +171,4 @@ def decode(cfg: VaeConfig, images: int, height: int, width: int, platform: str) 
     for size, before in zip(sizes, (*sizes[1:], sizes[-1]), strict=True):
         widest = max(widest, pixels * (2.13 * before if platform == "tpu" else max(3 * before, before + 3 * size)))
         pixels //= 4
-    return int(4 * together(images, height, width) * widest) + 3 * images * height * width
+    return int(4 * together(images, height, width, pixels_at_once(platform)) * widest) + 3 * images * height * width

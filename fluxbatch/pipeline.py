@@ -72,8 +72,9 @@ class Pipeline:
         self._embed = jit(programs.embed, static_argnames=("graph", "dtype"))
         self._block = jit(programs.block, static_argnames=("block_graph", "graph"))
         self._step = jit(programs.step, static_argnames="graph", donate_argnames="latents")
-        options = programs.decoder_options(mesh.devices.flat[0].platform, vae)
-        self._decode = jit(programs.decode, static_argnames=("graph", "dtype", "height", "width"), compiler_options=options)
+        platform = mesh.devices.flat[0].platform
+        decode, options = functools.partial(programs.decode, pixels=programs.pixels_at_once(platform)), programs.decoder_options(platform, vae)
+        self._decode = jit(decode, static_argnames=("graph", "dtype", "height", "width"), compiler_options=options)
 
     @property
     def multiple(self) -> int:

@@ -27,8 +27,8 @@ _NARROW_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": ""}
 # this, and not within 220 s with what conf/hardware gives the transformer. (Which of the two runs faster was not compared.)
 _TPU_OPTIONS = {"xla_tpu_scoped_vmem_limit_kib": "16384"}
 # A device decodes pictures together as long as they have no more pixels than this: beyond it each would take
-# memory of its own.
-_TOGETHER = 512 * 512
+# memory of its own, and on a CPU leave its caches.
+_TOGETHER, _TOGETHER_ON_A_CPU = 512 * 512, 2 * 128 * 128
 
 
 def _model(graph, state, scales=None):
@@ -98,8 +98,9 @@ def step(graph, state, latents, x, final, i, sigmas, left):
     return _euler(latents, nnx.merge(graph, state).finish(x[0], final[:, i]), i, sigmas, left)
 
 
-def decode(graph, dtype, state, latents, height, width):
-    """Non-finite pictures of finite latents are decoded once more in float32."""
+def decode(graph, dtype, state, latents, height, width, pixels):
+    """Non-finite pictures of finite latents are decoded once more in float32. A device decodes as many as have ``pixels``
+    at once."""
     # Whole weights: the compiler would divide convolutions by channels too, on some meshes wrongly (jax 0.10).
     vae = nnx.merge(graph, gathered(state, nnx.merge(graph, state).layout))
     scale, mesh = vae.cfg.scale, vae.layout.mesh
@@ -116,7 +117,7 @@ def decode(graph, dtype, state, latents, height, width):
         return jnp.where(finite[:, None, None, None], pixels, 0).astype(jnp.uint8), finite
 
     ways = 1 if mesh is None else batch_ways(mesh)
-    return _in_turns(pictures, sampling.unpack(latents, height, width), ways, together(len(latents) // ways, scale * height, scale * width))
+    return _in_turns(pictures, sampling.unpack(latents, height, width), ways, together(len(latents) // ways, scale * height, scale * width, pixels))
 
 
 def decoder_options(platform: str, vae: VaeConfig) -> Mapping[str, str] | None:
@@ -125,9 +126,14 @@ def decoder_options(platform: str, vae: VaeConfig) -> Mapping[str, str] | None:
     return {"cpu": narrow, "tpu": _TPU_OPTIONS}.get(platform)
 
 
-def together(images: int, height: int, width: int) -> int:
-    """How many of a device's pictures of a batch are decoded at once."""
-    most = max(1, _TOGETHER // (height * width))
+def pixels_at_once(platform: str) -> int:
+    """Of pictures that one device decodes."""
+    return _TOGETHER_ON_A_CPU if platform == "cpu" else _TOGETHER
+
+
+def together(images: int, height: int, width: int, pixels: int) -> int:
+    """How many of a device's pictures of a batch are decoded at once, if at most so many ``pixels`` are."""
+    most = max(1, pixels // (height * width))
     return max(count for count in range(1, min(images, most) + 1) if images % count == 0)
 
 

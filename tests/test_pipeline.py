@@ -90,8 +90,8 @@ def decoder():
 
 def decode(dtype, latents):
     graph, state = decoder()
-    program = jax.jit(functools.partial(programs.decode, graph, jnp.dtype(dtype)), static_argnums=(2, 3))
-    pixels, finite = program(state, latents, 8, 8)
+    program = jax.jit(functools.partial(programs.decode, graph, jnp.dtype(dtype)), static_argnums=(2, 3, 4))
+    pixels, finite = program(state, latents, 8, 8, 1 << 20)
     return np.asarray(pixels), np.asarray(finite)
 
 
@@ -117,17 +117,16 @@ def test_without_the_second_decode_it_would_be_lost():
     assert not np.isfinite(np.asarray(nnx.merge(graph, state)(grid.astype(jnp.float16)))).all()
 
 
-def test_large_pictures_are_decoded_a_few_at_a_time(monkeypatch):
+def test_large_pictures_are_decoded_a_few_at_a_time():
     """Each device's own, and what comes out is what they are all at once."""
-    assert [programs.together(8, side, side) for side in (128, 256, 512, 1024)] == [8, 4, 1, 1]
-    assert programs.together(6, 256, 256) == 3  # equal turns
+    assert [programs.together(8, side, side, programs.pixels_at_once("tpu")) for side in (128, 256, 512, 1024)] == [8, 4, 1, 1]
+    assert programs.together(6, 256, 256, 4 * 256 * 256) == 3  # equal turns
     vae = filled(Decoder(VAE, rngs=None, layout=Layout(make_mesh([2]))))
     graph, state = nnx.split(vae)
     many = jax.random.normal(jax.random.key(0), (8, 16, 16)).at[5].multiply(1e6).at[6, 0, 0].set(jnp.nan)
 
     def run(pixels):
-        monkeypatch.setattr(programs, "_TOGETHER", pixels)
-        program = jax.jit(functools.partial(programs.decode, graph, jnp.dtype("float16")), static_argnums=(2, 3)).lower(state, many, 8, 8).compile()
+        program = jax.jit(functools.partial(programs.decode, graph, jnp.dtype("float16")), static_argnums=(2, 3, 4)).lower(state, many, 8, 8, pixels).compile()
         assert "dim_labels=b01f_01io->b01f" in (text := program.as_text()) and "_oi01->" not in text  # for the latter XLA:CPU has plain loops alone
         return [np.asarray(x) for x in program(state, many)], program.memory_analysis().temp_size_in_bytes
 
