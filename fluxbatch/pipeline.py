@@ -73,7 +73,7 @@ class Pipeline:
         self._block = jit(programs.block, static_argnames=("block_graph", "graph"))
         self._step = jit(programs.step, static_argnames="graph", donate_argnames="latents")
         platform = mesh.devices.flat[0].platform
-        decode, options = functools.partial(programs.decode, pixels=programs.pixels_at_once(platform)), programs.decoder_options(platform, vae)
+        decode, options = functools.partial(programs.decode, at_once=programs.pixels_at_once(platform)), programs.decoder_options(platform, vae)
         self._decode = jit(decode, static_argnames=("graph", "dtype", "height", "width"), compiler_options=options)
 
     @property

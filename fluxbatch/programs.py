@@ -98,9 +98,9 @@ def step(graph, state, latents, x, final, i, sigmas, left):
     return _euler(latents, nnx.merge(graph, state).finish(x[0], final[:, i]), i, sigmas, left)
 
 
-def decode(graph, dtype, state, latents, height, width, pixels):
-    """Non-finite pictures of finite latents are decoded once more in float32. A device decodes as many as have ``pixels``
-    at once."""
+def decode(graph, dtype, state, latents, height, width, at_once):
+    """Non-finite pictures of finite latents are decoded once more in float32. A device decodes as many together as have
+    ``at_once`` pixels."""
     # Whole weights: the compiler would divide convolutions by channels too, on some meshes wrongly (jax 0.10).
     vae = nnx.merge(graph, gathered(state, nnx.merge(graph, state).layout))
     scale, mesh = vae.cfg.scale, vae.layout.mesh
@@ -117,7 +117,7 @@ def decode(graph, dtype, state, latents, height, width, pixels):
         return jnp.where(finite[:, None, None, None], pixels, 0).astype(jnp.uint8), finite
 
     ways = 1 if mesh is None else batch_ways(mesh)
-    return _in_turns(pictures, sampling.unpack(latents, height, width), ways, together(len(latents) // ways, scale * height, scale * width, pixels))
+    return _in_turns(pictures, sampling.unpack(latents, height, width), ways, together(len(latents) // ways, scale * height, scale * width, at_once))
 
 
 def decoder_options(platform: str, vae: VaeConfig) -> Mapping[str, str] | None:
