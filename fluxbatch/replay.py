@@ -51,7 +51,8 @@ def replay(job: ReplayJob) -> int:
         print(f"changed since: {line}")
     # all rows decide how adapters are applied, as they did then
     pipeline = engine.pipeline(engine.resolve([_row(record) for record in records]))
-    rows = [_row(record)] * engine.ways
+    # by the same programs: half precision rounds otherwise in a batch of another size
+    rows = [_row(record)] * (engine.ways * recorded.sharding.per_device_batch_size)
     states = text.encode(rows, engine.tokenizers, pipeline, len(rows))
     pixels, finite = pipeline.decode(pipeline.denoise(rows, *states.batch(rows)), record["height"], record["width"])
     made = np.asarray(pixels)[0]
