@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import itertools
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -129,12 +130,15 @@ def _batches(work: Work) -> Iterator[str]:
 def _text(engine: Engine, rows: Sequence[Row]) -> Iterator[str]:
     tokenizers = engine.tokenizers
     clip, t5 = tokenizers.cut((row.prompt for row in rows), (row.prompt_2 for row in rows))
-    for name, limit, found, of in (
-        ("CLIP", tokenizers.lengths[0], clip, lambda row: row.prompt),
-        ("T5", tokenizers.max_sequence_length, t5, lambda row: row.prompt_2),
+    for name, tokenizer, limit, cut, of in (
+        ("CLIP", tokenizers.clip, tokenizers.lengths[0], clip, lambda row: row.prompt),
+        ("T5", tokenizers.t5, tokenizers.lengths[1], t5, lambda row: row.prompt_2),
     ):
-        hit = [row for row in rows if of(row) in found] if found else []
-        places = _some(list(dict.fromkeys(f"{row.where.rpartition('/')[2]} has {found[of(row)]}" for row in hit)))
+        hit = [row for row in rows if of(row) in cut] if cut else []
+        lines = {row.where: of(row) for row in hit}
+        first = dict(itertools.islice(lines.items(), SHOWN))
+        named = [f"{where.rpartition('/')[2]} has {tokens}" for where, tokens in zip(first, tokenizer.count([*first.values()]), strict=True)]
+        places = _some(named, len(lines))
         yield _line("text" if name == "CLIP" else "", f"{name} reads {limit} tokens: " + (f"{len(hit):,} rows are cut: {places}" if hit else "no prompt is cut"))
 
 
@@ -235,8 +239,9 @@ def _line(name: str, text: str) -> str:
     return f"{name:9} {text}"
 
 
-def _some(items: Sequence[str]) -> str:
-    more = len(items) - SHOWN
+def _some(items: Sequence[str], count: int | None = None) -> str:
+    """The first of ``count`` items, or of these, and how many more there are."""
+    more = (count or len(items)) - SHOWN
     return ", ".join(items[:SHOWN]) + (f" and {more:,} more" if more > 0 else "")
 
 

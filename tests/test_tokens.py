@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+import tokenizers
 
 from fluxbatch.tokens import Tokenizer
 from fluxbatch.types import UserError
@@ -35,7 +36,18 @@ def test_prompts_that_are_too_long(checkpoint):
         lengths = {text: len(ids) for text, ids in zip(TEXTS, AutoTokenizer.from_pretrained(checkpoint / name)(TEXTS)["input_ids"], strict=True)}
         tokenizer = Tokenizer(str(checkpoint / name))
         tokenizer(TEXTS, 8)  # what it truncates and pads to must not matter
-        assert tokenizer.longer(TEXTS, 30) == {text: length for text, length in lengths.items() if length > 30} != {}
+        assert tokenizer.count(TEXTS) == list(lengths.values())
+        for limit in (*range(8, 40), 77, 150):
+            assert tokenizer.longer(TEXTS, limit) == {text for text, length in lengths.items() if length > limit} != set()
+
+
+def test_prompts_that_are_too_long_where_words_do_not_tell(pytestconfig):
+    """Of a tokenizer that knows pairs of words, words by themselves would say too much."""
+    tokenizer = Tokenizer(str(pytestconfig.rootpath / "fluxbatch/checkpoints/flux-mini/tokenizer"))
+    tokenizer._backend.normalizer = tokenizers.normalizers.Replace("red apple", "apple")
+    texts = ["red apple " * 10, "a red apple and " * 5, "red red " * 12, "apple " * 12]
+    counts = tokenizer.count(texts)
+    assert counts[0] == 12 and tokenizer.longer(texts, 16) == {text for text, count in zip(texts, counts, strict=True) if count > 16} == {*texts[1:3]}
 
 
 def test_what_the_library_reads_alone_does_not_wait_for_transformers(pytestconfig):
