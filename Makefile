@@ -22,17 +22,18 @@ test: $(VENV)/.test
 parity: $(VENV)/.parity
 	$(PYTEST) -m "parity and not slow" -n 2 --durations=5
 
+# three at a time: those that kill wait for others to notice
 slow: $(VENV)/.test
-	$(PYTEST) -m "slow and not parity" -n 2 --durations=5
+	$(PYTEST) -m "slow and not parity" -n 3 --durations=5
 
 # What only the TPU's compiler can say, without a TPU
 TPU_TESTS ?= tests/test_attention.py tests/test_plan.py tests/test_static.py
 tpu: $(VENV)/.tpu
 	PYTHONPATH=$(VENV)/libtpu $(PYTEST) -m slow -n 2 -k tpu $(TPU_TESTS) --durations=5
 
-# The long form of the crash tests: 50 kills
+# The long form of the tests that kill: 50 times
 soak: $(VENV)/.test
-	FLUXBATCH_SOAK=50 $(PYTEST) tests/test_crash.py -m slow --durations=5
+	FLUXBATCH_SOAK=50 $(PYTEST) tests/test_crash.py tests/test_writer.py tests/test_hosts.py -m slow -k kill --durations=5
 
 # Figures of this machine, each way against its peer in one run
 bench: $(VENV)/.parity
