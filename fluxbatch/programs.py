@@ -6,7 +6,9 @@ row's adapters. ``pipeline.py`` compiles them.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,10 +21,11 @@ from fluxbatch.models.flux import DoubleBlock
 from fluxbatch.models.layers import gathered, set_rows
 from fluxbatch.models.vae import VaeConfig
 
-# XLA:CPU leaves products, convolutions and sums to a library that is the faster for wide ones; over flux-mini's 12 channels
-# it is not, and its first run takes as long as two more.
+# XLA:CPU leaves products, convolutions and sums to a library, YNNPACK, which is the faster on a CPU with AVX-512. On one without
+# (EPYC, AVX2) its convolutions are the slower ones: middle's decoder takes 6.3 s with them and 5.3 without. Over flux-mini's
+# 12 channels it gains nothing anywhere, and its first run takes as long as two more.
 _NARROW = 16
-_NARROW_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": ""}
+_YNN, _SUMS = "xla_cpu_experimental_ynn_fusion_type", "LIBRARY_FUSION_TYPE_REDUCE"
 # libtpu looks longer for the tiles of a convolution the more room they have: a decoder of 256×256 is compiled in 68 s with
 # this, and not within 220 s with what conf/hardware gives the transformer. (Which of the two runs faster was not compared.)
 _TPU_OPTIONS = {"xla_tpu_scoped_vmem_limit_kib": "16384"}
@@ -122,8 +125,21 @@ def decode(graph, dtype, state, latents, height, width, at_once):
 
 def decoder_options(platform: str, vae: VaeConfig) -> Mapping[str, str] | None:
     """What the compiler is told for ``decode`` alone."""
-    narrow = _NARROW_OPTIONS if vae.block_out_channels[0] < _NARROW else None
-    return {"cpu": narrow, "tpu": _TPU_OPTIONS}.get(platform)
+    if platform == "cpu" and vae.block_out_channels[0] < _NARROW:
+        return {_YNN: ""}
+    if platform == "cpu" and _stops_at_avx2():
+        return {_YNN: _SUMS}
+    return _TPU_OPTIONS if platform == "tpu" else None
+
+
+@functools.cache
+def _stops_at_avx2() -> bool:
+    """Whether this CPU has AVX2 and is known to have no AVX-512."""
+    try:
+        words = set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:  # not Linux
+        return False
+    return "avx2" in words and "avx512f" not in words
 
 
 def pixels_at_once(platform: str) -> int:

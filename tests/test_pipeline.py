@@ -2,6 +2,7 @@
 Decoding: non-finite pictures are made again in float32, and only they."""
 
 import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -147,3 +148,16 @@ def test_times_are_float32_whatever_the_activations_are(flux):
     assert np.abs(np.asarray(timestep_embedding(jnp.asarray(times))) - exact).max() < 2e-4
     vec = flux.condition(jnp.zeros((1, FLUX.pooled_projection_dim)), jnp.asarray(times)[None], jnp.ones(1), jnp.bfloat16)
     assert vec.dtype == jnp.bfloat16 and not np.array_equal(*np.asarray(vec[0], np.float32))
+
+
+@pytest.mark.parametrize(("flags", "expected"), [("sse2 avx2 fma", "LIBRARY_FUSION_TYPE_REDUCE"), ("avx2 avx512f", None), ("asimd sve", None)])
+def test_who_convolves_on_a_cpu(monkeypatch, flags, expected):
+    """Of a wide decoder; a narrow one's convolutions are XLA's everywhere."""
+    monkeypatch.setattr(Path, "read_text", lambda path: f"flags\t: fpu {flags} sse")
+    programs._stops_at_avx2.cache_clear()
+    try:
+        for channels, wanted in ((8, ""), (64, expected)):
+            options = programs.decoder_options("cpu", VaeConfig(16, (channels, channels), 1, 8, 1.0, 0.0, True, False, False))
+            assert (options or {}).get("xla_cpu_experimental_ynn_fusion_type") == wanted
+    finally:
+        programs._stops_at_avx2.cache_clear()
