@@ -16,13 +16,13 @@ eval: $(VENV)/.base
 # LLVM is told to do little: of the longest test of `make test` it took 30 of 71 s. Parity, TPU and demo run what it makes of all.
 test slow: export XLA_FLAGS += --xla_backend_optimization_level=0
 
+# More at a time than the two cores that this is made for: some wait, for clocks, disks, and others to notice that they are alone.
 test: $(VENV)/.test
-	$(PYTEST) -m "not parity and not slow" -n 2 --durations=5
+	$(PYTEST) -m "not parity and not slow" -n 3 --durations=5
 
 parity: $(VENV)/.parity
 	$(PYTEST) -m "parity and not slow" -n 2 --durations=5
 
-# three at a time: those that kill wait for others to notice
 slow: $(VENV)/.test
 	$(PYTEST) -m "slow and not parity" -n 3 --durations=5
 
