@@ -21,9 +21,9 @@ from fluxbatch.models.flux import DoubleBlock
 from fluxbatch.models.layers import gathered, set_rows
 from fluxbatch.models.vae import VaeConfig
 
-# XLA:CPU leaves products, convolutions and sums to a library, YNNPACK, which is the faster on a CPU with AVX-512. On one without
-# (EPYC, AVX2) its convolutions are the slower ones: middle's decoder takes 6.3 s with them and 5.3 without. Over flux-mini's
-# 12 channels it gains nothing anywhere, and its first run takes as long as two more.
+# XLA:CPU leaves products, convolutions and sums to a library, YNNPACK. On a CPU without AVX-512 (EPYC) its convolutions are
+# slower than XLA's: the decoder of the bench's middle takes 6.3 s with them and 5.3 without. With AVX-512 that was not compared.
+# Over flux-mini's 12 channels it gains nothing, and its first run took as long as two more.
 _NARROW = 16
 _YNN, _SUMS = "xla_cpu_experimental_ynn_fusion_type", "LIBRARY_FUSION_TYPE_REDUCE"
 # libtpu looks longer for the tiles of a convolution the more room they have: a decoder of 256×256 is compiled in 68 s with
