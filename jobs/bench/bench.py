@@ -2,14 +2,17 @@
 
     python jobs/bench/bench.py                         # CPU: flux-mini and middle; GPU: dev and schnell
     python jobs/bench/bench.py --models dev --batches 1 4 --rounds 2
+    python jobs/bench/bench.py --models dev --ways fluxbatch --batches 1 --images 4 --rounds 1 --work /scratch  # and again
 
 Same checkpoint, prompts, seeds, steps and dtype (float32 on a CPU, bfloat16 on a GPU); torch eager and compiled. The
-first round starts with empty compilation caches, the later ones with what it left. Nothing else should run meanwhile.
+first round starts with empty compilation caches, or with those that ``--work`` has kept, the later ones with what it left.
+Nothing else should run meanwhile.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -23,6 +26,7 @@ import time
 
 HERE = pathlib.Path(__file__).resolve()
 ROOT = HERE.parents[2]
+PATH = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
 WAYS = ("fluxbatch", "eager", "compiled")
 THINGS = ("apple", "cat", "boat", "tree", "clock", "house", "star", "fish")
 COLOURS = ("red", "blue", "green", "yellow", "white", "black", "pink", "grey")
@@ -83,7 +87,7 @@ def once(way: str, checkpoint: pathlib.Path, manifest: pathlib.Path, case: Case,
         command = [HERE, "run", *(f"{key}={value}" for key, value in words.items())]
     else:
         command = [HERE.parent / "peer.py", checkpoint, manifest, out, batch, way]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "TORCHINDUCTOR_CACHE_DIR": str(work / "inductor"), "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {"PYTHONPATH": PATH, "TORCHINDUCTOR_CACHE_DIR": str(work / "inductor"), "HF_HUB_OFFLINE": "1"}
     start = time.perf_counter()
     process = subprocess.Popen([sys.executable, *map(str, command)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     said = process.stdout.read()
@@ -118,7 +122,7 @@ def machine() -> tuple[str, float, float]:
     """Its name, the FLOP/s of its peak (of a CPU: of a float32 matrix product, just measured), FLOPs apart."""
     script = ("import jax, json; from fluxbatch import chips, forecast; d = jax.devices()[0]; c = chips.of_kind(d.device_kind); "
               "print(json.dumps([d.platform, d.device_kind, c.peak if c else forecast._matmul()]))")  # fmt: skip
-    said = subprocess.run([sys.executable, "-c", script], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True)
+    said = subprocess.run([sys.executable, "-c", script], env=os.environ | {"PYTHONPATH": PATH}, capture_output=True, text=True, check=True)
     kind, name, peak = json.loads(said.stdout.splitlines()[-1])
     cpu = next((line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), platform.machine())
     return kind, f"{name if kind != 'cpu' else cpu}, {len(os.sched_getaffinity(0))} cores", peak * 1e12
@@ -144,7 +148,7 @@ def compare(model: str, case: Case, ways: list[str], rounds: int, work: pathlib.
     checkpoint = work / "checkpoint"
     if model == "flux-mini":
         checkpoint = ROOT / "fluxbatch/checkpoints/flux-mini"
-    else:
+    elif not (checkpoint / "model_index.json").exists():  # it is written last
         subprocess.run([sys.executable, HERE.parent / "random_flux.py", checkpoint, model], check=True, stdout=sys.stderr)
     rows(work / "rows.jsonl", case)
     results: dict[tuple[str, int], list[Result]] = {}
@@ -159,7 +163,8 @@ def compare(model: str, case: Case, ways: list[str], rounds: int, work: pathlib.
                     print(error, file=sys.stderr)
                     continue
                 results.setdefault((way, batch), []).append(result)
-                print(f"{model} {way} batch {batch} turn {turn}: {result.job:.1f} s ({versions})", file=sys.stderr)
+                steadily = f", {result.steady:.3g} images/s steady" if result.steady else ""
+                print(f"{model} {way} batch {batch} turn {turn}: {result.job:.1f} s{steadily} ({versions})", file=sys.stderr)
     image = flops(checkpoint, case)
     print(f"\n**{model}**: {case.images} images of {case.side}×{case.side}, {case.steps} steps, {image / 1e12:.3g} TFLOP an image\n")
     print("| | batch | images/s steady | images/s whole job | first job, empty caches | s/step, all included | MFU | peak memory | load |")
@@ -186,6 +191,7 @@ def main() -> None:
     parser.add_argument("--batches", nargs="+", type=int)
     parser.add_argument("--images", type=int)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--work", type=pathlib.Path, help="keep checkpoints and compilation caches there, for the next time")
     args = parser.parse_args()
     kind, name, peak = machine()
     sys.path.insert(0, str(ROOT))
@@ -193,9 +199,9 @@ def main() -> None:
     for model in args.models or (["flux-mini", "middle"] if kind == "cpu" else ["schnell", "dev"]):
         case = CASES[model]
         case = dataclasses.replace(case, batches=tuple(args.batches or case.batches), images=args.images or case.images)
-        with tempfile.TemporaryDirectory() as folder:
+        with contextlib.nullcontext(args.work / model) if args.work else tempfile.TemporaryDirectory() as folder:
             for way in WAYS:
-                pathlib.Path(folder, way).mkdir()
+                pathlib.Path(folder, way).mkdir(parents=True, exist_ok=True)
             compare(model, case, args.ways, args.rounds, pathlib.Path(folder), peak)
 
 

@@ -180,7 +180,7 @@ def traffic(hlo: str) -> collections.Counter[str]:
             return "attention"
         if any(" dot(" in text or "__cublas" in text for text in inside):
             return "products"
-        return "weights copied" if all(parsed(text)[2] in (*free, "dynamic-slice") for text in inside[1:]) and len(inside) > 1 else "others"
+        return "weights copied" if all(parsed(text)[2] in (*free, "dynamic-slice", "copy") for text in inside[1:]) and " dynamic-slice(" in "".join(inside) else "others"
 
     def walk(name: str, turns: int, depth: int) -> collections.Counter[str]:
         moved: collections.Counter[str] = collections.Counter()

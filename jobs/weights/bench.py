@@ -172,7 +172,7 @@ def compare(places: dict[str, str], rounds: int) -> dict[str, float]:
 def in_process(way: str, path: pathlib.Path | str, mesh: str = "1,1", dtype: str = "bfloat16", devices: int = 1, processes: int = 1) -> list[dict]:
     """The measurements of one load in fresh processes, one for each process of the mesh."""
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices // processes}",
-                                "PYTHONPATH": str(HERE.parents[2])}  # fmt: skip
+                                "PYTHONPATH": os.pathsep.join(filter(None, (str(HERE.parents[2]), os.environ.get("PYTHONPATH"))))}  # fmt: skip
     port = str(20000 + os.getpid() % 20000)
     running = [
         subprocess.Popen(
