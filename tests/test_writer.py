@@ -401,7 +401,8 @@ def test_a_process_that_is_killed_again_and_again(tmp_path):
 
 @pytest.mark.slow
 def test_a_process_that_is_killed_many_times(tmp_path):
-    assert kill_again_and_again(str(tmp_path / "run"), rows=20 * KILLS, kills=KILLS, longest=0.3) >= 0.8 * KILLS
+    # Of batches of three, 10 ms apart, no machine writes more than 45 rows until it is killed, on average.
+    assert kill_again_and_again(str(tmp_path / "run"), rows=50 * KILLS, kills=KILLS, longest=0.3) >= 0.8 * KILLS
 
 
 @pytest.mark.slow
