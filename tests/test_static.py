@@ -72,6 +72,13 @@ GPU = """HloModule jit__denoise
   ROOT %slice.2 = bf16[1,16,8]{2,1,0} dynamic-slice(%p0.1, %p1.1), dynamic_slice_sizes={1,16,8}
 }
 
+%cut_by_jax_0_10 (p0.3: bf16[19,16,8], p1.3: s32[]) -> bf16[1,16,8] {
+  %p0.3 = bf16[19,16,8]{2,1,0} parameter(0)
+  %p1.3 = s32[] parameter(1)
+  %slice.3 = bf16[1,16,8]{2,1,0} dynamic-slice(%p0.3, %p1.3), dynamic_slice_sizes={1,16,8}
+  ROOT %copy.3 = bf16[1,16,8]{2,1,0} copy(%slice.3)
+}
+
 %sum (p0.2: bf16[4,16], p1.2: bf16[16]) -> bf16[4,16] {
   ROOT %add = bf16[4,16]{1,0} add(%p0.2, %p1.2)
 }
@@ -83,6 +90,7 @@ GPU = """HloModule jit__denoise
   %fusion.1 = (bf16[4,16]{1,0}, s8[64]{0}) fusion(%w, %i, %x), kind=kCustom, calls=%product
   %fusion-start.1 = ((bf16[19,16,8]{2,1,0}, s32[]), bf16[1,16,8]{2,1,0}, u32[]) fusion-start(%w, %i), kind=kLoop, calls=%cut
   %fusion-done.1 = bf16[1,16,8]{2,1,0} fusion-done(%fusion-start.1)
+  %fusion.3 = bf16[1,16,8]{2,1,0} fusion(%w, %i), kind=kCustom, calls=%cut_by_jax_0_10
   %y = bf16[4,16]{1,0} get-tuple-element(%fusion.1), index=0
   %b = bf16[16]{0} get-tuple-element(%arg), index=3
   %fusion.2 = bf16[4,16]{1,0} fusion(%y, %b), kind=kLoop, calls=%sum
@@ -118,7 +126,7 @@ def test_cycles_and_collectives_of_a_step(static):
 
 def test_bytes_that_a_step_moves(static):
     moved = static.traffic(GPU)
-    assert moved["weights copied"] == 19 * 2 * (2 * 16 * 8 + 4)  # read and written, with the event beside them
+    assert moved["weights copied"] == 19 * 2 * (2 * 16 * 8 + 4 + 2 * 16 * 8)  # twice read and written, with the event beside the first
     assert moved["others"] == 19 * (2 * 64 + 2 * 64 + 2 * 16)
     assert moved["attention"] == 19 * 2 * 2 * 64 and moved["products"] > 0
 

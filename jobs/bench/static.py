@@ -180,7 +180,8 @@ def traffic(hlo: str) -> collections.Counter[str]:
             return "attention"
         if any(" dot(" in text or "__cublas" in text for text in inside):
             return "products"
-        return "weights copied" if all(parsed(text)[2] in (*free, "dynamic-slice", "copy") for text in inside[1:]) and " dynamic-slice(" in "".join(inside) else "others"
+        does = {parsed(text)[2] for text in inside[1:]}
+        return "weights copied" if "dynamic-slice" in does and does <= {*free, "dynamic-slice", "copy"} else "others"
 
     def walk(name: str, turns: int, depth: int) -> collections.Counter[str]:
         moved: collections.Counter[str] = collections.Counter()
