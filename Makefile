@@ -36,7 +36,7 @@ soak: $(VENV)/.test
 	FLUXBATCH_SOAK=50 $(PYTEST) tests/test_crash.py tests/test_writer.py tests/test_hosts.py -m slow -k kill --durations=5
 
 # Figures of this machine, each way against its peer in one run
-bench: $(VENV)/.parity
+bench: $(VENV)/.bench
 	$(RUN) jobs/bench/bench.py
 	$(RUN) jobs/weights/bench.py --gigabytes 2
 	$(RUN) jobs/bench/lora_cost.py
@@ -61,6 +61,10 @@ $(VENV)/.parity: pyproject.toml | $(VENV)/bin/python
 	$(RUN) -m pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(RUN) -m pip install --quiet --disable-pip-version-check --editable ".[test,parity]"
 	@touch $@ $(VENV)/.test $(VENV)/.base
+
+$(VENV)/.bench: $(VENV)/.parity
+	! command -v nvidia-smi || $(RUN) -m pip install --quiet --disable-pip-version-check --editable ".[cuda]"
+	@touch $@
 
 # beside the other packages: JAX looks for TPUs wherever it finds libtpu
 $(VENV)/.tpu: pyproject.toml | $(VENV)/.test

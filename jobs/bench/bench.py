@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 
 HERE = pathlib.Path(__file__).resolve()
 ROOT = HERE.parents[2]
@@ -42,14 +43,15 @@ class Case:
     guidance: float
     text: int  # T5 tokens
     batches: tuple[int, ...]
+    checkpoint: str  # as random_flux.py calls it
 
 
 CASES = {
-    "flux-mini": Case(64, 128, 4, 0.0, 32, (1, 8, 16)),
-    "tiny": Case(4, 64, 2, 0.0, 32, (2,)),
-    "middle": Case(8, 512, 4, 0.0, 128, (1,)),
-    "schnell": Case(48, 1024, 4, 0.0, 256, (1, 4, 8)),
-    "dev": Case(16, 1024, 28, 3.5, 512, (1, 4, 8)),
+    "flux-mini": Case(64, 128, 4, 0.0, 32, (1, 8, 16), "flux-mini"),
+    "tiny": Case(4, 64, 2, 0.0, 32, (2,), "tiny"),
+    "middle": Case(8, 512, 4, 0.0, 128, (1,), "middle"),
+    "schnell": Case(48, 1024, 4, 3.5, 256, (1, 4, 8), "dev"),  # with dev's guidance, which is no work worth naming: 34 GB less
+    "dev": Case(16, 1024, 28, 3.5, 512, (1, 4, 8), "dev"),
 }
 
 
@@ -143,13 +145,15 @@ def flops(checkpoint: pathlib.Path, case: Case) -> int:
     return case.steps * flops.flux_step(flux, (case.side // (2 * vae.scale)) ** 2, case.text) + flops.vae_decode(vae, case.side, case.side)
 
 
-def compare(model: str, case: Case, ways: list[str], rounds: int, work: pathlib.Path, peak: float) -> None:
+def compare(model: str, case: Case, ways: Sequence[str], rounds: int, kept: pathlib.Path, peak: float) -> None:
     """Runs everything and prints the model's part of the table."""
-    checkpoint = work / "checkpoint"
-    if model == "flux-mini":
+    checkpoint, work = kept / "checkpoints" / case.checkpoint, kept / model
+    if case.checkpoint == "flux-mini":
         checkpoint = ROOT / "fluxbatch/checkpoints/flux-mini"
     elif not (checkpoint / "model_index.json").exists():  # it is written last
-        subprocess.run([sys.executable, HERE.parent / "random_flux.py", checkpoint, model], check=True, stdout=sys.stderr)
+        subprocess.run([sys.executable, HERE.parent / "random_flux.py", checkpoint, case.checkpoint], check=True, stdout=sys.stderr)
+    for way in ways:
+        (work / way).mkdir(parents=True, exist_ok=True)
     rows(work / "rows.jsonl", case)
     results: dict[tuple[str, int], list[Result]] = {}
     for turn in range(rounds):
@@ -187,22 +191,21 @@ def main() -> None:
         return fluxbatch_job(sys.argv[2:])
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=CASES)
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--ways", nargs="+", choices=WAYS)
     parser.add_argument("--batches", nargs="+", type=int)
     parser.add_argument("--images", type=int)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--work", type=pathlib.Path, help="keep checkpoints and compilation caches there, for the next time")
     args = parser.parse_args()
     kind, name, peak = machine()
+    ways = args.ways or (WAYS if kind != "tpu" else WAYS[:1])  # diffusers does not run there
     sys.path.insert(0, str(ROOT))
     print(f"{name}; peak {peak / 1e12:.3g} TFLOP/s; Python {platform.python_version()}; {args.rounds} rounds, best of them")
-    for model in args.models or (["flux-mini", "middle"] if kind == "cpu" else ["schnell", "dev"]):
-        case = CASES[model]
-        case = dataclasses.replace(case, batches=tuple(args.batches or case.batches), images=args.images or case.images)
-        with contextlib.nullcontext(args.work / model) if args.work else tempfile.TemporaryDirectory() as folder:
-            for way in WAYS:
-                pathlib.Path(folder, way).mkdir(parents=True, exist_ok=True)
-            compare(model, case, args.ways, args.rounds, pathlib.Path(folder), peak)
+    with contextlib.nullcontext(args.work) if args.work else tempfile.TemporaryDirectory() as folder:
+        for model in args.models or (["flux-mini", "middle"] if kind == "cpu" else ["schnell", "dev"]):
+            case = CASES[model]
+            case = dataclasses.replace(case, batches=tuple(args.batches or case.batches), images=args.images or case.images)
+            compare(model, case, ways, args.rounds, pathlib.Path(folder), peak)
 
 
 if __name__ == "__main__":

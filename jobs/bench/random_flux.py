@@ -18,7 +18,6 @@ MINI = pathlib.Path(__file__).parents[2] / "fluxbatch/checkpoints/flux-mini"
 SIZES = {  # double, single, heads; T5's blocks, width and hidden width; VAE's channels; guidance
     "tiny": (1, 1, 1, 1, 64, 128, (32, 32, 32, 32), False),  # to try the bench
     "middle": (4, 8, 9, 2, 512, 1024, (64, 128, 256, 256), False),
-    "schnell": (19, 38, 24, 24, 4096, 10240, (128, 256, 512, 512), False),
     "dev": (19, 38, 24, 24, 4096, 10240, (128, 256, 512, 512), True),
 }
 
@@ -26,7 +25,7 @@ SIZES = {  # double, single, heads; T5's blocks, width and hidden width; VAE's c
 def write(folder: pathlib.Path, name: str) -> int:
     """The pipeline called ``name``; returns the transformer's parameters."""
     double, single, heads, blocks, width, hidden, channels, guidance = SIZES[name]
-    full = name in ("dev", "schnell")
+    full = name == "dev"
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16 if full else torch.float32)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
