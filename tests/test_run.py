@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -231,6 +234,15 @@ def test_mistakes_stop_before_weights(cli, golden, tmp_path, monkeypatch, args, 
     assert all(word in err for word in words), err
     assert "Traceback" not in err and len(err.strip().splitlines()) == 1
     assert not (tmp_path / "run" / "metadata.jsonl").exists()
+
+
+def test_a_gpu_that_is_not_there_is_one_line(tmp_path):
+    """In a process of its own: JAX looks for devices once."""
+    command = [sys.executable, "-m", "fluxbatch.run", "prompt=a fox", "hardware=gpu", f"output_dir={tmp_path}"]
+    done = subprocess.run(command, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True)
+    said = [line for line in done.stderr.splitlines() if line.startswith("fluxbatch: error")]
+    assert done.returncode == 2 and len(said) == 1 and said[0].startswith("fluxbatch: error: hardware=gpu: JAX finds none here: ")
+    assert "Traceback" not in done.stderr
 
 
 def test_parti_prompts(cli, golden, tmp_path):
