@@ -222,6 +222,21 @@ def test_rows_may_come_in_another_order(named, own_seeds):
     assert [line["prompt"] for line in metadata(store)] == [row.prompt for row in rows]
 
 
+def test_ids_that_count_the_rows_are_ids_all_the_same():
+    rows = [plain.row(k, id=str(k)) for k in range(4)]
+    store = MemoryStore()
+    run(store, rows)
+    before = {line["id"]: line["sha256"] for line in metadata(store)}
+    order = [plain.row(0, id="new"), *(dataclasses.replace(rows[k], index=1 + i, seed=43 + i) for i, k in enumerate((2, 0, 3, 1)))]
+    assert assign(open_ledger(store), order)[0] == order[:1]
+    assert run(store, order).left == 0
+    lines = metadata(store)
+    assert [line["id"] for line in lines] == ["new", "2", "0", "3", "1"]
+    assert {line["id"]: line["sha256"] for line in lines[1:]} == before
+    with pytest.raises(UserError, match=r'm.jsonl:1: prompt: "prompt 0" → "prompt 1".*\(id "0"\)'):
+        assign(open_ledger(store), [plain.row(0, id="0", prompt="prompt 1", seed=9)])
+
+
 def test_equal_rows_are_matched_once_each():
     rows = [plain.row(k, prompt="same", seed=7) for k in range(4)]
     store = MemoryStore()

@@ -75,27 +75,27 @@ def match(
     if not left or not any(id in ids or not row.named for id, (row, _) in todo.items()):
         return Match(row_of, [row for row, _ in todo.values()], [])
 
-    def pair(handle_of_record: Callable[[Record], Any], handle_of_row: Callable[[Row, str], Any]) -> None:
-        """Makes rows done by the records that have the same handle, each record once."""
+    def pair(named: bool, handle_of_record: Callable[[Record], Any], handle_of_row: Callable[[Row, str], Any]) -> None:
+        """Makes rows with ids of their own, or those without, done by the records that have the same handle,
+        each record once."""
         by_handle = defaultdict(deque)
         for record in remembered:
-            if (record["id"], record["key"]) not in row_of:
+            # an id that is not the index was given by a manifest, and only its own row may have the record
+            if (record["id"], record["key"]) not in row_of and (named or record["id"] == str(record["index"])):
                 by_handle[handle_of_record(record)].append((record["id"], record["key"]))
         for row, key in list(todo.values()):
-            if alike := by_handle.get(handle_of_row(row, key)):
+            if row.named == named and (alike := by_handle.get(handle_of_row(row, key))):
                 row_of[alike.popleft()] = row
                 del todo[row.id]
 
     remembered = [record for record in records() if (record["id"], record["key"]) in left]
     remembered.sort(key=lambda record: record["index"])
-    # A row without an id of its own may stand elsewhere now: the key finds it.
-    pair(lambda r: (_own_id(r), r["key"]), lambda row, key: (row.id if row.named else None, key))
     # A row without a seed of its own that stands elsewhere would get another seed now. It is the
     # same row when all else is equal and its seed was as far from its place.
-    pair(
-        lambda r: (_own_id(r), _but_seed(r), r["seed"] - r["index"]),
-        lambda row, _: (row.id if row.named else None, _but_seed(decisive(row)), row.seed - row.index),
-    )
+    pair(True, lambda r: (r["id"], *_but_place(r, r["index"])), lambda row, _: (row.id, *_but_place(decisive(row), row.index)))
+    # A row without an id of its own may stand elsewhere too: the key finds it.
+    pair(False, lambda r: r["key"], lambda _, key: key)
+    pair(False, lambda r: _but_place(r, r["index"]), lambda row, _: _but_place(decisive(row), row.index))
     changed = [
         (todo[record["id"]][0], record)
         for record in remembered
@@ -122,13 +122,10 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any], *, only_new: bool
     return [f"{k}: {_shown(old.get(k))} → {_shown(new.get(k))}" for k in keys if old.get(k) != new.get(k)]
 
 
-def _own_id(record: Record) -> str | None:
-    return None if record["id"] == str(record["index"]) else record["id"]
-
-
-def _but_seed(values: Mapping[str, Any]) -> str:
+def _but_place(values: Mapping[str, Any], index: int) -> tuple[str, int]:
+    """What stays of a row without a seed of its own when it moves: all but the seed, and the seed's distance."""
     fields = ("prompt", "prompt_2", "height", "width", "num_inference_steps", "guidance_scale", "lora")
-    return digest([values[field] for field in fields])
+    return digest([values[field] for field in fields]), values["seed"] - index
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
