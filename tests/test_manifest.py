@@ -136,9 +136,26 @@ def test_an_unclosed_quote_costs_only_its_line(manifest, problems):
     rows, rejects = manifest(table, name="m.csv", manifest_errors=QUARANTINE)
     assert [row.prompt for row in rows] == ["a dog", 'a "word" inside']
     assert [reject.where.rpartition(":")[2] for reject in rejects] == ["2", "4"]
-    # TSV knows no quoting across lines: a lone quote is a character
+    # in TSV a lone quote is a character
     rows, _ = manifest('prompt\tseed\n"Hello" said the cat\t1\n"lone\t2\n"two words"\t3\n', name="m.tsv")
     assert [row.prompt for row in rows] == ['"Hello" said the cat', '"lone', "two words"]
+
+
+def test_a_quoted_cell_keeps_its_lines_as_they_are(manifest):
+    for name, comma in (("m.csv", ","), ("m.tsv", "\t")):
+        table = f'prompt{comma}seed\r\n"first\r\n\r\n   second  \r\n "" third"{comma}3\r\n\r\n  a cat{comma}4  \r\n'
+        rows, _ = manifest(table, name=name)
+        assert [(row.prompt, row.seed) for row in rows] == [('first\n\n   second  \n " third', 3), ("a cat", 4)]
+        assert rows[1].where.endswith(f"{name}:7")
+
+
+def test_a_quote_in_tsv_opens_a_cell_only_where_the_record_has_one_cell_a_column(manifest):
+    rows, _ = manifest('prompt\tseed\n"a fox\nin snow"\t28\na cat\t3\n', name="m.tsv")
+    assert [(row.prompt, row.seed) for row in rows] == [("a fox\nin snow", 28), ("a cat", 3)]
+    rows, _ = manifest('prompt\tnote\tseed\n"a fox\tx\t1\na sign, 5"\n"a dog\ty\n', name="m.tsv")
+    assert [(row.prompt, row.seed) for row in rows] == [('"a fox', 1), ('a sign, 5"', 43), ('"a dog', 44)]
+    rows, _ = manifest('prompt\n"a fox\n"a" dog\n', name="m.tsv")
+    assert [row.prompt for row in rows] == ['"a fox', '"a" dog']
 
 
 def test_single_prompt():
