@@ -158,6 +158,20 @@ def test_a_quote_in_tsv_opens_a_cell_only_where_the_record_has_one_cell_a_column
     assert [row.prompt for row in rows] == ['"a fox', '"a" dog']
 
 
+def test_what_spreadsheets_write_of_empty_cells_means_nothing(manifest, problems):
+    table = "prompt,seed,,\r\na fox,3,, \r\n,,,\r\n , \r\na cat\r\n"
+    for name, comma in (("m.csv", ","), ("m.tsv", "\t")):
+        rows, rejects = manifest(table.replace(",", comma), name=name)
+        assert [(row.prompt, row.seed, row.extra) for row in rows] == [("a fox", 3, {}), ("a cat", 43, {})] and not rejects
+        assert rows[1].where.endswith(f"{name}:5")
+    assert problems("prompt,seed,\na,1,note\n,1,\n", name="m.csv") == [
+        "m.csv:2: 3 cells, but the header names 2 columns",
+        "m.csv:3: prompt: missing",
+    ]
+    rows, _ = manifest('prompt\tseed\t\t\n"a fox\nin snow"\t3\t\n"a lone quote\t4\t\t\n', name="m.tsv")
+    assert [(row.prompt, row.seed) for row in rows] == [("a fox\nin snow", 3), ('"a lone quote', 4)]
+
+
 def test_single_prompt():
     (row,), rejects = read_rows(plain.job(prompt="a cat", prompt_2="cute"))
     assert (row.prompt, row.prompt_2, row.seed, row.id) == ("a cat", "cute", 42, "0") and not rejects

@@ -51,7 +51,7 @@ def table_lines(stream: BinaryIO, delimiter: str, name: str) -> tuple[list[str],
     lines = _raw_lines(stream)
     nothing = 1, BadLine("no header line with the column names")
     number, text = next((line for line in lines if isinstance(line[1], BadLine) or line[1].strip()), nothing)
-    cells = text if isinstance(text, BadLine) else _cells(text, delimiter)
+    cells = text if isinstance(text, BadLine) else _cells(text, delimiter, 0)
     if isinstance(cells, BadLine):
         raise UserError(f"{name}:{number}: {cells}")
     columns = [cell.strip() for cell in cells or []]
@@ -65,7 +65,7 @@ def _table(lines: Iterator[tuple[int, str | BadLine]], columns: list[str], delim
     ahead: deque[tuple[int, str | BadLine]] = deque()  # read while looking for a closing quote
     while ahead or (following := next(lines, None)) is not None:
         number, text = ahead.popleft() if ahead else following
-        cells = text if isinstance(text, BadLine) else _cells(text, delimiter)
+        cells = text if isinstance(text, BadLine) else _cells(text, delimiter, len(columns))
         if cells is None:
             cells = _quoted_cells(text, len(columns), delimiter, lines, ahead)
         if isinstance(cells, list) and len(cells) > len(columns):
@@ -79,7 +79,7 @@ def _table(lines: Iterator[tuple[int, str | BadLine]], columns: list[str], delim
 
 def _quoted_cells(
     text: str, columns: int, delimiter: str, lines: Iterator[tuple[int, str | BadLine]], ahead: deque[tuple[int, str | BadLine]]
-) -> list[str] | BadLine:
+) -> list[str] | BadLine | None:
     """Cells of a record whose quoted field goes on over the following lines.
 
     A quote that is never closed costs only its own line: what was read ahead stays to be read. In TSV
@@ -96,7 +96,7 @@ def _quoted_cells(
         if isinstance(line, BadLine):
             break
         text = f"{text}\n{line}"
-        if '"' not in line or (cells := _cells(text, delimiter)) is None:
+        if '"' not in line or (cells := _cells(text, delimiter, columns)) is None:
             continue
         if delimiter == TAB and (isinstance(cells, BadLine) or len(cells) != columns):
             break
@@ -104,20 +104,28 @@ def _quoted_cells(
             for _ in range(count + 1):
                 ahead.popleft()
         return cells
-    return first.strip(_AROUND).split(TAB) if delimiter == TAB else BadLine("a quote is opened and never closed")
+    if delimiter == TAB:
+        return _cells(first, TAB, columns, csv.QUOTE_NONE)
+    return BadLine("a quote is opened and never closed")
 
 
-def _cells(text: str, delimiter: str) -> list[str] | BadLine | None:
-    """The cells of one record, or None while a quote is still open."""
+def _cells(text: str, delimiter: str, columns: int, quoting: int = csv.QUOTE_MINIMAL) -> list[str] | BadLine | None:
+    """The cells of one record, or None while a quote is still open.
+
+    Blank ones at the end count only up to ``columns``: spreadsheets write a table's empty cells too.
+    """
     text = text.strip(_AROUND)
     try:
-        return next(csv.reader([text], delimiter=delimiter, strict=True))
+        cells = next(csv.reader([text], delimiter=delimiter, strict=True, quoting=quoting))
     except csv.Error as error:
         if "unexpected end of data" in str(error):
             return None
         if delimiter == TAB and "expected after" in str(error) and "\n" not in text:
-            return text.split(TAB)
+            return _cells(text, TAB, columns, csv.QUOTE_NONE)
         return BadLine(f"not {'TSV' if delimiter == TAB else 'CSV'}: {error}")
+    while len(cells) > columns and not cells[-1].strip():
+        cells.pop()
+    return cells
 
 
 def _object(text: str) -> dict[str, Any] | BadLine:
