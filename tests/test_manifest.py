@@ -172,6 +172,17 @@ def test_what_spreadsheets_write_of_empty_cells_means_nothing(manifest, problems
     assert [(row.prompt, row.seed) for row in rows] == [("a fox\nin snow", 3), ('"a lone quote', 4)]
 
 
+def test_whole_floats_are_integers(manifest):
+    """As pandas writes a column of integers with a gap."""
+    for content, name in (
+        ('{"prompt": "a", "seed": 28.0, "num_inference_steps": 2e1}\n{"prompt": "b", "seed": null}\n', "m.jsonl"),
+        ("prompt,seed,num_inference_steps\na,28.0,20.\nb,,\n", "m.csv"),
+    ):
+        rows, _ = manifest(content, name=name)
+        assert [(row.seed, row.num_inference_steps) for row in rows] == [(28, 20), (43, 4)]
+        assert all(type(number) is int for row in rows for number in (row.seed, row.num_inference_steps))
+
+
 def test_single_prompt():
     (row,), rejects = read_rows(plain.job(prompt="a cat", prompt_2="cute"))
     assert (row.prompt, row.prompt_2, row.seed, row.id) == ("a cat", "cute", 42, "0") and not rejects
@@ -200,7 +211,8 @@ def test_single_prompt():
         ('{"prompt": "a", "prompt_2": ["b"]}', "prompt_2: got an array, expected a string"),
         ('{"prompt": "a", "prompt": "b"}', '"prompt" is given more than once'),
         ('{"prompt": "a", "seed": "7"}', 'seed: got "7" (string), expected an integer'),
-        ('{"prompt": "a", "seed": 7.0}', "seed: got 7.0 (number), expected an integer"),
+        ('{"prompt": "a", "seed": 7.5}', "seed: got 7.5 (number), expected an integer"),
+        ('{"prompt": "a", "seed": 1e19}', "seed: got 1e+19 (number), expected an integer"),
         ('{"prompt": "a", "seed": true}', "seed: got true (boolean), expected an integer"),
         ('{"prompt": "a", "seed": -1}', "seed: got -1, expected an integer from 0 to 2**64 - 1"),
         ('{"prompt": "a", "seed": 18446744073709551616}', "seed: got 18446744073709551616, expected"),

@@ -18,6 +18,7 @@ from fluxbatch.types import Reject, Row, UserError
 MAX_SEED = 2**64 - 1
 _MAX_SIDE = 16_384  # pixels
 _MAX_STEPS = 1_000
+_WHOLE = 2**53  # up to it a float that is whole is the integer that was meant
 _MAX_FLOAT = 1e4  # of guidance and LoRA scales: beyond it bfloat16 only makes NaN
 _MAX_IMAGES = 100_000  # per row
 _MAX_ID = 200  # bytes: with its extension it must fit a file name
@@ -124,8 +125,8 @@ def _converted(line: Line) -> Line:
         return line
     fields = {key: cell for key, cell in line.fields.items() if cell.strip() or key not in _FIELDS}
     for key in _INTEGERS:
-        if key in fields and re.fullmatch(r"\s*[+-]?[0-9]{1,30}\s*", fields[key]):
-            fields[key] = int(fields[key])
+        if key in fields and re.fullmatch(r"\s*[+-]?[0-9]{1,30}(\.0*)?\s*", fields[key]):
+            fields[key] = int(fields[key].partition(".")[0])  # pandas writes 28.0 where another row has none
     with contextlib.suppress(KeyError, ValueError):
         fields["guidance_scale"] = float(fields["guidance_scale"])
     with contextlib.suppress(KeyError, ValueError, RecursionError):
@@ -220,6 +221,8 @@ class _Resolver:
             if key not in given:
                 continue
             value = given[key]
+            if type(value) is float and value.is_integer() and abs(value) <= _WHOLE:
+                value = int(value)
             if type(value) is not int:  # a bool is an int to isinstance
                 problems.append(f"{key}: got {described(value)}, expected an integer")
             elif not low <= value <= high or value % step:
