@@ -122,7 +122,7 @@ class Job:
     prompt: str | None = MISSING
     prompt_2: str | None = MISSING
     manifest: str | None = MISSING
-    prompt_column: str | None = MISSING  # of a TSV/CSV; None: found
+    prompt_column: str | None = MISSING  # of a TSV/CSV or JSONL; None: found, or prompt
     num_images: int = MISSING  # per row that does not say
     seed: int = MISSING
     output_dir: str = MISSING

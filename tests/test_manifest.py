@@ -166,7 +166,7 @@ def test_what_spreadsheets_write_of_empty_cells_means_nothing(manifest, problems
         assert rows[1].where.endswith(f"{name}:5")
     assert problems("prompt,seed,\na,1,note\n,1,\n", name="m.csv") == [
         "m.csv:2: 3 cells, but the header names 2 columns",
-        "m.csv:3: prompt: missing",
+        "m.csv:3: prompt: empty",
     ]
     rows, _ = manifest('prompt\tseed\t\t\n"a fox\nin snow"\t3\t\n"a lone quote\t4\t\t\n', name="m.tsv")
     assert [(row.prompt, row.seed) for row in rows] == [("a fox\nin snow", 3), ('"a lone quote', 4)]
@@ -205,6 +205,10 @@ def test_single_prompt():
         ("null", 'got null, expected an object like {"prompt": "a red apple"}'),
         ("{}", "prompt: missing"),
         ('{"prompt": null}', "prompt: missing"),
+        (
+            '{"Prompt": "a", "seed": 3, "caption": "b", "n": 1}',
+            'prompt: missing (prompt_column=… takes another field for it, of "Prompt", "caption")',
+        ),
         ('{"prompt": " "}', "prompt: empty"),
         ('{"prompt": 7}', "prompt: got 7 (number), expected a string"),
         ('{"prompt": "a\\u0000b"}', "prompt: contains a NUL character"),
@@ -293,16 +297,23 @@ def test_indices_do_not_depend_on_which_lines_are_bad(manifest):
         (b"", "m.csv", "m.csv:1: no header line with the column names"),
         (b"prompt,seed\n", "m.csv", "m.csv: no rows in it"),
         (b"prompt,seed,seed\na,1,2\n", "m.csv", 'm.csv:1: column "seed" is there more than once'),
+        (b"id,prompt,ID\na,b,c\n", "m.csv", 'm.csv:1: columns "id" and "ID" differ only in case, expected one of them'),
         (b"prompt,seed\na,b,c\n", "m.csv", "m.csv:2: 3 cells, but the header names 2 columns"),
         (b"prompt,seed\na,7.5\n", "m.csv", 'm.csv:2: seed: got "7.5" (string), expected an integer'),
         (b"prompt,guidance_scale\na,nan\n", "m.csv", "m.csv:2: guidance_scale: got NaN, expected a number from 0"),
         (b"prompt,lora\na,{\n", "m.csv", 'm.csv:2: lora: got "{" (string), expected an object'),
         (b"[]", "m.json", "m.json: expected a manifest that ends in .jsonl, .txt, .tsv or .csv"),
-        ('{"prompt": "a"}'.encode("utf-16"), "m.jsonl", "m.jsonl:1: not UTF-8: byte 0xff at column 1"),
+        (
+            '{"prompt": "a"}'.encode("utf-16"),
+            "m.jsonl",
+            "m.jsonl:1: not UTF-8: byte 0xff at column 1; is the file UTF-16? Save it as UTF-8",
+        ),
+        ("prompt\tseed\na\t1\n".encode("utf-16"), "m.tsv", "m.tsv:1: not UTF-8: byte 0xff at column 1; is the file UTF-16?"),
     ],
 )
 def test_bad_files(problems, content, name, reason):
-    assert problems(content, name)[0].startswith(reason)
+    (line,) = problems(content, name)
+    assert line.startswith(reason)
 
 
 def test_a_manifest_that_is_not_there(tmp_path):

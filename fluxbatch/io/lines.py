@@ -58,6 +58,10 @@ def table_lines(stream: BinaryIO, delimiter: str, name: str) -> tuple[list[str],
     doubled = sorted({c for c in columns if c and columns.count(c) > 1})
     if doubled:
         raise UserError(f"{name}:{number}: column {shown(doubled[0])} is there more than once")
+    by_lower = {column.lower(): column for column in columns}
+    alike = [(column, by_lower[column.lower()]) for column in columns if by_lower[column.lower()] != column]
+    if alike:
+        raise UserError(f"{name}:{number}: columns {' and '.join(map(shown, alike[0]))} differ only in case, expected one of them")
     return columns, _table(lines, columns, delimiter)
 
 
@@ -194,7 +198,9 @@ def _raw_lines(stream: BinaryIO) -> Iterator[tuple[int, str | BadLine]]:
         try:
             text = data.decode().rstrip("\r\n")
         except UnicodeDecodeError as error:
-            yield number, BadLine(f"not UTF-8: byte 0x{data[error.start]:02x} at column {error.start + 1}")
+            utf_16 = number == 1 and data.startswith((b"\xff\xfe", b"\xfe\xff"))
+            hint = "; is the file UTF-16? Save it as UTF-8" if utf_16 else ""
+            yield number, BadLine(f"not UTF-8: byte 0x{data[error.start]:02x} at column {error.start + 1}{hint}")
             continue
         yield number, BadLine("contains a NUL byte") if "\0" in text else text
 
