@@ -37,7 +37,7 @@ def run(job: Job) -> int:
         rows, bad_lines = read_rows(job, multiple=engine.multiple)
         rows = engine.resolve(rows)  # each row with its mix of LoRA adapters
         store = open_store(join(job.output_dir, job.run_name))
-        facts = engine.facts | {"format": job.output.format.name}
+        facts = engine.facts | job.output.facts()
         start = hosts.start_id()
         with hosts.first_goes_first():
             ledger = Ledger(store, facts, writer_id=f"{start}-{hosts.index()}", overwrite=job.overwrite)

@@ -182,6 +182,14 @@ def test_single_prompt_and_formats(cli, golden, tmp_path):
         assert pixels(tmp_path / form / record["file_name"]).shape == (32, 32, 3)
 
 
+def test_a_run_has_one_quality_where_the_format_loses_some(cli, golden, tmp_path):
+    for form, refused in (("png", False), ("jpeg", True), ("webp", True)):
+        args = flags(golden, tmp_path, form, prompt="a cat", resolution=32, num_inference_steps=1, output=form)
+        assert cli(*args, "quality=95")[0] == 0
+        code, err = cli(*args, "quality=5")
+        assert (code, "quality: 95 → 5" in err) == ((2, True) if refused else (0, False))
+
+
 def test_non_finite_rows_are_set_aside(cli, golden, tmp_path):
     """T5 has lost its letter z: what says it has no picture, its neighbours in the batch have theirs."""
     checkpoint = shutil.copytree(golden / "dev", tmp_path / "model")
