@@ -315,6 +315,24 @@ def test_images_of_unknown_origin_are_not_written_over():
     open_ledger(store, overwrite=True)
 
 
+def test_what_else_a_row_says_may_change():
+    rows = [plain.row(k, extra={"category": "cats", "seed": "x"}) for k in range(3)]
+    store = MemoryStore()
+    run(store, rows[:2])
+    before = metadata(store)
+    ledger = dict(store.objects)
+    now = [dataclasses.replace(rows[0], extra={"split": "train"}), rows[1], rows[2]]
+    run(store, now)
+    first, second, third = metadata(store)
+    assert first == {**{key: value for key, value in before[0].items() if key != "category"}, "split": "train"}
+    assert second == before[1] and third["category"] == "cats"
+    assert {name: store.objects[name] for name in ledger if name.endswith(".png")} == {
+        name: data for name, data in ledger.items() if name.endswith(".png")
+    }
+    run(store, now[1:])  # a row that is gone says what it said when it was made
+    assert metadata(store)[0] == before[0]
+
+
 # --- rejects -------------------------------------------------------------------------------
 
 

@@ -40,6 +40,13 @@ def decisive(row: Row) -> dict[str, Any]:
     }
 
 
+def with_extra(record: Mapping[str, Any], row: Row) -> Record:
+    """The record's own fields, the last of which is ``key``, and then those of the row that it has no field for."""
+    keys = list(record)
+    own = {key: record[key] for key in keys[: keys.index("key") + 1]}
+    return own | {key: value for key, value in row.extra.items() if key not in own}
+
+
 def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
 
