@@ -23,6 +23,7 @@ def run(job: Job) -> int:
     from fluxbatch.io.images import EXTENSIONS
     from fluxbatch.io.ledger import Ledger
     from fluxbatch.io.manifest import read_rows
+    from fluxbatch.io.match import left_out
     from fluxbatch.io.storage import StorageError, join, open_store
     from fluxbatch.report import Report
     from fluxbatch.tracing import Trace
@@ -53,7 +54,7 @@ def run(job: Job) -> int:
 
         outcome = finish.Outcome(job, engine, store, ledger, report, work, before=len(rows) - len(todo))
         outcome.started()
-        for line in (*engine.remarks, *engine.lora.table()):
+        for line in (*engine.remarks, *left_out(rows, engine.record), *engine.lora.table()):
             report.say(line)
 
     with hosts.drain_on_signals() as drain, outcome.unforeseen():

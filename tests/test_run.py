@@ -90,11 +90,11 @@ def test_one_compilation_per_shape(cli, golden, tmp_path, mixed, monkeypatch, ca
 
 
 def test_the_record_says_it_all(cli, golden, tmp_path):
-    rows = [{"prompt": "a fox", "id": "fox", "seed": 5, "category": "animals"}, {"prompt": "two", "prompt_2": "deux", "num_images": 2}]
+    rows = [{"prompt": "a fox", "id": "fox", "seed": 5, "category": "animals", "model": "mine"}, {"prompt": "two", "prompt_2": "deux", "num_images": 2}]
     manifest = tmp_path / "rows.jsonl"
     manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    code, _ = cli(*flags(golden, tmp_path, manifest=manifest, resolution=32, num_inference_steps=2, seed=40, profile="true"))
-    assert code == 0
+    code, err = cli(*flags(golden, tmp_path, manifest=manifest, resolution=32, num_inference_steps=2, seed=40, profile="true"))
+    assert code == 0 and 'not carried into the metadata: "model"' in err
     folder = tmp_path / "run"
     (trace,) = folder.glob("profile/plugins/profile/*/*.xplane.pb")
     assert trace.stat().st_size > 1000

@@ -14,6 +14,8 @@ Record = dict[str, Any]
 RecordId = tuple[str, str]  # id, key
 
 _SHOWN = 20  # changed rows in one message
+# What a record says besides its row's parameters and the model
+_OWN = ("file_name", "index", "sha256", "seconds", "mfu", "created", "flags", "key")
 
 
 def row_key(row: Row, job_facts: Mapping[str, Any]) -> str:
@@ -44,7 +46,14 @@ def with_extra(record: Mapping[str, Any], row: Row) -> Record:
     """The record's own fields, the last of which is ``key``, and then those of the row that it has no field for."""
     keys = list(record)
     own = {key: record[key] for key in keys[: keys.index("key") + 1]}
-    return own | {key: value for key, value in row.extra.items() if key not in own}
+    return own | {key: value for key, value in row.extra.items() if key not in own and key not in _OWN}
+
+
+def left_out(rows: Iterable[Row], model: Mapping[str, Any]) -> list[str]:
+    """A remark on fields of the rows that no record carries, if there are any. ``model``: what records say of it."""
+    fields = dict.fromkeys(key for row in rows for key in row.extra if key in model or key in _OWN)
+    why = "which every record has for itself; rename them and start again, no picture is made twice"
+    return [f"not carried into the metadata: {', '.join(map(json.dumps, fields))}, {why}"] if fields else []
 
 
 def digest(value: Any) -> str:
