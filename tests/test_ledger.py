@@ -237,6 +237,27 @@ def test_ids_that_count_the_rows_are_ids_all_the_same():
         assign(open_ledger(store), [plain.row(0, id="0", prompt="prompt 1", seed=9)])
 
 
+@pytest.mark.parametrize("own_seeds", [True, False])
+def test_a_row_that_is_to_have_more_images_keeps_the_one_it_has(own_seeds):
+    first = [plain.row(k, id=f"r{k}", **({"seed": 7} if own_seeds else {})) for k in range(3)]
+    store = MemoryStore()
+    run(store, first)
+    before = {line["prompt"]: line["sha256"] for line in metadata(store)}
+    rows = [
+        plain.row(2 * k + n, id=f"r{k}-{n}", prompt=f"prompt {k}", seed=(7 if own_seeds else 42 + 2 * k) + n)
+        for k in range(3)
+        for n in range(2)
+    ]
+    todo, _ = assign(open_ledger(store), rows)
+    assert [row.id for row in todo] == ["r0-1", "r1-1", "r2-1"]
+    run(store, rows)
+    lines = metadata(store)
+    assert [line["id"] for line in lines] == [row.id for row in rows]
+    assert {line["prompt"]: line["sha256"] for line in lines[::2]} == before
+    other = [plain.row(0, id="r0-0", prompt="another", seed=7)]
+    assert assign(open_ledger(store), other)[0] == other
+
+
 def test_equal_rows_are_matched_once_each():
     rows = [plain.row(k, prompt="same", seed=7) for k in range(4)]
     store = MemoryStore()

@@ -87,7 +87,7 @@ def match(
             todo[row.id] = row, record_id[1]
 
     left = {record_id for record_id in places if record_id not in row_of}
-    ids = {id for id, _ in left}
+    ids = {known for id, _ in left for known in (id, f"{id}-0")}
     if not left or not any(id in ids or not row.named for id, (row, _) in todo.items()):
         return Match(row_of, [row for row, _ in todo.values()], [])
 
@@ -109,6 +109,9 @@ def match(
     # A row without a seed of its own that stands elsewhere would get another seed now. It is the
     # same row when all else is equal and its seed was as far from its place.
     pair(True, lambda r: (r["id"], *_but_place(r, r["index"])), lambda row, _: (row.id, *_but_place(decisive(row), row.index)))
+    # The first of several images of a row is the one that it had before alone.
+    pair(True, lambda r: (f"{r['id']}-0", r["key"]), lambda row, key: (row.id, key))
+    pair(True, lambda r: (f"{r['id']}-0", *_but_place(r, r["index"])), lambda row, _: (row.id, *_but_place(decisive(row), row.index)))
     # A row without an id of its own may stand elsewhere too: the key finds it.
     pair(False, lambda r: r["key"], lambda _, key: key)
     pair(False, lambda r: _but_place(r, r["index"]), lambda row, _: _but_place(decisive(row), row.index))
