@@ -171,6 +171,9 @@ def test_replay_and_verify(cli, golden, tmp_path):
     (tmp_path / "run" / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     code, said = cli(*here, "id=g1", entry="replay")
     assert code == 3 and "largest difference 0 of 255" in said
+    (tmp_path / "run" / "metadata.jsonl").unlink()  # as after a kill
+    code, said = cli(*here, "id=g1", entry="replay")
+    assert code == 0 and "same pixels" in said
 
 
 def test_single_prompt_and_formats(cli, golden, tmp_path):
