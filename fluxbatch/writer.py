@@ -20,7 +20,7 @@ import numpy as np
 from fluxbatch.config import Job
 from fluxbatch.io.images import encode, is_flat, pixel_sha256
 from fluxbatch.io.ledger import Ledger, Record, utc_now
-from fluxbatch.io.match import decisive
+from fluxbatch.io.match import decisive, with_extra
 from fluxbatch.io.storage import StorageError, Store
 from fluxbatch.types import Reject, Row
 
@@ -214,9 +214,9 @@ class Writer:
             **({"mfu": float(f"{floor / seconds:.3g}")} if floor and seconds else {}),
             "created": utc_now(),
             "flags": ["flat"] if is_flat(pixels) else [],
-            "key": self._ledger.key(row),
+            "key": self._ledger.key(row),  # the last of our own, which tells them from the row's
         }
-        return {**record, **{key: value for key, value in row.extra.items() if key not in record}}
+        return with_extra(record, row)
 
     def _reject(self, row: Row, reason: str) -> Reject:
         return Reject(row.where, reason, row.id, row.index)

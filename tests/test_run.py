@@ -93,11 +93,11 @@ def test_one_compilation_per_shape(cli, golden, tmp_path, mixed, monkeypatch, ca
 
 
 def test_the_record_says_it_all(cli, golden, tmp_path):
-    rows = [{"prompt": "a fox", "id": "fox", "seed": 5, "category": "animals"}, {"prompt": "two", "prompt_2": "deux", "num_images": 2}]
+    rows = [{"prompt": "a fox", "id": "fox", "seed": 5, "category": "animals", "model": "mine"}, {"prompt": "two", "prompt_2": "deux", "num_images": 2}]
     manifest = tmp_path / "rows.jsonl"
     manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    code, _ = cli(*flags(golden, tmp_path, manifest=manifest, resolution=32, num_inference_steps=2, seed=40, profile="true"))
-    assert code == 0
+    code, err = cli(*flags(golden, tmp_path, manifest=manifest, resolution=32, num_inference_steps=2, seed=40, profile="true"))
+    assert code == 0 and 'not carried into the metadata: "model"' in err
     folder = tmp_path / "run"
     (trace,) = folder.glob("profile/plugins/profile/*/*.xplane.pb")
     assert trace.stat().st_size > 1000
@@ -174,6 +174,9 @@ def test_replay_and_verify(cli, golden, tmp_path):
     (tmp_path / "run" / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     code, said = cli(*here, "id=g1", entry="replay")
     assert code == 3 and "largest difference 0 of 255" in said
+    (tmp_path / "run" / "metadata.jsonl").unlink()  # as after a kill
+    code, said = cli(*here, "id=g1", entry="replay")
+    assert code == 0 and "same pixels" in said
 
 
 def test_single_prompt_and_formats(cli, golden, tmp_path):
@@ -183,6 +186,14 @@ def test_single_prompt_and_formats(cli, golden, tmp_path):
         (record,) = metadata(tmp_path / form)
         assert record["prompt"] == "a cat, (sitting) = 3: 'x'"
         assert pixels(tmp_path / form / record["file_name"]).shape == (32, 32, 3)
+
+
+def test_a_run_has_one_quality_where_the_format_loses_some(cli, golden, tmp_path):
+    for form, refused in (("png", False), ("jpeg", True), ("webp", True)):
+        args = flags(golden, tmp_path, form, prompt="a cat", resolution=32, num_inference_steps=1, output=form)
+        assert cli(*args, "quality=95")[0] == 0
+        code, err = cli(*args, "quality=5")
+        assert (code, "quality: 95 → 5" in err) == ((2, True) if refused else (0, False))
 
 
 def test_non_finite_rows_are_set_aside(cli, golden, tmp_path):
