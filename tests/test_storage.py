@@ -212,6 +212,25 @@ def test_a_bucket_that_is_not_there(gcs):
             read_bytes(url)
 
 
+def test_an_object_that_is_not_there_is_told_from_its_bucket_by_google_s_words(gcs, monkeypatch):
+    store = gcs_store("gs://my-bucket/buckets")
+
+    def answer(text):
+        body = b'{"error": {"code": 404, "message": "%s"}}' % text
+        monkeypatch.setattr(gcs_faults._Handler, "_forward", lambda self, _: (404, {"Content-Type": "application/json"}, body))
+
+    answer(b"No such object: my-bucket/buckets/rejects.jsonl")
+    store.delete("rejects.jsonl")
+    for action in (lambda: store.read("rejects.jsonl"), lambda: read_bytes("gs://my-bucket/buckets/rejects.jsonl")):
+        with pytest.raises(NotFound, match=r"gs://my-bucket/buckets/rejects.jsonl: no such object"):
+            action()
+    answer(b"The specified bucket does not exist.")
+    for action in (lambda: store.read("x"), lambda: store.delete("x"), lambda: store.write("x", b""), lambda: list(store.list())):
+        with pytest.raises(StorageError, match="the bucket does not exist") as error:
+            action()
+        assert error.value.fatal
+
+
 @pytest.mark.parametrize("fault", ["lost answer", *(pytest.param(k, marks=pytest.mark.slow) for k in SLOW)])
 def test_a_fault_is_outlasted(gcs, fault):
     gcs.stall = 1.5
