@@ -123,12 +123,14 @@ def test_a_write_that_fails_leaves_the_old_object(tmp_path, monkeypatch, step):
 
 def test_a_write_that_is_killed_leaves_only_a_temp_file_that_is_swept(tmp_path):
     store = LocalStore(str(tmp_path))
-    (tmp_path / ".0123.tmp").write_bytes(b"half an im")
-    (tmp_path / ".young.tmp").write_bytes(b"half an im")
-    os.utime(tmp_path / ".0123.tmp", (time.time() - 7200,) * 2)
-    assert list(store.list()) == []
+    old, young, foreign = f".{'0123' * 8}.tmp", f".{'4567' * 8}.tmp", ".somebody's.tmp"
+    for name in (old, young, foreign):
+        (tmp_path / name).write_bytes(b"half an im")
+        if name != young:
+            os.utime(tmp_path / name, (time.time() - 7200,) * 2)
+    assert list(store.list()) == [foreign]
     store.sweep()
-    assert os.listdir(tmp_path) == [".young.tmp"]
+    assert {*os.listdir(tmp_path)} == {young, foreign}
 
 
 def test_every_write_is_synced_before_and_after_its_rename(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import time
 import uuid
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from fluxbatch.types import UserError
 
 # What no retry and no other row can cure: these stop the job.
 _FATAL_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
-_TEMP = ".tmp"
+_TEMP = re.compile(r"\.[0-9a-f]{32}\.tmp")  # other people's files may end in .tmp too
 _ABANDONED_AFTER = 3600.0  # seconds; no write of ours holds a temp file that long
 
 
@@ -128,7 +129,7 @@ class LocalStore:
 
     def write(self, name: str, data: bytes, *, if_absent: bool = False) -> bool:
         path = self._path(name)
-        temp = path.with_name(f".{uuid.uuid4().hex}{_TEMP}")
+        temp = path.with_name(f".{uuid.uuid4().hex}.tmp")
         with _translated(self._place(name)):
             _make_directory(path.parent)
             try:
@@ -151,7 +152,7 @@ class LocalStore:
     def list(self, prefix: str = "") -> Iterator[str]:
         for path in self._walk(prefix):
             name = path.relative_to(self._root).as_posix()
-            if name.startswith(prefix) and path.suffix != _TEMP:
+            if name.startswith(prefix) and not _TEMP.fullmatch(path.name):
                 yield name
 
     def delete(self, name: str) -> None:
@@ -166,7 +167,7 @@ class LocalStore:
 
     def sweep(self) -> None:
         for path in self._walk(""):
-            if path.suffix == _TEMP and path.name.startswith("."):
+            if _TEMP.fullmatch(path.name):
                 with _translated(str(path)), contextlib.suppress(FileNotFoundError):
                     if time.time() - path.stat().st_mtime > _ABANDONED_AFTER:
                         path.unlink()
