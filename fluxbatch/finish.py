@@ -16,12 +16,11 @@ from fluxbatch.dealing import Work
 from fluxbatch.dist import hosts
 from fluxbatch.engine import Engine
 from fluxbatch.io.gallery import write_contact_sheet, write_gallery, write_grid
-from fluxbatch.io.ledger import METADATA, REJECTS, Ledger, Tally, write_status
+from fluxbatch.io.ledger import Ledger, Tally, write_status
+from fluxbatch.io.place import CONFIG, METADATA, REJECTS
 from fluxbatch.io.storage import StorageError, Store, join, open_store
 from fluxbatch.report import Report
 from fluxbatch.types import Exit, UserError
-
-CONFIG = "config.yaml"
 
 REASONS = {
     Exit.OK: "every row has its image",

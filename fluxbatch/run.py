@@ -23,7 +23,8 @@ def run(job: Job) -> int:
     from fluxbatch.io.images import EXTENSIONS
     from fluxbatch.io.ledger import Ledger
     from fluxbatch.io.manifest import read_rows
-    from fluxbatch.io.storage import StorageError, join, open_store
+    from fluxbatch.io.place import open_place
+    from fluxbatch.io.storage import StorageError
     from fluxbatch.report import Report
     from fluxbatch.tracing import Trace
     from fluxbatch.writer import TooManyFailures, Writer
@@ -36,7 +37,7 @@ def run(job: Job) -> int:
         engine = open_engine(job, platform)
         rows, bad_lines = read_rows(job, multiple=engine.multiple)
         rows = engine.resolve(rows)  # each row with its mix of LoRA adapters
-        store = open_store(join(job.output_dir, job.run_name))
+        store = open_place(job)
         facts = engine.facts | {"format": job.output.format.name}
         start = hosts.start_id()
         with hosts.first_goes_first():

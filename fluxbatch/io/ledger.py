@@ -16,19 +16,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fluxbatch.io.log import Log, in_parallel, json_line
 from fluxbatch.io.match import Record, RecordId, describe, difference, digest, key_under, match, row_key
 from fluxbatch.io.names import Namer
+from fluxbatch.io.place import HIDDEN, IMAGES, JOB, METADATA, REJECTS, STATUS, WAY_OUT, refuse_foreign
 from fluxbatch.io.storage import NotFound, Store, join
 from fluxbatch.types import Reject, Row, UserError
 
-__all__ = ["Ledger", "Record", "Tally", "read_records", "remove", "row_key", "utc_now", "write_status"]
+__all__ = ["HIDDEN", "IMAGES", "METADATA", "REJECTS", "Ledger", "Record", "Tally", "read_records", "remove", "row_key", "utc_now", "write_status"]
 
-METADATA, REJECTS, STATUS = "metadata.jsonl", "rejects.jsonl", "status.json"
-HIDDEN = ".fluxbatch/"  # Hugging Face's ImageFolder passes over what begins with a dot
 RECORDS = HIDDEN + "records/"
-IMAGES = (".png", ".jpg", ".jpeg", ".webp")
-
-_JOB = HIDDEN + "job.json"
 _CHUNK = 10_000  # records in one object after the merge
-_WAY_OUT = "give another run_name=…, or overwrite=true to replace what differs"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +63,8 @@ class Ledger:
         self._row_of: dict[RecordId, Row] = {}  # record → the row that it makes done
         self._files: dict[RecordId, str] = {}  # as ``remaining`` saw them
         self.compactions = 0  # calls of ``compact`` that are through
-        store.sweep()
         self._agree()
+        store.sweep()
 
     def key(self, row: Row) -> str:
         """``row_key`` under this job's facts."""
@@ -96,7 +91,7 @@ class Ledger:
             places[_id(record)] = record["index"]
         self._row_of, todo, changed = match(rows, self.key, places, self.records)
         if changed and not self._overwrite:
-            raise UserError(*describe(changed), _WAY_OUT)
+            raise UserError(*describe(changed), WAY_OUT)
         if changed:
             gone = {_id(record) for _, record in changed}
             remove(self._store, self._records, lambda record: _id(record) in gone)
@@ -221,31 +216,29 @@ class Ledger:
         """Stores the job's facts on the first start, and compares them on every later one."""
         stored = self._stored_facts()
         if stored is None:
-            foreign = next((name for name in self._store.list() if name.endswith(IMAGES)), None)
-            # another process may have begun this very job between the two looks
-            if foreign and not self._overwrite and self._stored_facts() is None:
-                raise UserError(f"{join(self._store.url, foreign)}: is there already, without a record; {_WAY_OUT}")
-            if self._store.write(_JOB, self._facts_document(), if_absent=True):
+            if not self._overwrite:
+                refuse_foreign(self._store)
+            if self._store.write(JOB, self._facts_document(), if_absent=True):
                 return
             stored = self._stored_facts() or {}
         changed = difference(stored, self._facts)
         # until there is a record, a changed configuration costs nothing
         if changed and not self._overwrite and next(self.records(), None):
-            raise UserError(f"{self._store.url}: holds a job with another configuration", *changed, _WAY_OUT)
+            raise UserError(f"{self._store.url}: holds a job with another configuration", *changed, WAY_OUT)
         if changed:
             remove(self._store, self._records, lambda record: True)
             self._rejects.delete(self._rejects.names())
-            self._store.write(_JOB, self._facts_document())
+            self._store.write(JOB, self._facts_document())
 
     def _stored_facts(self) -> dict | None:
         try:
-            facts = json.loads(self._store.read(_JOB))
+            facts = json.loads(self._store.read(JOB))
         except NotFound:
             return None
         except ValueError:
             facts = None
         if not isinstance(facts, dict):
-            raise UserError(f"{join(self._store.url, _JOB)}: not a JSON object; restore it, or give another run_name=…")
+            raise UserError(f"{join(self._store.url, JOB)}: not a JSON object; restore it, or give another run_name=…")
         return facts
 
     def _facts_document(self) -> bytes:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import string
 from collections.abc import Iterable, Sequence
 
+from fluxbatch.io.place import RESERVED
 from fluxbatch.io.storage import StorageError, check_name
 from fluxbatch.types import Row, UserError
 
+__all__ = ["RESERVED", "Namer"]
+
 FIELDS = ("i", "id", "seed")
-RESERVED = ("contact_sheet.png",)  # the gallery's
 
 
 class Namer:
