@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import stat
 import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -142,6 +144,44 @@ def test_every_write_is_synced_before_and_after_its_rename(tmp_path, monkeypatch
     store.write("a", b"x")
     store.write("b", b"x", if_absent=True)
     assert steps == ["fsync", "replace", "fsync", "fsync", "link", "fsync"]
+
+
+@pytest.fixture(params=[errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK], ids=errno.errorcode.get)
+def linkless(request, tmp_path, monkeypatch):
+    """A store on a file system without hard links, which cannot sync directories either."""
+
+    def fail(code):
+        raise OSError(code, os.strerror(code))
+
+    fsync = os.fsync
+    monkeypatch.setattr(os, "link", lambda *_: fail(request.param))
+    monkeypatch.setattr(os, "fsync", lambda file: fail(errno.EINVAL) if stat.S_ISDIR(os.fstat(file).st_mode) else fsync(file))
+    return LocalStore(str(tmp_path))
+
+
+def test_only_one_writer_creates_without_hard_links(linkless, tmp_path):
+    for n in range(20):
+        with ThreadPoolExecutor(8) as pool:
+            won = list(pool.map(lambda k: linkless.write(f"race{n}", b"%d" % k, if_absent=True), range(8)))  # noqa: B023
+        assert won.count(True) == 1 and linkless.read(f"race{n}") == b"%d" % won.index(True)
+    assert sorted(os.listdir(tmp_path)) == sorted(f"race{n}" for n in range(20))
+
+
+def test_a_writer_that_is_killed_in_its_turn_is_waited_for_and_leaves_nothing_under_the_name(linkless, tmp_path, monkeypatch):
+    script = (
+        "import errno, os, sys\n"
+        "from fluxbatch.io.storage import LocalStore\n"
+        "def no_link(*_): raise OSError(errno.EPERM, 'no links')\n"
+        "os.link, os.replace = no_link, lambda *_: os._exit(9)\n"
+        "LocalStore(sys.argv[1]).write('job.json', b'killed', if_absent=True)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", script, tmp_path]).returncode == 9
+    assert len(os.listdir(tmp_path)) == 2 and list(linkless.list()) == [] and not linkless.exists("job.json")
+    monkeypatch.setattr(storage, "_TURN", 0.2)
+    began = time.monotonic()
+    assert linkless.write("job.json", b"next", if_absent=True) and time.monotonic() - began > 0.2
+    assert linkless.write("job.json", b"late", if_absent=True) is False
+    assert linkless.read("job.json") == b"next" and list(linkless.list()) == ["job.json"]
 
 
 def test_a_file_in_the_way(tmp_path):

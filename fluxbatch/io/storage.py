@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import re
 import time
@@ -22,6 +23,10 @@ from fluxbatch.types import UserError
 _FATAL_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
 _TEMP = re.compile(r"\.[0-9a-f]{32}\.tmp")  # other people's files may end in .tmp too
 _ABANDONED_AFTER = 3600.0  # seconds; no write of ours holds a temp file that long
+# What file systems answer that have no hard links (exFAT, SMB, gcsfuse), or cannot sync a directory.
+_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
+_NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
+_TURN = 10.0  # seconds; to look once and to rename takes no writer that long
 
 
 class StorageError(UserError):
@@ -137,13 +142,10 @@ class LocalStore:
                     file.write(data)
                     file.flush()
                     os.fsync(file.fileno())
-                if if_absent:
-                    try:
-                        os.link(temp, path)  # unlike a rename, fails when the name is taken
-                    except FileExistsError:
-                        return False
-                else:
+                if not if_absent:
                     os.replace(temp, path)
+                elif not _rename_if_absent(temp, path):
+                    return False
             finally:
                 temp.unlink(missing_ok=True)
             _sync_directory(path.parent)
@@ -215,10 +217,44 @@ def _make_directory(path: Path) -> None:
         _sync_directory(path.parent)
 
 
+def _rename_if_absent(temp: Path, path: Path) -> bool:
+    try:
+        os.link(temp, path)  # unlike a rename, fails when the name is taken
+        return True
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+    # Without links one looks and renames while a file of its own name says that it does.
+    turn = path.with_name(f".{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:32]}.tmp")
+    patience = time.monotonic() + _TURN
+    while not path.exists():
+        try:
+            os.close(os.open(turn, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        except FileExistsError:
+            if time.monotonic() > patience:  # whoever had this turn was killed in it
+                turn.unlink(missing_ok=True)
+                patience += _TURN
+            time.sleep(0.02)
+            continue
+        try:
+            if path.exists():  # by now
+                break
+            os.replace(temp, path)
+            return True
+        finally:
+            turn.unlink(missing_ok=True)
+    return False
+
+
 def _sync_directory(path: Path) -> None:
     """A rename survives a power cut only once its directory is synced."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
     finally:
         os.close(descriptor)
