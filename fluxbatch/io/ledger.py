@@ -86,9 +86,14 @@ class Ledger:
         """The first half of ``assign``."""
         files: dict[RecordId, str] = {}
         places: dict[RecordId, int] = {}
-        for record in self.records():
-            files[_id(record)] = record["file_name"]
-            places[_id(record)] = record["index"]
+        names = _Names()
+        for _, _, record in self._records.scan():
+            files.setdefault(_id(record), record["file_name"])
+            places.setdefault(_id(record), record["index"])
+            names.saw(record)
+        if names.twice:
+            remove(self._store, self._records, lambda record: record["file_name"] in names.twice)
+            return self.remaining(rows, bad_lines)
         self._row_of, todo, changed = match(rows, self.key, places, self.records)
         if changed and not self._overwrite:
             raise UserError(*describe(changed), WAY_OUT)
@@ -149,25 +154,31 @@ class Ledger:
         while True:
             lines: dict[RecordId, tuple[int, bytes]] = {}  # as metadata.jsonl has them
             objects: dict[str, list[bytes]] = {}
-            done: set[str] = set()
+            files: dict[RecordId, str] = {}
+            names = _Names()
             for name, line, record in self._records.scan():
                 objects.setdefault(name, [])
+                names.saw(record)
                 if _id(record) in lines:
                     continue
                 objects[name].append(line)
                 index = record["index"]
                 if row := self._row_made_by(record):
-                    done.add(row.id)
                     if (row.id, row.index) != (record["id"], index):  # it stands elsewhere now
                         index = row.index
                         line = json_line({**record, "id": row.id, "index": index})
                 lines[_id(record)] = index, line
+                files[_id(record)] = record["file_name"]
+            for key in [key for key, file in files.items() if file in names.twice]:
+                del lines[key]  # to be made again
+            done = {row.id for key in lines if (row := self._row_of.get(key))}
             self._store.write(METADATA, b"".join(line for _, line in sorted(lines.values())))
             rejects, reject_objects = self._merge_rejects(done)
             unseen = {*self._records.names(), *self._rejects.names()} - objects.keys() - reject_objects
             if not unseen:
                 break
-        self._compact_all(objects)
+        if not names.twice:  # else the next start is to see every record
+            self._compact_all(objects)
         return Tally(len(self._rows) + len(self._bad_lines), len(done), rejects)
 
     def _merge_rejects(self, done: set[str]) -> tuple[tuple[Reject, ...], set[str]]:
@@ -278,6 +289,19 @@ def remove(store: Store, log: Log, unwanted: Callable[[Record], bool]) -> None:
                 log.append(kept)
             log.delete([name])
     in_parallel(store.delete, sorted(files - {record["file_name"] for record in every if not unwanted(record)}))
+
+
+class _Names:
+    """Names of images in a ledger's records. Those in ``twice`` are recorded for different pixels: two starts at once,
+    as a bucket lets them, wrote over each other's images, and nobody knows whose are there."""
+
+    def __init__(self) -> None:
+        self._keys: dict[str, str] = {}
+        self.twice: set[str] = set()
+
+    def saw(self, record: Record) -> None:
+        if self._keys.setdefault(record["file_name"], record["key"]) != record["key"]:
+            self.twice.add(record["file_name"])
 
 
 def _id(record: Record) -> RecordId:
