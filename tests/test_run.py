@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
+import signal
 
 import jax
 import numpy as np
@@ -13,6 +15,9 @@ import pytest
 from conftest import images, metadata, pixels, psnr
 from PIL import Image
 from safetensors.numpy import load_file, save_file
+
+from fluxbatch.io.place import LOCK
+from fluxbatch.io.storage import open_store
 
 
 def flags(golden, tmp_path, name="run", variant="dev", **more):
@@ -123,6 +128,38 @@ def test_a_second_start_has_nothing_to_do(cli, golden, tmp_path, mixed):
     assert before == {p.name: p.stat().st_mtime_ns for p in (tmp_path / "run").glob("flux_*.png")}
     code, err = cli(*args, "max_shift=2.0")
     assert code == 2 and "max_shift" in err and "run_name" in err
+
+
+def test_a_start_where_another_is_at_work_changes_nothing(cli, golden, tmp_path):
+    args = flags(golden, tmp_path, prompt="a fox", resolution=32, num_inference_steps=1)
+    store = open_store(str(tmp_path / "run"))
+    for shared, more in ((False, []), (True, []), (False, ["replica_index=0", "replica_count=2"])):
+        with store.hold(LOCK, shared=shared):
+            code, err = cli(*args, "overwrite=true" if not more else "overwrite=false", *more)
+        assert code == 2 and f"another start is at work in {tmp_path}/run (process {os.getpid()} on" in err and len(err.splitlines()) == 1
+        assert list(store.list()) == [LOCK]
+    with store.hold(LOCK, shared=True):  # as another replica does
+        assert cli(*args, "replica_index=0", "replica_count=2")[0] == 0
+    assert cli(*args)[0] == 0
+
+
+def test_a_signal_while_the_run_opens_drains_it(cli, golden, tmp_path, monkeypatch):
+    from fluxbatch.io import manifest
+    from fluxbatch.weights import load
+
+    def preempted(*args, real=manifest.read_rows, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args, **options)
+
+    monkeypatch.setattr(manifest, "read_rows", preempted)
+    monkeypatch.setattr(load, "load", lambda *_: pytest.fail("weights were read"))
+    before = signal.signal(signal.SIGTERM, lambda *_: None)  # or it would end the tests
+    try:
+        assert cli(*flags(golden, tmp_path, prompt="a fox", resolution=32))[0] == 75
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert (status["exit_code"], status["counts"]["left"]) == (75, 1)
 
 
 def test_a_checkpoint_of_the_other_kind_is_remarked_on(cli, golden, tmp_path):

@@ -146,6 +146,53 @@ def test_every_write_is_synced_before_and_after_its_rename(tmp_path, monkeypatch
     assert steps == ["fsync", "replace", "fsync", "fsync", "link", "fsync"]
 
 
+@pytest.mark.parametrize(("first", "second", "refused"), [(False, False, True), (False, True, True), (True, False, True), (True, True, False)])
+def test_one_start_at_a_time_or_those_that_share(tmp_path, first, second, refused):
+    """Each store stands for a process: a lock is of the file as it was opened."""
+    places = [LocalStore(str(tmp_path / "run")) for _ in range(2)]
+    with places[0].hold(".fluxbatch/lock", shared=first):
+        if refused:
+            with pytest.raises(StorageError, match=rf"another start is at work in {tmp_path}/run \(process {os.getpid()} on "), places[1].hold(".fluxbatch/lock", shared=second):
+                pass
+        else:
+            with places[1].hold(".fluxbatch/lock", shared=second):
+                pass
+    with places[1].hold(".fluxbatch/lock", shared=second):
+        pass
+
+
+def test_a_killed_start_holds_nothing(tmp_path):
+    script = (
+        "import os, sys\n"
+        "from fluxbatch.io.storage import LocalStore\n"
+        "with LocalStore(sys.argv[1]).hold('lock', shared=False):\n"
+        "    print('held', flush=True)\n"
+        "    sys.stdin.read()\n"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", script, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert holder.stdout.readline() == b"held\n"
+    store = LocalStore(str(tmp_path))
+    with pytest.raises(StorageError, match=rf"process {holder.pid} on "), store.hold("lock", shared=True):
+        pass
+    holder.kill()
+    holder.wait()
+    with store.hold("lock", shared=False):
+        pass
+    for pipe in (holder.stdin, holder.stdout):
+        pipe.close()
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS], ids=errno.errorcode.get)
+def test_a_place_without_locks_is_used_without(tmp_path, monkeypatch, code):
+    def fail(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("fcntl.flock", fail)
+    store = LocalStore(str(tmp_path))
+    with store.hold("lock", shared=False), store.hold("lock", shared=False):
+        pass
+
+
 @pytest.fixture(params=[errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK], ids=errno.errorcode.get)
 def linkless(request, tmp_path, monkeypatch):
     """A store on a file system without hard links, which cannot sync directories either."""

@@ -121,6 +121,10 @@ class GcsStore:
     def sweep(self) -> None:
         """Nothing: an upload that is cut off leaves no object."""
 
+    def hold(self, name: str, *, shared: bool) -> contextlib.AbstractContextManager[None]:
+        """Nothing: a lock on an object would outlive a killed process."""
+        return contextlib.nullcontext()
+
     def stream(self, name: str) -> BinaryIO:
         """The object as a buffered stream, always of the version that was there at the start."""
         blob = self._blob(name)

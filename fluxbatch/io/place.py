@@ -12,7 +12,8 @@ METADATA, REJECTS, STATUS, CONFIG = "metadata.jsonl", "rejects.jsonl", "status.j
 RESERVED = (METADATA, REJECTS, STATUS, CONFIG, "index.html", "contact_sheet.png")
 IMAGES = (".png", ".jpg", ".jpeg", ".webp")
 HIDDEN = ".fluxbatch/"  # Hugging Face's ImageFolder passes over what begins with a dot
-JOB = HIDDEN + "job.json"  # no start writes anything before it
+JOB = HIDDEN + "job.json"  # no start writes anything before it but the lock
+LOCK = HIDDEN + "lock"  # held by the start that is at work
 WAY_OUT = "give another run_name=…, or overwrite=true to replace what differs"
 
 

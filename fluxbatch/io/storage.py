@@ -11,6 +11,7 @@ import errno
 import hashlib
 import os
 import re
+import socket
 import time
 import uuid
 from collections.abc import Iterator
@@ -65,6 +66,10 @@ class Store(Protocol):
 
     def sweep(self) -> None:
         """Remove what killed writers left half done (never anything under a real name)."""
+
+    def hold(self, name: str, *, shared: bool) -> contextlib.AbstractContextManager[None]:
+        """Keep other starts out of the place until the context ends, or this process does; those that share it
+        let each other in. ``StorageError`` when another has it. Does nothing where there are no locks."""
 
 
 def open_store(url: str) -> Store:
@@ -174,6 +179,23 @@ class LocalStore:
                     if time.time() - path.stat().st_mtime > _ABANDONED_AFTER:
                         path.unlink()
 
+    @contextlib.contextmanager
+    def hold(self, name: str, *, shared: bool) -> Iterator[None]:
+        path = self._path(name)
+        with _translated(self._place(name)):
+            _make_directory(path.parent)
+            file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            with _translated(self._place(name)):
+                if not _lock(file, shared):
+                    who = os.read(file, 1000).decode("utf-8", "replace").strip()
+                    raise StorageError(f"another start is at work in {self.url} ({who}): wait for its end, or give another run_name=…")
+                os.ftruncate(file, 0)
+                os.write(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+            yield
+        finally:
+            os.close(file)
+
     def _walk(self, prefix: str) -> Iterator[Path]:
         """Files below the deepest directory that ``prefix`` names, in the order of their names."""
         top = self._root / prefix.rpartition("/")[0]
@@ -215,6 +237,19 @@ def _make_directory(path: Path) -> None:
         except FileExistsError:
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)) from None
         _sync_directory(path.parent)
+
+
+def _lock(file: int, shared: bool) -> bool:
+    """Whether nobody else has the lock; the kernel frees it when this process ends, however it does."""
+    try:
+        import fcntl
+
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):  # Windows; a file system, or its server, without locks
+        pass
+    return True
 
 
 def _rename_if_absent(temp: Path, path: Path) -> bool:
