@@ -217,7 +217,7 @@ def _report(error: BaseException, schema: type[Job], debug: bool) -> int:
         traceback.print_exception(error)
     for line in error.lines if isinstance(error, UserError) else [_explain(error, schema)]:
         print("fluxbatch: error:", line, file=sys.stderr)
-    return Exit.BAD_INPUT
+    return error.code if isinstance(error, UserError) else Exit.BAD_INPUT
 
 
 def _explain(error: BaseException, schema: type[Job]) -> str:

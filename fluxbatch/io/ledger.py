@@ -63,6 +63,7 @@ class Ledger:
         self._row_of: dict[RecordId, Row] = {}  # record → the row that it makes done
         self._files: dict[RecordId, str] = {}  # as ``remaining`` saw them
         self.compactions = 0  # calls of ``compact`` that are through
+        self.committed = 0  # records of this process
         self._agree()
         store.sweep()
 
@@ -129,6 +130,7 @@ class Ledger:
             name = self._records.append(map(json_line, records))
             with self._lock:
                 self._batches[name] = records
+                self.committed += len(records)
 
     def reject(self, rejects: Sequence[Reject]) -> None:
         """Notes rows that got no image. The next start tries them again."""
