@@ -458,6 +458,55 @@ def test_as_a_process(tmp_path, argv, code, stdout):
     assert list((tmp_path / "work").iterdir()) == []
 
 
+@pytest.fixture
+def printing(tmp_path):
+    """Starts a command that prints so many lines, in a process of its own."""
+    entry = tmp_path / "entry.py"
+    entry.write_text(
+        "import os, sys\n"
+        "from fluxbatch import cli\n"
+        "def task(job):\n"
+        "    for n in range(job.seed):\n"
+        "        print('größer' * 100, flush=job.overwrite)\n"
+        "        print('schöner' * 100, file=sys.stderr)\n"
+        "    return 3\n"
+        "cli.main(task)\n"
+    )
+    root = str(Path(config.__file__).parents[1])
+
+    def start(*words, env=None, **streams):
+        return subprocess.Popen([sys.executable, entry, "prompt=x", *words], env={"PYTHONPATH": root, **(env or {})}, **streams)
+
+    return start
+
+
+@pytest.mark.parametrize("words", [["seed=1"], ["seed=1", "overwrite=true"], ["seed=1000", "overwrite=true"]], ids=str)
+def test_a_reader_that_has_left_costs_nothing(printing, words):
+    """Neither at a print nor at the end, when Python writes what is left."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    process = printing(*words, stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    said = process.communicate()[1].decode()
+    assert process.returncode == 3 and "Error" not in said and said.count("\n") == int(words[0][5:])
+    reader, writer = os.pipe()
+    os.close(reader)
+    process = printing(*words, stdout=writer, stderr=writer)
+    os.close(writer)
+    assert process.wait() == 3
+
+
+def test_what_a_terminal_cannot_show_is_spelt_out(printing):
+    process = printing("seed=1", env={"PYTHONIOENCODING": "ascii"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    out, err = process.communicate()
+    assert process.returncode == 3 and out.startswith(b"gr\\xf6") and b"Traceback" not in err
+
+
+def test_a_closed_output_is_no_mistake(printing):
+    process = printing("seed=2", stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, preexec_fn=lambda: os.close(1))
+    assert process.wait() == 3
+
+
 def test_the_environment_s_flags_win(monkeypatch):
     from fluxbatch.dist.hosts import tell_compiler
 
