@@ -22,6 +22,7 @@ from fluxbatch.types import UserError
 
 # What no retry and no other row can cure: these stop the job.
 _FATAL_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
+MAX_BYTES = 255  # of a part of a name
 _TEMP = re.compile(r"\.[0-9a-f]{32}\.tmp")  # other people's files may end in .tmp too
 _ABANDONED_AFTER = 3600.0  # seconds; no write of ours holds a temp file that long
 # What file systems answer that have no hard links (exFAT, SMB, gcsfuse), or cannot sync a directory.
@@ -115,7 +116,7 @@ def join(url: str, *names: str) -> str:
 def check_name(name: str) -> None:
     """Refuses a name that could mean a place outside the store."""
     parts = name.split("/")
-    bad = any(part in ("", ".", "..") or len(part.encode("utf-8", "replace")) > 255 for part in parts)
+    bad = any(part in ("", ".", "..") or len(part.encode("utf-8", "replace")) > MAX_BYTES for part in parts)
     if bad or "\\" in name or any(ord(c) < 32 or ord(c) == 127 for c in name):
         raise StorageError(f"{name!r}: not a name inside the output place", fatal=True)
 
