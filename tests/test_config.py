@@ -15,6 +15,7 @@ from omegaconf import MISSING, OmegaConf
 
 from fluxbatch import cli, config, overrides
 from fluxbatch.config import Job
+from fluxbatch.convert import Convert
 from fluxbatch.types import UserError
 
 GROUPS = {d.name: sorted(f.stem for f in d.glob("*.yaml")) for d in cli.CONF.iterdir() if d.is_dir()}
@@ -358,6 +359,9 @@ WRONG = [
     ("run_name=../x", "run_name=../x", "relative"),
     ("run_name=", "run_name=", "a name"),
     ("output_dir=", "output_dir=", "a path"),
+    ("output_dir=gs:/bucket/out", "output_dir=gs:/bucket/out", "expected gs://bucket/out"),
+    ("pretrained_model_name_or_path=gs:/b/m", "model.pretrained_model_name_or_path=gs:/b/m", "expected gs://b/m"),
+    ("vae_model_name_or_path=https:/h/ae.safetensors", "model.vae_model_name_or_path=https:/h/", "expected https://h/"),
     ("manifest=rows.jsonl", "prompt=x", "manifest=rows.jsonl"),
     ("flash_block_sizes={block_p: 1}", "hardware.flash_block_sizes.block_p=1", "block_q"),
     ("flash_block_sizes={block_q: 0}", "hardware.flash_block_sizes.block_q=0", "from 1"),
@@ -374,6 +378,17 @@ def test_a_wrong_word_is_one_line(command, word, named, hint):
     assert command.jobs == [] and command.out == ""
     [line] = command.lines
     assert line.startswith("fluxbatch: error: ") and named in line and hint in line
+
+
+def test_an_address_that_has_lost_a_slash_makes_no_directory(command, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    command("manifest=gs:/bucket/a.jsonl", expect=2)
+    assert command.lines == ["fluxbatch: error: manifest=gs:/bucket/a.jsonl: expected gs://bucket/a.jsonl"]
+    command("to=gs:/bucket/copy", schema=Convert, rows=False, expect=2)
+    assert command.lines == ["fluxbatch: error: to=gs:/bucket/copy: expected gs://bucket/copy"]
+    command("-m", "prompt=x", "seed=0,1", "output_dir=gs:/bucket/out", expect=2)
+    assert command.jobs == [] and [p.name for p in tmp_path.iterdir()] == ["temporary"]
+    assert command("prompt=x", "output_dir=a:b").output_dir == "a:b"
 
 
 def test_all_mistakes_at_once(command):
