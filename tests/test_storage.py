@@ -182,6 +182,25 @@ def test_a_killed_start_holds_nothing(tmp_path):
         pipe.close()
 
 
+def test_a_lock_of_another_user_is_locked_all_the_same(tmp_path, monkeypatch):
+    """Its file can be read and not written."""
+    first, second = LocalStore(str(tmp_path)), LocalStore(str(tmp_path))
+
+    def read_only(path, flags, *mode, real=os.open):
+        if flags & os.O_RDWR and str(path).endswith("lock"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return real(path, flags, *mode)
+
+    with first.hold("lock", shared=False):
+        monkeypatch.setattr(os, "open", read_only)
+        with pytest.raises(StorageError, match="another start is at work"), second.hold("lock", shared=False):
+            pass
+    with second.hold("lock", shared=False):
+        monkeypatch.undo()
+        with pytest.raises(StorageError, match="another start is at work"), first.hold("lock", shared=False):
+            pass
+
+
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS], ids=errno.errorcode.get)
 def test_a_place_without_locks_is_used_without(tmp_path, monkeypatch, code):
     def fail(*_):

@@ -185,12 +185,15 @@ class LocalStore:
         path = self._path(name)
         with _translated(self._place(name)):
             _make_directory(path.parent)
-            file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            except PermissionError:  # another user's, in a place that both may write to
+                file = os.open(path, os.O_RDONLY)
         try:
-            with _translated(self._place(name)):
-                if not _lock(file, shared):
-                    who = os.read(file, 1000).decode("utf-8", "replace").strip()
-                    raise StorageError(f"another start is at work in {self.url} ({who}): wait for its end, or give another run_name=…")
+            if not _lock(file, shared):
+                who = os.read(file, 1000).decode("utf-8", "replace").strip()
+                raise StorageError(f"another start is at work in {self.url} ({who}): wait for its end, or give another run_name=…")
+            with contextlib.suppress(OSError):  # who it is, as far as it can be told to others
                 os.ftruncate(file, 0)
                 os.write(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
             yield
