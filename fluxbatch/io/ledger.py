@@ -156,6 +156,7 @@ class Ledger:
         while True:
             lines: dict[RecordId, tuple[int, bytes]] = {}  # as metadata.jsonl has them
             objects: dict[str, list[bytes]] = {}
+            done: set[str] = set()
             files: dict[RecordId, str] = {}
             names = _Names()
             for name, line, record in self._records.scan():
@@ -166,6 +167,7 @@ class Ledger:
                 objects[name].append(line)
                 index = record["index"]
                 if row := self._row_made_by(record):
+                    done.add(row.id)
                     if (row.id, row.index) != (record["id"], index):  # it stands elsewhere now
                         index = row.index
                         line = json_line({**record, "id": row.id, "index": index})
@@ -173,7 +175,8 @@ class Ledger:
                 files[_id(record)] = record["file_name"]
             for key in [key for key, file in files.items() if file in names.twice]:
                 del lines[key]  # to be made again
-            done = {row.id for key in lines if (row := self._row_of.get(key))}
+                if row := self._row_of.get(key):
+                    done.discard(row.id)
             self._store.write(METADATA, b"".join(line for _, line in sorted(lines.values())))
             rejects, reject_objects = self._merge_rejects(done)
             unseen = {*self._records.names(), *self._rejects.names()} - objects.keys() - reject_objects
