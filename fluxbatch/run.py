@@ -17,7 +17,7 @@ def run(job: Job) -> int:
     # Here and not above: --help and --cfg must not wait for JAX.
     from itertools import chain
 
-    from fluxbatch import batching, dealing, finish, text
+    from fluxbatch import batching, dealing, finish, remarks, text
     from fluxbatch.dist import hosts
     from fluxbatch.engine import open_engine
     from fluxbatch.io.images import EXTENSIONS
@@ -53,8 +53,9 @@ def run(job: Job) -> int:
 
         outcome = finish.Outcome(job, engine, store, ledger, report, work, before=len(rows) - len(todo))
         outcome.started()
-        for line in (*engine.remarks, *engine.lora.table()):
-            report.say(line)
+        if not report.quiet:
+            for line in (*engine.remarks, *remarks.lines(engine.tokenizers, rows, todo), *engine.lora.table()):
+                report.say(line)
 
     with hosts.drain_on_signals() as drain, outcome.unforeseen():
         try:

@@ -132,6 +132,17 @@ def test_a_checkpoint_of_the_other_kind_is_remarked_on(cli, golden, tmp_path):
         assert code == 0 and ("guidance embedding" in err) == remarked
 
 
+def test_what_was_probably_not_meant_is_said_in_a_line(cli, golden, tmp_path):
+    rows = [{"prompt": "short", "negative_prompt": "blurry", "guidence_scale": 2.0}, {"prompt": "word " * 40, "prompt_2": "short"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, err = cli(*flags(golden, tmp_path, manifest=tmp_path / "rows.jsonl", resolution=32, num_inference_steps=1))
+    said = [line.removeprefix("fluxbatch: ") for line in err.splitlines() if line.startswith("fluxbatch: ")]
+    assert code == 0 and said == [
+        "fields that nothing reads, kept in the metadata: guidence_scale (1 rows; did you mean guidance_scale?), negative_prompt (1 rows)",
+        "CLIP reads 24 tokens: 1 rows are cut: rows.jsonl:2 has 162",
+    ]
+
+
 def test_an_unforeseen_error_leaves_word(cli, golden, tmp_path, monkeypatch):
     from fluxbatch.pipeline import Pipeline
 

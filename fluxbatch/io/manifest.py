@@ -24,7 +24,7 @@ _MAX_ID = 200  # bytes: with its extension it must fit a file name
 _SHOWN = 50  # bad lines in one message
 _PROMPT_COLUMNS = ("prompt", "caption", "text")
 _INTEGERS = ("seed", "height", "width", "num_inference_steps", "num_images")
-_FIELDS = ("prompt", "prompt_2", "id", "guidance_scale", "lora", *_INTEGERS)
+FIELDS = ("prompt", "prompt_2", "id", "guidance_scale", "lora", *_INTEGERS)
 
 
 def read_rows(job: Job, *, multiple: int = 16) -> tuple[list[Row], list[Reject]]:
@@ -85,7 +85,7 @@ def _parsed(stream: Any, name: str, prompt_column: str | None) -> Iterator[Line]
         return lines.prompt_lines(stream)
     if extension in ("tsv", "csv"):
         columns, parsed = lines.table_lines(stream, TAB if extension == "tsv" else ",", name)
-        known = {column: column.lower() for column in columns if column.lower() in _FIELDS}
+        known = {column: column.lower() for column in columns if column.lower() in FIELDS}
         prompt = _prompt_column(columns, prompt_column, name)
         known = {column: field for column, field in known.items() if field != "prompt"}
         return map(_converted, _renamed(parsed, {**known, prompt: "prompt"}))
@@ -122,7 +122,7 @@ def _converted(line: Line) -> Line:
     """
     if isinstance(line.fields, BadLine):
         return line
-    fields = {key: cell for key, cell in line.fields.items() if cell.strip() or key not in _FIELDS}
+    fields = {key: cell for key, cell in line.fields.items() if cell.strip() or key not in FIELDS}
     for key in _INTEGERS:
         if key in fields and re.fullmatch(r"\s*[+-]?[0-9]{1,30}\s*", fields[key]):
             fields[key] = int(fields[key])
@@ -188,7 +188,7 @@ class _Resolver:
                 by_default = "" if base is not None else " (its number, as it gives none)"
                 raise BadLine(f"id: {json.dumps(id)}{by_default} is already that of {self._seen[id]}")
         self._seen.update(dict.fromkeys(ids, where))
-        extra = {key: value for key, value in fields.items() if key not in _FIELDS}
+        extra = {key: value for key, value in fields.items() if key not in FIELDS}
         return [
             Row(
                 index=index + k,
