@@ -56,6 +56,8 @@ def run(job: Job) -> int:
         if not report.quiet:
             for line in (*engine.remarks, *remarks.lines(engine.tokenizers, rows, todo), *engine.lora.table()):
                 report.say(line)
+            if cached and texts is None:
+                report.say(f"text_cache_gigabytes={job.text_cache_gigabytes:g}: the prompts encode to {engine.text_bytes(todo) / 1e9:.3g} GB, none is kept")
 
     with hosts.drain_on_signals() as drain, outcome.unforeseen():
         try:
