@@ -41,8 +41,9 @@ class Watcher:
         """Within it nothing happens but a wait for the compiler."""
         return contextlib.nullcontext()
 
-    def launched(self, since: float, outputs: Any, pictures: bool = False) -> None:
-        """``since`` a monotonic time the devices have had programs to run, until ``outputs`` are there."""
+    def launched(self, since: float, outputs: Any, pictures: bool) -> None:
+        """``since`` a monotonic time the devices have had programs to run, until ``outputs`` are there; ``pictures``:
+        to draw some, and not to encode texts."""
 
 
 class Pipeline:
@@ -84,7 +85,8 @@ class Pipeline:
     def encode(self, clip_ids: np.ndarray, t5_ids: np.ndarray, rows: Sequence[Row]) -> tuple[jax.Array, jax.Array]:
         """Ids ``[B, 77]``, ``[B, T]`` of rows → T5 states ``[B, T, D]`` and pooled vectors ``[B, P]``."""
         (clip, clip_state), (t5, t5_state) = self._ready("clip", "t5", program="encode")
-        return self._told(self._launch(self._encode, clip, t5, self.dtype, clip_state, t5_state, *self._put(clip_ids, t5_ids, *self._scales(rows))))
+        encoded = self._launch(self._encode, clip, t5, self.dtype, clip_state, t5_state, *self._put(clip_ids, t5_ids, *self._scales(rows)))
+        return self._told(encoded, pictures=False)
 
     def text_mix(self, row: Row) -> Hashable:
         """What the encoding of a row's prompts depends on besides them."""
@@ -191,14 +193,14 @@ class Pipeline:
         rope = tuple(put(table, replicated(self.mesh)) for table in rope)
         (graph, state), _ = self._ready("flux", "vae", program=("denoise", rows[0].height, rows[0].width))  # the VAE on the same bar
         if isinstance(self.networks["flux"], StreamedFlux):
-            return self._denoise_streamed(self.networks["flux"], latents, text, pooled, sigmas, counts, guidance, rope)
+            return self._told(self._denoise_streamed(self.networks["flux"], latents, text, pooled, sigmas, counts, guidance, rope))
         latents, text, pooled, guidance, *scales = self._put(latents, text, pooled, guidance, *self._scales(rows))
         for first in range(0, counts.max(), sampling.STEPS):
             levels, left = self._put(sigmas[:, first : first + sampling.STEPS + 1], counts - first)
             turns = put(np.array(min(counts.max() - first, sampling.STEPS), np.int32), replicated(self.mesh))
             mod = self._launch(self._modulate, graph, self.dtype, state, pooled, levels, guidance, *scales)
             latents = self._launch(self._denoise, graph, self.dtype, state, latents, text, mod, levels, left, turns, rope, *scales)
-        return latents
+        return self._told(latents)  # by now: decoding may have to wait for its program
 
     def _denoise_streamed(self, flux: StreamedFlux, latents, text, pooled, sigmas, counts, guidance, rope) -> jax.Array:
         """What ``denoise`` computes, with the transformer's blocks passing through the devices."""
@@ -222,7 +224,7 @@ class Pipeline:
         """Latents → pixels ``[B, height, width, 3]`` uint8, and whether each image is finite ``[B]``."""
         scale = self.vae_config.scale
         ((graph, state),) = self._ready("vae", program=("decode", height, width))
-        self._pictures = self._told(self._launch(self._decode, graph, self.dtype, state, latents, height // scale, width // scale), pictures=True)
+        self._pictures = self._told(self._launch(self._decode, graph, self.dtype, state, latents, height // scale, width // scale))
         return self._pictures
 
     def _scales(self, rows: Sequence[Row]) -> list[np.ndarray]:
@@ -244,7 +246,7 @@ class Pipeline:
         self._since = self._since or time.monotonic()
         return outputs
 
-    def _told(self, outputs: Any, pictures: bool = False) -> Any:
+    def _told(self, outputs: Any, pictures: bool = True) -> Any:
         """The outputs of the last of some programs, told to whoever watches."""
         assert self._since is not None
         self.watcher.launched(self._since, outputs, pictures)

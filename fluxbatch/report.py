@@ -8,7 +8,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from tqdm import tqdm
@@ -23,7 +23,7 @@ class Devices:
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, "devices")
         self._first: float | None = None
-        self._last = self._busy = self._busy_before = self._until = 0.0
+        self._last = self._busy = self._busy_before = self._drawing = self._until = 0.0
 
     def launched(self, since: float, outputs: Any, pictures: bool) -> None:
         """In the order in which the devices are given programs."""
@@ -37,10 +37,19 @@ class Devices:
         if pictures and self._first is None:
             self._first = self._until = since
         if self._first is not None:  # what comes before the first batch is not its time
-            self._busy += max(0.0, now - max(since, self._until))
-            self._until = now
+            took = max(0.0, now - max(since, self._until))
+            self._busy, self._until = self._busy + took, now
         if pictures:
-            self._last, self._busy_before = now, self._busy
+            self._last, self._busy_before, self._drawing = now, self._busy, self._drawing + took
+
+    def drawing(self) -> Future[float]:
+        """The busy seconds that drawing what was launched since the last call takes."""
+
+        def taken() -> float:
+            seconds, self._drawing = self._drawing, 0.0
+            return seconds
+
+        return self._pool.submit(taken)
 
     def figures(self) -> tuple[float, float]:
         """Seconds from the first batch to the last, and the busy ones among them. Waits for what was launched."""
@@ -117,12 +126,13 @@ class Report(Watcher):
         """What threads compile meanwhile is nobody's time; the wait for them is."""
         return self.stage("compile")
 
-    def launched(self, since: float, outputs: Any, pictures: bool = False) -> None:
+    def launched(self, since: float, outputs: Any, pictures: bool) -> None:
         self.devices.launched(since, outputs, pictures)
 
-    def drawing(self, images: int, flops: float) -> None:
-        """A batch is on its way."""
+    def drawing(self, images: int, flops: float) -> Future[float]:
+        """A batch is on its way; the devices' seconds for it, without their waits for programs, texts or weights."""
         self.images, self.flops = self.images + images, self.flops + flops
+        return self.devices.drawing()
 
     def speed(self) -> dict[str, float]:
         """From the first batch to the last: images a second, seconds an image, the share of that time in which the

@@ -81,11 +81,11 @@ def run(job: Job) -> int:
                             padded = batching.padded(batch.rows, batch.size)
                             latents = pipeline.denoise(padded, *states.batch(padded))
                             pixels, finite = pipeline.decode(latents, *batch.shape)
-                            report.drawing(len(batch.rows), sum(engine.flops(*batch.shape, row.num_inference_steps) for row in batch.rows))
+                            took = report.drawing(len(batch.rows), sum(engine.flops(*batch.shape, row.num_inference_steps) for row in batch.rows))
                             trace.batch(pixels)
                             own, (pixels, finite) = hosts.own(batch.rows, pixels, finite)
                             if own:
-                                writer.put(own, names, pixels, finite)
+                                writer.put(own, names, pixels, finite, took.result)
                         writer.compact()
                         if drain.stopped:
                             break

@@ -71,7 +71,21 @@ def test_how_busy_the_devices_were(monkeypatch, capsys):
         seen.launched(since, Until(end), pictures)
     for _ in range(3):
         seen.drawing(2, 20.0)
+    assert seen.devices.drawing().result() == 0.0  # the first call had it all
     # from 4 to 24; without work from 14 to 15 and from 16 to 17
     assert seen.speed() == {"images_per_second": 0.3, "seconds_per_image": 3.333, "device_busy": 0.9, "mfu": 0.3, "floor_ratio": 3.333}
     seen.summary({"rows": 6, "made": 6, "before": 0, "rejected": 0}, "there")
     assert "busy 90.0% of that time; 30% of their peak, 3.33 × the floor" in capsys.readouterr().out
+
+
+def test_the_devices_time_for_a_batch_is_without_their_waits(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "advance", lambda end: now.__setitem__(0, max(now[0], end)), raising=False)
+    seen, taken = report.Report(quiet=True), []
+    # denoised, a wait for the decoder's program, decoded; the second one's texts, denoised behind them, decoded
+    for launches in ([(1, 4, True), (50, 51, True)], [(51, 53, False), (52, 60, True), (53, 62, True)]):
+        for since, end, pictures in launches:
+            seen.launched(since, Until(end), pictures)
+        taken.append(seen.drawing(1, 0.0))
+    assert [each.result() for each in taken] == [4, 9]
