@@ -37,6 +37,10 @@ class Watcher:
         """Within it ``total`` bytes are read, and what it yields is told of them."""
         return contextlib.nullcontext(lambda count: None)
 
+    def streaming(self) -> AbstractContextManager[Progress]:
+        """As ``loading``, in a thread while the devices compute."""
+        return contextlib.nullcontext(lambda count: None)
+
     def compiling(self) -> AbstractContextManager[None]:
         """Within it nothing happens but a wait for the compiler."""
         return contextlib.nullcontext()
@@ -207,10 +211,10 @@ class Pipeline:
         graph, state = flux.parts()
         latents, text, pooled, guidance, sigmas, left = self._put(latents, text, pooled, guidance, sigmas, counts)
         vec, final = self._launch(self._condition, graph, self.dtype, state, pooled, sigmas, guidance)
-        with flux.modulators() as layers:
+        with flux.modulators(self.watcher.streaming) as layers:
             mods = {name: jax.block_until_ready(self._told(self._launch(self._layer, *layer, vec))) for name, layer in layers}
         steps = counts.max()
-        with flux.blocks(steps) as blocks:
+        with flux.blocks(steps, self.watcher.streaming) as blocks:
             for i in range(steps):
                 x = self._told(self._launch(self._embed, graph, self.dtype, state, latents, text))
                 for name, (block_graph, block) in itertools.islice(blocks, len(flux)):

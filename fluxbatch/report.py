@@ -71,6 +71,7 @@ class Report(Watcher):
         self.images = 0  # handed to the devices, padding not counted
         self.flops = 0.0  # that these take
         self.peak: float | None = None  # FLOP/s of all devices together, where it is known
+        self._streamed = 0.0  # seconds of reading that went on beside the stages
         self._within = 0.0  # seconds of stages inside the current one
         self._bars: list[tqdm] = []
         self._thread = threading.get_ident()
@@ -122,6 +123,17 @@ class Report(Watcher):
         for other in self._bars:
             other.unpause()  # what loads meanwhile is not its time
 
+    @contextlib.contextmanager
+    def streaming(self) -> Iterator[Callable[[int], None]]:
+        """No stage's time, as the devices have work meanwhile; of the figures of the load all the same."""
+
+        def read(count: int) -> None:
+            self.loaded += count
+
+        start = time.monotonic()
+        yield read
+        self._streamed += time.monotonic() - start
+
     def compiling(self) -> contextlib.AbstractContextManager[None]:
         """What threads compile meanwhile is nobody's time; the wait for them is."""
         return self.stage("compile")
@@ -149,7 +161,7 @@ class Report(Watcher):
 
     def load(self) -> dict[str, float]:
         """Bytes of weights read so far, the seconds it took and GB/s."""
-        seconds = self.seconds.get("load", 0.0)
+        seconds = self.seconds.get("load", 0.0) + self._streamed
         rate = self.loaded / seconds / 1e9 if seconds else 0.0
         return {"bytes": self.loaded, "seconds": round(seconds, 2), "gigabytes_per_second": round(rate, 3)}
 

@@ -50,6 +50,18 @@ def test_the_figures_of_the_load(clock, capsys):
     assert report.Report(quiet=True).summary(counts | {"made": 0}, "there")["weights"] is None  # nothing was read
 
 
+def test_what_streams_beside_the_stages_is_read_too(clock):
+    seen = report.Report(quiet=True)
+    with seen.loading(1) as read:
+        read(1_000_000_000)
+        clock(1)
+    with seen.stage("generate"), seen.streaming() as read:
+        read(5_000_000_000)
+        clock(2)
+    assert seen.load() == {"bytes": 6_000_000_000, "seconds": 3, "gigabytes_per_second": 2.0}
+    assert seen.seconds == {"load": 1, "generate": 2}
+
+
 class Until:
     """Outputs of a program that ends at a time."""
 
