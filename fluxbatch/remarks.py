@@ -1,4 +1,4 @@
-"""What is allowed in a job's rows and probably not meant: fields that nothing reads, prompts that are too long."""
+"""What is allowed in a job's rows and probably not meant: fields that decide nothing, prompts that are too long."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def unread(rows: Sequence[Row]) -> str | None:
     counts = Counter(key for row in rows for key in row.extra)
     meant = sorted(((key, _meant(key)) for key in counts), key=lambda each: each[1] is None)
     words = [f"{shown(key)[1:-1]} ({counts[key]:,} rows{f'; did you mean {near}?' if near else ''})" for key, near in meant]
-    return "fields that nothing reads, kept in the metadata: " + some(words, SHOWN_FIELDS) if words else None
+    return "fields that decide nothing: " + some(words, SHOWN_FIELDS) if words else None
 
 
 def _meant(key: str) -> str | None:
