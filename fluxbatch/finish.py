@@ -12,7 +12,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from fluxbatch.config import Job
-from fluxbatch.dealing import Work
+from fluxbatch.dealing import RUNNING, Work
 from fluxbatch.dist import hosts
 from fluxbatch.engine import Engine
 from fluxbatch.io.gallery import write_contact_sheet, write_gallery, write_grid
@@ -49,7 +49,7 @@ class Outcome:
         if not hosts.is_first():
             return
         self.store.write(CONFIG, self._config())
-        write_status(self.store, None, "running, or killed", {"before": self.before})
+        write_status(self.store, None, RUNNING, {"before": self.before})
         self.work.started()
 
     @contextlib.contextmanager
@@ -95,7 +95,8 @@ class Outcome:
             tally = self.ledger.merge()
             code = Exit.PREEMPTED if tally.left else Exit.REJECTED_ROWS if tally.rejects else Exit.OK
             counts = self._counts(tally)
-        summary = self.report.summary(counts, join(self.store.url, METADATA))
+        own = None if self.work.alone else self.work.progress.made
+        summary = self.report.summary(counts, join(self.store.url, METADATA), own)
         if self.job.output.gallery and cut is None:  # a machine that is taken away does not wait for pages
             title = self.job.run_name or ""
             rejects = self._lines(REJECTS) if tally.rejects else ()
@@ -104,7 +105,7 @@ class Outcome:
             print(f"look at    {join(self.store.url, 'index.html')} or {join(self.store.url, 'contact_sheet.png')}")
             if self.job.sweep:
                 print(f"the sweep  {_write_grid(self.job)}")
-        self.work.ended(code, REASONS[code], counts, load=self.report.load(), speed=self.report.speed())
+        self.work.ended(code, REASONS[code], counts, **self.report.measured())
         if code != Exit.OK:
             self.report.say(REASONS[code])
         return code
@@ -119,13 +120,14 @@ class Outcome:
         self.report.say(f"error: {error}", aloud=True)
         with contextlib.suppress(StorageError):
             counts = self._counts(self.ledger.merge()) if self.work.merges and hosts.is_first() else {"before": self.before}
-            self.work.ended(1, str(error), counts, load=self.report.load())
+            self.work.ended(1, str(error), counts, **self.report.measured())
         return 1
 
     def _left_to_others(self, cut: Exit | None) -> int:
         """The end of a replica while others go on, or after another has merged."""
         code = cut or (Exit.REJECTED_ROWS if self.store.exists(REJECTS) else Exit.OK)
-        self.work.ended(code, REASONS[code], {"before": self.before})
+        self.report.summary(self.work.progress.counts, join(self.store.url, METADATA))
+        self.work.ended(code, REASONS[code], {"before": self.before}, **self.report.measured())
         self.report.say(REASONS[code] if cut else f"{REASONS[code]}; another replica has merged the metadata")
         return code
 

@@ -102,7 +102,7 @@ class Report(Watcher):
         self._within += seconds
 
     @contextlib.contextmanager
-    def bar(self, total: int, what: str, unit: str, **options: object) -> Iterator[tqdm]:
+    def bar(self, total: int | None, what: str, unit: str, **options: object) -> Iterator[tqdm]:
         with tqdm(total=total, desc=what, unit=unit, dynamic_ncols=True, leave=True, smoothing=0.1, disable=self.quiet, **options) as bar:
             self._bars.append(bar)
             try:
@@ -165,17 +165,24 @@ class Report(Watcher):
         rate = self.loaded / seconds / 1e9 if seconds else 0.0
         return {"bytes": self.loaded, "seconds": round(seconds, 2), "gigabytes_per_second": round(rate, 3)}
 
+    def measured(self) -> dict[str, dict[str, float]]:
+        """Load and speed for the status; of a run that had nothing to do there is nothing to say."""
+        return {"load": self.load(), "speed": self.speed()} if self.images or self.loaded else {}
+
     def say(self, line: str, aloud: bool = False) -> None:
         """A line on standard error that does not tear the bar; ``aloud``: from any process."""
         if aloud or not self.quiet:
             tqdm.write(f"fluxbatch: {line}", file=sys.stderr)
 
-    def summary(self, counts: Mapping[str, int], place: str) -> dict[str, object]:
-        """Prints and returns the closing figures."""
+    def summary(self, counts: Mapping[str, int], place: str, own: int | None = None) -> dict[str, object]:
+        """Prints and returns the closing figures. ``counts``: of the whole place, if it has ``rows``. ``own``: what this
+        replica made of it, where there are others; speed and seconds are its own."""
         total = time.monotonic() - self.started
-        made, speed = counts["made"], self.speed()
+        made, speed = counts["made"] if own is None else own, self.speed()
+        rows = f"{counts['rows']:,}: " if "rows" in counts else ""
+        by = f" by this replica, {max(0, counts['made'] - own):,} by others" if own is not None else ""
         stages = {name: round(value, 2) for name, value in self.seconds.items()} | {"total": round(total, 2)}
-        print(f"rows       {counts['rows']:,}: {made:,} made, {counts['before']:,} done before, {counts['rejected']:,} rejected")
+        print(f"rows       {rows}{made:,} made{by}, {counts['before']:,} done before, {counts['rejected']:,} rejected")
         weights = f"{_size(self.loaded)} at {_size(1e9 * self.load()['gigabytes_per_second'])}/s" if self.loaded else None
         if weights:
             print(f"weights    {weights}")
@@ -188,8 +195,8 @@ class Report(Watcher):
             peak = f"; {speed['mfu']:.0%} of their peak, {speed['floor_ratio']:.2f} × the floor" if "mfu" in speed else ""
             print(f"devices    busy {speed['device_busy']:.1%} of that time{peak}")
         print(f"output     {place}")
-        return {"images": counts["rows"], "made now": made, "rejected": counts["rejected"], "speed": rate,
-                "weights": weights, "seconds": stages["total"]}  # fmt: skip
+        return {"images": counts["before"] + counts["made"], "made now": counts["made"], "rejected": counts["rejected"],
+                "speed": rate if own is None else None, "weights": weights, "seconds": stages["total"]}  # fmt: skip
 
 
 def _size(count: float) -> str:

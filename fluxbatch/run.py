@@ -63,13 +63,13 @@ def run(job: Job) -> int:
         try:
             shards = work.shards(drain)
             if first := next(shards, None):
-                pipeline, report.peak = engine.pipeline(rows, report), engine.peak
+                pipeline, report.peak, progress = engine.pipeline(rows, report), engine.peak, work.progress
                 with (
                     pipeline.compiling(todo, batch_size, engine.tokenizers.lengths),
                     report.stage("generate"),
-                    report.bar(len(todo), "images", "img") as bar,
+                    report.bar(progress.rows, "images", "img") as bar,
                     Trace(store if job.profile and hosts.is_first() else None, report.say) as trace,
-                    Writer(store, ledger, job, facts=engine.record, floor=engine.floor, on_image=lambda row, ok: bar.update()) as writer,
+                    Writer(store, ledger, job, facts=engine.record, floor=engine.floor, on_image=lambda *row: bar.update(progress.through(*row))) as writer,
                 ):
                     for shard in chain([first], shards):
                         states = text.encode(shard.rows, engine.tokenizers, pipeline, batch_size, texts)
@@ -85,6 +85,7 @@ def run(job: Job) -> int:
                             trace.batch(pixels)
                             own, (pixels, finite) = hosts.own(batch.rows, pixels, finite)
                             if own:
+                                progress.beside(own[-1], len(batch.rows) - len(own))
                                 writer.put(own, names, pixels, finite, took.result)
                         writer.compact()
                         if drain.stopped:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 
+import plain
 import pytest
 
 from fluxbatch import report
+from fluxbatch.progress import EVERY, Progress
 
 
 @pytest.fixture
@@ -60,6 +62,35 @@ def test_what_streams_beside_the_stages_is_read_too(clock):
         clock(2)
     assert seen.load() == {"bytes": 6_000_000_000, "seconds": 3, "gigabytes_per_second": 2.0}
     assert seen.seconds == {"load": 1, "generate": 2}
+
+
+def test_what_a_replica_made_is_told_apart(capsys, monkeypatch):
+    monkeypatch.setattr(time, "advance", lambda end: None, raising=False)
+    seen = report.Report(quiet=True)
+    counts = {"rows": 12, "made": 8, "before": 1, "rejected": 3}
+    for since in (1.0, 2.0):
+        seen.launched(since, Until(0), True)
+    seen.drawing(3, 0.0)
+    assert seen.summary(counts, "there", own=3) | {"seconds": 0} == {
+        "images": 9, "made now": 8, "rejected": 3, "speed": None, "weights": None, "seconds": 0}  # fmt: skip
+    assert "rows       12: 3 made by this replica, 5 by others, 1 done before, 3 rejected\n" in capsys.readouterr().out
+    seen.summary({"made": 3, "before": 1, "rejected": 0}, "there")
+    assert "rows       3 made, 1 done before, 0 rejected\n" in capsys.readouterr().out
+    assert report.Report(quiet=True).measured() == {}
+
+
+def test_progress_is_told_now_and_then(clock):
+    """Batches of two rows here and one in another process, every ten seconds; the second one's first row fails."""
+    told = []
+    progress = Progress(5, 40, lambda counts, speed: told.append((counts, speed["images_per_second"])))
+    assert progress.counts == {"made": 0, "before": 5, "rejected": 0, "left": 40}
+    for batch in range(9):
+        rows = [plain.row(2 * batch), plain.row(2 * batch + 1)]
+        progress.beside(rows[1], 1)
+        assert [progress.through(row, row.index != 2) for row in rows] == [1, 2]
+        clock(EVERY / 3)
+    assert told == [({"made": 8, "before": 5, "rejected": 1, "left": 31}, 0.3), ({"made": 17, "before": 5, "rejected": 1, "left": 22}, 0.3)]
+    assert Progress(5, None, lambda *_: None).counts == {"made": 0, "before": 5, "rejected": 0}
 
 
 class Until:
