@@ -8,6 +8,7 @@ left behind. The deal is a preference and nothing more: every portion is somebod
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,10 +23,12 @@ from fluxbatch.dist.replica import Replica, find
 from fluxbatch.io.claims import Claims, Holder, Life
 from fluxbatch.io.ledger import Ledger, write_status
 from fluxbatch.io.storage import StorageError, Store
+from fluxbatch.progress import Progress
 from fluxbatch.types import Exit, Row, Shard, UserError
 
 _END, _WAIT, _FAILED = -1, -2, -3
 _MERGE = "merge"  # the last task
+RUNNING = "running, or killed"
 _PAUSE = 0.25  # seconds until the first look for work that others may leave
 
 
@@ -43,13 +46,15 @@ def open_work(
     """``rows``: the whole manifest; ``todo``: what had no record at the start. ``start``: how the writer ids of
     this replica's processes begin."""
     if place.count == 1:
-        return Whole(store, batching.plan(todo, batch_size, job.shard_size))
+        return Whole(store, batching.plan(todo, batch_size, job.shard_size), before=len(rows) - len(todo))
     portions = batching.portions(rows, batch_size, job.shard_size)
     return Shared(place, store, ledger, start, portions, todo, batch_size, job.replica_expiry)
 
 
 class Work(Protocol):
+    alone: bool  # whether there is no other replica
     merges: bool  # whether this replica merges the records in the end
+    progress: Progress
 
     def shards(self, drain: hosts.Drain) -> Iterator[Shard]:
         """To be asked for the next one when the records of the one before are on their way."""
@@ -61,16 +66,17 @@ class Work(Protocol):
         """To be called by the first process, before it asks for shards."""
 
     def ended(self, code: int, reason: str, counts: Mapping[str, int], **more: Mapping[str, float]) -> None:
-        """Leaves the status, last of all."""
+        """Leaves the status, last of all. ``counts``: of the whole place, where this replica merges; ``more``: of this replica."""
 
 
 class Whole:
     """The work of the only replica."""
 
-    merges = True
+    alone = merges = True
 
-    def __init__(self, store: Store, shards: Sequence[Shard]):
+    def __init__(self, store: Store, shards: Sequence[Shard], before: int):
         self._store, self._shards = store, shards
+        self.progress = Progress(before, sum(len(batch.rows) for shard in shards for batch in shard.batches), self._tell)
 
     def shards(self, drain: hosts.Drain) -> Iterator[Shard]:
         return iter(self._shards)
@@ -80,6 +86,11 @@ class Whole:
 
     def started(self) -> None:
         pass
+
+    def _tell(self, counts: Mapping[str, int], speed: Mapping[str, float]) -> None:
+        if hosts.is_first():
+            with contextlib.suppress(StorageError):  # what matters will be tried again, and say so
+                write_status(self._store, None, RUNNING, counts, speed=speed)
 
     def ended(self, code: int, reason: str, counts: Mapping[str, int], **more: Mapping[str, float]) -> None:
         write_status(self._store, code, reason, counts, **more)
@@ -91,11 +102,14 @@ class Shared:
     ``expiry``: seconds of silence after which another replica is taken for lost.
     """
 
+    alone = False
+
     def __init__(
         self, replica: Replica, store: Store, ledger: Ledger, start: str, portions: Sequence[Sequence[Row]], todo: Sequence[Row],
         batch_size: int, expiry: float,
     ):  # fmt: skip
         self.merges = False
+        self.progress = Progress(sum(map(len, portions)) - len(todo), None, self._tell)
         self._replica, self._store, self._ledger, self._batch_size, self._patience = replica, store, ledger, batch_size, expiry / 4
         lacking = {row.id for row in todo}
         self._left = [[row for row in portion if row.id in lacking] for portion in portions]
@@ -117,14 +131,18 @@ class Shared:
     def started(self) -> None:
         self._life.begin()
 
+    def _tell(self, counts: Mapping[str, int], speed: Mapping[str, float]) -> None:
+        if hosts.is_first():
+            self._life.words = {"reason": RUNNING, "counts": counts, "speed": speed}
+
     def ended(self, code: int, reason: str, counts: Mapping[str, int], **more: Mapping[str, float]) -> None:
         if not hosts.is_first():
             return
         if self.merges:
-            write_status(self._store, code, reason, counts, **more)
+            write_status(self._store, code, reason, counts)
             if code in (Exit.OK, Exit.REJECTED_ROWS):
                 self._claims.finish()
-        self._life.end(code, reason, {"counts": dict(counts), **more})
+        self._life.end(code, reason, {"counts": self.progress.counts, **more})
 
     def shards(self, drain: hosts.Drain) -> Iterator[Shard]:
         longest = max(map(len, self._left), default=0)

@@ -118,9 +118,7 @@ class Engine:
     def text_cache(self, folder: str | None, gigabytes: float, rows: Sequence[Row]) -> TextCache | None:
         """The cache of encoded prompts in ``folder``; None also where all of ``rows``' would not fit into it, as then
         none would be there when it is wanted again."""
-        texts = len({(row.prompt, row.prompt_2) for row in rows})
-        size = self.tokenizers.max_sequence_length * self.checkpoint.components["text_encoder_2"].config.d_model * jnp.dtype(self.activations_dtype).itemsize
-        if folder is None or texts * size > gigabytes * 1e9:
+        if folder is None or self.text_bytes(rows) > gigabytes * 1e9:
             return None
         try:
             entries = Cache(folder, int(gigabytes * 1e9))
@@ -130,6 +128,11 @@ class Engine:
         program = (__version__, jax.__version__, device, *self.mesh.shape.items(), self.weights_dtype, self.activations_dtype)
         facts = (self.checkpoint.text_digest(), *program)
         return TextCache(entries, lambda row: (facts, tuple((self.lora.facts[name], scale) for name, scale in self.lora.text_mix(row))))
+
+    def text_bytes(self, rows: Sequence[Row]) -> int:
+        """About what the prompts of ``rows`` encode to."""
+        size = self.tokenizers.max_sequence_length * self.checkpoint.components["text_encoder_2"].config.d_model * jnp.dtype(self.activations_dtype).itemsize
+        return len({(row.prompt, row.prompt_2) for row in rows}) * size
 
     def _network(self, part: str, edits: load.Edits, beside: Loras | None) -> Network:
         plan, dtype = self.plans[part], jnp.dtype(self.weights_dtype)

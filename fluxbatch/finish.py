@@ -12,7 +12,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from fluxbatch.config import Job
-from fluxbatch.dealing import Work
+from fluxbatch.dealing import RUNNING, Work
 from fluxbatch.dist import hosts
 from fluxbatch.engine import Engine
 from fluxbatch.io.gallery import write_contact_sheet, write_gallery, write_grid
@@ -48,7 +48,7 @@ class Outcome:
         if not hosts.is_first():
             return
         self.store.write(CONFIG, self._config())
-        write_status(self.store, None, "running, or killed", {"before": self.before})
+        write_status(self.store, None, RUNNING, {"before": self.before})
         self.work.started()
 
     @contextlib.contextmanager
@@ -83,7 +83,7 @@ class Outcome:
             with contextlib.suppress(Exception):
                 counts = self._counts(self.ledger.merge())
         with contextlib.suppress(StorageError):
-            self.work.ended(code, reason, counts, load=self.report.load())
+            self.work.ended(code, reason, counts, **self.report.measured())
 
     def _lost_a_peer(self, error: Exception) -> NoReturn:
         """What this process has made is recorded; a regular exit would wait for the peer that is gone."""
@@ -112,17 +112,18 @@ class Outcome:
             tally = self.ledger.merge()
             code = Exit.PREEMPTED if tally.left else Exit.REJECTED_ROWS if tally.rejects else Exit.OK
             counts = self._counts(tally)
+        own = None if self.work.alone else self.work.progress.made
         pages = []
         if self.job.output.gallery and cut is None:  # a machine that is taken away does not wait for pages
             title = self.job.run_name or ""
             rejects = self._lines(REJECTS) if tally.rejects else ()
-            write_gallery(self.store, self._lines(METADATA), rejects, title, self.report.figures(counts))
+            write_gallery(self.store, self._lines(METADATA), rejects, title, self.report.figures(counts, own))
             write_contact_sheet(self.store, self._lines(METADATA), title=title)
             pages.append(f"look at    {join(self.store.url, 'index.html')} or {join(self.store.url, 'contact_sheet.png')}")
             if self.job.sweep:
                 pages.append(f"the sweep  {_write_grid(self.job)}")
-        self.work.ended(code, REASONS[code], counts, load=self.report.load(), speed=self.report.speed())
-        self.report.summary(counts, join(self.store.url, METADATA))
+        self.work.ended(code, REASONS[code], counts, **self.report.measured())
+        self.report.summary(counts, join(self.store.url, METADATA), own)
         for line in pages:
             print(line)
         if code != Exit.OK:
@@ -143,7 +144,8 @@ class Outcome:
     def _left_to_others(self, cut: Exit | None) -> int:
         """The end of a replica while others go on, or after another has merged."""
         code = cut or (Exit.REJECTED_ROWS if self.store.exists(REJECTS) else Exit.OK)
-        self.work.ended(code, REASONS[code], {"before": self.before})
+        self.report.summary(self.work.progress.counts, join(self.store.url, METADATA))
+        self.work.ended(code, REASONS[code], {"before": self.before}, **self.report.measured())
         self.report.say(REASONS[code] if cut else f"{REASONS[code]}; another replica has merged the metadata")
         return code
 

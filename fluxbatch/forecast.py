@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-import itertools
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import jax
 import jax.numpy as jnp
 
-from fluxbatch import aot, batching, flops, memory
+from fluxbatch import aot, batching, flops, memory, remarks
 from fluxbatch.chips import Target
 from fluxbatch.config import Job, shown
 from fluxbatch.dist.hosts import GPU_SHARES, gpu_share
@@ -22,7 +21,6 @@ from fluxbatch.types import Batch, Reject, Row, Shard
 from fluxbatch.weights import load, network
 from fluxbatch.weights.lora_apply import TEXT
 
-SHOWN = 3  # rows named in one line
 TERA = 1e12
 
 
@@ -101,7 +99,9 @@ def _rows(job: Job, rows: Sequence[Row], rejects: Sequence[Reject]) -> Iterator[
     distinct = len({(row.prompt, row.prompt_2) for row in rows})
     yield _line("rows", f"{len(rows):,} of {shown(job.manifest or job.prompt)}, {distinct:,} distinct prompts")
     if rejects:
-        yield _line("rejects", f"{len(rejects):,} bad lines are set aside: {_some([reject.where.rpartition('/')[2] for reject in rejects])}")
+        yield _line("rejects", f"{len(rejects):,} bad lines are set aside: {remarks.some([reject.where.rpartition('/')[2] for reject in rejects])}")
+    if fields := remarks.unread(rows):
+        yield _line("remark", fields)
 
 
 def _model(job: Job, engine: Engine, target: Target) -> Iterator[str]:
@@ -130,18 +130,8 @@ def _batches(work: Work) -> Iterator[str]:
 
 
 def _text(engine: Engine, rows: Sequence[Row]) -> Iterator[str]:
-    tokenizers = engine.tokenizers
-    clip, t5 = tokenizers.cut((row.prompt for row in rows), (row.prompt_2 for row in rows))
-    for name, tokenizer, limit, cut, of in (
-        ("CLIP", tokenizers.clip, tokenizers.lengths[0], clip, lambda row: row.prompt),
-        ("T5", tokenizers.t5, tokenizers.lengths[1], t5, lambda row: row.prompt_2),
-    ):
-        hit = [row for row in rows if of(row) in cut] if cut else []
-        lines = {row.where: of(row) for row in hit}
-        first = dict(itertools.islice(lines.items(), SHOWN))
-        named = [f"{where.rpartition('/')[2]} has {tokens}" for where, tokens in zip(first, tokenizer.count([*first.values()]), strict=True)]
-        places = _some(named, len(lines))
-        yield _line("text" if name == "CLIP" else "", f"{name} reads {limit} tokens: " + (f"{len(hit):,} rows are cut: {places}" if hit else "no prompt is cut"))
+    for i, (reads, cut) in enumerate(remarks.cut(engine.tokenizers, rows)):
+        yield _line("" if i else "text", f"{reads}: {cut or 'no prompt is cut'}")
 
 
 def _lora(engine: Engine) -> Iterator[str]:
@@ -242,12 +232,6 @@ def _matmul(width: int = 1024) -> float:
 
 def _line(name: str, text: str) -> str:
     return f"{name:9} {text}"
-
-
-def _some(items: Sequence[str], count: int | None = None) -> str:
-    """The first of ``count`` items, or of these, and how many more there are."""
-    more = (count or len(items)) - SHOWN
-    return ", ".join(items[:SHOWN]) + (f" and {more:,} more" if more > 0 else "")
 
 
 def _flops(number: float) -> str:

@@ -37,12 +37,17 @@ class Watcher:
         """Within it ``total`` bytes are read, and what it yields is told of them."""
         return contextlib.nullcontext(lambda count: None)
 
+    def streaming(self) -> AbstractContextManager[Progress]:
+        """As ``loading``, in a thread while the devices compute."""
+        return contextlib.nullcontext(lambda count: None)
+
     def compiling(self) -> AbstractContextManager[None]:
         """Within it nothing happens but a wait for the compiler."""
         return contextlib.nullcontext()
 
-    def launched(self, since: float, outputs: Any, pictures: bool = False) -> None:
-        """``since`` a monotonic time the devices have had programs to run, until ``outputs`` are there."""
+    def launched(self, since: float, outputs: Any, pictures: bool) -> None:
+        """``since`` a monotonic time the devices have had programs to run, until ``outputs`` are there; ``pictures``:
+        to draw some, and not to encode texts."""
 
 
 class Pipeline:
@@ -87,7 +92,8 @@ class Pipeline:
             jax.block_until_ready(self._pictures)
             self.networks["flux"].leave()  # where there is no room for both
         (clip, clip_state), (t5, t5_state) = self._ready("clip", "t5", program="encode")
-        return self._told(self._launch(self._encode, clip, t5, self.dtype, clip_state, t5_state, *self._put(clip_ids, t5_ids, *self._scales(rows))))
+        encoded = self._launch(self._encode, clip, t5, self.dtype, clip_state, t5_state, *self._put(clip_ids, t5_ids, *self._scales(rows)))
+        return self._told(encoded, pictures=False)
 
     def text_mix(self, row: Row) -> Hashable:
         """What the encoding of a row's prompts depends on besides them."""
@@ -194,24 +200,24 @@ class Pipeline:
         rope = tuple(put(table, replicated(self.mesh)) for table in rope)
         (graph, state), _ = self._ready("flux", "vae", program=("denoise", rows[0].height, rows[0].width))  # the VAE on the same bar
         if isinstance(self.networks["flux"], StreamedFlux):
-            return self._denoise_streamed(self.networks["flux"], latents, text, pooled, sigmas, counts, guidance, rope)
+            return self._told(self._denoise_streamed(self.networks["flux"], latents, text, pooled, sigmas, counts, guidance, rope))
         latents, text, pooled, guidance, *scales = self._put(latents, text, pooled, guidance, *self._scales(rows))
         for first in range(0, counts.max(), sampling.STEPS):
             levels, left = self._put(sigmas[:, first : first + sampling.STEPS + 1], counts - first)
             turns = put(np.array(min(counts.max() - first, sampling.STEPS), np.int32), replicated(self.mesh))
             mod = self._launch(self._modulate, graph, self.dtype, state, pooled, levels, guidance, *scales)
             latents = self._launch(self._denoise, graph, self.dtype, state, latents, text, mod, levels, left, turns, rope, *scales)
-        return latents
+        return self._told(latents)  # by now: decoding may have to wait for its program
 
     def _denoise_streamed(self, flux: StreamedFlux, latents, text, pooled, sigmas, counts, guidance, rope) -> jax.Array:
         """What ``denoise`` computes, with the transformer's blocks passing through the devices."""
         graph, state = flux.parts()
         latents, text, pooled, guidance, sigmas, left = self._put(latents, text, pooled, guidance, sigmas, counts)
         vec, final = self._launch(self._condition, graph, self.dtype, state, pooled, sigmas, guidance)
-        with flux.modulators() as layers:
+        with flux.modulators(self.watcher.streaming) as layers:
             mods = {name: jax.block_until_ready(self._told(self._launch(self._layer, *layer, vec))) for name, layer in layers}
         steps = counts.max()
-        with flux.blocks(steps) as blocks:
+        with flux.blocks(steps, self.watcher.streaming) as blocks:
             for i in range(steps):
                 x = self._told(self._launch(self._embed, graph, self.dtype, state, latents, text))
                 for name, (block_graph, block) in itertools.islice(blocks, len(flux)):
@@ -225,7 +231,7 @@ class Pipeline:
         """Latents → pixels ``[B, height, width, 3]`` uint8, and whether each image is finite ``[B]``."""
         scale = self.vae_config.scale
         ((graph, state),) = self._ready("vae", program=("decode", height, width))
-        self._pictures = self._told(self._launch(self._decode, graph, self.dtype, state, latents, height // scale, width // scale), pictures=True)
+        self._pictures = self._told(self._launch(self._decode, graph, self.dtype, state, latents, height // scale, width // scale))
         return self._pictures
 
     def _scales(self, rows: Sequence[Row]) -> list[np.ndarray]:
@@ -247,7 +253,7 @@ class Pipeline:
         self._since = self._since or time.monotonic()
         return outputs
 
-    def _told(self, outputs: Any, pictures: bool = False) -> Any:
+    def _told(self, outputs: Any, pictures: bool = True) -> Any:
         """The outputs of the last of some programs, told to whoever watches."""
         assert self._since is not None
         self.watcher.launched(self._since, outputs, pictures)

@@ -8,7 +8,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from tqdm import tqdm
@@ -23,7 +23,7 @@ class Devices:
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, "devices")
         self._first: float | None = None
-        self._last = self._busy = self._busy_before = self._until = 0.0
+        self._last = self._busy = self._busy_before = self._drawing = self._until = 0.0
 
     def launched(self, since: float, outputs: Any, pictures: bool) -> None:
         """In the order in which the devices are given programs."""
@@ -37,10 +37,19 @@ class Devices:
         if pictures and self._first is None:
             self._first = self._until = since
         if self._first is not None:  # what comes before the first batch is not its time
-            self._busy += max(0.0, now - max(since, self._until))
-            self._until = now
+            took = max(0.0, now - max(since, self._until))
+            self._busy, self._until = self._busy + took, now
         if pictures:
-            self._last, self._busy_before = now, self._busy
+            self._last, self._busy_before, self._drawing = now, self._busy, self._drawing + took
+
+    def drawing(self) -> Future[float]:
+        """The busy seconds that drawing what was launched since the last call takes."""
+
+        def taken() -> float:
+            seconds, self._drawing = self._drawing, 0.0
+            return seconds
+
+        return self._pool.submit(taken)
 
     def figures(self) -> tuple[float, float]:
         """Seconds from the first batch to the last, and the busy ones among them. Waits for what was launched."""
@@ -62,6 +71,7 @@ class Report(Watcher):
         self.images = 0  # handed to the devices, padding not counted
         self.flops = 0.0  # that these take
         self.peak: float | None = None  # FLOP/s of all devices together, where it is known
+        self._streamed = 0.0  # seconds of reading that went on beside the stages
         self._within = 0.0  # seconds of stages inside the current one
         self._bars: list[tqdm] = []
         self._thread = threading.get_ident()
@@ -92,7 +102,7 @@ class Report(Watcher):
         self._within += seconds
 
     @contextlib.contextmanager
-    def bar(self, total: int, what: str, unit: str, **options: object) -> Iterator[tqdm]:
+    def bar(self, total: int | None, what: str, unit: str, **options: object) -> Iterator[tqdm]:
         with tqdm(total=total, desc=what, unit=unit, dynamic_ncols=True, leave=True, smoothing=0.1, disable=self.quiet, **options) as bar:
             self._bars.append(bar)
             try:
@@ -113,16 +123,28 @@ class Report(Watcher):
         for other in self._bars:
             other.unpause()  # what loads meanwhile is not its time
 
+    @contextlib.contextmanager
+    def streaming(self) -> Iterator[Callable[[int], None]]:
+        """No stage's time, as the devices have work meanwhile; of the figures of the load all the same."""
+
+        def read(count: int) -> None:
+            self.loaded += count
+
+        start = time.monotonic()
+        yield read
+        self._streamed += time.monotonic() - start
+
     def compiling(self) -> contextlib.AbstractContextManager[None]:
         """What threads compile meanwhile is nobody's time; the wait for them is."""
         return self.stage("compile")
 
-    def launched(self, since: float, outputs: Any, pictures: bool = False) -> None:
+    def launched(self, since: float, outputs: Any, pictures: bool) -> None:
         self.devices.launched(since, outputs, pictures)
 
-    def drawing(self, images: int, flops: float) -> None:
-        """A batch is on its way."""
+    def drawing(self, images: int, flops: float) -> Future[float]:
+        """A batch is on its way; the devices' seconds for it, without their waits for programs, texts or weights."""
         self.images, self.flops = self.images + images, self.flops + flops
+        return self.devices.drawing()
 
     def speed(self) -> dict[str, float]:
         """From the first batch to the last: images a second, seconds an image, the share of that time in which the
@@ -139,35 +161,44 @@ class Report(Watcher):
 
     def load(self) -> dict[str, float]:
         """Bytes of weights read so far, the seconds it took and GB/s."""
-        seconds = self.seconds.get("load", 0.0)
+        seconds = self.seconds.get("load", 0.0) + self._streamed
         rate = self.loaded / seconds / 1e9 if seconds else 0.0
         return {"bytes": self.loaded, "seconds": round(seconds, 2), "gigabytes_per_second": round(rate, 3)}
+
+    def measured(self) -> dict[str, dict[str, float]]:
+        """Load and speed for the status; of a run that had nothing to do there is nothing to say."""
+        return {"load": self.load(), "speed": self.speed()} if self.images or self.loaded else {}
 
     def say(self, line: str, aloud: bool = False) -> None:
         """A line on standard error that does not tear the bar; ``aloud``: from any process."""
         if aloud or not self.quiet:
             tqdm.write(f"fluxbatch: {line}", file=sys.stderr)
 
-    def figures(self, counts: Mapping[str, int]) -> dict[str, object]:
-        """What the page says of the run."""
-        rate = f"{speed['images_per_second']:,.2f} images/s" if (speed := self.speed()) else None
-        weights = f"{_size(self.loaded)} at {_size(1e9 * self.load()['gigabytes_per_second'])}/s" if self.loaded else None
-        return {"images": counts["rows"], "made now": counts["made"], "rejected": counts["rejected"], "speed": rate,
-                "weights": weights, "seconds": round(time.monotonic() - self.started, 2)}  # fmt: skip
+    def figures(self, counts: Mapping[str, int], own: int | None = None) -> dict[str, object]:
+        """What the page says of the run. ``own``: what this replica made, where there are others."""
+        rate = f"{speed['images_per_second']:,.2f} images/s" if own is None and (speed := self.speed()) else None
+        return {"images": counts["before"] + counts["made"], "made now": counts["made"], "rejected": counts["rejected"], "speed": rate,
+                "weights": self._weights(), "seconds": round(time.monotonic() - self.started, 2)}  # fmt: skip
 
-    def summary(self, counts: Mapping[str, int], place: str) -> None:
-        """Prints the closing lines."""
-        figures = self.figures(counts)
-        made, speed, total = counts["made"], self.speed(), time.monotonic() - self.started
+    def _weights(self) -> str | None:
+        return f"{_size(self.loaded)} at {_size(1e9 * self.load()['gigabytes_per_second'])}/s" if self.loaded else None
+
+    def summary(self, counts: Mapping[str, int], place: str, own: int | None = None) -> None:
+        """Prints the closing lines. ``counts``: of the whole place, if it has ``rows``. ``own``: what this
+        replica made of it, where there are others; speed and seconds are its own."""
+        made, speed, total = counts["made"] if own is None else own, self.speed(), time.monotonic() - self.started
+        rows = f"{counts['rows']:,}: " if "rows" in counts else ""
+        by = f" by this replica, {max(0, counts['made'] - own):,} by others" if own is not None else ""
         stages = {name: round(value, 2) for name, value in self.seconds.items()} | {"total": round(total, 2)}
-        print(f"rows       {counts['rows']:,}: {made:,} made, {counts['before']:,} done before, {counts['rejected']:,} rejected")
-        if figures["weights"]:
-            print(f"weights    {figures['weights']}")
+        print(f"rows       {rows}{made:,} made{by}, {counts['before']:,} done before, {counts['rejected']:,} rejected")
+        if weights := self._weights():
+            print(f"weights    {weights}")
         if self.texts:
             print(f"texts      {self.texts['encoded']:,} encoded, {self.texts['cached']:,} from the cache")
         print("seconds    " + ", ".join(f"{name} {value:,.1f}" for name, value in stages.items()))
         if speed:
-            print(f"speed      {figures['speed']}, {speed['seconds_per_image']:.3g} s an image from the first batch to the last; {made / total:,.2f} images/s in all")
+            steady = f"{speed['images_per_second']:,.2f} images/s, {speed['seconds_per_image']:.3g} s an image from the first batch to the last"
+            print(f"speed      {steady}; {made / total:,.2f} images/s in all")
             peak = f"; {speed['mfu']:.0%} of their peak, {speed['floor_ratio']:.2f} × the floor" if "mfu" in speed else ""
             print(f"devices    busy {speed['device_busy']:.1%} of that time{peak}")
         print(f"output     {place}")

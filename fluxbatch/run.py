@@ -18,7 +18,7 @@ def run(job: Job) -> int:
     import contextlib
     from itertools import chain
 
-    from fluxbatch import batching, dealing, finish, text
+    from fluxbatch import batching, dealing, finish, remarks, text
     from fluxbatch.dist import hosts
     from fluxbatch.engine import open_engine
     from fluxbatch.io.images import EXTENSIONS
@@ -59,20 +59,24 @@ def run(job: Job) -> int:
 
             outcome = finish.Outcome(job, engine, store, ledger, report, work, before=len(rows) - len(todo))
             outcome.started()
-            for line in (*engine.remarks, *left_out(rows, engine.record), *engine.lora.table()):
-                report.say(line)
+            if not report.quiet:
+                unread = (*left_out(rows, engine.record), *remarks.lines(engine.tokenizers, rows, todo))
+                for line in (*engine.remarks, *unread, *engine.lora.table()):
+                    report.say(line)
+                if cached and texts is None:
+                    report.say(f"text_cache_gigabytes={job.text_cache_gigabytes:g}: the prompts encode to {engine.text_bytes(todo) / 1e9:.3g} GB, none is kept")
 
         until_end.enter_context(outcome.unforeseen())
         try:
             shards = work.shards(drain)
             if not drain.asked() and (first := next(shards, None)):
-                pipeline, report.peak = engine.pipeline(rows, report), engine.peak
+                pipeline, report.peak, progress = engine.pipeline(rows, report), engine.peak, work.progress
                 with (
                     pipeline.compiling(todo, batch_size, engine.tokenizers.lengths),
                     report.stage("generate"),
-                    report.bar(len(todo), "images", "img") as bar,
+                    report.bar(progress.rows, "images", "img") as bar,
                     Trace(store if job.profile and hosts.is_first() else None, report.say) as trace,
-                    Writer(store, ledger, job, facts=engine.record, floor=engine.floor, on_image=lambda row, ok: bar.update()) as writer,
+                    Writer(store, ledger, job, facts=engine.record, floor=engine.floor, on_image=lambda *row: bar.update(progress.through(*row))) as writer,
                 ):
                     for shard in chain([first], shards):
                         states = text.encode(shard.rows, engine.tokenizers, pipeline, batch_size, texts)
@@ -84,11 +88,12 @@ def run(job: Job) -> int:
                             padded = batching.padded(batch.rows, batch.size)
                             latents = pipeline.denoise(padded, *states.batch(padded))
                             pixels, finite = pipeline.decode(latents, *batch.shape)
-                            report.drawing(len(batch.rows), sum(engine.flops(*batch.shape, row.num_inference_steps) for row in batch.rows))
+                            took = report.drawing(len(batch.rows), sum(engine.flops(*batch.shape, row.num_inference_steps) for row in batch.rows))
                             trace.batch(pixels)
                             own, (pixels, finite) = hosts.own(batch.rows, pixels, finite)
                             if own:
-                                writer.put(own, names, pixels, finite)
+                                progress.beside(own[-1], len(batch.rows) - len(own))
+                                writer.put(own, names, pixels, finite, took.result)
                         writer.compact()
                         if drain.stopped:
                             break

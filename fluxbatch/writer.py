@@ -80,13 +80,13 @@ class Writer:
         names: Mapping[int, str],
         pixels: Any,
         finite: Any,
-        seconds: float | None = None,
+        seconds: Callable[[], float] | None = None,
     ) -> None:
         """Hands over one batch, once the one before it is recorded.
 
         ``pixels`` uint8 [B, H, W, 3] and ``finite`` bool [B], arrays that NumPy can copy back,
         B ≥ len(rows): what is beyond the rows is padding. ``names``: file name by row index.
-        ``seconds``: the device's time for one image; None: measured from batch to batch.
+        ``seconds``: the devices' time for the batch, asked for when its pixels are there; None: measured from batch to batch.
         Raises what went wrong with an earlier batch, if that ends the job.
         """
         called = time.monotonic()
@@ -137,12 +137,12 @@ class Writer:
         names: Mapping[int, str],
         pixels: Any,
         finite: Any,
-        seconds: float | None,
+        seconds: Callable[[], float] | None,
     ) -> None:
         pixels = np.asarray(pixels)[: len(rows)]  # waits for the device
         finite = np.asarray(finite)[: len(rows)]
         now = time.monotonic()
-        share = (now - self._begun) / len(rows) if seconds is None else seconds
+        share = (seconds() if seconds else now - self._begun) / len(rows)
         self._begun = now
         outcomes = list(
             self._images.map(

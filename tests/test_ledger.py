@@ -296,6 +296,24 @@ def test_a_changed_row_is_refused_by_name():
     assert (kept["r0"], kept["r2"]) == (old["r0"], old["r2"])
 
 
+def test_what_changed_alike_is_told_once():
+    """A setting of the job changes every row, the job's seed every row's by the same number."""
+    rows = [plain.row(k) for k in range(40)]
+    store = MemoryStore()
+    run(store, rows)
+    changed = [dataclasses.replace(row, num_inference_steps=8, seed=row.seed + 10) for row in rows[:30]]
+    changed += [dataclasses.replace(row, prompt=f"{row.prompt} else") for row in rows[30:]]
+    changed[3] = dataclasses.replace(changed[3], seed=7)
+    with pytest.raises(UserError) as error:
+        assign(open_ledger(store), changed)
+    all_alike, alone, *others, _ = error.value.lines
+    assert all_alike == (
+        'm.jsonl:1 and likewise 28 more rows: seed: 42 → 52, num_inference_steps: 4 → 8 since flux_0.png was made (id "0")'
+    )
+    assert alone == 'm.jsonl:4: seed: 45 → 7, num_inference_steps: 4 → 8 since flux_3.png was made (id "3")'
+    assert len(others) == 10 and all("else" in line for line in others)
+
+
 def test_a_changed_configuration_is_refused_by_key():
     rows = [plain.row(k) for k in range(3)]
     store = MemoryStore()

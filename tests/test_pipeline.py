@@ -2,6 +2,7 @@
 Decoding: non-finite pictures are made again in float32, and only they."""
 
 import functools
+from concurrent.futures import Future
 from pathlib import Path
 
 import jax
@@ -59,6 +60,33 @@ def test_steps_with_modulation_made_before_are_the_plain_steps(flux):
             one = text[i : i + 1], pooled[i : i + 1], np.array([now]), np.array([row.guidance_scale], np.float32)
             x = x + (then - now) * np.asarray(velocity(x, *one, rope))
         assert np.allclose(found[i], x[0], atol=2e-5 * np.abs(x).max())
+
+
+class Waits(pipeline.Watcher):
+    """What happens, in order; drawing stands for programs that were launched."""
+
+    def __init__(self):
+        self.seen = []
+
+    def compiling(self):
+        self.seen.append("compiling")
+        return super().compiling()
+
+    def launched(self, since, outputs, pictures):
+        self.seen.append("drawing" if pictures else "encoding")
+
+
+def test_a_wait_for_the_decoder_is_no_work_of_the_denoiser(flux):
+    networks, watcher = {"flux": Loaded(flux), "vae": Loaded(decoder_module())}, Waits()
+    schedule = sampling.Schedule.of({"use_dynamic_shifting": True}, None, None, None)
+    one = pipeline.Pipeline(networks, FLUX, VAE, make_mesh((1, 1)), "float32", schedule, watcher)
+    compiled = Future()
+    compiled.set_result([])
+    one._compiled = {(part, 12, 8): compiled for part in ("denoise", "decode")}
+    row = plain.row(0, height=12, width=8, num_inference_steps=1)
+    latents = one.denoise([row], np.zeros((1, 5, 24), np.float32), np.zeros((1, 16), np.float32))
+    one.decode(latents, 12, 8)
+    assert watcher.seen == ["compiling", "drawing", "compiling", "drawing"]
 
 
 def test_denoising_does_not_receive_the_weights_that_make_modulation(flux):

@@ -122,6 +122,14 @@ def test_prompts_that_are_cut_are_named(planned):
     assert "T5 reads 24 tokens: 2 rows are cut: rows.jsonl:2 has 501, rows.jsonl:4 has 161" in t5
 
 
+def test_fields_that_decide_nothing_are_named(planned):
+    rows = [{"prompt": "x", "steps": 3}, {"prompt": "x", "guidence_scale": 3.5, "category": "a"}, {"prompt": "x", "category": "b"}]
+    line = next(line for line in planned([*rows, {"prompt": "x", "two\nlines": 1}]).splitlines() if line.startswith("remark"))
+    assert "steps (1 rows; did you mean num_inference_steps?), guidence_scale (1 rows; did you mean guidance_scale?), category (2 rows)" in line
+    assert line.endswith(r"two\nlines (1 rows)")
+    assert "remark" not in planned([{"prompt": "x", "id": "x", "seed": 1, "num_images": 2}])
+
+
 def test_time_and_cost_follow_from_the_flops(planned):
     text = planned([{"prompt": "x", "num_inference_steps": 4}], "target=h100", "price_per_chip_hour=2", "resolution=2048")
     config = [json.loads((pathlib.Path(__file__).parent / "golden/dev" / part / "config.json").read_text()) for part in ("transformer", "vae")]

@@ -17,7 +17,7 @@ from conftest import images, metadata
 from test_hosts import long_manifest, pictures, replica, said
 from test_ledger import FACTS, MemoryStore
 
-from fluxbatch import batching, dealing
+from fluxbatch import batching, dealing, progress
 from fluxbatch.dist.replica import Replica, find
 from fluxbatch.io.claims import Claims, Holder, Life
 from fluxbatch.io.ledger import Ledger
@@ -272,12 +272,14 @@ def work_through(store, index, count, rows, pause, dies_after=None, expiry=0.8, 
                 ledger.commit([{"file_name": f"{row.id}.png", **decisive(row), "id": row.id, "index": row.index, "key": ledger.key(row)} for row in batch.rows])
                 drawn += len(batch.rows)
                 made.extend(row.id for row in batch.rows)
+                for row in batch.rows:
+                    work.progress.through(row, True)
             ledger.compact()
     except Killed:
         work._life._over.set()  # silence
         return None
     tally = ledger.merge() if work.merges else None
-    work.ended(0, "", {})
+    work.ended(0, "", {"made": tally.done} if tally else {}, speed={"images_per_second": index})
     return work.merges, tally
 
 
@@ -308,7 +310,31 @@ def test_every_row_once_whoever_dies(seed):
     lines = [json.loads(line) for line in store.objects["metadata.jsonl"].splitlines()]
     assert sorted(int(line["id"]) for line in lines) == list(range(300))
     assert sorted(set(map(int, made))) == list(range(300)) and len(made) == 300  # nothing that was recorded is drawn again
-    assert json.loads(store.objects["status.json"])["exit_code"] == 0
+    status = json.loads(store.objects["status.json"])
+    assert (status["exit_code"], status["counts"]) == (0, {"made": 300}) and "speed" not in status  # of the place
+    signs = {n: json.loads(store.objects[f".fluxbatch/replicas/{n}.json"]) for n in range(5)}
+    assert all(signs[n]["speed"] == {"images_per_second": n} and signs[n]["counts"]["before"] < 300 for n in ended)
+    made_by_ended = sum(signs[n]["counts"]["made"] for n in ended)
+    assert made_by_ended <= 300 and (len(ended) < 5 or made_by_ended == 300)
+
+
+def test_a_replica_that_works_says_how_far_it_is(monkeypatch):
+    """With its sign of life, which is written anyway."""
+    monkeypatch.setattr(progress, "EVERY", 0.0)
+    store, rows = MemoryStore(), mixed_rows(40)
+    ledger = Ledger(store, FACTS, writer_id="start-0")
+    work = dealing.Shared(Replica(0, 2), store, ledger, "start", batching.portions(rows, 2, 16), ledger.remaining(rows), 2, 0.04)
+    work.started()
+    for row in rows[:3]:
+        work.progress.through(row, True)
+    end = time.monotonic() + 10
+    while "counts" not in (sign := json.loads(store.objects[".fluxbatch/replicas/0.json"])):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    assert sign["counts"] == {"made": 2, "before": 0, "rejected": 0} and sign["speed"]["images_per_second"] > 0 and sign["beat"] > 0
+    work.ended(75, "drained", {})
+    sign = json.loads(store.objects[".fluxbatch/replicas/0.json"])
+    assert (sign["exit_code"], sign["counts"]["made"]) == (75, 3)
 
 
 def test_another_number_of_replicas_goes_on():
@@ -434,6 +460,11 @@ def test_replicas_make_the_pictures_of_one(tmp_path, cache):
     started = [replica(tmp_path, cache, 1, log=f"replica{n}", replica_index=n, replica_count=2, **more)[0] for n in range(2)]
     assert [p.wait(timeout=240) for p in started] == [0, 0], said(tmp_path, "replica*")
     check(tmp_path)
+    signs = [json.loads((tmp_path / "run" / ".fluxbatch" / "replicas" / f"{n}.json").read_text()) for n in range(2)]
+    assert sum(sign["counts"]["made"] for sign in signs) == 160 and all(sign["speed"] and sign["load"] for sign in signs)
+    logs = [(tmp_path / f"replica{n}.0.log").read_text() for n in range(2)]
+    assert sorted(f"{sign['counts']['made']} made" in log for sign, log in zip(signs, logs, strict=True)) == [True, True]
+    assert sum("by this replica" in log for log in logs) == 1 and all("%" not in log.rpartition("images: ")[2].partition("img")[0] for log in logs)
     alone = replica(tmp_path, cache, 1, name="alone", **more)
     assert alone[0].wait(timeout=240) == 0, said(tmp_path, "alone")
     one, two = images(tmp_path / "alone"), images(tmp_path / "run")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 
+import plain
 import pytest
 
 from fluxbatch import report
+from fluxbatch.progress import EVERY, Progress
 
 
 @pytest.fixture
@@ -51,6 +53,48 @@ def test_the_figures_of_the_load(clock, capsys):
     assert report.Report(quiet=True).figures(counts | {"made": 0})["weights"] is None  # nothing was read
 
 
+def test_what_streams_beside_the_stages_is_read_too(clock):
+    seen = report.Report(quiet=True)
+    with seen.loading(1) as read:
+        read(1_000_000_000)
+        clock(1)
+    with seen.stage("generate"), seen.streaming() as read:
+        read(5_000_000_000)
+        clock(2)
+    assert seen.load() == {"bytes": 6_000_000_000, "seconds": 3, "gigabytes_per_second": 2.0}
+    assert seen.seconds == {"load": 1, "generate": 2}
+
+
+def test_what_a_replica_made_is_told_apart(capsys, monkeypatch):
+    monkeypatch.setattr(time, "advance", lambda end: None, raising=False)
+    seen = report.Report(quiet=True)
+    counts = {"rows": 12, "made": 8, "before": 1, "rejected": 3}
+    for since in (1.0, 2.0):
+        seen.launched(since, Until(0), True)
+    seen.drawing(3, 0.0)
+    seen.summary(counts, "there", own=3)
+    assert seen.figures(counts, own=3) | {"seconds": 0} == {
+        "images": 9, "made now": 8, "rejected": 3, "speed": None, "weights": None, "seconds": 0}  # fmt: skip
+    assert "rows       12: 3 made by this replica, 5 by others, 1 done before, 3 rejected\n" in capsys.readouterr().out
+    seen.summary({"made": 3, "before": 1, "rejected": 0}, "there")
+    assert "rows       3 made, 1 done before, 0 rejected\n" in capsys.readouterr().out
+    assert report.Report(quiet=True).measured() == {}
+
+
+def test_progress_is_told_now_and_then(clock):
+    """Batches of two rows here and one in another process, every ten seconds; the second one's first row fails."""
+    told = []
+    progress = Progress(5, 40, lambda counts, speed: told.append((counts, speed["images_per_second"])))
+    assert progress.counts == {"made": 0, "before": 5, "rejected": 0, "left": 40}
+    for batch in range(9):
+        rows = [plain.row(2 * batch), plain.row(2 * batch + 1)]
+        progress.beside(rows[1], 1)
+        assert [progress.through(row, row.index != 2) for row in rows] == [1, 2]
+        clock(EVERY / 3)
+    assert told == [({"made": 8, "before": 5, "rejected": 1, "left": 31}, 0.3), ({"made": 17, "before": 5, "rejected": 1, "left": 22}, 0.3)]
+    assert Progress(5, None, lambda *_: None).counts == {"made": 0, "before": 5, "rejected": 0}
+
+
 class Until:
     """Outputs of a program that ends at a time."""
 
@@ -72,7 +116,21 @@ def test_how_busy_the_devices_were(monkeypatch, capsys):
         seen.launched(since, Until(end), pictures)
     for _ in range(3):
         seen.drawing(2, 20.0)
+    assert seen.devices.drawing().result() == 0.0  # the first call had it all
     # from 4 to 24; without work from 14 to 15 and from 16 to 17
     assert seen.speed() == {"images_per_second": 0.3, "seconds_per_image": 3.333, "device_busy": 0.9, "mfu": 0.3, "floor_ratio": 3.333}
     seen.summary({"rows": 6, "made": 6, "before": 0, "rejected": 0}, "there")
     assert "busy 90.0% of that time; 30% of their peak, 3.33 × the floor" in capsys.readouterr().out
+
+
+def test_the_devices_time_for_a_batch_is_without_their_waits(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "advance", lambda end: now.__setitem__(0, max(now[0], end)), raising=False)
+    seen, taken = report.Report(quiet=True), []
+    # denoised, a wait for the decoder's program, decoded; the second one's texts, denoised behind them, decoded
+    for launches in ([(1, 4, True), (50, 51, True)], [(51, 53, False), (52, 60, True), (53, 62, True)]):
+        for since, end, pictures in launches:
+            seen.launched(since, Until(end), pictures)
+        taken.append(seen.drawing(1, 0.0))
+    assert [each.result() for each in taken] == [4, 9]

@@ -18,6 +18,7 @@ from conftest import images, metadata, pixels, psnr
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
+from fluxbatch import dealing, progress
 from fluxbatch.io.place import LOCK
 from fluxbatch.io.storage import LocalStore, StorageError, open_store
 
@@ -126,7 +127,10 @@ def test_a_second_start_has_nothing_to_do(cli, golden, tmp_path, mixed):
     args = flags(golden, tmp_path, manifest=mixed, per_device_batch_size=4)
     assert cli(*args)[0] == 0
     before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "run").glob("flux_*.png")}
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert {"load", "speed"} <= status.keys()
     assert cli(*args)[0] == 0
+    assert not {"load", "speed"} & json.loads((tmp_path / "run" / "status.json").read_text()).keys()
     assert before == {p.name: p.stat().st_mtime_ns for p in (tmp_path / "run").glob("flux_*.png")}
     code, err = cli(*args, "max_shift=2.0")
     assert code == 2 and "max_shift" in err and "run_name" in err
@@ -169,6 +173,37 @@ def test_a_checkpoint_of_the_other_kind_is_remarked_on(cli, golden, tmp_path):
         args = flags(golden, tmp_path, f"{model}-{variant}", variant=variant, prompt="a fox", resolution=32, num_inference_steps=1)
         code, err = cli(*args, f"model={model}")
         assert code == 0 and ("guidance embedding" in err) == remarked
+
+
+def test_what_was_probably_not_meant_is_said_in_a_line(cli, golden, tmp_path):
+    rows = [{"prompt": "short", "negative_prompt": "blurry", "guidence_scale": 2.0}, {"prompt": "word " * 40, "prompt_2": "short"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, err = cli(*flags(golden, tmp_path, manifest=tmp_path / "rows.jsonl", resolution=32, num_inference_steps=1))
+    said = [line.removeprefix("fluxbatch: ") for line in err.splitlines() if line.startswith("fluxbatch: ")]
+    assert code == 0 and said == [
+        "fields that decide nothing: guidence_scale (1 rows; did you mean guidance_scale?), negative_prompt (1 rows)",
+        "CLIP reads 24 tokens: 1 rows are cut: rows.jsonl:2 has 162",
+    ]
+
+
+def test_the_status_says_how_far_a_run_is(cli, golden, tmp_path, mixed, monkeypatch):
+    """And where it cannot be written for a while, the run goes on."""
+    said, write = [], dealing.write_status
+
+    def told(store, code, reason, counts, **more):
+        said.append((code, counts, more["speed"]))
+        if len(said) == 2:
+            raise StorageError("the bucket is away")
+        write(store, code, reason, counts, **more)
+        assert json.loads((tmp_path / "run" / "status.json").read_text())["counts"] == counts
+
+    monkeypatch.setattr(dealing, "write_status", told)
+    monkeypatch.setattr(progress, "EVERY", 0.0)
+    assert cli(*flags(golden, tmp_path, manifest=mixed, per_device_batch_size=4))[0] == 0
+    codes, counts, speeds = zip(*said, strict=True)
+    assert codes == (None,) * 22 + (0,)  # with every row but the first
+    assert [each["made"] for each in counts[:-1]] == [*range(1, 23)] and all(each["made"] + each["left"] == 23 for each in counts)
+    assert all(speed["images_per_second"] > 0 for speed in speeds)
 
 
 def test_an_unforeseen_error_leaves_word(cli, golden, tmp_path, monkeypatch):

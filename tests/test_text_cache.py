@@ -99,6 +99,7 @@ def run(cli, golden, tmp_path, monkeypatch):
         words = [f"{key}={'null' if value is None else value}" for key, value in given.items()]
         code, err = cli(*[word for word in more if word.startswith("-")], *words)
         assert code == expect, err
+        call.said = err
         engine._kept.clear()
         return len(encoded) if expect == 0 else err
 
@@ -183,7 +184,8 @@ def test_what_decides_the_encoding_is_in_the_name(opened, golden, tmp_path):
 def test_the_bound(run, tmp_path):
     """T5's states of a prompt are 24 × 32 × 4 bytes here: a job of more than fit does without a cache, others share it."""
     assert run("a", "text_cache_gigabytes=9e-6") == 3 and not (tmp_path / "cache").exists()
-    assert run("a2", "text_cache_gigabytes=11e-6") == 3
+    assert "fluxbatch: text_cache_gigabytes=9e-06: the prompts encode to 9.22e-06 GB, none is kept\n" in run.said
+    assert run("a2", "text_cache_gigabytes=11e-6") == 3 and "is kept" not in run.said
     (tmp_path / "rows.jsonl").write_text('{"prompt": "other"}\n{"prompt": "words"}\n')
     time.sleep(0.01)
     assert run("b", "text_cache_gigabytes=11e-6") == 2 and len(names(tmp_path / "cache")) == 3

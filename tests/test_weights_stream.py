@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 
 import jax
 import numpy as np
 import pytest
 from conftest import images
+from safetensors.numpy import load_file
 from test_lora import adapters, arrays  # noqa: F401
 from test_weights import plans
 from test_weights_memory import ALLOWED, bench, written
@@ -32,12 +34,18 @@ def test_streamed_pictures_are_the_same(cli, golden, tmp_path, adapters, monkeyp
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     more = {"manifest": tmp_path / "rows.jsonl", "sharding": sharding, "per_device_batch_size": 2 if sharding == "single" else 1}
     one = arrays({"kohya": adapters["kohya"]}, 0.5)
-    made = {}
+    made, read = {}, {}
     for name in ("resident", "streamed", "held"):
         monkeypatch.setattr(network, "pinned", lambda mesh, name=name: name == "held")
         code, err = cli(*flags(golden, tmp_path, name, stream_blocks=name != "resident", **more), *one)
         assert code == 0, err
         made[name] = images(tmp_path / name)
+        read[name] = json.loads((tmp_path / name / "status.json").read_text())["load"]["bytes"]
+    weights = {tensor: array.nbytes for file in (golden / "dev/transformer").glob("*.safetensors") for tensor, array in load_file(file).items()}
+    blocks = {tensor: size for tensor, size in weights.items() if "transformer_blocks." in tensor}
+    modulators = sum(size for tensor, size in blocks.items() if re.search(r"\.norm\d?(_context)?\.linear\.", tensor))
+    assert read["held"] == read["resident"]  # two batches, of 3 and 4 steps: one pass is in it
+    assert read["streamed"] == read["resident"] + 6 * (sum(blocks.values()) - modulators) + modulators
     for name in ("streamed", "held"):
         assert all(np.array_equal(picture, made["resident"][key]) for key, picture in made[name].items())
     assert len({picture.tobytes() for picture in made["held"].values()}) == 4

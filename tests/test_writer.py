@@ -128,7 +128,7 @@ def test_an_image_of_one_colour_is_kept_and_flagged(tmp_path):
     store = open_store(str(tmp_path))
     ledger = Ledger(store, {}, writer_id="w")
     with Writer(store, ledger, plain.job(), facts={}) as writer:
-        writer.put([plain.row(0)], {0: "a.png"}, np.zeros((1, 8, 8, 3), np.uint8), [True], seconds=0.25)
+        writer.put([plain.row(0)], {0: "a.png"}, np.zeros((1, 8, 8, 3), np.uint8), [True], seconds=lambda: 0.25)
     (line,) = ledger.records()
     assert line["flags"] == ["flat"] and line["seconds"] == 0.25 and store.exists("a.png")
 
@@ -140,7 +140,7 @@ def test_a_record_says_the_share_of_the_peak(tmp_path):
     ledger = Ledger(open_store(str(tmp_path)), {}, writer_id="w")
     floor = {0: 0.1, 1: None}
     with Writer(open_store(str(tmp_path)), ledger, plain.job(), facts={}, floor=lambda row: floor[row.index]) as writer:
-        writer.put([plain.row(k) for k in floor], {0: "a.png", 1: "b.png"}, np.zeros((2, 8, 8, 3), np.uint8), [True] * 2, seconds=0.3)
+        writer.put([plain.row(k) for k in floor], {0: "a.png", 1: "b.png"}, np.zeros((2, 8, 8, 3), np.uint8), [True] * 2, seconds=lambda: 0.6)
     known, unknown = ledger.records()
     assert known["mfu"] == 0.333 and "mfu" not in unknown
     with Image.open(tmp_path / "a.png") as image:

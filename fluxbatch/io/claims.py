@@ -43,6 +43,7 @@ class Life:
         self._store, self._holder, self._expiry, self._plan = store, holder, expiry, plan
         self._predecessor: str | None = None
         self._doubtful: dict[int, bytes] = {}  # signs of other plans: of replicas that were killed, unless they change
+        self.words: Mapping[str, object] = {}  # what its sign says besides, from the next one on
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="sign of life", daemon=True)
         self.replaced = False  # a later start of the same replica has taken this one's place
@@ -69,7 +70,7 @@ class Life:
                 self.replaced = self._is_replaced()
                 if self.replaced:
                     return
-                self._write(number)
+                self._write(number, **self.words)
                 changed = (n for n, sign in self._doubtful.items() if self._of_another_plan(n) not in (sign, None))
                 self.stranger = next(changed, None)
             except StorageError:
@@ -94,8 +95,8 @@ class Life:
         except NotFound:
             return None
 
-    def _write(self, beat: int | None, **ended: object) -> None:
-        sign = {**self._holder._asdict(), "plan": self._plan, "beat": beat, **ended, "time": utc_now()}
+    def _write(self, beat: int | None, **more: object) -> None:
+        sign = {**self._holder._asdict(), "plan": self._plan, "beat": beat, **more, "time": utc_now()}
         self._store.write(_sign(self._holder.replica), json.dumps(sign, indent=2).encode() + b"\n")
 
 

@@ -13,8 +13,10 @@ import hashlib
 import html
 import importlib.resources
 import io
+import itertools
 import json
 import math
+import random
 import re
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -128,19 +130,27 @@ def write_contact_sheet(
 
 
 def thin(items: Iterable[T], limit: int) -> tuple[list[T], int]:
-    """At most ``limit`` evenly spaced items and the count of all, in one pass that never holds
-    more than twice the limit."""
-    kept: list[T] = []
-    stride, total = 1, 0
+    """At most ``limit`` items in their order and the count of all, in one pass that never holds more than twice the
+    limit: of each stretch one, by lots that are the same every time, as manifests repeat themselves in cycles."""
+    lots = random.Random(0)
+    kept: list[tuple[float, T]] = []  # of each stretch the lowest lot
+    stretch, total = 1, 0
     for item in items:
-        if total % stride == 0:
-            kept.append(item)
-        if len(kept) > 2 * limit:
-            kept, stride = kept[::2], 2 * stride
+        drawn = lots.random(), item
+        if total % stretch == 0:
+            if len(kept) == 2 * limit:
+                kept, stretch = [*map(_lowest, zip(kept[::2], kept[1::2], strict=True))], 2 * stretch
+            kept.append(drawn)
+        elif drawn[0] < kept[-1][0]:
+            kept[-1] = drawn
         total += 1
-    if len(kept) > limit:
-        kept = [kept[i * len(kept) // limit] for i in range(limit)]
-    return kept, total
+    count = min(limit, len(kept))
+    bounds = [i * len(kept) // count for i in range(count)] + [len(kept)]
+    return [_lowest(kept[first:last])[1] for first, last in itertools.pairwise(bounds)], total
+
+
+def _lowest(drawn: Iterable[tuple[float, T]]) -> tuple[float, T]:
+    return min(drawn, key=lambda each: each[0])
 
 
 def _page(

@@ -25,7 +25,7 @@ _MAX_ID = 200  # bytes: with its extension it must fit a file name
 _SHOWN = 50  # bad lines in one message
 _PROMPT_COLUMNS = ("prompt", "caption", "text")
 _INTEGERS = ("seed", "height", "width", "num_inference_steps", "num_images")
-_FIELDS = ("prompt", "prompt_2", "id", "guidance_scale", "lora", *_INTEGERS)
+FIELDS = ("prompt", "prompt_2", "id", "guidance_scale", "lora", *_INTEGERS)
 
 
 def read_rows(job: Job, *, multiple: int = 16) -> tuple[list[Row], list[Reject]]:
@@ -87,7 +87,7 @@ def _parsed(stream: Any, name: str, prompt_column: str | None) -> Iterator[Line]
         return lines.prompt_lines(stream)
     if extension in ("tsv", "csv"):
         columns, parsed = lines.table_lines(stream, TAB if extension == "tsv" else ",", name)
-        known = {column: column.lower() for column in columns if column.lower() in _FIELDS}
+        known = {column: column.lower() for column in columns if column.lower() in FIELDS}
         prompt = _prompt_column(columns, prompt_column, name)
         known = {column: field for column, field in known.items() if field != "prompt"}
         return map(_converted, _renamed(parsed, {**known, prompt: "prompt"}))
@@ -124,7 +124,7 @@ def _converted(line: Line) -> Line:
     """
     if isinstance(line.fields, BadLine):
         return line
-    fields = {key: cell for key, cell in line.fields.items() if cell.strip() or key not in _FIELDS[1:]}
+    fields = {key: cell for key, cell in line.fields.items() if cell.strip() or key not in FIELDS[1:]}
     for key in _INTEGERS:
         if key in fields and re.fullmatch(r"\s*[+-]?[0-9]{1,30}(\.0*)?\s*", fields[key]):
             fields[key] = int(fields[key].partition(".")[0])  # pandas writes 28.0 where another row has none
@@ -170,7 +170,7 @@ class _Resolver:
         problems: list[str] = []
         prompt = _text(given, "prompt", problems)
         if "prompt" not in given:
-            texts = [shown(key) for key, value in given.items() if key not in _FIELDS and isinstance(value, str)]
+            texts = [shown(key) for key, value in given.items() if key not in FIELDS and isinstance(value, str)]
             hint = f" (prompt_column=… takes another field for it, of {', '.join(texts)})" if texts else ""
             problems.append(f"prompt: missing{hint}")
         prompt_2 = _text(given, "prompt_2", problems) if "prompt_2" in given else self._prompt_2 or prompt
@@ -192,7 +192,7 @@ class _Resolver:
                 by_default = "" if base is not None else " (its number, as it gives none)"
                 raise BadLine(f"id: {json.dumps(id)}{by_default} is already that of {self._seen[id]}")
         self._seen.update(dict.fromkeys(ids, where))
-        extra = {key: value for key, value in fields.items() if key not in _FIELDS}
+        extra = {key: value for key, value in fields.items() if key not in FIELDS}
         return [
             Row(
                 index=index + k,

@@ -124,12 +124,19 @@ def match(
 
 
 def describe(changed: Sequence[tuple[Row, Record]]) -> Iterator[str]:
-    """A line per changed row: where it is, and every field with its old and new value."""
-    for row, record in changed[:_SHOWN]:
+    """A line for all rows that changed alike, as by a setting of the job (their seeds by one number): where the first
+    is, and every field with its old and new value."""
+    alike: dict[Any, list[tuple[Row, Record]]] = defaultdict(list)
+    for row, record in changed:
+        fields = difference(record, decisive(row) | {"seed": record["seed"]}, only_new=True)
+        alike[*fields, row.seed - record["seed"]].append((row, record))
+    groups = list(alike.values())
+    for (row, record), *others in groups[:_SHOWN]:
         fields = ", ".join(difference(record, decisive(row), only_new=True)) or "the job's configuration changed"
-        yield f"{row.where}: {fields} since {record['file_name']} was made (id {json.dumps(row.id)})"
-    if len(changed) > _SHOWN:
-        yield f"… and {len(changed) - _SHOWN} more changed rows"
+        likewise = f" and likewise {len(others):,} more rows" if others else ""
+        yield f"{row.where}{likewise}: {fields} since {record['file_name']} was made (id {json.dumps(row.id)})"
+    if more := sum(map(len, groups[_SHOWN:])):
+        yield f"… and {more:,} more changed rows"
 
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any], *, only_new: bool = False) -> list[str]:

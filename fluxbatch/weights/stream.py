@@ -9,7 +9,9 @@ of FLUX.1 in bfloat16) are on the devices, and in the host's memory if it does n
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,9 +25,14 @@ from fluxbatch.weights import load
 from fluxbatch.weights.network import Network, moved
 
 Part = tuple[Any, Any]  # graph definition and parameters
+Reading = Callable[[], contextlib.AbstractContextManager[load.Progress]]
 Name = tuple[str, int]  # of a block, or of what makes its modulation: its stack, and its place there
 
 MODULATORS = {"double_blocks": ("double_blocks.img.mod", "double_blocks.txt.mod"), "single_blocks": ("single_blocks.mod",)}
+
+
+def _untold() -> contextlib.AbstractContextManager[load.Progress]:
+    return contextlib.nullcontext(lambda count: None)
 
 
 class StreamedFlux(Network):
@@ -50,29 +57,32 @@ class StreamedFlux(Network):
         super().merge(edits)
         self._held.clear()
 
-    def modulators(self) -> _Ahead:
-        """The layers that make the blocks' modulation, with their names; to be used with ``with``."""
-        return _Ahead(itertools.chain.from_iterable(map(self.modulators_of, self._names)), self._part)
+    def modulators(self, reading: Reading = _untold) -> _Ahead:
+        """The layers that make the blocks' modulation, with their names; to be used with ``with``. ``reading``: what
+        surrounds each one's reading and is told of its bytes, in a thread."""
+        return _Ahead(itertools.chain.from_iterable(map(self.modulators_of, self._names)), functools.partial(self._part, reading))
 
     def modulators_of(self, name: Name) -> list[Name]:
         """The names of a block's own."""
         return [(layer, name[1]) for layer in MODULATORS[name[0]]]
 
-    def blocks(self, steps: int) -> _Ahead:
-        """All blocks in their order with their names, ``steps`` times over; to be used with ``with``."""
-        return _Ahead(itertools.chain.from_iterable(itertools.repeat(self._names, steps)), self._part)
+    def blocks(self, steps: int, reading: Reading = _untold) -> _Ahead:
+        """All blocks in their order with their names, ``steps`` times over; as ``modulators``."""
+        return _Ahead(itertools.chain.from_iterable(itertools.repeat(self._names, steps)), functools.partial(self._part, reading))
 
-    def _part(self, name: Name) -> Part:
+    def _part(self, reading: Reading, name: Name) -> Part:
         if name in self._held:
             graph, state = self._held[name]
             return graph, jax.block_until_ready(moved(state, "device"))
         (stack, layer), (graph, state) = name, self._shapes[name[0]]
         pieces = {path: [self._whole.pieces[f"{stack}.{path}"][layer]] for path in _paths(state)}
         edits = {(path, 0): edit for path in pieces if (edit := self.edits.get((f"{stack}.{path}", layer)))}
-        part = nnx.split(load.load(load.Plan(self._whole.source, graph, state, pieces), self.mesh, self.dtype, edits=edits))
+        with reading() as progress:
+            part = nnx.split(load.load(load.Plan(self._whole.source, graph, state, pieces), self.mesh, self.dtype, progress, edits))
+            jax.block_until_ready(part)
         if self._hold:
             self._held[name] = part[0], jax.block_until_ready(moved(part[1], "pinned_host"))
-        return jax.block_until_ready(part)
+        return part
 
 
 def _shapes(cfg: FluxConfig) -> dict[str, Part]:
