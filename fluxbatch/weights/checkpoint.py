@@ -26,7 +26,7 @@ from fluxbatch.models.t5 import T5Config, T5Encoder
 from fluxbatch.models.vae import Decoder, VaeConfig
 from fluxbatch.types import UserError
 from fluxbatch.weights import load, native, single, tables
-from fluxbatch.weights.find import find, snapshot, split
+from fluxbatch.weights.find import SMALL, SUFFIX, find, snapshot, split
 from fluxbatch.weights.rules import Table
 from fluxbatch.weights.source import Source, Tensor, read_header, read_headers, sampled, with_scales
 from fluxbatch.weights.verify import verify
@@ -139,7 +139,7 @@ def files(components: Mapping[str, Component]) -> list[tuple[Source, str, int]]:
 
 def open_checkpoint(model: Model) -> Checkpoint:
     """Finds the checkpoint and reads its configs and headers; UserError for anything unsound."""
-    place, revision = find(model.pretrained_model_name_or_path, "model.pretrained_model_name_or_path", model.revision)
+    place, revision = find(model.pretrained_model_name_or_path, "model.pretrained_model_name_or_path", model.revision, *_wanted(model))
     folder, file = split(place)
     root = Source(folder)
     index = root.json("model_index.json") if file is None and root.exists("model_index.json") else {}
@@ -178,14 +178,22 @@ def open_checkpoint(model: Model) -> Checkpoint:
                       converted_from=(marker or {}).get("digest"))  # fmt: skip
 
 
+def _wanted(model: Model) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What to fetch of the base model's repository; and with a transformer that is a file of it. No weights of what
+    the configuration names apart."""
+    weights = [name for name, kind in KINDS.items() if not (kind.key and getattr(model, kind.key))]
+    beside = [f"{name}/*" for name in weights if name != "transformer"] + ["ae.safetensors"] * ("vae" in weights)
+    return (*SMALL, *(f"{name}/*" for name in weights)), (*SMALL, *beside)
+
+
 def _open(
     name: str, model: Model, root: Source, file: str | None, whole: Mapping[str, Tensor], marker: Mapping[str, Any] | None
 ) -> tuple[Component, Source | None]:
     """A component, and the directory of a text encoder that the configuration names apart."""
     kind = KINDS[name]
     if kind.key and (given := getattr(model, kind.key)):
-        patterns = tuple(f"{prefix}*.{end}" for prefix in ("", f"{name}/", "tokenizer*/") for end in ("json", "safetensors", "txt", "model"))
-        place, other = split(find(given, f"model.{kind.key}", patterns=patterns)[0])
+        stems = (f"{folder}{stem}{end}" for folder in ("", f"{name}/") for stem in kind.stems for end in (SUFFIX, f"-*{SUFFIX}"))
+        place, other = split(find(given, f"model.{kind.key}", None, (*stems, *SMALL), SMALL)[0])
         home = Source(place)
         if other:
             return _from_file(name, home, other, _read_file(home, other)), home

@@ -11,14 +11,17 @@ from fluxbatch.types import UserError
 EMBEDDED = importlib.resources.files("fluxbatch") / "checkpoints"
 SUFFIX = ".safetensors"
 PICKLED = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
-PARTS = ("transformer", "text_encoder", "text_encoder_2", "vae", "scheduler", "tokenizer", "tokenizer_2")
+SMALL = ("*.json", "*merges.txt", "*spiece.model")  # configs and tokenizers
 
 
-def find(name: str, key: str, revision: str | None = None, patterns: tuple[str, ...] | None = None) -> tuple[str, str | None]:
+def find(
+    name: str, key: str, revision: str | None = None, patterns: tuple[str, ...] = (), beside: tuple[str, ...] = ()
+) -> tuple[str, str | None]:
     """A directory, ``.safetensors`` file or URL of either for an embedded name, a path, a URL, a Hugging
-    Face repo id or ``owner/repo/file.safetensors``; and the snapshot's commit if there is one.
+    Face repo id, ``owner/repo/file.safetensors`` or its page there; and the snapshot's commit if there is one.
 
-    ``patterns``: the files to fetch of a repository. UserError says what was looked for.
+    ``patterns``: the files to fetch of a repository, ``beside``: those to fetch with a named file of it (``*`` matches
+    ``/`` too). UserError says what was looked for.
     """
     name = name.removeprefix("file://")
     path = os.path.expanduser(name)
@@ -42,10 +45,7 @@ def find(name: str, key: str, revision: str | None = None, patterns: tuple[str, 
     if not repo or name.startswith((".", "/", "~")) or name.endswith("/") or (file and not file.endswith(SUFFIX)) or repo.endswith(SUFFIX):
         raise UserError(f"{key}: {name!r} is not there: expected a directory, a {SUFFIX} file, gs://bucket/prefix, "
                         "http(s)://… or a Hugging Face repo id")  # fmt: skip
-    patterns = patterns or ("model_index.json", "ae.safetensors", *(f"{part}/*" for part in PARTS))
-    if file:
-        patterns = (file, *(p for p in patterns if not p.startswith("transformer/") or p.endswith(".json")))
-    folder = snapshot(f"{owner}/{repo}", key, revision, patterns)
+    folder = snapshot(f"{owner}/{repo}", key, revision, (file, *beside) if file else patterns)
     return (os.path.join(folder, file) if file else folder), os.path.basename(folder)
 
 

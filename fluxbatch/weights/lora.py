@@ -17,31 +17,17 @@ from typing import Any
 
 import numpy as np
 
-from fluxbatch.config import Job
 from fluxbatch.types import UserError
-from fluxbatch.weights.find import PICKLED, SUFFIX, find, split
 from fluxbatch.weights.load import Plan
 from fluxbatch.weights.lora_delta import Decomposed, Delta, Hadamard, Kronecker, Product, Replacement, Whole
+from fluxbatch.weights.lora_file import Spec, locate, settings_of
 from fluxbatch.weights.lora_formats import KINDS, Site, Target, read_key
 from fluxbatch.weights.rules import listed
-from fluxbatch.weights.source import FLOATS, Source, read_header
+from fluxbatch.weights.source import FLOATS, read_header
 
-USUAL = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 Place = tuple[str, int]  # path of a parameter, layer
-
-
-@dataclasses.dataclass(frozen=True)
-class Spec:
-    """An adapter as the job names it."""
-
-    name: str
-    path: str
-    weight_name: str | None
-    scale: float
-    from_pt: bool
-    key: str  # of the configuration, for messages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,25 +82,15 @@ class Adapter:
         yield from (f"  warning: left out: {line}" for line in self.skipped)
 
 
-def specs(job: Job) -> list[Spec]:
-    """All adapters of a job, those of the ``lora`` group first."""
-    found = [Spec(name, a.path, a.weight_name, a.scale, a.from_pt, f"lora.{name}.path") for name, a in job.lora.items()]
-    arrays = job.lora_config
-    for i, path in enumerate(arrays.lora_model_name_or_path):
-        key = f"lora_config.lora_model_name_or_path[{i}]"
-        found.append(Spec(arrays.adapter_name[i], path, arrays.weight_name[i], arrays.scale[i], arrays.from_pt[i], key))
-    return found
-
-
 def read_adapter(spec: Spec, plans: Mapping[str, Plan], strict: bool) -> Adapter:
     """Reads the file and finds the place of everything in it; UserError lists whatever has none."""
-    source, file = _locate(spec)
+    source, file = locate(spec)
     data = source.read(file)
     where = source.path(file)
     if data.startswith(PICKLES):
         raise UserError(f"{spec.key}: {where}: is a pickle whatever its name says; pickled files are not read, they can run code")
     tensors = read_header(source, file)
-    settings = _settings(source, file, data)
+    settings = settings_of(source, file, data)
     described = json.dumps([spec.from_pt, settings], sort_keys=True)
     digest = hashlib.sha256(data + described.encode()).hexdigest()[:16]
 
@@ -151,46 +127,6 @@ def read_adapter(spec: Spec, plans: Mapping[str, Plan], strict: bool) -> Adapter
         hint = [f"{spec.key}: lora_config.strict=false leaves these keys out"] if reader.changes else []
         raise UserError(*(f"{where}: {line}" for line in [*lines, *nothing]), *hint)
     return Adapter(spec, where, digest, ", ".join(kinds), reader.changes, reader.parts(), tuple([*unknown, *problems]))
-
-
-def _locate(spec: Spec) -> tuple[Source, str]:
-    """The directory and the file; UserError if there is none, or it is a pickle."""
-    if spec.weight_name is not None and spec.weight_name.endswith(PICKLED):
-        raise UserError(f"{spec.key}: weight_name {spec.weight_name!r}: expected a {SUFFIX} file: pickled files are not read, they can run code")
-    patterns = (spec.weight_name, "adapter_config.json") if spec.weight_name else (f"*{SUFFIX}", "adapter_config.json")
-    place, _ = find(spec.path, spec.key, patterns=patterns)
-    folder, file = split(place)
-    if file is not None and spec.weight_name not in (None, file):
-        raise UserError(f"{spec.key}: {spec.path!r} is a file; weight_name is {spec.weight_name!r}, expected null")
-    source = Source(folder)
-    if file is None:
-        if spec.weight_name is not None:
-            file = spec.weight_name
-        else:
-            held = [name for name in source.files() if name.endswith(SUFFIX)]
-            chosen = [name for name in USUAL if name in held] or held
-            if len(chosen) != 1:
-                have = f"{len(held)} ({', '.join(held[:5])}{', …' if len(held) > 5 else ''})" if held else "none"
-                raise UserError(f"{spec.key}: {source.url}: expected one {SUFFIX} file, or weight_name to say which; it has {have}")
-            file = chosen[0]
-    if not source.exists(file):
-        raise UserError(f"{spec.key}: {source.path(file)}: not found")
-    return source, file
-
-
-def _settings(source: Source, file: str, data: bytes) -> dict[str, dict[str, Any]]:
-    """What PEFT keeps beside the tensors (alpha, ranks, …), by component: in ``adapter_config.json``,
-    or in the header, as diffusers writes it."""
-    if file.rpartition("/")[2] == USUAL[1]:
-        beside = file[: -len(USUAL[1])] + "adapter_config.json"
-        return {"transformer": source.json(beside)} if source.exists(beside) else {}
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    text = (header.get("__metadata__") or {}).get("lora_adapter_metadata")
-    by_component: dict[str, dict[str, Any]] = collections.defaultdict(dict)
-    for key, value in (json.loads(text) if text else {}).items():
-        component, _, name = key.partition(".")
-        by_component[component][name] = value
-    return dict(by_component)
 
 
 def _fits(plan: Plan, target: Target) -> bool:

@@ -20,8 +20,9 @@ from fluxbatch.dist.mesh import Placement, put
 from fluxbatch.models.layers import LowRank
 from fluxbatch.types import Row, UserError
 from fluxbatch.weights.load import Edit, Edits, Plan
-from fluxbatch.weights.lora import Adapter, Place, read_adapter, specs
+from fluxbatch.weights.lora import Adapter, Place, read_adapter
 from fluxbatch.weights.lora_delta import Delta
+from fluxbatch.weights.lora_file import specs
 
 Mix = tuple[tuple[str, float], ...]  # adapter → scale, sorted by name
 TEXT = ("text_encoder", "text_encoder_2")

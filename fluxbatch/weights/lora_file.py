@@ -1,0 +1,77 @@
+"""Which adapters a job names, where their files lie, and what stands beside their tensors."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+from typing import Any
+
+from fluxbatch.config import Job
+from fluxbatch.types import UserError
+from fluxbatch.weights.find import PICKLED, SUFFIX, find, split
+from fluxbatch.weights.source import Source
+
+USUAL = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+PEFT = "adapter_config.json"  # beside the latter
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """An adapter as the job names it."""
+
+    name: str
+    path: str
+    weight_name: str | None
+    scale: float
+    from_pt: bool
+    key: str  # of the configuration, for messages
+
+
+def specs(job: Job) -> list[Spec]:
+    """All adapters of a job, those of the ``lora`` group first."""
+    found = [Spec(name, a.path, a.weight_name, a.scale, a.from_pt, f"lora.{name}.path") for name, a in job.lora.items()]
+    arrays = job.lora_config
+    for i, path in enumerate(arrays.lora_model_name_or_path):
+        key = f"lora_config.lora_model_name_or_path[{i}]"
+        found.append(Spec(arrays.adapter_name[i], path, arrays.weight_name[i], arrays.scale[i], arrays.from_pt[i], key))
+    return found
+
+
+def locate(spec: Spec) -> tuple[Source, str]:
+    """The directory and the file; UserError if there is none, or it is a pickle."""
+    if spec.weight_name is not None and spec.weight_name.endswith(PICKLED):
+        raise UserError(f"{spec.key}: weight_name {spec.weight_name!r}: expected a {SUFFIX} file: pickled files are not read, they can run code")
+    place, _ = find(spec.path, spec.key, None, (spec.weight_name or f"*{SUFFIX}", f"*{PEFT}"), (f"*{PEFT}",))
+    folder, file = split(place)
+    if file is not None and spec.weight_name not in (None, file):
+        raise UserError(f"{spec.key}: {spec.path!r} is a file; weight_name is {spec.weight_name!r}, expected null")
+    source = Source(folder)
+    if file is None:
+        if spec.weight_name is not None:
+            file = spec.weight_name
+        else:
+            held = [name for name in source.files() if name.endswith(SUFFIX)]
+            chosen = [name for name in USUAL if name in held] or held
+            if len(chosen) != 1:
+                have = f"{len(held)} ({', '.join(held[:5])}{', …' if len(held) > 5 else ''})" if held else "none"
+                raise UserError(f"{spec.key}: {source.url}: expected one {SUFFIX} file, or weight_name to say which; it has {have}")
+            file = chosen[0]
+    if not source.exists(file):
+        raise UserError(f"{spec.key}: {source.path(file)}: not found")
+    return source, file
+
+
+def settings_of(source: Source, file: str, data: bytes) -> dict[str, dict[str, Any]]:
+    """What PEFT keeps beside the tensors (alpha, ranks, …), by component: in ``adapter_config.json``,
+    or in the header, as diffusers writes it."""
+    if file.rpartition("/")[2] == USUAL[1]:
+        beside = file[: -len(USUAL[1])] + PEFT
+        return {"transformer": source.json(beside)} if source.exists(beside) else {}
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    text = (header.get("__metadata__") or {}).get("lora_adapter_metadata")
+    by_component: dict[str, dict[str, Any]] = collections.defaultdict(dict)
+    for key, value in (json.loads(text) if text else {}).items():
+        component, _, name = key.partition(".")
+        by_component[component][name] = value
+    return dict(by_component)
