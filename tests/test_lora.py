@@ -200,6 +200,37 @@ def test_orientation_dtypes_and_defaults(tmp_path):
         read(tmp_path / "a.safetensors", from_pt=False)
 
 
+def test_peft_keeps_alpha_beside_its_file(tmp_path):
+    """In a config, or where diffusers saves it in the header; a file that has lost it is no adapter of a known strength."""
+    tensors = files.Maker(0, ranks=(4,), dtype=np.float16).peft({"base_model.model.transformer_blocks.0.attn.to_q": (3072, 3072)})
+    file, config = files.save(tmp_path / "adapter_model.safetensors", tensors), tmp_path / "adapter_config.json"
+
+    def scale():
+        (delta,) = read(file).changes["transformer"].values()
+        return delta.scale
+
+    def complaint():
+        with pytest.raises(UserError) as error:
+            read(file)
+        assert len(error.value.lines) == 1
+        return str(error.value)
+
+    assert f"{config}: not found" in complaint()
+    alpha = {"base_model.model.transformer_blocks.0.attn.to_q.alpha": np.float16(2).reshape(())}
+    files.save(file, tensors | alpha)
+    assert scale() == 2 / 4
+    files.save(file, tensors, {"lora_adapter_metadata": '{"transformer.lora_alpha": 8, "transformer.r": 4}'})
+    assert scale() == 8 / 4
+    for text in ("{oops", "[1]", '{"transformer.lora_alpha": "x"}', '{"transformer.lora_alpha": 1, "transformer.alpha_pattern": {"(": 1}}'):
+        files.save(file, tensors, {"lora_adapter_metadata": text})
+        assert f"{file}: lora_adapter_metadata" in complaint()
+    for wrong in ({"lora_alpha": [1]}, {"r": "4"}, {"alpha_pattern": ["x"]}, {"alpha_pattern": {"(": 1}}, {"rank_pattern": {"x": None}}):
+        config.write_text(json.dumps({"lora_alpha": 16} | wrong))
+        assert f"{config}: {next(iter(wrong))} is" in complaint()
+    config.write_text(json.dumps({"r": 4, "lora_alpha": 16, "alpha_pattern": [], "rank_pattern": None}))
+    assert scale() == 16 / 4
+
+
 # ---- a small model with adapters ----
 
 SMALL = files.Size(width=32, double=2, single=2, channels=16, context=32, pooled=32, head=16, factor=4, clip=(32, 64, 2), t5=(32, 32, 64, 2))

@@ -142,6 +142,7 @@ BROKEN = {
     "an absurd header": (lambda p: (p / FLUX).write_bytes(b"\xff" * 64), ["header claims"]),
     "an empty file": (lambda p: (p / FLUX).write_bytes(b""), [FLUX]),
     "a header of no JSON": (lambda p: (p / FLUX).write_bytes((8).to_bytes(8, "little") + b"notjson!"), ["not JSON"]),
+    "a header of no object": (lambda p: (p / FLUX).write_bytes((8).to_bytes(8, "little") + b"[1]     "), ["header is unsound"]),
     "an unknown dtype": (lambda p: (p / FLUX).write_bytes(b"".join([(56).to_bytes(8, "little"), b'{"a":{"dtype":"Q4","shape":[1],"data_offsets":[0,1]}}   ', b"x"])), ["Q4"]),
     "overlapping tensors": (lambda p: (p / FLUX).write_bytes((111).to_bytes(8, "little") + b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"b":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'.ljust(111) + bytes(4)), ["tile"]),
     "no weights": (lambda p: (p / FLUX).unlink(), ["no weights"]),

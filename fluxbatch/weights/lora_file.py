@@ -5,9 +5,11 @@ from __future__ import annotations
 import collections
 import dataclasses
 import json
+import re
+from collections.abc import Mapping
 from typing import Any
 
-from fluxbatch.config import Job
+from fluxbatch.config import Job, shown
 from fluxbatch.types import UserError
 from fluxbatch.weights.find import PICKLED, SUFFIX, find, split
 from fluxbatch.weights.source import Source
@@ -64,14 +66,39 @@ def locate(spec: Spec) -> tuple[Source, str]:
 
 def settings_of(source: Source, file: str, data: bytes) -> dict[str, dict[str, Any]]:
     """What PEFT keeps beside the tensors (alpha, ranks, …), by component: in ``adapter_config.json``,
-    or in the header, as diffusers writes it."""
-    if file.rpartition("/")[2] == USUAL[1]:
-        beside = file[: -len(USUAL[1])] + PEFT
-        return {"transformer": source.json(beside)} if source.exists(beside) else {}
+    or in the header, as diffusers writes it. UserError where PEFT's own file has lost it, and for what is unsound."""
+    folder, _, name = file.rpartition("/")
+    beside = f"{folder}/{PEFT}" if folder else PEFT
+    if name == USUAL[1] and source.exists(beside):
+        return {"transformer": _sound(source.json(beside), source.path(beside))}
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     text = (header.get("__metadata__") or {}).get("lora_adapter_metadata")
+    if name == USUAL[1] and not text and not any(key.endswith(".alpha") for key in header):
+        raise UserError(f"{source.path(beside)}: not found: it says how strong {name} is (a file by any other name, without alphas, "
+                        "is read with the rank for alpha)")  # fmt: skip
+    where = f"{source.path(file)}: lora_adapter_metadata"
     by_component: dict[str, dict[str, Any]] = collections.defaultdict(dict)
-    for key, value in (json.loads(text) if text else {}).items():
-        component, _, name = key.partition(".")
-        by_component[component][name] = value
-    return dict(by_component)
+    try:
+        for key, value in (json.loads(text) if text else {}).items():
+            component, _, name = key.partition(".")
+            by_component[component][name] = value
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{where} is {shown(text)}: expected a JSON object in a string") from error
+    return {component: _sound(settings, where) for component, settings in by_component.items()}
+
+
+def _sound(settings: dict[str, Any], where: str) -> dict[str, Any]:
+    """PEFT's settings themselves; UserError for those of another kind."""
+    number = lambda value: type(value) in (int, float)  # noqa: E731
+    for key in ("lora_alpha", "alpha", "r"):
+        if (value := settings.get(key)) is not None and not number(value):
+            raise UserError(f"{where}: {key} is {shown(value)}, expected a number")
+    for key in ("rank_pattern", "alpha_pattern"):
+        patterns = settings.get(key) or {}
+        try:
+            sound = all(number(value) for value in patterns.values()) and all(map(re.compile, patterns))
+        except (AttributeError, re.error):
+            sound = False
+        if not sound:
+            raise UserError(f"{where}: {key} is {shown(patterns)}, expected numbers by regular expressions")
+    return settings

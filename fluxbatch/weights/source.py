@@ -247,9 +247,11 @@ def read_header(source: Source, file: str) -> dict[str, Tensor]:
         header = json.loads(source.read(file, 8, 8 + length))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: the safetensors header is not JSON: {_first_line(error)}") from error
+    if not isinstance(header, dict) or not isinstance(header.get("__metadata__") or {}, dict):
+        raise UserError(f"{where}: the safetensors header is unsound: expected an object, with objects for its entries")
 
     tensors: dict[str, Tensor] = {}
-    for name, entry in header.items() if isinstance(header, dict) else ():
+    for name, entry in header.items():
         if name == "__metadata__":
             continue
         try:
