@@ -16,6 +16,7 @@ from test_lora import read
 from test_weights import model
 from test_weights_layouts import black_forest_labs
 
+from fluxbatch.types import UserError
 from fluxbatch.weights.checkpoint import open_checkpoint
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -125,3 +126,15 @@ def test_an_adapter_of_a_repository(hub):
         (repo / f"{name}.safetensors").unlink()
     (delta,) = read("o/loras").changes["transformer"].values()
     assert delta.scale == 16 / 4
+
+
+def test_a_page_of_the_hub_is_its_file(hub, published, golden):
+    """Downloads are redirected, and gated ones need the token: they are fetched as from the repository."""
+    page = f"https://huggingface.co/{published}"
+    for address, revision in ((f"{page}/resolve/main/ae.safetensors", "main"), (f"{page}/blob/refs%2Fpr%2F1/ae.safetensors?download=true", "refs/pr/1")):
+        vae = open_checkpoint(model(golden / "dev", vae=address)).components["vae"]
+        assert vae.where.endswith(f"{COMMIT}/ae.safetensors") and hub.revision == revision
+    for address, revision in ((page, None), (f"{page}/tree/v1", "v1"), (f"{page}/", None)):
+        assert open_checkpoint(model(address)).revision == COMMIT and hub.revision == revision
+    with pytest.raises(UserError, match="expected a .safetensors file: pickled"):
+        open_checkpoint(model(f"{page}/resolve/main/flux.ckpt"))

@@ -346,10 +346,17 @@ class Ranges(http.server.SimpleHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
 
+    missing = 404
+
     def do_GET(self):
         path = self.translate_path(self.path)
+        if self.path.startswith("/moved/"):
+            self.send_response(302)
+            self.send_header("Location", self.path.removeprefix("/moved"))
+            self.send_header("Content-Length", "0")
+            return self.end_headers()
         if not os.path.isfile(path):
-            return self.send_error(404)
+            return self.send_error(self.missing)
         total, status = os.path.getsize(path), 200
         first, last = 0, total - 1
         if match := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
@@ -389,6 +396,25 @@ def test_over_http(golden, tmp_path, web, expected):
     assert_equal(vae, parameters(f"{web}/out", (1, 4), only="vae"))
     with pytest.raises(UserError, match="nothing/transformer"):
         plans(f"{web}/nothing")
+
+
+def test_a_server_that_denies_what_is_not_there(golden, tmp_path, web, monkeypatch):
+    """As S3 does for those who may not list; what must be there is still reported as denied."""
+    named = black_forest_labs(golden / "dev", tmp_path / "single")["path"]
+    plain = open_checkpoint(model(f"{web}/single/{named.name}")).digest()
+    monkeypatch.setattr(Ranges, "missing", 403)
+    assert open_checkpoint(model(f"{web}/single/{named.name}")).digest() == plain
+    with pytest.raises(UserError, match="single/none.safetensors: cannot be read: PERMISSION_DENIED"):
+        plans(f"{web}/single/none.safetensors")
+
+
+def test_addresses_that_are_not_read(golden, tmp_path, web):
+    file = black_forest_labs(golden / "dev", tmp_path / "single")["path"].name
+    with pytest.raises(UserError, match=f"moved/single/{file}: cannot be read: redirects to another address"):
+        plans(f"{web}/moved/single/{file}")
+    for address in (f"{web}/single/{file}?download=true", f"{web}/single#top"):
+        with pytest.raises(UserError, match="expected an address without '[?]' and '#'"):
+            plans(address)
 
 
 @pytest.fixture(scope="module")

@@ -5,12 +5,15 @@ from __future__ import annotations
 import importlib.resources
 import os
 import re
+from urllib.parse import unquote
 
 from fluxbatch.types import UserError
 
 EMBEDDED = importlib.resources.files("fluxbatch") / "checkpoints"
 SUFFIX = ".safetensors"
 PICKLED = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+# Redirected elsewhere, and often to be seen with a token only: fetched as what it is
+PAGE = re.compile(r"https://huggingface\.co/(?P<repo>[^/?#]+/[^/?#]+)(/(resolve|blob|tree)/(?P<revision>[^/?#]+)(?P<file>/[^?#]+?)?)?/?([?]download=true)?")
 SMALL = ("*.json", "*merges.txt", "*spiece.model")  # configs and tokenizers
 
 
@@ -25,12 +28,17 @@ def find(
     """
     name = name.removeprefix("file://")
     path = os.path.expanduser(name)
+    if page := PAGE.fullmatch(name):
+        name, path = unquote(page["repo"] + (page["file"] or "")), ""
+        revision = unquote(page["revision"]) if page["revision"] else revision
     if name.endswith((*PICKLED, ".gguf", ".sft")) and not os.path.isdir(path):
         why = "pickled files are not read, they can run code" if name.endswith(PICKLED) else "this format is not read"
         raise UserError(f"{key}: {name!r}: expected a {SUFFIX} file: {why}")
     if "://" in name:
         if not re.fullmatch(r"(gs|https?)://[^/]+(/.*)?", name):
             raise UserError(f"{key}: {name!r}: expected gs://bucket/prefix or http(s)://host/path")
+        if name.startswith("http") and re.search("[?#]", name):
+            raise UserError(f"{key}: {name!r}: expected an address without '?' and '#', of a public file or directory: http(s)://host/path")
         return name.rstrip("/"), None
     if os.path.isdir(path):
         return path, None

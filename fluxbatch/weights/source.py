@@ -181,13 +181,13 @@ class Source:
         return self.finish_read(self.start_read(name, start, stop), name, size)
 
     def exists(self, name: str) -> bool:
-        future = self._kv.read(name, byte_range=slice(0, 0))
-        if not self.local:
-            return self.wait(future, name).state == "value"
         try:
-            return future.result().state == "value"
-        except (ValueError, OSError):
-            return False  # a directory
+            return self.wait(self._kv.read(name, byte_range=slice(0, 0)), name).state == "value"
+        except UserError as error:
+            # a directory, or a store that denies what is not there to those who may not list
+            if self.local or (self.url.startswith("http") and "HTTP code 403" in str(error)):
+                return False
+            raise
 
     def files(self) -> list[str]:
         """Names of the objects below this directory; none where the store cannot list (HTTP)."""
@@ -233,7 +233,10 @@ def store_spec(url: str) -> dict[str, Any]:
 
 def _first_line(error: BaseException) -> str:
     """What went wrong, without TensorStore's notes of where in its own source."""
-    return _NOTES.sub("", str(error).splitlines()[0]) if str(error) else type(error).__name__
+    line = _NOTES.sub("", str(error).splitlines()[0]) if str(error) else type(error).__name__
+    if re.search(r"HTTP code 30\d", line):
+        return "redirects to another address, which is not followed: name that address, or a copy of the file"
+    return line
 
 
 def read_header(source: Source, file: str) -> dict[str, Tensor]:
