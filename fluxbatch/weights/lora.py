@@ -73,8 +73,9 @@ class Adapter:
     def table(self) -> Iterator[str]:
         """The same, in lines for people."""
         parameters = sum(part.parameters for part in self.parts)
-        yield f"{self.name} × {self.spec.scale:g}: {self.format}, {parameters:,} parameters, {self.file}"
-        wide = max(len(part.part) for part in self.parts)
+        what = f"{parameters:,} parameters" if self.parts else "biases and norms alone"
+        yield f"{self.name} × {self.spec.scale:g}: {self.format}, {what}, {self.file}"
+        wide = max((len(part.part) for part in self.parts), default=0)
         for part in self.parts:
             rank, alpha = ("–".join(f"{x:g}" for x in dict.fromkeys(pair)) for pair in (part.rank, part.alpha))
             yield (f"  {part.part:{wide}}  {part.layers:>2} of {part.of:<2} layers  rank {rank:<5} alpha {alpha:<5} "
@@ -87,7 +88,7 @@ def read_adapter(spec: Spec, plans: Mapping[str, Plan], strict: bool) -> Adapter
     source, file = locate(spec)
     data = source.read(file)
     where = source.path(file)
-    if data.startswith(PICKLES):
+    if data.startswith(PICKLES) and data[8:9] != b"{":  # a header's length may begin like a pickle
         raise UserError(f"{spec.key}: {where}: is a pickle whatever its name says; pickled files are not read, they can run code")
     tensors = read_header(source, file)
     settings = settings_of(source, file, data)
@@ -104,14 +105,16 @@ def read_adapter(spec: Spec, plans: Mapping[str, Plan], strict: bool) -> Adapter
         if site is None or not all(_fits(plans[site.component], target) for target in site.targets):
             unknown.append(key)
         elif site.targets:
-            group = groups[site.component, site.module]
-            if site.role in group:
+            at = site.component, site.module
+            if site.role in groups.get(at, {}):
                 problems.append(f"{key}: {site.module} has its {site.role} already")
-            elif tensor.dtype not in FLOATS.values():
+                continue
+            if tensor.dtype not in FLOATS.values() and site.role != "alpha":
                 problems.append(f"{key}: dtype {tensor.dtype}, expected one of {', '.join(FLOATS)}")
+                continue
             value = np.frombuffer(data, tensor.dtype, math.prod(tensor.shape), tensor.start).reshape(tensor.shape)
-            group[site.role] = value.reshape(value.shape[:2]) if value.ndim == 4 and value.shape[2:] == (1, 1) else value
-            sites[site.component, site.module] = site
+            groups[at][site.role] = value.reshape(value.shape[:2]) if value.ndim == 4 and value.shape[2:] == (1, 1) else value
+            sites[at] = site
             if site.role in KINDS:
                 kinds[f"{KINDS[site.role]} as {site.writer} names it"] = None
 
@@ -148,8 +151,8 @@ class _Reader:
         tensors = {role: value if self.spec.from_pt else value.T for role, value in given.items()}
         count = sum(value.size for role, value in tensors.items() if role != "alpha")
         made = list(self._deltas(site, tensors))
-        if tensors:
-            raise ValueError(f"{', '.join(tensors)} without what belongs to it")
+        if tensors or not made:
+            raise ValueError(f"{', '.join(tensors or given)} without what belongs to it")
         found: dict[Place, Delta] = {}
         for leaf, delta, alpha in made:
             for target in site.targets:
@@ -162,6 +165,8 @@ class _Reader:
                     raise ValueError(f"shape {list(part.shape)}, the model expects {list(shape)} for {path}")
                 if (path, target.layer) in found | self.changes.get(site.component, {}):
                     raise ValueError(f"another module of the file has changed {path}[{target.layer}] already")
+                if type(part) is Whole and part.merged_only and not part.value.any():
+                    continue  # a bias as it was is no reason to mix this adapter with no other
                 norm2 = part.norm2()
                 if not math.isfinite(norm2):
                     raise ValueError("holds NaN or infinity, or numbers whose products are")
@@ -169,12 +174,15 @@ class _Reader:
                 if part.merged_only is None or isinstance(part, Decomposed):
                     self._cover(site.component, target, part.rank, alpha, count, norm2)
                     count = 0  # a fused layer's factors are counted once
-        self.changes.setdefault(site.component, {}).update(found)
+        if found:
+            self.changes.setdefault(site.component, {}).update(found)
 
     def _deltas(self, site: Site, tensors: dict[str, np.ndarray]) -> Iterator[tuple[str, Delta, float]]:
         """(leaf if not the weight's own, change, alpha) of what the tensors are; takes them out."""
         pop = tensors.pop
         alpha = pop("alpha", None)
+        if alpha is not None and alpha.size != 1:
+            raise ValueError(f"alpha of shape {list(alpha.shape)}, expected one number")
         alpha = None if alpha is None else float(alpha.reshape(()))
         delta: Delta | None = None
         if {"down", "up"} <= tensors.keys():
