@@ -13,6 +13,7 @@ import json
 import math
 import os
 import re
+import stat
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
@@ -181,12 +182,18 @@ class Source:
         return self.finish_read(self.start_read(name, start, stop), name, size)
 
     def exists(self, name: str) -> bool:
+        if self.local:
+            try:
+                return stat.S_ISREG(os.stat(self.path(name)).st_mode)
+            except (FileNotFoundError, NotADirectoryError, ValueError):
+                return False
+            except OSError as error:
+                raise UserError(f"{self.path(name)}: cannot be read: {error.strerror.lower()}") from error
         try:
             return self.wait(self._kv.read(name, byte_range=slice(0, 0)), name).state == "value"
         except UserError as error:
-            # a directory, or a store that denies what is not there to those who may not list
-            if self.local or (self.url.startswith("http") and "HTTP code 403" in str(error)):
-                return False
+            if self.url.startswith("http") and "HTTP code 403" in str(error):
+                return False  # to those who may not list, a store denies what is not there
             raise
 
     def files(self) -> list[str]:
