@@ -27,8 +27,9 @@ from fluxbatch.models.vae import Decoder, VaeConfig
 from fluxbatch.types import UserError
 from fluxbatch.weights import load, native, single, tables
 from fluxbatch.weights.find import SMALL, SUFFIX, find, snapshot, split
+from fluxbatch.weights.headers import read_header, read_headers, with_scales
 from fluxbatch.weights.rules import Table
-from fluxbatch.weights.source import Source, Tensor, read_header, read_headers, sampled, with_scales
+from fluxbatch.weights.source import Source, Tensor, sampled
 from fluxbatch.weights.verify import verify
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt", "spiece.model")

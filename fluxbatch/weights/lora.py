@@ -18,12 +18,13 @@ from typing import Any
 import numpy as np
 
 from fluxbatch.types import UserError
+from fluxbatch.weights.headers import read_header
 from fluxbatch.weights.load import Plan
 from fluxbatch.weights.lora_delta import Decomposed, Delta, Hadamard, Kronecker, Product, Replacement, Whole
 from fluxbatch.weights.lora_file import Spec, locate, settings_of
 from fluxbatch.weights.lora_formats import KINDS, Site, Target, read_key
 from fluxbatch.weights.rules import listed
-from fluxbatch.weights.source import FLOATS, read_header
+from fluxbatch.weights.source import FLOATS
 
 PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 

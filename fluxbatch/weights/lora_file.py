@@ -6,7 +6,6 @@ import collections
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
 from typing import Any
 
 from fluxbatch.config import Job, shown
