@@ -178,6 +178,16 @@ def test_alpha_is_a_number_of_any_kind(tmp_path):
         read(files.save(tmp_path / "x.safetensors", tensors | {f"{PROJ}.alpha": np.ones(2, np.float32)}))
 
 
+def test_peft_names_adapters(tmp_path):
+    """As its users do."""
+    maker = files.Maker(0, ranks=(2,))
+    shapes = files.dots("transformer.", {"transformer_blocks.0.attn.to_q": (3072, 3072)})
+    tensors = maker.lora(shapes, "lora_A.my-style v2.weight", "lora_B.my-style v2.weight", alpha=False)
+    tensors |= {f"{name}.lora_magnitude_vector.my-style v2.weight": np.ones(3072, np.float32) for name in shapes}
+    (delta,) = read(files.save(tmp_path / "x.safetensors", tensors)).changes["transformer"].values()
+    assert isinstance(delta, Decomposed)
+
+
 def test_what_is_left_out_changes_nothing(tmp_path):
     """The second of two, and integers, where strict=false lets them pass."""
     tensors = files.Maker(0, ranks=(4,)).lora({PROJ: (3072, 3072)}, alpha=False)

@@ -16,7 +16,12 @@ MAX_HEADER = 100 << 20  # safetensors' own bound
 def read_header(source: Source, file: str) -> dict[str, Tensor]:
     """The tensors of one safetensors file; UserError unless its header and extent are sound."""
     where = source.path(file)
-    length = int.from_bytes(source.read(file, 0, 8), "little")
+    try:
+        length = int.from_bytes(source.read(file, 0, 8), "little")
+    except UserError as error:
+        if "OUT_OF_RANGE" in str(error):
+            raise UserError(f"{where}: has fewer than 8 bytes: not a safetensors file, or a truncated one") from error
+        raise
     size = source.size(file)
     if length > MAX_HEADER or (size is not None and 8 + length > size):
         raise UserError(f"{where}: its header claims {length:,} bytes: not a safetensors file, or a truncated one")
@@ -38,6 +43,8 @@ def read_header(source: Source, file: str) -> dict[str, Tensor]:
                 raise ValueError("shape and offsets disagree")
         except KeyError as error:
             known = ", ".join(DTYPES)
+            if entry.get("dtype") in DTYPES:
+                raise UserError(f"{where}: {name}: unsound header entry {str(entry)[:200]}: {error} is missing") from error
             raise UserError(f"{where}: {name}: dtype {entry.get('dtype')!r}, expected one of {known}") from error
         except (TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{where}: {name}: unsound header entry {str(entry)[:200]}: {first_line(error)}") from error
@@ -98,7 +105,8 @@ def with_scales(tensors: dict[str, Tensor], where: str) -> dict[str, Tensor]:
     for name, scale in tensors.items():
         if match := _SCALE.fullmatch(name):
             weight = whole.get(f"{match[1]}weight")
-            if weight is None or math.prod(scale.shape) not in (1, weight.shape[0]) or scale.dtype not in FLOATS.values():
+            count = math.prod(scale.shape)  # one for each column, [1, N], is none for each row
+            if weight is None or count not in (1, weight.shape[0]) or scale.shape[:1] not in ((), (count,)) or scale.dtype not in FLOATS.values():
                 shape = None if weight is None else list(weight.shape)
                 raise UserError(f"{where}: {name}: a scale of shape {list(scale.shape)} for a weight of shape {shape}: expected one number, or one for each row")
             whole[weight.name] = dataclasses.replace(weight, scale=scale)
