@@ -16,7 +16,9 @@ from test_lora import read
 from test_weights import model
 from test_weights_layouts import black_forest_labs
 
+from fluxbatch.dist.mesh import make_mesh
 from fluxbatch.types import UserError
+from fluxbatch.weights import convert, load
 from fluxbatch.weights.checkpoint import open_checkpoint
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -138,3 +140,26 @@ def test_a_page_of_the_hub_is_its_file(hub, published, golden):
         assert open_checkpoint(model(address)).revision == COMMIT and hub.revision == revision
     with pytest.raises(UserError, match="expected a .safetensors file: pickled"):
         open_checkpoint(model(f"{page}/resolve/main/flux.ckpt"))
+
+
+def test_a_repository_of_single_files_says_which(hub, published):
+    """Which of them is meant cannot be known, and none is fetched."""
+    for name in ("flux1-dev-fp8.safetensors", "flux1-dev-bf16.safetensors", "README.md"):
+        path = hub.root / "kijai/flux" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("x")
+    for given in (dict(path="kijai/flux"), dict(path=published, clip="kijai/flux")):
+        with pytest.raises(UserError) as error:
+            open_checkpoint(model(**given))
+        assert len(error.value.lines) == 1 and not weights(hub.fetched)
+        assert "by name: kijai/flux/flux1-dev-bf16.safetensors, kijai/flux/flux1-dev-fp8.safetensors" in str(error.value)
+
+
+def test_a_converted_copy_of_a_repository(hub, golden):
+    checkpoint = open_checkpoint(model(golden / "dev"))
+    convert.convert(checkpoint, str(hub.root / "me/copy"), None)
+    copy = open_checkpoint(model("me/copy"))
+    assert copy.digest() == checkpoint.digest()
+    module = load.load(copy.components["vae"].plan(), make_mesh((1, 1)), np.float32)
+    expected = load.load(checkpoint.components["vae"].plan(), make_mesh((1, 1)), np.float32)
+    assert np.array_equal(module.conv_in.kernel[...], expected.conv_in.kernel[...])

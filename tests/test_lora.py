@@ -126,6 +126,10 @@ def tensors():
 
 def test_where_adapters_lie(tmp_path, tensors):
     one = files.save(tmp_path / "some" / "one.safetensors", tensors)
+    first = one.with_name("one.sft")
+    one.rename(first)
+    assert read(first).digest == read(first.parent).digest == read(tmp_path, weight_name="some/one.sft").digest
+    first.rename(one)
     for given in (dict(path=one), dict(path=one, weight_name="one.safetensors"), dict(path=one.parent), dict(path=one.parent, weight_name="one.safetensors"),
                   dict(path=tmp_path, weight_name="some/one.safetensors")):  # fmt: skip
         assert read(**given).digest == read(one).digest

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
 import re
 
 from fluxbatch.types import UserError
+from fluxbatch.weights.find import SUFFIXES
 from fluxbatch.weights.source import DTYPES, FLOATS, Source, Tensor, first_line
 
 MAX_HEADER = 100 << 20  # safetensors' own bound
@@ -73,7 +75,16 @@ def read_headers(source: Source, stems: tuple[str, ...]) -> dict[str, Tensor]:
         if source.exists(f"{stem}.safetensors"):
             return with_scales(read_header(source, f"{stem}.safetensors"), source.path(f"{stem}.safetensors"))
     wanted = " or ".join(f"{stem}.safetensors" for stem in stems)
-    raise UserError(f"{source.url}: no weights: expected {wanted} (pickled .bin files are not read)")
+    raise UserError(f"{source.url}: no weights: expected {wanted} (pickled .bin files are not read){held(source)}")
+
+
+def held(*places: Source) -> str:
+    """The files of weights in the first place that has any, as the end of a message."""
+    for place in places:
+        with contextlib.suppress(UserError):
+            if names := [name for name in place.top() if name.endswith(SUFFIXES)]:
+                return f"; {place.url} has {', '.join(names[:5])}{', …' if len(names) > 5 else ''}"
+    return ""
 
 
 def _read_indexed(source: Source, index: str) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from fluxbatch.config import Job, shown
 from fluxbatch.types import UserError
-from fluxbatch.weights.find import PICKLED, SUFFIX, find, split
+from fluxbatch.weights.find import PICKLED, SUFFIX, SUFFIXES, find, split
 from fluxbatch.weights.source import Source
 
 USUAL = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
@@ -43,7 +43,8 @@ def locate(spec: Spec) -> tuple[Source, str]:
     """The directory and the file; UserError if there is none, or it is a pickle."""
     if spec.weight_name is not None and spec.weight_name.endswith(PICKLED):
         raise UserError(f"{spec.key}: weight_name {spec.weight_name!r}: expected a {SUFFIX} file: pickled files are not read, they can run code")
-    place, _ = find(spec.path, spec.key, None, (spec.weight_name or f"*{SUFFIX}", f"*{PEFT}"), (f"*{PEFT}",))
+    wanted = [spec.weight_name] if spec.weight_name else [f"*{suffix}" for suffix in SUFFIXES]
+    place, _ = find(spec.path, spec.key, None, (*wanted, f"*{PEFT}"), (f"*{PEFT}",))
     folder, file = split(place)
     if file is not None and spec.weight_name not in (None, file):
         raise UserError(f"{spec.key}: {spec.path!r} is a file; weight_name is {spec.weight_name!r}, expected null")
@@ -52,7 +53,7 @@ def locate(spec: Spec) -> tuple[Source, str]:
         if spec.weight_name is not None:
             file = spec.weight_name
         else:
-            held = [name for name in source.files() if name.endswith(SUFFIX)]
+            held = [name for name in source.files() if name.endswith(SUFFIXES)]
             chosen = [name for name in USUAL if name in held] or held
             if len(chosen) != 1:
                 have = f"{len(held)} ({', '.join(held[:5])}{', …' if len(held) > 5 else ''})" if held else "none"

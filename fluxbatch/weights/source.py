@@ -201,6 +201,17 @@ class Source:
             return []
         return sorted(key.decode() for key in self.wait(self._kv.list(), ""))
 
+    def top(self) -> list[str]:
+        """Names of what lies in this directory itself, sorted; none where there is no such directory or the store cannot list."""
+        if not self.local:
+            return [name for name in self.files() if "/" not in name]
+        try:
+            return sorted(os.listdir(self.url))
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        except OSError as error:
+            raise UserError(f"{self.url}: cannot be read: {error.strerror.lower()}") from error
+
     def json(self, name: str) -> dict[str, Any]:
         """A JSON object; UserError when it is missing or malformed."""
         try:
