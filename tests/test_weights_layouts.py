@@ -10,10 +10,12 @@ import threading
 
 import gcs_faults
 import jax
+import lora_files
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import GOLDEN, images
+import test_lora
+from conftest import GOLDEN, images, metadata
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 from test_weights import model, plans
@@ -448,6 +450,21 @@ def test_addresses_that_are_not_read(golden, tmp_path, web):
     for address in (f"{web}/single/{file}?download=true", f"{web}/single#top"):
         with pytest.raises(UserError, match="expected an address without '[?]' and '#'"):
             plans(address)
+
+
+def test_passwords_of_addresses_are_not_shown(golden, tmp_path, web, cli):
+    """They are used, and stand in no message and no record."""
+    converted(golden / "dev", tmp_path / "out")
+    address = web.replace("://", "://me:secret@")
+    with pytest.raises(UserError, match=f"{web}/nothing/transformer") as error:
+        plans(f"{address}/nothing")
+    assert "secret" not in str(error.value) + "".join(error.value.lines)
+    adapter = lora_files.save(tmp_path / "x.safetensors", {"lora_unet_double_blocks_0_img_attn_proj.diff_b": np.ones(3072, np.float32)})
+    assert test_lora.read(f"{address}/{adapter.name}").file == f"{web}/{adapter.name}"
+    code, err = cli(f"pretrained_model_name_or_path={address}/out", "prompt=x", "resolution=32", "num_inference_steps=1", "max_sequence_length=24",
+                    f"output_dir={tmp_path}", "run_name=run")  # fmt: skip
+    assert code == 0 and "secret" not in err, err
+    assert metadata(tmp_path / "run")[0]["model"] == f"{web}/out"
 
 
 @pytest.fixture(scope="module")

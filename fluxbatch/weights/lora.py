@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from fluxbatch.types import UserError
+from fluxbatch.types import UserError, public
 from fluxbatch.weights.headers import read_header
 from fluxbatch.weights.load import Plan
 from fluxbatch.weights.lora_delta import Decomposed, Delta, Hadamard, Kronecker, Product, Replacement, Whole
@@ -130,7 +130,7 @@ def read_adapter(spec: Spec, plans: Mapping[str, Plan], strict: bool) -> Adapter
         nothing = [] if reader.changes else ["holds no adapter for this model"]
         hint = [f"{spec.key}: lora_config.strict=false leaves these keys out"] if reader.changes else []
         raise UserError(*(f"{where}: {line}" for line in [*lines, *nothing]), *hint)
-    return Adapter(spec, where, digest, ", ".join(kinds), reader.changes, reader.parts(), tuple([*unknown, *problems]))
+    return Adapter(spec, public(where), digest, ", ".join(kinds), reader.changes, reader.parts(), tuple([*unknown, *problems]))
 
 
 def _fits(plan: Plan, target: Target) -> bool:
