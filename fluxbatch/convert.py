@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import re
 from typing import NoReturn
 
 from omegaconf import MISSING
 
 from fluxbatch import cli
-from fluxbatch.config import Job
-from fluxbatch.types import Exit
+from fluxbatch.config import Job, shown
+from fluxbatch.types import Exit, UserError
 
 
 @dataclasses.dataclass
@@ -22,13 +24,19 @@ def convert(job: Convert) -> int:
     from fluxbatch.report import Report
     from fluxbatch.weights import convert as weights
     from fluxbatch.weights.checkpoint import open_checkpoint
+    from fluxbatch.weights.lora_file import specs
     from fluxbatch.weights.native import dtype_of
 
+    if adapters := specs(job):
+        raise UserError(f"{adapters[0].key}: {adapters[0].path!r}: expected no adapter: a copy is of the checkpoint alone, and is used with any adapter")
+    to = os.path.expanduser(job.to)
+    if not to.strip() or "\0" in to or re.match(r"(?!gs://[^/]|file://)\w+://", to):
+        raise UserError(f"to={shown(job.to)}: expected a directory or gs://bucket/prefix")
     checkpoint = open_checkpoint(job.model)
     total = sum(component.plan().nbytes for component in checkpoint.components.values())
     with Report().bar(total, "converting", "B", unit_scale=True) as bar:
-        new = weights.convert(checkpoint, job.to, dtype_of(job.hardware.weights_dtype.name), bar.update)
-    print(f"{'written' if new else 'complete already'}: {job.to}")
+        new = weights.convert(checkpoint, to, dtype_of(job.hardware.weights_dtype.name), bar.update)
+    print(f"{'written' if new else 'complete already'}: {to}")
     return Exit.OK
 
 

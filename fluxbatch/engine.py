@@ -20,7 +20,7 @@ from fluxbatch.pipeline import Pipeline, Watcher
 from fluxbatch.sampling import Schedule
 from fluxbatch.text import TextCache
 from fluxbatch.tokens import Tokenizers
-from fluxbatch.types import Row, UserError
+from fluxbatch.types import Row, UserError, public
 from fluxbatch.weights import load, lora_apply, network
 from fluxbatch.weights.checkpoint import Checkpoint, open_checkpoint
 from fluxbatch.weights.lora_apply import Loras
@@ -192,7 +192,7 @@ def open_engine(job: Job, platform: str, devices: Sequence[jax.Device] | None = 
         "max_sequence_length": sampler.max_sequence_length,
         "schedule": dataclasses.asdict(schedule),
     }
-    record = {"model": job.model.pretrained_model_name_or_path, "model_digest": facts["model_digest"], "model_revision": checkpoint.revision}
+    record = {"model": public(job.model.pretrained_model_name_or_path), "model_digest": facts["model_digest"], "model_revision": checkpoint.revision}
     record |= {key: facts[key] for key in ("max_sequence_length", "weights_dtype", "activations_dtype")}
     adapters = lora_apply.read(job, plans)
     if adapters.adapters:

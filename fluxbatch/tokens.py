@@ -23,7 +23,7 @@ class Tokenizer:
         try:
             self._backend, self.max_length, self._padding, self._side = _open(Path(folder))
         except Exception as error:  # transformers and tokenizers raise whatever their parsers raise
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            reason = " ".join(str(error).split()) or type(error).__name__
             raise UserError(f"{folder}: the tokenizer cannot be read: {reason}") from error
 
     def __call__(self, texts: Sequence[str], length: int) -> np.ndarray:
@@ -77,9 +77,11 @@ def _open(folder: Path) -> tuple[Backend, int, dict[str, object], str]:
         pad, sides = pad if isinstance(pad, str) else pad["content"], (config.get("padding_side", "right"), config.get("truncation_side", "right"))
     else:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would say that torch is missing
-        from transformers import AutoTokenizer
+        from transformers import AutoTokenizer, T5Tokenizer
 
-        whole = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        # Google's own repositories are older than the names of classes in configs and than tokenizer.json
+        nameless = "tokenizer_class" not in config and not (folder / "tokenizer.json").exists() and (folder / "spiece.model").exists()
+        whole = (T5Tokenizer if nameless else AutoTokenizer).from_pretrained(str(folder), local_files_only=True)
         backend, pad, length, sides = whole.backend_tokenizer, whole.pad_token, whole.model_max_length, (whole.padding_side, whole.truncation_side)
     if (number := backend.token_to_id(pad)) is None:
         raise ValueError(f"it has no token {pad!r} to pad with")

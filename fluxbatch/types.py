@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,14 +22,19 @@ class Exit(enum.IntEnum):
 class UserError(Exception):
     """A mistake of the user's: printed without a stack trace, exit code 2, or 1 once something was made.
 
-    Every line names the file, line or key, the value found and what was expected.
+    Every line names the file, line or key, the value found and what was expected; never the password of an address.
     """
 
     code: int = Exit.BAD_INPUT
 
     def __init__(self, *lines: str):
-        super().__init__("\n".join(lines))
-        self.lines = lines
+        self.lines = tuple(map(public, lines))
+        super().__init__("\n".join(self.lines))
+
+
+def public(text: str) -> str:
+    """The text without users and passwords in its addresses."""
+    return re.sub(r"(?<=://)[^/@\s]+@", "", text)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

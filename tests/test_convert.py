@@ -100,6 +100,19 @@ def test_the_command(golden, tmp_path, monkeypatch, capsys):
     code, said = call(base, f"to={tmp_path}")
     assert code == 2 and "something else" in said.err and "Traceback" not in said.err
 
+    # where it cannot go, and what cannot go with it
+    monkeypatch.chdir(tmp_path)
+    for place in ("''", "' '", "http://host/flux", "https://host/flux", "s3://bucket/flux", "gs:///flux"):
+        code, said = call(base, f"to={place}")
+        assert code == 2 and "to=" in said.err and "expected a directory or gs://bucket/prefix" in said.err and len(said.err.splitlines()) == 1
+    one = {"lora_model_name_or_path": "a.safetensors", "weight_name": "null", "adapter_name": "a", "scale": 1.0, "from_pt": "true"}
+    code, said = call(base, "to=new", *(f"lora_config.{key}=[{value}]" for key, value in one.items()))
+    assert code == 2 and "lora_config.lora_model_name_or_path[0]: 'a.safetensors': expected no adapter" in said.err
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    code, said = call(base, "to=~/out")
+    assert code == 0 and load_marker(tmp_path / "home/out")
+
 
 def load_marker(folder):
     components = json.loads((folder / native.MARKER).read_text())["components"]

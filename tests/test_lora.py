@@ -126,6 +126,10 @@ def tensors():
 
 def test_where_adapters_lie(tmp_path, tensors):
     one = files.save(tmp_path / "some" / "one.safetensors", tensors)
+    first = one.with_name("one.sft")
+    one.rename(first)
+    assert read(first).digest == read(first.parent).digest == read(tmp_path, weight_name="some/one.sft").digest
+    first.rename(one)
     for given in (dict(path=one), dict(path=one, weight_name="one.safetensors"), dict(path=one.parent), dict(path=one.parent, weight_name="one.safetensors"),
                   dict(path=tmp_path, weight_name="some/one.safetensors")):  # fmt: skip
         assert read(**given).digest == read(one).digest
@@ -153,6 +157,67 @@ def test_a_pickle_in_disguise(tmp_path, magic):
     (tmp_path / "x.safetensors").write_bytes(magic + bytes(1000))
     with pytest.raises(UserError, match="is a pickle whatever its name says"):
         read(tmp_path / "x.safetensors")
+
+
+PROJ = "lora_unet_double_blocks_0_img_attn_proj"
+
+
+@pytest.mark.parametrize("length", [0x0280, 0x0380, 0x0480, 0x0580])
+def test_a_header_whose_length_begins_like_a_pickle(tmp_path, length):
+    file = files.save(tmp_path / "x.safetensors", files.Maker(0, ranks=(1,)).lora({PROJ: (3072, 3072)}))
+    data = file.read_bytes()
+    count = int.from_bytes(data[:8], "little")
+    file.write_bytes(length.to_bytes(8, "little") + data[8 : 8 + count].ljust(length) + data[8 + count :])
+    assert file.read_bytes().startswith(lora.PICKLES)
+    assert read(file).changes
+
+
+def test_alpha_is_a_number_of_any_kind(tmp_path):
+    """kohya's flux_extract_lora.py writes the rank as it is, an int64."""
+    tensors = files.Maker(0, ranks=(4,)).lora({PROJ: (3072, 3072)}, alpha=False)
+    for value in (np.int64(2).reshape(()), np.asarray([2], np.int32), np.asarray([[2]], np.float16)):
+        (delta,) = read(files.save(tmp_path / "x.safetensors", tensors | {f"{PROJ}.alpha": value})).changes["transformer"].values()
+        assert delta.scale == 2 / 4
+    with pytest.raises(UserError, match=r"alpha of shape \[2\], expected one number"):
+        read(files.save(tmp_path / "x.safetensors", tensors | {f"{PROJ}.alpha": np.ones(2, np.float32)}))
+
+
+def test_peft_names_adapters(tmp_path):
+    """As its users do."""
+    maker = files.Maker(0, ranks=(2,))
+    shapes = files.dots("transformer.", {"transformer_blocks.0.attn.to_q": (3072, 3072)})
+    tensors = maker.lora(shapes, "lora_A.my-style v2.weight", "lora_B.my-style v2.weight", alpha=False)
+    tensors |= {f"{name}.lora_magnitude_vector.my-style v2.weight": np.ones(3072, np.float32) for name in shapes}
+    (delta,) = read(files.save(tmp_path / "x.safetensors", tensors)).changes["transformer"].values()
+    assert isinstance(delta, Decomposed)
+
+
+def test_what_is_left_out_changes_nothing(tmp_path):
+    """The second of two, and integers, where strict=false lets them pass."""
+    tensors = files.Maker(0, ranks=(4,)).lora({PROJ: (3072, 3072)}, alpha=False)
+    twice = {key.replace("lora_down", "lora_A").replace("lora_up", "lora_B"): 2 * value for key, value in tensors.items()}
+    wrong = {key.replace("_0_", "_1_"): value.astype(np.int8) for key, value in tensors.items()}
+    plain = read(files.save(tmp_path / "a.safetensors", tensors)).changes["transformer"]
+    adapter = read(files.save(tmp_path / "b.safetensors", tensors | twice | wrong), strict=False)
+    assert {key for key in twice | wrong if any(line.startswith(f"{key}: ") for line in adapter.skipped)} == {*twice, *wrong}
+    assert adapter.changes["transformer"].keys() == plain.keys()
+    assert all(np.array_equal(delta.full(), plain[place].full()) for place, delta in adapter.changes["transformer"].items())
+
+
+def test_biases_and_norms_alone(tmp_path):
+    maker = files.Maker(0)
+    for tensors in ({f"{PROJ}.diff_b": maker.normal(3072)}, {"double_blocks.0.img_attn.norm.query_norm.scale": maker.normal(128)}):
+        adapter = read(files.save(tmp_path / "x.safetensors", tensors))
+        assert "biases and norms alone" in next(adapter.table()) and adapter.merged_only and adapter.coverage()["parts"] == []
+    for tensors, words in (({f"{PROJ}.alpha": np.float32(1).reshape(())}, "alpha without what belongs to it"), ({f"{PROJ}.diff_b": np.zeros(3072, np.float32)}, "holds no adapter")):
+        with pytest.raises(UserError, match=words):
+            read(files.save(tmp_path / "x.safetensors", tensors))
+
+
+def test_biases_that_stay_as_they_are(tmp_path):
+    tensors = files.Maker(0, ranks=(4,)).lora({PROJ: (3072, 3072)})
+    assert read(files.save(tmp_path / "x.safetensors", tensors | {f"{PROJ}.diff_b": np.zeros(3072, np.float32)})).merged_only is None
+    assert read(files.save(tmp_path / "x.safetensors", tensors | {f"{PROJ}.diff_b": np.ones(3072, np.float32)})).merged_only
 
 
 FIRST = "double_blocks.0.processor.qkv_lora1"
@@ -198,6 +263,37 @@ def test_orientation_dtypes_and_defaults(tmp_path):
     assert len({adapter.digest for adapter in (plain, turned, half, twice)}) == 4
     with pytest.raises(UserError, match="rank|shape"):
         read(tmp_path / "a.safetensors", from_pt=False)
+
+
+def test_peft_keeps_alpha_beside_its_file(tmp_path):
+    """In a config, or where diffusers saves it in the header; a file that has lost it is no adapter of a known strength."""
+    tensors = files.Maker(0, ranks=(4,), dtype=np.float16).peft({"base_model.model.transformer_blocks.0.attn.to_q": (3072, 3072)})
+    file, config = files.save(tmp_path / "adapter_model.safetensors", tensors), tmp_path / "adapter_config.json"
+
+    def scale():
+        (delta,) = read(file).changes["transformer"].values()
+        return delta.scale
+
+    def complaint():
+        with pytest.raises(UserError) as error:
+            read(file)
+        assert len(error.value.lines) == 1
+        return str(error.value)
+
+    assert f"{config}: not found" in complaint()
+    alpha = {"base_model.model.transformer_blocks.0.attn.to_q.alpha": np.float16(2).reshape(())}
+    files.save(file, tensors | alpha)
+    assert scale() == 2 / 4
+    files.save(file, tensors, {"lora_adapter_metadata": '{"transformer.lora_alpha": 8, "transformer.r": 4}'})
+    assert scale() == 8 / 4
+    for text in ("{oops", "[1]", '{"transformer.lora_alpha": "x"}', '{"transformer.lora_alpha": 1, "transformer.alpha_pattern": {"(": 1}}'):
+        files.save(file, tensors, {"lora_adapter_metadata": text})
+        assert f"{file}: lora_adapter_metadata" in complaint()
+    for wrong in ({"lora_alpha": [1]}, {"r": "4"}, {"alpha_pattern": ["x"]}, {"alpha_pattern": {"(": 1}}, {"rank_pattern": {"x": None}}):
+        config.write_text(json.dumps({"lora_alpha": 16} | wrong))
+        assert f"{config}: {next(iter(wrong))} is" in complaint()
+    config.write_text(json.dumps({"r": 4, "lora_alpha": 16, "alpha_pattern": [], "rank_pattern": None}))
+    assert scale() == 16 / 4
 
 
 # ---- a small model with adapters ----
@@ -318,6 +414,18 @@ def test_dora_rows_must_agree(opened, adapters, tmp_path):
         opened(rows, *arrays({"dora": dora}))
     assert "DoRA" in str(error.value) and "rows.jsonl:2" in str(error.value)
     opened(rows[:1] * 2, *arrays({"dora": dora}))
+
+
+def test_an_adapter_that_no_row_uses_may_be_of_any_kind(opened, adapters, tmp_path):
+    """It takes no place beside those that the rows do use."""
+    one = "lora_unet_single_blocks_0_linear2"
+    files.save(tmp_path / "biases.safetensors", {f"{one}.diff_b": files.Maker(0).normal(SMALL.width)})
+    rows = [{"prompt": "x", "seed": 1, "height": 32, "width": 32, "num_inference_steps": 1, "lora": mix} for mix in ({"peft": 1.0}, {"peft": 0.5})]
+    drawn = []
+    for named in ({"peft": adapters["peft"]}, {"biases": tmp_path / "biases.safetensors", "peft": adapters["peft"]}):
+        engine, resolved = opened(rows, *arrays(named), sweep=False)
+        drawn.append(draw(engine, engine.pipeline(resolved), resolved))
+    assert np.array_equal(*drawn)
 
 
 def test_a_run_says_which_adapters_it_used(cli, golden, tmp_path, adapters):

@@ -74,6 +74,25 @@ def test_where_weights_go(golden, monkeypatch):
     assert 0 < network.host_memory() < 1 << 50
 
 
+@pytest.mark.parametrize(("cgroup", "left"), [
+    ("0::/system.slice/job_1/step_0", 250), ("1:name=systemd:/\n0::/system.slice/job_1", 250), ("0::/", 900), ("0::/elsewhere", 900), ("4:memory:/x", 900), (None, 900)])
+def test_memory_of_the_groups_around_a_process(tmp_path, monkeypatch, cgroup, left):
+    """A Slurm job's limit stands on the way down to its step, whose own may be none; file cache can be had back."""
+    groups = {"": (1000, 200, 100), "system.slice": ("max", 150, 0), "system.slice/job_1": (300, 150, 100), "system.slice/job_1/step_0": ("max", 150, 100)}
+    for name, (limit, used, cache) in groups.items():
+        folder = tmp_path / "groups" / name
+        folder.mkdir()
+        for file, text in {"memory.max": limit, "memory.current": used, "memory.stat": f"anon 1\nfile {cache}\n"}.items():
+            (folder / file).write_text(f"{text}\n")
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 9 kB\nMemAvailable: 2 kB\n")
+    if cgroup is not None:
+        (tmp_path / "proc/self/cgroup").write_text(f"{cgroup}\n")
+    monkeypatch.setattr(network, "PROC", tmp_path / "proc")
+    monkeypatch.setattr(network, "CGROUPS", tmp_path / "groups")
+    assert network.host_memory() == left
+
+
 @pytest.mark.parametrize("where", ["host", "free"])
 def test_adapters_on_encoders_that_come_and_go(opened, adapters, monkeypatch, where):  # noqa: F811
     """A sweep over mixes that change the text encoders, which are out of the way in between."""

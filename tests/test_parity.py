@@ -17,7 +17,8 @@ from fluxbatch.dist.mesh import make_mesh
 from fluxbatch.models import clip, flux, t5, vae
 from fluxbatch.weights import load, tables
 from fluxbatch.weights.checkpoint import KINDS
-from fluxbatch.weights.source import Source, Tensor, read_headers
+from fluxbatch.weights.headers import read_headers
+from fluxbatch.weights.source import Source, Tensor
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")

@@ -68,6 +68,28 @@ def test_a_folder_of_another_kind_is_left_to_transformers(checkpoint, tmp_path, 
         assert np.array_equal(Tokenizer(str(other))(TEXTS, 24), expected[name])
 
 
+def test_googles_t5_has_no_tokenizer_json(pytestconfig, tmp_path):
+    """``google/t5-v1_1-xxl`` has SentencePiece's file, and a config of 2020 that does not say whose it is."""
+    from sentencepiece import sentencepiece_model_pb2 as protos
+
+    folder = pytestconfig.rootpath / "fluxbatch/checkpoints/flux-mini/tokenizer_2"
+    model = protos.ModelProto()
+    for piece, score in json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]:
+        kind = {"<unk>": "UNKNOWN", "<pad>": "CONTROL", "</s>": "CONTROL"}.get(piece, "NORMAL")
+        model.pieces.add(piece=piece, score=score, type=getattr(protos.ModelProto.SentencePiece, kind))
+    model.trainer_spec.model_type, model.trainer_spec.unk_id = protos.TrainerSpec.UNIGRAM, 2
+    (tmp_path / "spiece.model").write_bytes(model.SerializeToString())
+    special = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    extra = {"extra_ids": 100, "additional_special_tokens": [f"<extra_id_{i}>" for i in range(100)]}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(special | extra))
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(special))
+    assert np.array_equal(Tokenizer(str(tmp_path))(TEXTS, 24), Tokenizer(str(folder))(TEXTS, 24))
+    (tmp_path / "spiece.model").write_bytes(b"x")
+    with pytest.raises(UserError, match=f"{tmp_path}: the tokenizer cannot be read: .") as error:
+        Tokenizer(str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("damage", ["tokenizer.json", "tokenizer_config.json", "pad_token"])
 def test_a_damaged_one_is_named(checkpoint, tmp_path, damage):
     folder = shutil.copytree(checkpoint / "tokenizer", tmp_path / "tokenizer")

@@ -105,6 +105,14 @@ def test_a_file_gone_while_loading(copy):
     assert f"{FLUX}: not found" in text and "tensor " in text
 
 
+def test_a_file_that_cannot_be_read(copy):
+    """Which is not one that is not there."""
+    (copy / FLUX).unlink()
+    (copy / FLUX).symlink_to(copy / FLUX)
+    with pytest.raises(UserError, match=f"{FLUX}: cannot be read: too many levels of symbolic links"):
+        plans(copy)
+
+
 def test_a_file_replaced_while_loading(copy):
     """The same size and names, other bytes: half of each would be a picture of neither."""
     plan = plans(copy)["transformer"]

@@ -10,10 +10,12 @@ import threading
 
 import gcs_faults
 import jax
+import lora_files
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import GOLDEN, images
+import test_lora
+from conftest import GOLDEN, images, metadata
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 from test_weights import model, plans
@@ -311,21 +313,56 @@ def test_wrong_single_files(golden, tmp_path):
     assert "is not there" in complaint("/nowhere/flux1-dev.safetensors")
     whole = load_file(file)
     save(whole | {"control_in.weight": np.ones((2, 2), np.float32)}, file)
-    assert "control_in.weight" in complaint()
+    assert complaint() == f"{file}: tensor that the model does not have: control_in.weight"
     save({name: value for name, value in whole.items() if "single_blocks.1.linear2" not in name}, file)
-    assert "single_blocks.out.kernel[1]" in complaint()
-    save(whole | {"img_in.scale_weight": np.ones(3, np.float32)}, file)
-    assert "img_in.scale_weight" in complaint()
+    assert f"{file}: parameter that no tensor fills: single_blocks.out.kernel[1]" in complaint()
+    for shape in ((3,), (1, len(whole["img_in.weight"])), (len(whole["img_in.weight"]), 2)):
+        save(whole | {"img_in.scale_weight": np.ones(shape, np.float32)}, file)
+        assert f"{file}: img_in.scale_weight: a scale of shape {list(shape)}" in complaint()
     save(whole | {"img_in.weight": whole["img_in.weight"].astype(np.int8)}, file)
     assert "int8" in complaint()
     save(whole, file)
+    vae = bfl_vae(load_file(golden / "dev" / VAE))
+    save({name: value for name, value in vae.items() if not name.startswith("decoder.up.")}, tmp_path / "it/ae.safetensors")
+    assert f"{tmp_path / 'it/ae.safetensors'}: no tensor gives the size of 'decoder.up' of the vae" in complaint()
     (tmp_path / "it/ae.safetensors").unlink()
     assert "ae.safetensors" in complaint() and "vae_model_name_or_path" in complaint()
-    save(bfl_vae(load_file(golden / "dev" / VAE)), tmp_path / "it/ae.safetensors")
+    save(vae, tmp_path / "it/ae.safetensors")
     (tmp_path / "it/vae/config.json").unlink()
     assert "scaling_factor" in complaint()
     shutil.copy(file, tmp_path / "it/flux1-other.safetensors")
     assert "name one of them" in complaint(tmp_path / "it")
+
+
+def test_the_suffix_of_the_first_single_files(golden, tmp_path, expected):
+    """Black Forest Labs began with ``.sft``."""
+    named = black_forest_labs(golden / "dev", tmp_path / "it")["path"]
+    for file in (named, named.with_name("ae.safetensors")):
+        file.rename(file.with_suffix(".sft"))
+    assert_equal({"vae": expected["dev"]["vae"]}, parameters(tmp_path / "it/flux1-dev.sft", only="vae"))
+    for given in (dict(path=tmp_path / "it"), dict(path=tmp_path / "it/flux1-dev.sft", vae=str(tmp_path / "it/ae.sft"))):
+        components = open_checkpoint(model(**given)).components
+        assert [components[name].where for name in ("transformer", "vae")] == [f"{tmp_path}/it/flux1-dev.sft", f"{tmp_path}/it/ae.sft"]
+
+
+def test_what_is_there_instead_is_said(golden, tmp_path):
+    """Variants, ComfyUI's folders and files under other names: they are named."""
+    comfyui(golden / "dev", tmp_path / "ui")
+    shutil.copytree(golden / "dev", tmp_path / "fp16")
+    (tmp_path / "fp16" / VAE).rename(tmp_path / "fp16" / VAE.replace(".safetensors", ".fp16.safetensors"))
+    (tmp_path / "flat").mkdir()
+    shutil.copy(golden / "dev" / FLUX, tmp_path / "flat/FLUX.1-dev.safetensors")
+    (tmp_path / "bare").mkdir()
+    shutil.copy(tmp_path / "ui/clip/clip_l.safetensors", tmp_path / "bare/clip_l.safetensors")
+    for given, words in (
+        (dict(path=tmp_path / "fp16"), f"expected diffusion_pytorch_model.safetensors or model.safetensors .*; {tmp_path}/fp16/vae has diffusion_pytorch_model.fp16.safetensors"),
+        (dict(path=tmp_path / "flat"), f"no transformer; {tmp_path}/flat has FLUX.1-dev.safetensors"),
+        (dict(path=golden / "dev", clip=tmp_path / "ui/clip"), f"no weights: .*; {tmp_path}/ui/clip has clip_l.safetensors"),
+        (dict(path=golden / "dev", clip=tmp_path / "bare"), f"no text_encoder; {tmp_path}/bare has clip_l.safetensors"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=words) as error:
+            plans(**{key: str(value) for key, value in given.items()})
+        assert len(error.value.lines) == 1
 
 
 def test_tokenizers_of_single_files(golden, tmp_path):
@@ -346,10 +383,17 @@ class Ranges(http.server.SimpleHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
 
+    missing = 404
+
     def do_GET(self):
         path = self.translate_path(self.path)
+        if self.path.startswith("/moved/"):
+            self.send_response(302)
+            self.send_header("Location", self.path.removeprefix("/moved"))
+            self.send_header("Content-Length", "0")
+            return self.end_headers()
         if not os.path.isfile(path):
-            return self.send_error(404)
+            return self.send_error(self.missing)
         total, status = os.path.getsize(path), 200
         first, last = 0, total - 1
         if match := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
@@ -389,6 +433,40 @@ def test_over_http(golden, tmp_path, web, expected):
     assert_equal(vae, parameters(f"{web}/out", (1, 4), only="vae"))
     with pytest.raises(UserError, match="nothing/transformer"):
         plans(f"{web}/nothing")
+
+
+def test_a_server_that_denies_what_is_not_there(golden, tmp_path, web, monkeypatch):
+    """As S3 does for those who may not list; what must be there is still reported as denied."""
+    named = black_forest_labs(golden / "dev", tmp_path / "single")["path"]
+    plain = open_checkpoint(model(f"{web}/single/{named.name}")).digest()
+    monkeypatch.setattr(Ranges, "missing", 403)
+    assert open_checkpoint(model(f"{web}/single/{named.name}")).digest() == plain
+    with pytest.raises(UserError, match="single/none.safetensors: cannot be read: PERMISSION_DENIED"):
+        plans(f"{web}/single/none.safetensors")
+
+
+def test_addresses_that_are_not_read(golden, tmp_path, web):
+    file = black_forest_labs(golden / "dev", tmp_path / "single")["path"].name
+    with pytest.raises(UserError, match=f"moved/single/{file}: cannot be read: redirects to another address"):
+        plans(f"{web}/moved/single/{file}")
+    for address in (f"{web}/single/{file}?download=true", f"{web}/single#top"):
+        with pytest.raises(UserError, match="expected an address without '[?]' and '#'"):
+            plans(address)
+
+
+def test_passwords_of_addresses_are_not_shown(golden, tmp_path, web, cli):
+    """They are used, and stand in no message and no record."""
+    converted(golden / "dev", tmp_path / "out")
+    address = web.replace("://", "://me:secret@")
+    with pytest.raises(UserError, match=f"{web}/nothing/transformer") as error:
+        plans(f"{address}/nothing")
+    assert "secret" not in str(error.value) + "".join(error.value.lines)
+    adapter = lora_files.save(tmp_path / "x.safetensors", {"lora_unet_double_blocks_0_img_attn_proj.diff_b": np.ones(3072, np.float32)})
+    assert test_lora.read(f"{address}/{adapter.name}").file == f"{web}/{adapter.name}"
+    code, err = cli(f"pretrained_model_name_or_path={address}/out", "prompt=x", "resolution=32", "num_inference_steps=1", "max_sequence_length=24",
+                    f"output_dir={tmp_path}", "run_name=run")  # fmt: skip
+    assert code == 0 and "secret" not in err, err
+    assert metadata(tmp_path / "run")[0]["model"] == f"{web}/out"
 
 
 @pytest.fixture(scope="module")

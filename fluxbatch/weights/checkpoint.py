@@ -26,9 +26,10 @@ from fluxbatch.models.t5 import T5Config, T5Encoder
 from fluxbatch.models.vae import Decoder, VaeConfig
 from fluxbatch.types import UserError
 from fluxbatch.weights import load, native, single, tables
-from fluxbatch.weights.find import find, snapshot, split
+from fluxbatch.weights.find import SMALL, SUFFIX, SUFFIXES, find, snapshot, split
+from fluxbatch.weights.headers import held, read_header, read_headers, with_scales
 from fluxbatch.weights.rules import Table
-from fluxbatch.weights.source import Source, Tensor, read_header, read_headers, sampled, with_scales
+from fluxbatch.weights.source import Source, Tensor, sampled
 from fluxbatch.weights.verify import verify
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt", "spiece.model")
@@ -57,7 +58,7 @@ KINDS = {
     "text_encoder_2": Kind(T5Config, T5Encoder, tables.T5, ("model",), ("T5EncoderModel", "T5ForConditionalGeneration", "T5Model"),
                            "t5xxl_model_name_or_path", T5_FILES, ("text_encoders", "clip")),
     "vae": Kind(VaeConfig, Decoder, tables.VAE_DECODER, ("diffusion_pytorch_model", "model"), ("AutoencoderKL",),
-                "vae_model_name_or_path", ("ae.safetensors",), ("vae",)),
+                "vae_model_name_or_path", ("ae.safetensors", "ae.sft"), ("vae",)),
 }  # fmt: skip
 # Each tokenizer's encoder, and for FLUX.1's vocabularies the public repository that has it: single files
 # come without one.
@@ -139,7 +140,7 @@ def files(components: Mapping[str, Component]) -> list[tuple[Source, str, int]]:
 
 def open_checkpoint(model: Model) -> Checkpoint:
     """Finds the checkpoint and reads its configs and headers; UserError for anything unsound."""
-    place, revision = find(model.pretrained_model_name_or_path, "model.pretrained_model_name_or_path", model.revision)
+    place, revision = find(model.pretrained_model_name_or_path, "model.pretrained_model_name_or_path", model.revision, *_wanted(model))
     folder, file = split(place)
     root = Source(folder)
     index = root.json("model_index.json") if file is None and root.exists("model_index.json") else {}
@@ -178,14 +179,22 @@ def open_checkpoint(model: Model) -> Checkpoint:
                       converted_from=(marker or {}).get("digest"))  # fmt: skip
 
 
+def _wanted(model: Model) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What to fetch of the base model's repository; and with a transformer that is a file of it. No weights of what
+    the configuration names apart."""
+    weights = [name for name, kind in KINDS.items() if not (kind.key and getattr(model, kind.key))]
+    beside = [f"{name}/*" for name in weights if name != "transformer"] + [*KINDS["vae"].files] * ("vae" in weights)
+    return (*SMALL, *(f"{name}/*" for name in weights)), (*SMALL, *beside)
+
+
 def _open(
     name: str, model: Model, root: Source, file: str | None, whole: Mapping[str, Tensor], marker: Mapping[str, Any] | None
 ) -> tuple[Component, Source | None]:
     """A component, and the directory of a text encoder that the configuration names apart."""
     kind = KINDS[name]
     if kind.key and (given := getattr(model, kind.key)):
-        patterns = tuple(f"{prefix}*.{end}" for prefix in ("", f"{name}/", "tokenizer*/") for end in ("json", "safetensors", "txt", "model"))
-        place, other = split(find(given, f"model.{kind.key}", patterns=patterns)[0])
+        stems = (f"{folder}{stem}{end}" for folder in ("", f"{name}/") for stem in kind.stems for end in (SUFFIX, f"-*{SUFFIX}"))
+        place, other = split(find(given, f"model.{kind.key}", None, (*stems, *SMALL), SMALL)[0])
         home = Source(place)
         if other:
             return _from_file(name, home, other, _read_file(home, other)), home
@@ -202,7 +211,7 @@ def _open(
             if folder.exists(other):
                 return _from_file(name, folder, other, _read_file(folder, other)), None
     if not file:
-        return _from_directory(name, root / name), None  # says what is missing
+        return _from_directory(name, root / name, root=root), None  # says what is missing
     raise UserError(f"{root.path(file)}: no {name} in it or beside it: expected {root.path(name)}/ or {kind.files[0]} in "
                     f"{', '.join(folder.url for folder in folders)}, or model.{kind.key}=…")  # fmt: skip
 
@@ -215,8 +224,7 @@ def _only_file(root: Source) -> str | None:
     """The transformer's file in a directory of single files."""
     if _has_weights("transformer", root / "transformer"):
         return None
-    names = sorted(os.listdir(root.url)) if root.local else root.files()
-    files = [n for n in names if "/" not in n and n.startswith("flux") and n.endswith(".safetensors")]
+    files = [name for name in root.top() if name.startswith("flux") and name.endswith(SUFFIXES)]
     if len(files) > 1:
         raise UserError(f"{root.url}: holds {', '.join(files)}: name one of them")
     return files[0] if files else None
@@ -253,10 +261,10 @@ def _class_of(config: Mapping[str, Any]) -> str | None:
     return config.get("_class_name") or next(iter(config.get("architectures") or ()), None)
 
 
-def _from_directory(name: str, source: Source, marker: Mapping[str, Any] | None = None) -> Component:
+def _from_directory(name: str, source: Source, marker: Mapping[str, Any] | None = None, root: Source | None = None) -> Component:
     kind = KINDS[name]
     if not source.exists("config.json"):
-        raise UserError(f"{source.path('config.json')}: not found: the checkpoint has no {name}")
+        raise UserError(f"{source.path('config.json')}: not found: the checkpoint has no {name}{held(source, *([root] if root else []))}")
     config = source.json("config.json")
     where = source.path("config.json")
     declared = _class_of(config)

@@ -5,53 +5,80 @@ from __future__ import annotations
 import importlib.resources
 import os
 import re
+from urllib.parse import unquote
 
 from fluxbatch.types import UserError
 
 EMBEDDED = importlib.resources.files("fluxbatch") / "checkpoints"
 SUFFIX = ".safetensors"
+SUFFIXES = (SUFFIX, ".sft")
+CONVERTED = "fluxbatch.json"  # lists a converted copy, whose weights have no suffix
 PICKLED = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
-PARTS = ("transformer", "text_encoder", "text_encoder_2", "vae", "scheduler", "tokenizer", "tokenizer_2")
+# Redirected elsewhere, and often to be seen with a token only: fetched as what it is
+PAGE = re.compile(r"https://huggingface\.co/(?P<repo>[^/?#]+/[^/?#]+)(/(resolve|blob|tree)/(?P<revision>[^/?#]+)(?P<file>/[^?#]+?)?)?/?([?]download=true)?")
+SMALL = ("*.json", "*merges.txt", "*spiece.model")  # configs and tokenizers
 
 
-def find(name: str, key: str, revision: str | None = None, patterns: tuple[str, ...] | None = None) -> tuple[str, str | None]:
+def find(
+    name: str, key: str, revision: str | None = None, patterns: tuple[str, ...] = (), beside: tuple[str, ...] = ()
+) -> tuple[str, str | None]:
     """A directory, ``.safetensors`` file or URL of either for an embedded name, a path, a URL, a Hugging
-    Face repo id or ``owner/repo/file.safetensors``; and the snapshot's commit if there is one.
+    Face repo id, ``owner/repo/file.safetensors`` or its page there; and the snapshot's commit if there is one.
 
-    ``patterns``: the files to fetch of a repository. UserError says what was looked for.
+    ``patterns``: the files to fetch of a repository, ``beside``: those to fetch with a named file of it (``*`` matches
+    ``/`` too). UserError says what was looked for.
     """
     name = name.removeprefix("file://")
     path = os.path.expanduser(name)
-    if name.endswith((*PICKLED, ".gguf", ".sft")) and not os.path.isdir(path):
+    if page := PAGE.fullmatch(name):
+        name, path = unquote(page["repo"] + (page["file"] or "")), ""
+        revision = unquote(page["revision"]) if page["revision"] else revision
+    if name.endswith((*PICKLED, ".gguf")) and not os.path.isdir(path):
         why = "pickled files are not read, they can run code" if name.endswith(PICKLED) else "this format is not read"
         raise UserError(f"{key}: {name!r}: expected a {SUFFIX} file: {why}")
     if "://" in name:
         if not re.fullmatch(r"(gs|https?)://[^/]+(/.*)?", name):
             raise UserError(f"{key}: {name!r}: expected gs://bucket/prefix or http(s)://host/path")
+        if name.startswith("http") and re.search("[?#]", name):
+            raise UserError(f"{key}: {name!r}: expected an address without '?' and '#', of a public file or directory: http(s)://host/path")
         return name.rstrip("/"), None
     if os.path.isdir(path):
         return path, None
     if os.path.isfile(path):
-        if not path.endswith(SUFFIX):
+        if not path.endswith(SUFFIXES):
             raise UserError(f"{key}: {name!r}: expected a {SUFFIX} file or a directory")
         return path, None
     if "/" not in name and (EMBEDDED / name / "model_index.json").is_file():
         return str(EMBEDDED / name), None
     owner, _, rest = name.partition("/")
     repo, _, file = rest.partition("/")
-    if not repo or name.startswith((".", "/", "~")) or name.endswith("/") or (file and not file.endswith(SUFFIX)) or repo.endswith(SUFFIX):
+    if not repo or name.startswith((".", "/", "~")) or name.endswith("/") or (file and not file.endswith(SUFFIXES)) or repo.endswith(SUFFIXES):
         raise UserError(f"{key}: {name!r} is not there: expected a directory, a {SUFFIX} file, gs://bucket/prefix, "
                         "http(s)://… or a Hugging Face repo id")  # fmt: skip
-    patterns = patterns or ("model_index.json", "ae.safetensors", *(f"{part}/*" for part in PARTS))
+    folder = snapshot(f"{owner}/{repo}", key, revision, (file, *beside) if file else patterns)
     if file:
-        patterns = (file, *(p for p in patterns if not p.startswith("transformer/") or p.endswith(".json")))
-    folder = snapshot(f"{owner}/{repo}", key, revision, patterns)
-    return (os.path.join(folder, file) if file else folder), os.path.basename(folder)
+        return os.path.join(folder, file), os.path.basename(folder)
+    if not any(held.endswith(SUFFIXES) or held == CONVERTED for *_, files in os.walk(folder) for held in files):
+        named = [f"{owner}/{repo}/{held}" for held in _listed(f"{owner}/{repo}", revision) if held.endswith(SUFFIXES)]
+        wanted = ", ".join(pattern for pattern in patterns if pattern not in SMALL)
+        raise UserError(f"{key}: {name!r}: {folder} has none of the repository's weights: expected {wanted}"
+                        + (f", or one of its files by name: {', '.join(named[:10])}" if named else ""))  # fmt: skip
+    return folder, os.path.basename(folder)
+
+
+def _listed(repo: str, revision: str | None) -> list[str]:
+    """The files of a repository on Hugging Face, as far as it will say."""
+    import huggingface_hub
+
+    try:
+        return huggingface_hub.list_repo_files(repo, revision=revision)
+    except Exception:  # it is asked for the sake of a message
+        return []
 
 
 def split(place: str) -> tuple[str, str | None]:
     """Directory and file name of a ``.safetensors`` file; the directory itself and None."""
-    if not place.endswith(SUFFIX) or os.path.isdir(place):
+    if not place.endswith(SUFFIXES) or os.path.isdir(place):
         return place, None
     folder, _, file = place.rpartition("/")
     return folder or ("/" if place.startswith("/") else "."), file

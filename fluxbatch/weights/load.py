@@ -67,7 +67,9 @@ def plan(make: Callable[[nnx.Rngs | None], nnx.Module], tensors: dict[str, Tenso
     flat = {path_of(keys): leaf for keys, leaf in nnx.to_flat_state(state)}
     shapes = {path: leaf.get_value().shape for path, leaf in flat.items()}
     stacked = {path: len(shapes[path]) > len(leaf.get_metadata()["axes"]) for path, leaf in flat.items()}
-    return Plan(source, graph, state, assign(tensors, table, shapes, stacked, source.url))
+    files = {tensor.file for tensor in tensors.values()}
+    where = source.path(*files) if len(files) == 1 else source.url
+    return Plan(source, graph, state, assign(tensors, table, shapes, stacked, where))
 
 
 def load(

@@ -17,31 +17,18 @@ from typing import Any
 
 import numpy as np
 
-from fluxbatch.config import Job
-from fluxbatch.types import UserError
-from fluxbatch.weights.find import PICKLED, SUFFIX, find, split
+from fluxbatch.types import UserError, public
+from fluxbatch.weights.headers import read_header
 from fluxbatch.weights.load import Plan
 from fluxbatch.weights.lora_delta import Decomposed, Delta, Hadamard, Kronecker, Product, Replacement, Whole
+from fluxbatch.weights.lora_file import Spec, locate, settings_of
 from fluxbatch.weights.lora_formats import KINDS, Site, Target, read_key
 from fluxbatch.weights.rules import listed
-from fluxbatch.weights.source import FLOATS, Source, read_header
+from fluxbatch.weights.source import FLOATS
 
-USUAL = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 Place = tuple[str, int]  # path of a parameter, layer
-
-
-@dataclasses.dataclass(frozen=True)
-class Spec:
-    """An adapter as the job names it."""
-
-    name: str
-    path: str
-    weight_name: str | None
-    scale: float
-    from_pt: bool
-    key: str  # of the configuration, for messages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,8 +74,9 @@ class Adapter:
     def table(self) -> Iterator[str]:
         """The same, in lines for people."""
         parameters = sum(part.parameters for part in self.parts)
-        yield f"{self.name} × {self.spec.scale:g}: {self.format}, {parameters:,} parameters, {self.file}"
-        wide = max(len(part.part) for part in self.parts)
+        what = f"{parameters:,} parameters" if self.parts else "biases and norms alone"
+        yield f"{self.name} × {self.spec.scale:g}: {self.format}, {what}, {self.file}"
+        wide = max((len(part.part) for part in self.parts), default=0)
         for part in self.parts:
             rank, alpha = ("–".join(f"{x:g}" for x in dict.fromkeys(pair)) for pair in (part.rank, part.alpha))
             yield (f"  {part.part:{wide}}  {part.layers:>2} of {part.of:<2} layers  rank {rank:<5} alpha {alpha:<5} "
@@ -96,25 +84,15 @@ class Adapter:
         yield from (f"  warning: left out: {line}" for line in self.skipped)
 
 
-def specs(job: Job) -> list[Spec]:
-    """All adapters of a job, those of the ``lora`` group first."""
-    found = [Spec(name, a.path, a.weight_name, a.scale, a.from_pt, f"lora.{name}.path") for name, a in job.lora.items()]
-    arrays = job.lora_config
-    for i, path in enumerate(arrays.lora_model_name_or_path):
-        key = f"lora_config.lora_model_name_or_path[{i}]"
-        found.append(Spec(arrays.adapter_name[i], path, arrays.weight_name[i], arrays.scale[i], arrays.from_pt[i], key))
-    return found
-
-
 def read_adapter(spec: Spec, plans: Mapping[str, Plan], strict: bool) -> Adapter:
     """Reads the file and finds the place of everything in it; UserError lists whatever has none."""
-    source, file = _locate(spec)
+    source, file = locate(spec)
     data = source.read(file)
     where = source.path(file)
-    if data.startswith(PICKLES):
+    if data.startswith(PICKLES) and data[8:9] != b"{":  # a header's length may begin like a pickle
         raise UserError(f"{spec.key}: {where}: is a pickle whatever its name says; pickled files are not read, they can run code")
     tensors = read_header(source, file)
-    settings = _settings(source, file, data)
+    settings = settings_of(source, file, data)
     described = json.dumps([spec.from_pt, settings], sort_keys=True)
     digest = hashlib.sha256(data + described.encode()).hexdigest()[:16]
 
@@ -128,14 +106,16 @@ def read_adapter(spec: Spec, plans: Mapping[str, Plan], strict: bool) -> Adapter
         if site is None or not all(_fits(plans[site.component], target) for target in site.targets):
             unknown.append(key)
         elif site.targets:
-            group = groups[site.component, site.module]
-            if site.role in group:
+            at = site.component, site.module
+            if site.role in groups.get(at, {}):
                 problems.append(f"{key}: {site.module} has its {site.role} already")
-            elif tensor.dtype not in FLOATS.values():
+                continue
+            if tensor.dtype not in FLOATS.values() and site.role != "alpha":
                 problems.append(f"{key}: dtype {tensor.dtype}, expected one of {', '.join(FLOATS)}")
+                continue
             value = np.frombuffer(data, tensor.dtype, math.prod(tensor.shape), tensor.start).reshape(tensor.shape)
-            group[site.role] = value.reshape(value.shape[:2]) if value.ndim == 4 and value.shape[2:] == (1, 1) else value
-            sites[site.component, site.module] = site
+            groups[at][site.role] = value.reshape(value.shape[:2]) if value.ndim == 4 and value.shape[2:] == (1, 1) else value
+            sites[at] = site
             if site.role in KINDS:
                 kinds[f"{KINDS[site.role]} as {site.writer} names it"] = None
 
@@ -150,47 +130,7 @@ def read_adapter(spec: Spec, plans: Mapping[str, Plan], strict: bool) -> Adapter
         nothing = [] if reader.changes else ["holds no adapter for this model"]
         hint = [f"{spec.key}: lora_config.strict=false leaves these keys out"] if reader.changes else []
         raise UserError(*(f"{where}: {line}" for line in [*lines, *nothing]), *hint)
-    return Adapter(spec, where, digest, ", ".join(kinds), reader.changes, reader.parts(), tuple([*unknown, *problems]))
-
-
-def _locate(spec: Spec) -> tuple[Source, str]:
-    """The directory and the file; UserError if there is none, or it is a pickle."""
-    if spec.weight_name is not None and spec.weight_name.endswith(PICKLED):
-        raise UserError(f"{spec.key}: weight_name {spec.weight_name!r}: expected a {SUFFIX} file: pickled files are not read, they can run code")
-    patterns = (spec.weight_name, "adapter_config.json") if spec.weight_name else (f"*{SUFFIX}", "adapter_config.json")
-    place, _ = find(spec.path, spec.key, patterns=patterns)
-    folder, file = split(place)
-    if file is not None and spec.weight_name not in (None, file):
-        raise UserError(f"{spec.key}: {spec.path!r} is a file; weight_name is {spec.weight_name!r}, expected null")
-    source = Source(folder)
-    if file is None:
-        if spec.weight_name is not None:
-            file = spec.weight_name
-        else:
-            held = [name for name in source.files() if name.endswith(SUFFIX)]
-            chosen = [name for name in USUAL if name in held] or held
-            if len(chosen) != 1:
-                have = f"{len(held)} ({', '.join(held[:5])}{', …' if len(held) > 5 else ''})" if held else "none"
-                raise UserError(f"{spec.key}: {source.url}: expected one {SUFFIX} file, or weight_name to say which; it has {have}")
-            file = chosen[0]
-    if not source.exists(file):
-        raise UserError(f"{spec.key}: {source.path(file)}: not found")
-    return source, file
-
-
-def _settings(source: Source, file: str, data: bytes) -> dict[str, dict[str, Any]]:
-    """What PEFT keeps beside the tensors (alpha, ranks, …), by component: in ``adapter_config.json``,
-    or in the header, as diffusers writes it."""
-    if file.rpartition("/")[2] == USUAL[1]:
-        beside = file[: -len(USUAL[1])] + "adapter_config.json"
-        return {"transformer": source.json(beside)} if source.exists(beside) else {}
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    text = (header.get("__metadata__") or {}).get("lora_adapter_metadata")
-    by_component: dict[str, dict[str, Any]] = collections.defaultdict(dict)
-    for key, value in (json.loads(text) if text else {}).items():
-        component, _, name = key.partition(".")
-        by_component[component][name] = value
-    return dict(by_component)
+    return Adapter(spec, public(where), digest, ", ".join(kinds), reader.changes, reader.parts(), tuple([*unknown, *problems]))
 
 
 def _fits(plan: Plan, target: Target) -> bool:
@@ -212,8 +152,8 @@ class _Reader:
         tensors = {role: value if self.spec.from_pt else value.T for role, value in given.items()}
         count = sum(value.size for role, value in tensors.items() if role != "alpha")
         made = list(self._deltas(site, tensors))
-        if tensors:
-            raise ValueError(f"{', '.join(tensors)} without what belongs to it")
+        if tensors or not made:
+            raise ValueError(f"{', '.join(tensors or given)} without what belongs to it")
         found: dict[Place, Delta] = {}
         for leaf, delta, alpha in made:
             for target in site.targets:
@@ -226,6 +166,8 @@ class _Reader:
                     raise ValueError(f"shape {list(part.shape)}, the model expects {list(shape)} for {path}")
                 if (path, target.layer) in found | self.changes.get(site.component, {}):
                     raise ValueError(f"another module of the file has changed {path}[{target.layer}] already")
+                if type(part) is Whole and part.merged_only and not part.value.any():
+                    continue  # a bias as it was is no reason to mix this adapter with no other
                 norm2 = part.norm2()
                 if not math.isfinite(norm2):
                     raise ValueError("holds NaN or infinity, or numbers whose products are")
@@ -233,12 +175,15 @@ class _Reader:
                 if part.merged_only is None or isinstance(part, Decomposed):
                     self._cover(site.component, target, part.rank, alpha, count, norm2)
                     count = 0  # a fused layer's factors are counted once
-        self.changes.setdefault(site.component, {}).update(found)
+        if found:
+            self.changes.setdefault(site.component, {}).update(found)
 
     def _deltas(self, site: Site, tensors: dict[str, np.ndarray]) -> Iterator[tuple[str, Delta, float]]:
         """(leaf if not the weight's own, change, alpha) of what the tensors are; takes them out."""
         pop = tensors.pop
         alpha = pop("alpha", None)
+        if alpha is not None and alpha.size != 1:
+            raise ValueError(f"alpha of shape {list(alpha.shape)}, expected one number")
         alpha = None if alpha is None else float(alpha.reshape(()))
         delta: Delta | None = None
         if {"down", "up"} <= tensors.keys():

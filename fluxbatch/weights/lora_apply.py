@@ -20,8 +20,9 @@ from fluxbatch.dist.mesh import Placement, put
 from fluxbatch.models.layers import LowRank
 from fluxbatch.types import Row, UserError
 from fluxbatch.weights.load import Edit, Edits, Plan
-from fluxbatch.weights.lora import Adapter, Place, read_adapter, specs
+from fluxbatch.weights.lora import Adapter, Place, read_adapter
 from fluxbatch.weights.lora_delta import Delta
+from fluxbatch.weights.lora_file import specs
 
 Mix = tuple[tuple[str, float], ...]  # adapter → scale, sorted by name
 TEXT = ("text_encoder", "text_encoder_2")
@@ -89,7 +90,7 @@ class Loras:
 
     def attach(self, component: str, module: nnx.Module, plan: Plan, mesh: jax.sharding.Mesh, dtype: Any) -> None:
         """Puts all adapters beside the weights of a component, on its devices."""
-        paths = dict.fromkeys(path for adapter in self.adapters for path, _ in adapter.changes.get(component, {}))
+        paths = dict.fromkeys(path for changes in self._beside(component) for path, _ in changes)
         for path in paths:
             layers, _ = plan.shapes[path]
             a, b, ranks = self._side_by_side(component, path, layers or 1)
@@ -103,14 +104,17 @@ class Loras:
             a, b = (put(np.asarray(place.arranged(x)).astype(dtype), place.final) for x, place in zip((a, b), places, strict=True))
             linear.lora = LowRank(a, b, ranks, (rows, columns))  # type: ignore[attr-defined]
 
+    def _beside(self, component: str) -> list[Mapping[Place, Delta]]:
+        """What each adapter does there; nothing for one that can only be merged, as no row uses it where mixes differ."""
+        return [{} if adapter.merged_only else adapter.changes.get(component, {}) for adapter in self.adapters]
+
     def _side_by_side(self, component: str, path: str, layers: int) -> tuple[np.ndarray, np.ndarray, tuple[int, ...]]:
         """A ``[layers, R, in]``, B ``[layers, out, R]``, and how many of the R each adapter has.
 
         Zeros where an adapter leaves a layer out or has a smaller rank there.
         """
         blocks = []
-        for adapter in self.adapters:
-            changes = adapter.changes.get(component, {})
+        for changes in self._beside(component):
             blocks.append({layer: changes[path, layer].factors() for layer in range(layers) if (path, layer) in changes})
         ranks = tuple(max((len(a) for a, _ in block.values()), default=0) for block in blocks)
         a, b = next(pair for block in blocks for pair in block.values())

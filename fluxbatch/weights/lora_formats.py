@@ -39,12 +39,12 @@ PREFIXES = (
 
 # role → the ends of keys that have it
 ROLES = {
-    "down": r"lora_A(?:\.\w+)?\.weight|lora_down\.weight|lora\.down\.weight|lora_linear_layer\.down\.weight|down\.weight",
-    "up": r"lora_B(?:\.\w+)?\.weight|lora_up\.weight|lora\.up\.weight|lora_linear_layer\.up\.weight|up\.weight",
-    "up_bias": r"lora_B(?:\.\w+)?\.bias|lora_up\.bias",
+    "down": r"lora_A(?:\.[^.]+)?\.weight|lora_down\.weight|lora\.down\.weight|lora_linear_layer\.down\.weight|down\.weight",
+    "up": r"lora_B(?:\.[^.]+)?\.weight|lora_up\.weight|lora\.up\.weight|lora_linear_layer\.up\.weight|up\.weight",
+    "up_bias": r"lora_B(?:\.[^.]+)?\.bias|lora_up\.bias",
     "alpha": "alpha",
     "dora_scale": "dora_scale",
-    "dora_peft": r"lora_magnitude_vector(?:\.\w+)?(?:\.weight)?",
+    "dora_peft": r"lora_magnitude_vector(?:\.[^.]+)?(?:\.weight)?",
     **{name: name for name in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")},
     **{name: name for name in ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")},
     "diff": "diff|w_norm",

@@ -23,10 +23,11 @@ import numpy as np
 import tensorstore as ts
 
 from fluxbatch.types import UserError
+from fluxbatch.weights.find import CONVERTED
 from fluxbatch.weights.rules import split_layer
 from fluxbatch.weights.source import FLOATS, READERS, RETRIES, Place, Source, Tensor, store_spec
 
-MARKER = "fluxbatch.json"
+MARKER = CONVERTED
 STARTED = "converting.json"
 FORMAT = 1
 PARTS = 64  # a parameter's rows are cut into at most this many chunks: the widest fsdp with exact reads

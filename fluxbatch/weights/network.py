@@ -15,6 +15,7 @@ from flax import nnx
 from fluxbatch.dist import hosts
 from fluxbatch.weights import load
 
+PROC, CGROUPS = pathlib.Path("/proc"), pathlib.Path("/sys/fs/cgroup")
 AWAY = ("keep", "host", "free")  # where weights go that are not needed: nowhere, pinned host memory, nowhere at all
 
 
@@ -127,16 +128,19 @@ def pinned(mesh: jax.sharding.Mesh) -> bool:
 
 
 def host_memory() -> int:
-    """Bytes of memory that this host, or the container around this process, has left."""
+    """Bytes of memory that this host, or any of the groups around this process (a container's, a Slurm job's), has left."""
     left = sys.maxsize
     with contextlib.suppress(OSError, KeyError, ValueError):
-        left = 1024 * _numbers("/proc/meminfo")["MemAvailable:"]
-    with contextlib.suppress(OSError, KeyError, ValueError):
-        group = pathlib.Path("/sys/fs/cgroup")
-        used = int((group / "memory.current").read_text()) - _numbers(group / "memory.stat")["file"]
-        left = min(left, int((group / "memory.max").read_text()) - used)
+        left = 1024 * _numbers(PROC / "meminfo")["MemAvailable:"]
+    own = CGROUPS
+    with contextlib.suppress(OSError, StopIteration):
+        own /= next(line[4:] for line in (PROC / "self/cgroup").read_text().splitlines() if line.startswith("0::/"))
+    for group in (own, *own.parents):
+        with contextlib.suppress(OSError, KeyError, ValueError):
+            used = int((group / "memory.current").read_text()) - _numbers(group / "memory.stat")["file"]
+            left = min(left, int((group / "memory.max").read_text()) - used)
     return left
 
 
-def _numbers(file: str | pathlib.Path) -> dict[str, int]:
-    return {words[0]: int(words[1]) for line in pathlib.Path(file).read_text().splitlines() if len(words := line.split()) > 1}
+def _numbers(file: pathlib.Path) -> dict[str, int]:
+    return {words[0]: int(words[1]) for line in file.read_text().splitlines() if len(words := line.split()) > 1}

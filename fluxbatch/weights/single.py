@@ -105,8 +105,10 @@ def _t5(shapes: Mapping[str, tuple[int, ...]], layers: Mapping[str, int]) -> dic
 
 
 def _vae(shapes: Mapping[str, tuple[int, ...]], layers: Mapping[str, int]) -> dict[str, Any]:
-    levels = 1 + max(int(m[1]) for path in shapes if (m := re.match(r"up\.(\d+)\.", path)))
-    blocks = 1 + max(int(m[1]) for path in shapes if (m := re.match(r"up\.0\.block\.(\d+)\.", path)))
+    levels = 1 + max((int(m[1]) for path in shapes if (m := re.match(r"up\.(\d+)\.", path))), default=-1)
+    blocks = 1 + max((int(m[1]) for path in shapes if (m := re.match(r"up\.0\.block\.(\d+)\.", path))), default=-1)
+    if not levels or not blocks:
+        raise KeyError("decoder.up")
     return dict(
         latent_channels=shapes["conv_in.kernel"][1], layers_per_block=blocks - 1,
         block_out_channels=[shapes[f"up.{i}.block.0.conv1.kernel"][0] for i in reversed(range(levels))],

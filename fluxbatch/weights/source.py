@@ -1,4 +1,4 @@
-"""Bytes of a checkpoint, wherever it lies: small files, safetensors headers, ranged reads.
+"""Bytes of a checkpoint, wherever it lies: small files, ranged reads.
 
 Everything goes through TensorStore key-value stores, so a local directory, ``gs://`` and ``http(s)://``
 are one path, and a range of rows is one contiguous read; rows of local files alone are read without it,
@@ -13,6 +13,7 @@ import json
 import math
 import os
 import re
+import stat
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
@@ -36,7 +37,6 @@ FLOATS = {
 OTHERS = {"BOOL": np.bool_, "U8": np.uint8, "I8": np.int8, "I16": np.int16, "U16": np.uint16, "I32": np.int32, "U32": np.uint32,
           "I64": np.int64, "U64": np.uint64}  # fmt: skip
 DTYPES = FLOATS | {name: np.dtype(kind) for name, kind in OTHERS.items()}
-MAX_HEADER = 100 << 20  # safetensors' own bound
 # Transient failures are tried again for about 20 s (TensorStore's own default is a quarter of an hour);
 # a read that has not moved for STALLED seconds is given up.
 RETRIES = {"max_retries": 7, "initial_delay": "200ms", "max_delay": "5s"}
@@ -87,7 +87,7 @@ class Source:
         try:
             self._kv = ts.KvStore.open(store_spec(self.url), context=ts.Context(context)).result()
         except (ValueError, OSError) as error:
-            raise UserError(f"{self.url}: not a place that can be opened: {_first_line(error)}") from error
+            raise UserError(f"{self.url}: not a place that can be opened: {first_line(error)}") from error
         self._generations: dict[str, bytes] = {}
         self._pool = ThreadPoolExecutor(READERS, "weights")  # starts no thread before it is asked to read
         self._opened: dict[str, tuple[int, ...]] = {}  # which file a local header was read from
@@ -123,7 +123,7 @@ class Source:
         except TimeoutError as error:
             raise UserError(f"{self.path(name)}: no answer for {STALLED:.0f} s") from error
         except (ValueError, OSError) as error:
-            raise UserError(f"{self.path(name)}: cannot be read: {_first_line(error)}") from error
+            raise UserError(f"{self.path(name)}: cannot be read: {first_line(error)}") from error
 
     def start_rows(self, tensor: Tensor, first: int, last: int, place: Place) -> Any:
         """Rows ``first`` .. ``last`` of a tensor on their way to their place; ``finish_rows`` ends it.
@@ -181,13 +181,19 @@ class Source:
         return self.finish_read(self.start_read(name, start, stop), name, size)
 
     def exists(self, name: str) -> bool:
-        future = self._kv.read(name, byte_range=slice(0, 0))
-        if not self.local:
-            return self.wait(future, name).state == "value"
+        if self.local:
+            try:
+                return stat.S_ISREG(os.stat(self.path(name)).st_mode)
+            except (FileNotFoundError, NotADirectoryError, ValueError):
+                return False
+            except OSError as error:
+                raise UserError(f"{self.path(name)}: cannot be read: {error.strerror.lower()}") from error
         try:
-            return future.result().state == "value"
-        except (ValueError, OSError):
-            return False  # a directory
+            return self.wait(self._kv.read(name, byte_range=slice(0, 0)), name).state == "value"
+        except UserError as error:
+            if self.url.startswith("http") and "HTTP code 403" in str(error):
+                return False  # to those who may not list, a store denies what is not there
+            raise
 
     def files(self) -> list[str]:
         """Names of the objects below this directory; none where the store cannot list (HTTP)."""
@@ -195,12 +201,23 @@ class Source:
             return []
         return sorted(key.decode() for key in self.wait(self._kv.list(), ""))
 
+    def top(self) -> list[str]:
+        """Names of what lies in this directory itself, sorted; none where there is no such directory or the store cannot list."""
+        if not self.local:
+            return [name for name in self.files() if "/" not in name]
+        try:
+            return sorted(os.listdir(self.url))
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        except OSError as error:
+            raise UserError(f"{self.url}: cannot be read: {error.strerror.lower()}") from error
+
     def json(self, name: str) -> dict[str, Any]:
         """A JSON object; UserError when it is missing or malformed."""
         try:
             value = json.loads(self.read(name))
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{self.path(name)}: not valid JSON: {_first_line(error)}") from error
+            raise UserError(f"{self.path(name)}: not valid JSON: {first_line(error)}") from error
         if not isinstance(value, dict):
             raise UserError(f"{self.path(name)}: expected a JSON object, got {type(value).__name__}")
         return value
@@ -231,99 +248,12 @@ def store_spec(url: str) -> dict[str, Any]:
     return {"driver": "file", "path": f"{url}/"}
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     """What went wrong, without TensorStore's notes of where in its own source."""
-    return _NOTES.sub("", str(error).splitlines()[0]) if str(error) else type(error).__name__
-
-
-def read_header(source: Source, file: str) -> dict[str, Tensor]:
-    """The tensors of one safetensors file; UserError unless its header and extent are sound."""
-    where = source.path(file)
-    length = int.from_bytes(source.read(file, 0, 8), "little")
-    size = source.size(file)
-    if length > MAX_HEADER or (size is not None and 8 + length > size):
-        raise UserError(f"{where}: its header claims {length:,} bytes: not a safetensors file, or a truncated one")
-    try:
-        header = json.loads(source.read(file, 8, 8 + length))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: the safetensors header is not JSON: {_first_line(error)}") from error
-
-    tensors: dict[str, Tensor] = {}
-    for name, entry in header.items() if isinstance(header, dict) else ():
-        if name == "__metadata__":
-            continue
-        try:
-            dtype, shape, (start, stop) = DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
-            sound = all(type(n) is int and n >= 0 for n in (*shape, start, stop))
-            if not sound or stop - start != dtype.itemsize * math.prod(shape):
-                raise ValueError("shape and offsets disagree")
-        except KeyError as error:
-            known = ", ".join(DTYPES)
-            raise UserError(f"{where}: {name}: dtype {entry.get('dtype')!r}, expected one of {known}") from error
-        except (TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{where}: {name}: unsound header entry {str(entry)[:200]}: {_first_line(error)}") from error
-        tensors[name] = Tensor(name, file, dtype, shape, 8 + length + start, 8 + length + stop)
-
-    end = 8 + length
-    for tensor in sorted(tensors.values(), key=lambda t: (t.start, t.stop)):
-        if tensor.start != end:
-            raise UserError(f"{where}: {tensor.name} starts at byte {tensor.start:,}, expected {end:,}: tensors must tile the file")
-        end = tensor.stop
-    if size is not None and size != end:
-        state = "truncated" if size < end else "longer than its header says"
-        raise UserError(f"{where}: {size:,} bytes, the header describes {end:,}: the file is {state}")
-    if size is None and end > 8 + length:
-        source.read(file, end - 1, end)
-    source.sizes[file] = end
-    return tensors
-
-
-def read_headers(source: Source, stems: tuple[str, ...]) -> dict[str, Tensor]:
-    """The tensors of a component: ``<stem>.safetensors.index.json`` with its parts, or
-    ``<stem>.safetensors``; the index and the headers must agree both ways."""
-    for stem in stems:
-        if source.exists(f"{stem}.safetensors.index.json"):
-            return with_scales(_read_indexed(source, f"{stem}.safetensors.index.json"), source.url)
-        if source.exists(f"{stem}.safetensors"):
-            return with_scales(read_header(source, f"{stem}.safetensors"), source.path(f"{stem}.safetensors"))
-    wanted = " or ".join(f"{stem}.safetensors" for stem in stems)
-    raise UserError(f"{source.url}: no weights: expected {wanted} (pickled .bin files are not read)")
-
-
-def _read_indexed(source: Source, index: str) -> dict[str, Tensor]:
-    where = source.path(index)
-    weight_map = source.json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
-        raise UserError(f"{where}: no weight_map from tensor names to files")
-    tensors: dict[str, Tensor] = {}
-    for file in sorted(set(weight_map.values())):
-        if "/" in file or not source.exists(file):
-            raise UserError(f"{where}: names {file!r}, which is not there")
-        tensors |= read_header(source, file)
-    for name, file in weight_map.items():
-        if name not in tensors or tensors[name].file != file:
-            raise UserError(f"{where}: says {name} is in {file}, whose header does not have it")
-    if extra := tensors.keys() - weight_map.keys():
-        raise UserError(f"{where}: does not list {sorted(extra)[0]}, which {tensors[min(extra)].file} holds")
-    return tensors
-
-
-# What fp8 files carry beside a weight: its scale under one of two names, and notes for fp8 arithmetic.
-_SCALE = re.compile(r"(.+\.)(?:scale_weight|weight_scale)")
-_FP8_NOTES = re.compile(r"(?:.*\.)?(?:scaled_fp8|scale_input|input_scale|comfy_quant)")
-
-
-def with_scales(tensors: dict[str, Tensor], where: str) -> dict[str, Tensor]:
-    """The tensors with the scales of fp8 files attached to the weights they belong to."""
-    whole = {name: tensor for name, tensor in tensors.items() if not (_SCALE.fullmatch(name) or _FP8_NOTES.fullmatch(name))}
-    for name, scale in tensors.items():
-        if match := _SCALE.fullmatch(name):
-            weight = whole.get(f"{match[1]}weight")
-            if weight is None or math.prod(scale.shape) not in (1, weight.shape[0]) or scale.dtype not in FLOATS.values():
-                shape = None if weight is None else list(weight.shape)
-                raise UserError(f"{where}: {name}: a scale of shape {list(scale.shape)} for a weight of shape {shape}: expected one number, or one for each row")
-            whole[weight.name] = dataclasses.replace(weight, scale=scale)
-    return whole
+    line = _NOTES.sub("", str(error).splitlines()[0]) if str(error) else type(error).__name__
+    if re.search(r"HTTP code 30\d", line):
+        return "redirects to another address, which is not followed: name that address, or a copy of the file"
+    return line
 
 
 def sampled(source: Source, file: str, size: int, whole: int = 64 << 20, blocks: int = 64, block: int = 64 << 10) -> Iterator[bytes]:

@@ -96,7 +96,8 @@ def planned(path: str):
     """The plan of a transformer from a BFL file or from a converted copy."""
     from fluxbatch.models.flux import Flux, FluxConfig
     from fluxbatch.weights import load, native, single, tables
-    from fluxbatch.weights.source import Source, read_header
+    from fluxbatch.weights.headers import read_header
+    from fluxbatch.weights.source import Source
 
     folder, file = os.path.split(path)
     if marker := native.read_marker(Source(path)):
@@ -192,7 +193,8 @@ def converted(file: pathlib.Path) -> pathlib.Path:
     from fluxbatch.models.flux import FluxConfig
     from fluxbatch.weights import convert, single
     from fluxbatch.weights.checkpoint import KINDS, Checkpoint, Component
-    from fluxbatch.weights.source import Source, read_header
+    from fluxbatch.weights.headers import read_header
+    from fluxbatch.weights.source import Source
 
     source = Source(str(file.parent))
     tensors, table, _ = single.recognise("transformer", read_header(source, file.name))

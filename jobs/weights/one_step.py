@@ -24,7 +24,8 @@ from fluxbatch.pipeline import Pipeline, Watcher
 from fluxbatch.sampling import Schedule
 from fluxbatch.types import Row
 from fluxbatch.weights import load, single
-from fluxbatch.weights.source import Source, read_header
+from fluxbatch.weights.headers import read_header
+from fluxbatch.weights.source import Source
 from fluxbatch.weights.stream import StreamedFlux
 
 

@@ -1,0 +1,124 @@
+"""What the headers of safetensors files say, checked: every tensor's place in its file, over all files of a component."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import re
+
+from fluxbatch.types import UserError
+from fluxbatch.weights.find import SUFFIXES
+from fluxbatch.weights.source import DTYPES, FLOATS, Source, Tensor, first_line
+
+MAX_HEADER = 100 << 20  # safetensors' own bound
+
+
+def read_header(source: Source, file: str) -> dict[str, Tensor]:
+    """The tensors of one safetensors file; UserError unless its header and extent are sound."""
+    where = source.path(file)
+    try:
+        length = int.from_bytes(source.read(file, 0, 8), "little")
+    except UserError as error:
+        if "OUT_OF_RANGE" in str(error):
+            raise UserError(f"{where}: has fewer than 8 bytes: not a safetensors file, or a truncated one") from error
+        raise
+    size = source.size(file)
+    if length > MAX_HEADER or (size is not None and 8 + length > size):
+        raise UserError(f"{where}: its header claims {length:,} bytes: not a safetensors file, or a truncated one")
+    try:
+        header = json.loads(source.read(file, 8, 8 + length))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: the safetensors header is not JSON: {first_line(error)}") from error
+    if not isinstance(header, dict) or not isinstance(header.get("__metadata__") or {}, dict):
+        raise UserError(f"{where}: the safetensors header is unsound: expected an object, with objects for its entries")
+
+    tensors: dict[str, Tensor] = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        try:
+            dtype, shape, (start, stop) = DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
+            sound = all(type(n) is int and n >= 0 for n in (*shape, start, stop))
+            if not sound or stop - start != dtype.itemsize * math.prod(shape):
+                raise ValueError("shape and offsets disagree")
+        except KeyError as error:
+            known = ", ".join(DTYPES)
+            if entry.get("dtype") in DTYPES:
+                raise UserError(f"{where}: {name}: unsound header entry {str(entry)[:200]}: {error} is missing") from error
+            raise UserError(f"{where}: {name}: dtype {entry.get('dtype')!r}, expected one of {known}") from error
+        except (TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"{where}: {name}: unsound header entry {str(entry)[:200]}: {first_line(error)}") from error
+        tensors[name] = Tensor(name, file, dtype, shape, 8 + length + start, 8 + length + stop)
+
+    end = 8 + length
+    for tensor in sorted(tensors.values(), key=lambda t: (t.start, t.stop)):
+        if tensor.start != end:
+            raise UserError(f"{where}: {tensor.name} starts at byte {tensor.start:,}, expected {end:,}: tensors must tile the file")
+        end = tensor.stop
+    if size is not None and size != end:
+        state = "truncated" if size < end else "longer than its header says"
+        raise UserError(f"{where}: {size:,} bytes, the header describes {end:,}: the file is {state}")
+    if size is None and end > 8 + length:
+        source.read(file, end - 1, end)
+    source.sizes[file] = end
+    return tensors
+
+
+def read_headers(source: Source, stems: tuple[str, ...]) -> dict[str, Tensor]:
+    """The tensors of a component: ``<stem>.safetensors.index.json`` with its parts, or
+    ``<stem>.safetensors``; the index and the headers must agree both ways."""
+    for stem in stems:
+        if source.exists(f"{stem}.safetensors.index.json"):
+            return with_scales(_read_indexed(source, f"{stem}.safetensors.index.json"), source.url)
+        if source.exists(f"{stem}.safetensors"):
+            return with_scales(read_header(source, f"{stem}.safetensors"), source.path(f"{stem}.safetensors"))
+    wanted = " or ".join(f"{stem}.safetensors" for stem in stems)
+    raise UserError(f"{source.url}: no weights: expected {wanted} (pickled .bin files are not read){held(source)}")
+
+
+def held(*places: Source) -> str:
+    """The files of weights in the first place that has any, as the end of a message."""
+    for place in places:
+        with contextlib.suppress(UserError):
+            if names := [name for name in place.top() if name.endswith(SUFFIXES)]:
+                return f"; {place.url} has {', '.join(names[:5])}{', …' if len(names) > 5 else ''}"
+    return ""
+
+
+def _read_indexed(source: Source, index: str) -> dict[str, Tensor]:
+    where = source.path(index)
+    weight_map = source.json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
+        raise UserError(f"{where}: no weight_map from tensor names to files")
+    tensors: dict[str, Tensor] = {}
+    for file in sorted(set(weight_map.values())):
+        if "/" in file or not source.exists(file):
+            raise UserError(f"{where}: names {file!r}, which is not there")
+        tensors |= read_header(source, file)
+    for name, file in weight_map.items():
+        if name not in tensors or tensors[name].file != file:
+            raise UserError(f"{where}: says {name} is in {file}, whose header does not have it")
+    if extra := tensors.keys() - weight_map.keys():
+        raise UserError(f"{where}: does not list {sorted(extra)[0]}, which {tensors[min(extra)].file} holds")
+    return tensors
+
+
+# What fp8 files carry beside a weight: its scale under one of two names, and notes for fp8 arithmetic.
+_SCALE = re.compile(r"(.+\.)(?:scale_weight|weight_scale)")
+_FP8_NOTES = re.compile(r"(?:.*\.)?(?:scaled_fp8|scale_input|input_scale|comfy_quant)")
+
+
+def with_scales(tensors: dict[str, Tensor], where: str) -> dict[str, Tensor]:
+    """The tensors with the scales of fp8 files attached to the weights they belong to."""
+    whole = {name: tensor for name, tensor in tensors.items() if not (_SCALE.fullmatch(name) or _FP8_NOTES.fullmatch(name))}
+    for name, scale in tensors.items():
+        if match := _SCALE.fullmatch(name):
+            weight = whole.get(f"{match[1]}weight")
+            count = math.prod(scale.shape)  # one for each column, [1, N], is none for each row
+            if weight is None or count not in (1, weight.shape[0]) or scale.shape[:1] not in ((), (count,)) or scale.dtype not in FLOATS.values():
+                shape = None if weight is None else list(weight.shape)
+                raise UserError(f"{where}: {name}: a scale of shape {list(scale.shape)} for a weight of shape {shape}: expected one number, or one for each row")
+            whole[weight.name] = dataclasses.replace(weight, scale=scale)
+    return whole
