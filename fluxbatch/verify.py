@@ -56,7 +56,7 @@ def check(store: Store) -> Findings:
     missing, damaged, recorded = [], {}, set()
     records = tqdm(read_records(store), desc=store.url, unit="image", disable=None, leave=False)
     for window in _windows(records):
-        for record, fault in zip(window, in_parallel(lambda record: _fault(store, record), window), strict=True):
+        for record, fault in zip(window, in_parallel(lambda record: fault_of(store, record), window), strict=True):
             recorded.add(record["file_name"])
             if fault is None:
                 missing.append(record["file_name"])
@@ -66,7 +66,7 @@ def check(store: Store) -> Findings:
     return Findings(len(recorded), tuple(missing), damaged, tuple(orphaned))
 
 
-def _fault(store: Store, record: Record) -> str | None:
+def fault_of(store: Store, record: Record) -> str | None:
     """What is wrong with the record's image: "" nothing, None it is not there."""
     try:
         pixels = decode(store.read(record["file_name"]))
