@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import dataclasses
 import functools
 import gc
+import inspect
 import os
 import re
 import shutil
@@ -31,7 +33,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from fluxbatch import __version__, config, overrides
@@ -101,8 +103,7 @@ def _start(task: Task, schema: type[Job], rows: bool, about: str | None, argv: l
     try:
         if args.help:
             if about:
-                header = f"{about}\n\nUsage: python -m fluxbatch.{task.__name__} [option] [key=value …] [group=name …]"
-                args.overrides.append(f"hydra.help.header={overrides.quote(header)}")
+                args.overrides.append(f"hydra.help.header={overrides.quote(_header(about, task, schema))}")
             hydra.app_help(name, parser, args)
         elif args.hydra_help:
             hydra.hydra_help(name, parser, args)
@@ -123,6 +124,22 @@ def _start(task: Task, schema: type[Job], rows: bool, about: str | None, argv: l
         return 0
     finally:
         GlobalHydra.instance().clear()
+
+
+def _header(about: str, task: Task, schema: type[Job]) -> str:
+    """How --help begins: how the command is called, and the keys that it has for itself, with the comments they have there."""
+    module = sys.modules[task.__module__].__spec__
+    command = f"-m {module.name}" if module else sys.argv[0]  # else a script's
+    lines = [about, "", f"Usage: python {command} [option] [key=value …] [group=name …]"]
+    own = [field for field in dataclasses.fields(schema) if field.name not in Job.__dataclass_fields__]
+    if own:
+        lines += ["", "Keys of its own, besides all of fluxbatch.run's:", ""]
+    for field in own:
+        default = field.default.name if isinstance(field.default, Enum) else config.shown(field.default)
+        word = f"{field.name}={'…' if default == MISSING else default.lower() if isinstance(field.default, bool) else default}"
+        comment = re.search(rf"^    {field.name}: .*?  # (.*)$", inspect.getsource(schema), re.MULTILINE)
+        lines.append(f"  {word:25} {comment[1] if comment else overrides.expected(*overrides.kind_of(schema, field.name))}")
+    return "\n".join(lines)
 
 
 class _HydraTask:

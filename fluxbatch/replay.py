@@ -28,7 +28,7 @@ ANEW = re.compile(
 
 @dataclass
 class ReplayJob(Job):
-    id: str = MISSING
+    id: str = MISSING  # which row, as metadata.jsonl calls it
 
 
 def replay(job: ReplayJob) -> int:
@@ -128,7 +128,7 @@ def _row(record: dict[str, Any]) -> Row:
 
 
 def main() -> NoReturn:
-    cli.main(replay, schema=ReplayJob, rows=False, about="replay: make one row again from its record and compare the pixels.")
+    cli.main(replay, schema=ReplayJob, rows=False, about="replay: make one row again from its record and compare the pixels (output_dir=…, run_name=…, id=…).")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ _AT_ONCE = 64  # images read and decoded before the next are asked for
 
 @dataclasses.dataclass
 class VerifyJob(Job):
-    repair: bool = False
+    repair: bool = False  # true: forget what is missing or damaged, so that the next start makes it again
 
 
 @dataclasses.dataclass(frozen=True)

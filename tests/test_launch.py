@@ -289,6 +289,13 @@ def test_slurm_has_a_task_for_each_gpu_and_an_array_of_replicas(render, tmp_path
         assert said[1:4] == ["python", "-m", "fluxbatch.run"] and "hardware=gpu" in said
 
 
+def test_help_names_the_script_and_all_its_keys():
+    done = subprocess.run([sys.executable, "jobs/launch/render.py", "--help"], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 0 and "Usage: python jobs/launch/render.py " in done.stdout
+    assert all(f"\n  {key}=" in done.stdout for key in module.Launch.__annotations__)
+    assert "\n  schedule=0 3 * * *        of kind=cronjob" in done.stdout  # with its comment
+
+
 def test_the_image_is_of_what_is_there():
     text = (LAUNCH / "Dockerfile").read_text()
     for sources in re.findall(r"^COPY (.+) \S+$", text, re.MULTILINE):

@@ -97,10 +97,11 @@ def test_launchers_can_send_the_task_elsewhere():
     assert pickle.loads(pickle.dumps(task)).fixed == {"seed"}
 
 
-@pytest.mark.parametrize("entry", ["run", "convert", "verify", "replay"])
-def test_help_is_of_the_command(monkeypatch, capsys, entry):
+@pytest.mark.parametrize(("entry", "own"), [("run", "--cfg job"), ("convert", "to=…"), ("verify", "repair=false"), ("replay", "id=…"), ("plan", "aot=null")])
+def test_help_is_of_the_command(monkeypatch, capsys, entry, own):
     monkeypatch.setattr("sys.argv", ["fluxbatch", "--help"])
     with pytest.raises(SystemExit) as stop:
         importlib.import_module(f"fluxbatch.{entry}").main()
     said = capsys.readouterr().out
     assert not stop.value.code and said.count("Usage:") == said.count(f"Usage: python -m fluxbatch.{entry} ") == 1
+    assert f"\n  {own} " in said

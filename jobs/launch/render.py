@@ -35,13 +35,13 @@ class Launch(Job):
     """The keys of a launch; the job's own stand beside them."""
 
     kind: Kind = Kind.jobset
-    target: str = "v6e-8"
+    target: str = "v6e-8"  # the machines of a replica: v6e-8, v6e-16, h100-8, 2xh100-8, …
     image: str | None = None  # built by the Dockerfile beside this file; without a tag it gets the flavor's that the target needs
     hf_token_secret: str | None = None  # of Kubernetes (its key is HF_TOKEN), or of the project's Secret Manager: for gated checkpoints
-    spot: bool = True
+    spot: bool = True  # of Kubernetes and Batch
     schedule: str = "0 3 * * *"  # of kind=cronjob and kind=scheduler
     project: str | None = None  # of kind=scheduler, with the two below, and of a secret for kind=batch
-    location: str = "us-central1"
+    location: str = "us-central1"  # of the scheduler and its jobs
     service_account: str | None = None  # null: fluxbatch@ the project
 
 
