@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from test_config import command, own  # noqa: F401
 
-from fluxbatch import cli
+from fluxbatch import __version__, cli
 from fluxbatch.config import Job
 from fluxbatch.types import Exit, UserError
 
@@ -95,6 +95,11 @@ def test_a_sweep_into_a_bucket_makes_no_directory_here(command, tmp_path, monkey
 def test_launchers_can_send_the_task_elsewhere():
     task = cli._HydraTask(print, Job, True, frozenset({"seed"}))
     assert pickle.loads(pickle.dumps(task)).fixed == {"seed"}
+
+
+def test_the_package_itself_is_a_command():
+    done = subprocess.run([sys.executable, "-m", "fluxbatch", "--version"], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert (done.returncode, done.stdout.strip()) == (0, f"fluxbatch {__version__}"), done.stderr
 
 
 @pytest.mark.parametrize(("entry", "own"), [("run", "--cfg job"), ("convert", "to=…"), ("verify", "repair=false"), ("replay", "id=…"), ("plan", "aot=null")])
