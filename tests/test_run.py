@@ -109,6 +109,7 @@ def test_the_record_says_it_all(cli, golden, tmp_path):
     assert records[0]["category"] == "animals" and records[1]["prompt_2"] == "deux"
     made_by = {"fluxbatch_version": __version__, "jax_version": jax.__version__, "device_kind": "cpu", "device_count": 1, "per_device_batch_size": 1}
     for record in records:
+        assert record["model"] == "dev"  # and not its path on this machine
         assert made_by.items() <= record.items() and not any(key.endswith("_quality") for key in record)
         assert {"height", "width", "num_inference_steps", "guidance_scale", "model", "model_digest", "seconds", "created", "key"} <= record.keys()
         picture = Image.open(folder / record["file_name"])
