@@ -26,7 +26,7 @@ from fluxbatch.types import UserError
 
 # libtpu looks for a TPU's metadata server and neighbours, and for itself in other processes.
 ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-               "TF_CPP_MIN_LOG_LEVEL": "3"}  # fmt: skip
+               "TF_CPP_MIN_LOG_LEVEL": "3", "JAX_TRACEBACK_FILTERING": "off"}  # fmt: skip
 ASSIGNED = re.compile(r"^allocation \d+: size (\d+),(?: page \d+,)? preallocated-temp:", re.MULTILINE)  # others, with a color, lie on the chip
 
 
@@ -111,7 +111,7 @@ def main() -> None:
 
     job, target, height, width = pickle.load(sys.stdin.buffer)
     hosts.tell_compiler(job.hardware.xla_flags, job.hardware.libtpu_init_args)
-    engine = open_engine(job, target.platform, devices(target))
+    engine = open_engine(job, target.platform, devices(target), target.hosts)
     batch = job.sharding.per_device_batch_size * engine.ways
     texts = engine.tokenizers.lengths
     for need in needs(engine, batch, texts, height, width, parts=("denoise", "decode")):

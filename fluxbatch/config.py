@@ -89,6 +89,10 @@ class Output:
     png_level: int = MISSING
     gallery: bool = MISSING
 
+    def facts(self) -> dict[str, Any]:
+        """What of it decides the pixels of a file: PNG loses none at any level."""
+        return {"format": self.format.name} | ({} if self.format.name == "png" else {"quality": self.quality})
+
 
 @dataclass
 class LoraAdapter:
@@ -122,7 +126,7 @@ class Job:
     prompt: str | None = MISSING
     prompt_2: str | None = MISSING
     manifest: str | None = MISSING
-    prompt_column: str | None = MISSING  # of a TSV/CSV; None: found
+    prompt_column: str | None = MISSING  # of a TSV/CSV or JSONL; None: found, or prompt
     num_images: int = MISSING  # per row that does not say
     seed: int = MISSING
     output_dir: str = MISSING

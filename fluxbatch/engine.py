@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from fluxbatch import __version__, chips, flops
 from fluxbatch.config import Job
+from fluxbatch.dist import hosts
 from fluxbatch.dist.mesh import Layout, batch_ways, open_mesh
 from fluxbatch.io.cache import Cache
 from fluxbatch.models import attention
@@ -41,8 +42,9 @@ class Engine:
     activations_dtype: str
     stream: bool  # whether the transformer's blocks pass through the devices one at a time
     away: str  # where the text encoders are while images are made
+    turns: str  # where the transformer is while text is encoded, which it is kept for if both fit
     facts: Mapping[str, Any]  # what decides the pixels besides the row
-    record: Mapping[str, Any]  # what every image's record says of the model
+    record: Mapping[str, Any]  # what every image's record says of the model and of what runs it
     lora: Loras
     identity: tuple[Any, ...]  # two engines that agree in it load the same weights and programs
     remarks: tuple[str, ...]  # what is allowed and probably not meant
@@ -136,7 +138,8 @@ class Engine:
             hold = network.pinned(self.mesh) and network.room(load.held(plan, self.mesh, dtype))
             return StreamedFlux(plan, self.mesh, dtype, edits, hold)
         attach = (lambda module: beside.attach(part, module, plan, self.mesh, dtype)) if beside else lambda module: None
-        return Network(plan, self.mesh, dtype, edits, self.away if part in lora_apply.TEXT else "keep", attach)
+        away = self.away if part in lora_apply.TEXT else self.turns if part == "transformer" else "keep"
+        return Network(plan, self.mesh, dtype, edits, away, attach)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,15 +155,16 @@ _kept: list[Kept] = []  # at most one
 PARTS = {"t5": "text_encoder_2", "clip": "text_encoder", "flux": "transformer", "vae": "vae"}
 
 
-def open_engine(job: Job, platform: str, devices: Sequence[jax.Device] | None = None) -> Engine:
+def open_engine(job: Job, platform: str, devices: Sequence[jax.Device] | None = None, processes: int | None = None) -> Engine:
     """Opens the checkpoint and checks it against the job; UserError for anything that cannot work. ``devices``:
-    those to use instead of all."""
+    those to use instead of all, as if they belonged to so many ``processes``."""
+    processes = processes or jax.process_count()
     hardware, sampler, sharding = job.hardware, job.sampler, job.sharding
     default = "float32" if platform == "cpu" else "bfloat16"
     weights, activations = (default if d.name == "auto" else d.name for d in (hardware.weights_dtype, hardware.activations_dtype))
     try:
         inner = sharding.ici_data_parallelism, sharding.ici_fsdp_parallelism, sharding.ici_context_parallelism, sharding.ici_tensor_parallelism
-        mesh = open_mesh(inner, (sharding.dcn_data_parallelism, sharding.dcn_fsdp_parallelism), devices)
+        mesh = open_mesh(inner, (sharding.dcn_data_parallelism, sharding.dcn_fsdp_parallelism), devices, processes)
         attend = attention.by_name(hardware.attention.name, platform, activations, hardware.flash_block_sizes, mesh.devices.flat[0].device_kind)
     except ValueError as error:
         raise UserError(str(error)) from error
@@ -190,18 +194,25 @@ def open_engine(job: Job, platform: str, devices: Sequence[jax.Device] | None = 
     record |= {key: facts[key] for key in ("max_sequence_length", "weights_dtype", "activations_dtype")}
     record |= {"fluxbatch_version": __version__, "jax_version": jax.__version__, "device_kind": mesh.devices.flat[0].device_kind}
     record |= {"device_count": mesh.size, "per_device_batch_size": sharding.per_device_batch_size}
+    record |= {f"{name}_quality": job.output.quality for name in ("jpeg", "webp") if name == job.output.format.name}
     adapters = lora_apply.read(job, plans)
     if adapters.adapters:
         facts["lora"] = adapters.facts
-    away = network.away(hardware.offload_encoders, mesh, sum(load.held(plans[part], mesh, weights) for part in lora_apply.TEXT))
+    held = {part: load.held(plan, mesh, weights) for part, plan in plans.items()}
+    text = sum(held[part] for part in lora_apply.TEXT)
+    away, turns = network.away(hardware.offload_encoders, mesh, text), "keep"
+    if away != "keep" and not hardware.stream_blocks:
+        both = [size // mesh.size for size in (text, sum(held.values()) - text)]
+        fits = hosts.all_say(not network.crowded(*both, network.device_memory(mesh)))
+        turns = "keep" if fits else network.away(True, mesh, sum(held.values()))
     split = {axis: size for axis, size in mesh.shape.items() if size > 1 and axis != "data"}
-    if hardware.stream_blocks and (split or jax.process_count() > 1):
-        got = f"a mesh of {', '.join(f'{axis} {size}' for axis, size in split.items())}" if split else f"{jax.process_count()} processes"
+    if hardware.stream_blocks and (split or processes > 1):
+        got = f"a mesh of {', '.join(f'{axis} {size}' for axis, size in split.items())}" if split else f"{processes} processes"
         raise UserError(f"hardware.stream_blocks=true: got {got}: expected whole blocks on each device of one process: sharding=single or ddp")
-    programs = (hardware.attention.name, hardware.split_head_dim, str(hardware.flash_block_sizes), away, hardware.stream_blocks)
+    programs = (hardware.attention.name, hardware.split_head_dim, str(hardware.flash_block_sizes), away, turns, hardware.stream_blocks)
     identity = (tuple(plan.source.url for plan in plans.values()), facts["model_digest"], weights, activations, tuple(mesh.shape.values()), *programs)
     return Engine(
-        checkpoint, plans, tokenizers, schedule, mesh, weights, activations, hardware.stream_blocks, away, facts, record, adapters, identity,
+        checkpoint, plans, tokenizers, schedule, mesh, weights, activations, hardware.stream_blocks, away, turns, facts, record, adapters, identity,
         _remarks(job.model.flux_name, checkpoint), bool(job.sweep))  # fmt: skip
 
 

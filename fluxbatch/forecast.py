@@ -108,6 +108,8 @@ def _model(job: Job, engine: Engine, target: Target) -> Iterator[str]:
     counts = ", ".join(f"{name} {_scaled(memory.parameters(engine, part), 1000, ('', 'k', 'M', 'G'))}" for name, part in PARTS.items())
     yield _line("model", f"{job.model.flux_name}: {shown(job.model.pretrained_model_name_or_path)}; parameters: {counts}; {engine.weights_dtype}")
     mesh = " × ".join(f"{axis} {size}" for axis, size in engine.mesh.shape.items() if size > 1) or "one device"
+    if (idle := target.chips - engine.mesh.size) > 0:
+        mesh += f", {idle} idle (sharding=ddp or fsdp takes all)"
     replicas = f", {job.replica_count} replicas of it" if (job.replica_count or 1) > 1 else ""
     yield _line("machine", f"{target}; {mesh}{replicas}")
     for remark in engine.remarks:
@@ -123,8 +125,8 @@ def _batches(work: Work) -> Iterator[str]:
         span = f"{steps[0]}–{steps[-1]}" if len(steps) > 1 else str(steps[0])
         yield _line(name, f"{height}×{width}, {span} steps: {count:,} rows in {len(batches):,} batches of {work.size}, {waste:.1%} padding")
         name = ""
-    sizes = len(work.buckets)
-    yield _line("programs", f"{2 + 2 * sizes} to compile: text, modulation, {sizes} × denoising, {sizes} × decoding; {len(work.shards):,} shards")
+    sizes, lengths = len(work.buckets), len({height * width for height, width in work.buckets})  # of pictures, and of token sequences
+    yield _line("programs", f"{2 + lengths + sizes} to compile: text, modulation, {lengths} × denoising, {sizes} × decoding; {len(work.shards):,} shards")
 
 
 def _text(engine: Engine, rows: Sequence[Row]) -> Iterator[str]:
@@ -149,7 +151,8 @@ def _lora(engine: Engine) -> Iterator[str]:
 
 def _memory(job: Job, engine: Engine, target: Target, work: Work) -> Iterator[str]:
     limit = target.chip.limit if target.chip else network.host_memory() // engine.mesh.size
-    situation = memory.Situation.of(job, engine, target.platform, list(work.buckets), again=len(work.shards) > 1)
+    again, devices = len(work.shards) > 1, jax.devices()[: target.chips]
+    situation = memory.Situation.of(job, engine, target.platform, list(work.buckets), again, limit, devices)
     if len(engine.lora.mixes(row for batch in work.batches for row in batch.rows)) > 1:  # adapters are not merged
         situation = dataclasses.replace(situation, beside=memory.adapters(engine))
     phases = situation.phases()
@@ -159,6 +162,8 @@ def _memory(job: Job, engine: Engine, target: Target, work: Work) -> Iterator[st
     verdict = f"{_bytes(limit)} a device: {'fits' if worst.total <= limit else f'{worst.name} does not fit'} (estimate)"
     if target.platform == "gpu":
         verdict += f"; fluxbatch takes {gpu_share():.0%} of a GPU, unless {GPU_SHARES[0]} says otherwise"
+    if again and situation.turns:
+        verdict += "; the transformer and the text encoders do not fit together, and take turns for every shard"
     yield _line("", verdict)
     if worst.total > limit:
         way = situation.way_out(limit)
@@ -201,13 +206,13 @@ def _cost(job: Job, engine: Engine, target: Target, work: Work, price: float | N
     if peak is None:
         yield _line("time", f"no estimate: {source}")
         return
-    chips = engine.mesh.size * replicas
+    chips, rented = (size * replicas for size in (engine.mesh.size, max(engine.mesh.size, target.chips)))
     floor = total / (peak * TERA * chips)
     expected = floor / reached
     yield _line("time", f"{_time(floor)} at least ({source}); about {_time(expected)} at {reached:.0%} of it, {images / expected:.3g} images/s, "
                 "besides loading and compiling (estimate)")  # fmt: skip
     if price is not None:
-        yield _line("cost", f"about {chips * expected / 3600 * price:,.2f}: {chips} × {expected / 3600:,.2f} h × {price:g} (estimate)")
+        yield _line("cost", f"about {rented * expected / 3600 * price:,.2f}: {rented} × {expected / 3600:,.2f} h × {price:g} (estimate)")
 
 
 def _speed(engine: Engine, target: Target) -> tuple[float | None, float, str]:

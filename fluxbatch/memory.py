@@ -11,19 +11,21 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from fluxbatch.config import Job
 from fluxbatch.dist.mesh import make_mesh
 from fluxbatch.engine import PARTS, Engine
+from fluxbatch.models import attention
 from fluxbatch.models.clip import ClipConfig
 from fluxbatch.models.flux import FluxConfig
 from fluxbatch.models.t5 import T5Config
 from fluxbatch.models.vae import VaeConfig
 from fluxbatch.programs import pixels_at_once, together
 from fluxbatch.sampling import STEPS
-from fluxbatch.weights import load
+from fluxbatch.weights import load, lora_apply, network
 
 
 @dataclass(frozen=True)
@@ -50,13 +52,27 @@ class Situation:
     text: int  # T5 tokens
     stay: bool  # whether the text encoders stay on the devices
     again: bool  # whether they come back once the transformer is there
+    scores: bool  # whether attention writes all its scores down
+    limit: int | None  # bytes of a device
+    devices: Sequence[jax.Device]  # all that there are
     beside: int = 0  # bytes of adapters that are not merged
 
     @classmethod
-    def of(cls, job: Job, engine: Engine, platform: str, sizes: Sequence[tuple[int, int]], again: bool) -> Situation:
+    def of(
+        cls, job: Job, engine: Engine, platform: str, sizes: Sequence[tuple[int, int]], again: bool, limit: int | None = None,
+        devices: Sequence[jax.Device] = (),
+    ) -> Situation:  # fmt: skip
         offload = job.hardware.offload_encoders
         stay = offload is False or (platform == "cpu" and offload != "free")  # a CPU has no other memory
-        return cls(engine, platform, sizes, job.sharding.per_device_batch_size, job.sampler.max_sequence_length, stay, again)
+        scores = platform != "cpu" and attention.chosen(job.hardware.attention.name, platform, engine.activations_dtype) == "dot_product"
+        images, text = job.sharding.per_device_batch_size, job.sampler.max_sequence_length
+        return cls(engine, platform, sizes, images, text, stay, again, scores, limit, devices or list(engine.mesh.devices.flat))
+
+    @property
+    def turns(self) -> bool:
+        """Whether the transformer makes room for the encoders when they come back."""
+        drawing = sum(on_a_device(self.engine, PARTS[name]) for name in ("flux", "vae"))
+        return not (self.stay or self.engine.stream) and network.crowded(encoders(self.engine), drawing, self.limit)
 
     def phases(self) -> list[Phase]:
         """Encode, denoise and decode, each for the largest picture."""
@@ -67,36 +83,40 @@ class Situation:
             weights["transformer"] = streamed(engine)
         dtype = jnp.dtype(engine.activations_dtype).itemsize
         cut = jnp.dtype(engine.weights_dtype).itemsize if self.platform == "cpu" else 0
-        encoders = weights["text_encoder"] + weights["text_encoder_2"]
         drawing = weights["transformer"] + weights["vae"] + self.beside
         height, width = max(self.sizes, key=math.prod)
         tokens = height * width // engine.multiple**2
-        resident = drawing + (encoders if self.stay else 0)
+        text = encoders(engine)
+        resident = drawing + (text if self.stay else 0)
+        beside = (weights["vae"] if self.turns else drawing) if self.stay or self.again else 0
         return [
-            Phase("encode", encoders + (drawing if self.stay or self.again else 0), encode(t5, clip, images, self.text, dtype, cut)),
-            Phase("denoise", resident, denoise(engine, images, tokens, self.text, self.platform)),
+            Phase("encode", text + beside, encode(t5, clip, images, self.text, dtype, cut)),
+            Phase("denoise", resident, denoise(engine, images, tokens, self.text, self.platform, self.scores)),
             Phase("decode", resident, decode(vae, images, height, width, self.platform) + gathered(engine, "vae")),
         ]
 
     def way_out(self, limit: int) -> tuple[str, ...]:
-        """The fewest settings with which every phase fits in ``limit``; none if nothing does."""
+        """The fewest settings with which every phase fits in ``limit``, slow ones last; none if nothing does."""
         engine, ways = self.engine, {}
-        if self.stay and self.platform != "cpu":
-            ways["offload_encoders=true"] = {"stay": False}
+        offload = "offload_encoders=free" if self.platform == "cpu" else "offload_encoders=true"
+        if self.scores and attention.chosen("auto", self.platform, engine.activations_dtype) != "dot_product":
+            ways["attention=auto"] = {"scores": False}
+        ways[offload] = {"stay": False}
         if self.images > 1:
             ways["per_device_batch_size=1"] = {"images": 1}
         whole = all(engine.mesh.shape[axis] == 1 for axis in ("fsdp", "context", "tensor"))
-        if whole and engine.mesh.size > 1:
-            mesh = make_mesh((1, engine.mesh.size), devices=list(engine.mesh.devices.flat))
-            ways["sharding=fsdp"] = {"engine": replace(engine, mesh=mesh)}
+        if whole and len(self.devices) > 1:
+            mesh = make_mesh((1, len(self.devices)), devices=self.devices)
+            ways["sharding=fsdp"] = {"engine": replace(engine, mesh=mesh), "stay": True}  # as it has it, unless it is told otherwise
         if whole and not engine.stream:
             ways["stream_blocks=true"] = {"engine": replace(engine, stream=True)}
-        for count in range(1, len(ways) + 1):
-            for names in itertools.combinations(ways, count):
-                if len({"sharding=fsdp", "stream_blocks=true"} & {*names}) < 2:
-                    changed = replace(self, **{key: value for name in names for key, value in ways[name].items()})
-                    if all(phase.total <= limit for phase in changed.phases()):
-                        return names
+        tried = [names for count in range(1, len(ways) + 1) for names in itertools.combinations(ways, count)]
+        for names in sorted(tried, key=lambda names: "stream_blocks=true" in names):
+            if len({"sharding=fsdp", "stream_blocks=true"} & {*names}) < 2:
+                last = sorted(names, key=offload.__eq__)  # it wins over what sharding=fsdp says of it
+                changed = replace(self, limit=limit, **{key: value for name in last for key, value in ways[name].items()})
+                if all(phase.total <= limit for phase in changed.phases()):
+                    return names
         return ()
 
 
@@ -109,6 +129,11 @@ def adapters(engine: Engine) -> int:
     """Bytes of all adapters beside the weights, as if no device shared them."""
     numbers = sum(part.parameters for adapter in engine.lora.adapters for part in adapter.parts)
     return numbers * jnp.dtype(engine.weights_dtype).itemsize
+
+
+def encoders(engine: Engine) -> int:
+    """Bytes of T5's and CLIP's weights on a device."""
+    return sum(on_a_device(engine, part) for part in lora_apply.TEXT)
 
 
 def on_a_device(engine: Engine, part: str) -> int:
@@ -134,10 +159,10 @@ def streamed(engine: Engine) -> int:
     return (rest + 2 * max(blocks.values())) * jnp.dtype(engine.weights_dtype).itemsize
 
 
-def denoise(engine: Engine, images: int, tokens: int, text: int, platform: str) -> int:
+def denoise(engine: Engine, images: int, tokens: int, text: int, platform: str, scores: bool) -> int:
     """The modulation of some steps, and in a single block: the sequence and its normed form, and in heads and hidden
     units q, k, v and the MLP's four widths; what else there is differs from compiler to compiler. ``tokens``, ``text``:
-    of an image."""
+    of an image. ``scores``: attention's too, in float32."""
     cfg: FluxConfig = engine.checkpoint.components["transformer"].config
     shape, d = engine.mesh.shape, cfg.width
     dtype, weight = (jnp.dtype(name).itemsize for name in (engine.activations_dtype, engine.weights_dtype))
@@ -147,7 +172,8 @@ def denoise(engine: Engine, images: int, tokens: int, text: int, platform: str) 
     if platform == "cpu":  # cuts each layer from its stack
         return modulation + max(layer + 13 * width, 2 * layer + 6 * width)
     gathered = layer + layer // 2 if shape["fsdp"] > 1 else 0  # three quarters of a double block: its MLPs come ahead
-    return modulation + gathered + 2 * width + 6 * width // shape["tensor"]
+    written = 4 * images * cfg.num_attention_heads * (tokens + text) ** 2 // (shape["context"] * shape["tensor"]) if scores else 0
+    return modulation + gathered + 2 * width + 6 * width // shape["tensor"] + written
 
 
 def encode(t5: T5Config, clip: ClipConfig, images: int, text: int, dtype: int, weight: int) -> int:

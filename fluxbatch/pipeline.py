@@ -83,6 +83,9 @@ class Pipeline:
 
     def encode(self, clip_ids: np.ndarray, t5_ids: np.ndarray, rows: Sequence[Row]) -> tuple[jax.Array, jax.Array]:
         """Ids ``[B, 77]``, ``[B, T]`` of rows → T5 states ``[B, T, D]`` and pooled vectors ``[B, P]``."""
+        if not self.networks["t5"].here:
+            jax.block_until_ready(self._pictures)
+            self.networks["flux"].leave()  # where there is no room for both
         (clip, clip_state), (t5, t5_state) = self._ready("clip", "t5", program="encode")
         return self._told(self._launch(self._encode, clip, t5, self.dtype, clip_state, t5_state, *self._put(clip_ids, t5_ids, *self._scales(rows))))
 

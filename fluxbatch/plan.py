@@ -38,7 +38,7 @@ def plan(job: PlanJob) -> int:
     if job.price_per_chip_hour is not None and not 0 <= job.price_per_chip_hour < float("inf"):
         raise UserError(f"price_per_chip_hour={job.price_per_chip_hour}: expected a number from 0")
     target, devices = _machine(job)
-    engine = open_engine(job, target.platform, devices)
+    engine = open_engine(job, target.platform, devices, target.hosts)
     rows, rejects = read_rows(job, multiple=engine.multiple)
     for line in forecast.lines(job, engine, target, engine.resolve(rows), rejects, job.price_per_chip_hour, _ahead(job, target)):
         print(line, flush=True)

@@ -43,7 +43,7 @@ def replay(job: ReplayJob) -> int:
     from fluxbatch.engine import open_engine
     from fluxbatch.finish import CONFIG
     from fluxbatch.io.images import decode, pixel_sha256
-    from fluxbatch.io.ledger import METADATA
+    from fluxbatch.io.ledger import METADATA, read_records
     from fluxbatch.io.match import difference
     from fluxbatch.io.storage import NotFound, join, open_store
     from fluxbatch.verify import fault_of
@@ -53,10 +53,13 @@ def replay(job: ReplayJob) -> int:
     store = open_store(join(job.output_dir, *([job.run_name] if job.run_name else [])))
     found = yaml.safe_load(store.read(CONFIG))
     facts = found.pop("resolved")
-    records = [json.loads(line) for line in store.read(METADATA).splitlines()]
+    # as of the last merge, which knows ids and places of rows that have moved; a run that was killed made more
+    records = [json.loads(line) for line in store.read(METADATA).splitlines()] if store.exists(METADATA) else []
+    merged = {record["file_name"] for record in records}
+    records += (record for record in read_records(store) if record["file_name"] not in merged)
     record = next((record for record in records if record["id"] == job.id), None)
     if record is None:
-        raise UserError(f"id={job.id}: {join(store.url, METADATA)} has no such row")
+        raise UserError(f"id={job.id}: {store.url} has no record of such a row")
     recorded = _recorded(job, found, facts, record, anew)
 
     hosts.tell_compiler(recorded.hardware.xla_flags, recorded.hardware.libtpu_init_args)

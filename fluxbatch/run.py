@@ -23,6 +23,7 @@ def run(job: Job) -> int:
     from fluxbatch.io.images import EXTENSIONS
     from fluxbatch.io.ledger import Ledger
     from fluxbatch.io.manifest import read_rows
+    from fluxbatch.io.match import left_out
     from fluxbatch.io.storage import StorageError, join, open_store
     from fluxbatch.report import Report
     from fluxbatch.tracing import Trace
@@ -37,7 +38,7 @@ def run(job: Job) -> int:
         rows, bad_lines = read_rows(job, multiple=engine.multiple)
         rows = engine.resolve(rows)  # each row with its mix of LoRA adapters
         store = open_store(join(job.output_dir, job.run_name))
-        facts = engine.facts | {"format": job.output.format.name}
+        facts = engine.facts | job.output.facts()
         start = hosts.start_id()
         with hosts.first_goes_first():
             ledger = Ledger(store, facts, writer_id=f"{start}-{hosts.index()}", overwrite=job.overwrite)
@@ -53,7 +54,7 @@ def run(job: Job) -> int:
 
         outcome = finish.Outcome(job, engine, store, ledger, report, work, before=len(rows) - len(todo))
         outcome.started()
-        for line in (*engine.remarks, *engine.lora.table()):
+        for line in (*engine.remarks, *left_out(rows, engine.record), *engine.lora.table()):
             report.say(line)
 
     with hosts.drain_on_signals() as drain, outcome.unforeseen():

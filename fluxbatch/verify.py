@@ -101,7 +101,10 @@ def _report(store: Store, repair: bool) -> Findings:
         print(f"  orphaned  {name}")
     if repair and (found.missing or found.damaged):
         bad = {*found.missing, *found.damaged}
-        remove(store, Log(store, RECORDS, f"repair-{secrets.token_hex(4)}"), lambda record: record["file_name"] in bad)
+        log = Log(store, RECORDS, f"repair-{secrets.token_hex(4)}")
+        if not log.names():
+            raise UserError(f"{join(store.url, RECORDS)}: not there, so repair=true has no records to forget; expected it to be copied along")
+        remove(store, log, lambda record: record["file_name"] in bad)
         print(f"  repaired  {len(bad)} rows are to be made again: start the same job once more")
     return found
 

@@ -20,7 +20,7 @@ import numpy as np
 from fluxbatch.config import Job
 from fluxbatch.io.images import encode, is_flat, pixel_sha256
 from fluxbatch.io.ledger import Ledger, Record, utc_now
-from fluxbatch.io.match import decisive
+from fluxbatch.io.match import decisive, with_extra
 from fluxbatch.io.storage import StorageError, Store
 from fluxbatch.types import Reject, Row
 
@@ -60,8 +60,7 @@ class Writer:
         self._ledger = ledger
         self._output = job.output
         self._failures_that_end = 1 if job.on_error.name == "stop" else job.max_failures
-        lossy = {} if job.output.format.name == "png" else {f"{job.output.format.name}_quality": job.output.quality}
-        self._facts = {**facts, **lossy}
+        self._facts = dict(facts)
         self._floor = floor
         self._retry = retry
         self._retrying = threading.Lock()  # it may need the device's memory: one row at a time
@@ -218,9 +217,9 @@ class Writer:
             **({"mfu": float(f"{floor / seconds:.3g}")} if floor and seconds else {}),
             "created": utc_now(),
             "flags": ["flat"] if is_flat(pixels) else [],
-            "key": self._ledger.key(row),
+            "key": self._ledger.key(row),  # the last of our own, which tells them from the row's
         }
-        return {**record, **{key: value for key, value in row.extra.items() if key not in record}}
+        return with_extra(record, row)
 
     def _reject(self, row: Row, reason: str) -> Reject:
         return Reject(row.where, reason, row.id, row.index)

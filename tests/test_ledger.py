@@ -222,6 +222,42 @@ def test_rows_may_come_in_another_order(named, own_seeds):
     assert [line["prompt"] for line in metadata(store)] == [row.prompt for row in rows]
 
 
+def test_ids_that_count_the_rows_are_ids_all_the_same():
+    rows = [plain.row(k, id=str(k)) for k in range(4)]
+    store = MemoryStore()
+    run(store, rows)
+    before = {line["id"]: line["sha256"] for line in metadata(store)}
+    order = [plain.row(0, id="new"), *(dataclasses.replace(rows[k], index=1 + i, seed=43 + i) for i, k in enumerate((2, 0, 3, 1)))]
+    assert assign(open_ledger(store), order)[0] == order[:1]
+    assert run(store, order).left == 0
+    lines = metadata(store)
+    assert [line["id"] for line in lines] == ["new", "2", "0", "3", "1"]
+    assert {line["id"]: line["sha256"] for line in lines[1:]} == before
+    with pytest.raises(UserError, match=r'm.jsonl:1: prompt: "prompt 0" → "prompt 1".*\(id "0"\)'):
+        assign(open_ledger(store), [plain.row(0, id="0", prompt="prompt 1", seed=9)])
+
+
+@pytest.mark.parametrize("own_seeds", [True, False])
+def test_a_row_that_is_to_have_more_images_keeps_the_one_it_has(own_seeds):
+    first = [plain.row(k, id=f"r{k}", **({"seed": 7} if own_seeds else {})) for k in range(3)]
+    store = MemoryStore()
+    run(store, first)
+    before = {line["prompt"]: line["sha256"] for line in metadata(store)}
+    rows = [
+        plain.row(2 * k + n, id=f"r{k}-{n}", prompt=f"prompt {k}", seed=(7 if own_seeds else 42 + 2 * k) + n)
+        for k in range(3)
+        for n in range(2)
+    ]
+    todo, _ = assign(open_ledger(store), rows)
+    assert [row.id for row in todo] == ["r0-1", "r1-1", "r2-1"]
+    run(store, rows)
+    lines = metadata(store)
+    assert [line["id"] for line in lines] == [row.id for row in rows]
+    assert {line["prompt"]: line["sha256"] for line in lines[::2]} == before
+    other = [plain.row(0, id="r0-0", prompt="another", seed=7)]
+    assert assign(open_ledger(store), other)[0] == other
+
+
 def test_equal_rows_are_matched_once_each():
     rows = [plain.row(k, prompt="same", seed=7) for k in range(4)]
     store = MemoryStore()
@@ -298,6 +334,24 @@ def test_images_of_unknown_origin_are_not_written_over():
     with pytest.raises(UserError, match=r"flux_0.png: is there already, without a record; .*overwrite=true"):
         open_ledger(store)
     open_ledger(store, overwrite=True)
+
+
+def test_what_else_a_row_says_may_change():
+    rows = [plain.row(k, extra={"category": "cats", "seed": "x"}) for k in range(3)]
+    store = MemoryStore()
+    run(store, rows[:2])
+    before = metadata(store)
+    ledger = dict(store.objects)
+    now = [dataclasses.replace(rows[0], extra={"split": "train"}), rows[1], rows[2]]
+    run(store, now)
+    first, second, third = metadata(store)
+    assert first == {**{key: value for key, value in before[0].items() if key != "category"}, "split": "train"}
+    assert second == before[1] and third["category"] == "cats"
+    assert {name: store.objects[name] for name in ledger if name.endswith(".png")} == {
+        name: data for name, data in ledger.items() if name.endswith(".png")
+    }
+    run(store, now[1:])  # a row that is gone says what it said when it was made
+    assert metadata(store)[0] == before[0]
 
 
 # --- rejects -------------------------------------------------------------------------------

@@ -136,9 +136,51 @@ def test_an_unclosed_quote_costs_only_its_line(manifest, problems):
     rows, rejects = manifest(table, name="m.csv", manifest_errors=QUARANTINE)
     assert [row.prompt for row in rows] == ["a dog", 'a "word" inside']
     assert [reject.where.rpartition(":")[2] for reject in rejects] == ["2", "4"]
-    # TSV knows no quoting across lines: a lone quote is a character
+    # in TSV a lone quote is a character
     rows, _ = manifest('prompt\tseed\n"Hello" said the cat\t1\n"lone\t2\n"two words"\t3\n', name="m.tsv")
     assert [row.prompt for row in rows] == ['"Hello" said the cat', '"lone', "two words"]
+
+
+def test_a_quoted_cell_keeps_its_lines_as_they_are(manifest):
+    for name, comma in (("m.csv", ","), ("m.tsv", "\t")):
+        table = f'prompt{comma}seed\r\n"first\r\n\r\n   second  \r\n "" third"{comma}3\r\n\r\n  a cat{comma}4  \r\n'
+        rows, _ = manifest(table, name=name)
+        assert [(row.prompt, row.seed) for row in rows] == [('first\n\n   second  \n " third', 3), ("a cat", 4)]
+        assert rows[1].where.endswith(f"{name}:7")
+
+
+def test_a_quote_in_tsv_opens_a_cell_only_where_the_record_has_one_cell_a_column(manifest):
+    rows, _ = manifest('prompt\tseed\n"a fox\nin snow"\t28\na cat\t3\n', name="m.tsv")
+    assert [(row.prompt, row.seed) for row in rows] == [("a fox\nin snow", 28), ("a cat", 3)]
+    rows, _ = manifest('prompt\tnote\tseed\n"a fox\tx\t1\na sign, 5"\n"a dog\ty\n', name="m.tsv")
+    assert [(row.prompt, row.seed) for row in rows] == [('"a fox', 1), ('a sign, 5"', 43), ('"a dog', 44)]
+    rows, _ = manifest('prompt\n"a fox\n"a" dog\n', name="m.tsv")
+    assert [row.prompt for row in rows] == ['"a fox', '"a" dog']
+
+
+def test_what_spreadsheets_write_of_empty_cells_means_nothing(manifest, problems):
+    table = "prompt,seed,,\r\na fox,3,, \r\n,,,\r\n , \r\na cat\r\n"
+    for name, comma in (("m.csv", ","), ("m.tsv", "\t")):
+        rows, rejects = manifest(table.replace(",", comma), name=name)
+        assert [(row.prompt, row.seed, row.extra) for row in rows] == [("a fox", 3, {}), ("a cat", 43, {})] and not rejects
+        assert rows[1].where.endswith(f"{name}:5")
+    assert problems("prompt,seed,\na,1,note\n,1,\n", name="m.csv") == [
+        "m.csv:2: 3 cells, but the header names 2 columns",
+        "m.csv:3: prompt: empty",
+    ]
+    rows, _ = manifest('prompt\tseed\t\t\n"a fox\nin snow"\t3\t\n"a lone quote\t4\t\t\n', name="m.tsv")
+    assert [(row.prompt, row.seed) for row in rows] == [("a fox\nin snow", 3), ('"a lone quote', 4)]
+
+
+def test_whole_floats_are_integers(manifest):
+    """As pandas writes a column of integers with a gap."""
+    for content, name in (
+        ('{"prompt": "a", "seed": 28.0, "num_inference_steps": 2e1}\n{"prompt": "b", "seed": null}\n', "m.jsonl"),
+        ("prompt,seed,num_inference_steps\na,28.0,20.\nb,,\n", "m.csv"),
+    ):
+        rows, _ = manifest(content, name=name)
+        assert [(row.seed, row.num_inference_steps) for row in rows] == [(28, 20), (43, 4)]
+        assert all(type(number) is int for row in rows for number in (row.seed, row.num_inference_steps))
 
 
 def test_single_prompt():
@@ -163,13 +205,18 @@ def test_single_prompt():
         ("null", 'got null, expected an object like {"prompt": "a red apple"}'),
         ("{}", "prompt: missing"),
         ('{"prompt": null}', "prompt: missing"),
+        (
+            '{"Prompt": "a", "seed": 3, "caption": "b", "n": 1}',
+            'prompt: missing (prompt_column=… takes another field for it, of "Prompt", "caption")',
+        ),
         ('{"prompt": " "}', "prompt: empty"),
         ('{"prompt": 7}', "prompt: got 7 (number), expected a string"),
         ('{"prompt": "a\\u0000b"}', "prompt: contains a NUL character"),
         ('{"prompt": "a", "prompt_2": ["b"]}', "prompt_2: got an array, expected a string"),
         ('{"prompt": "a", "prompt": "b"}', '"prompt" is given more than once'),
         ('{"prompt": "a", "seed": "7"}', 'seed: got "7" (string), expected an integer'),
-        ('{"prompt": "a", "seed": 7.0}', "seed: got 7.0 (number), expected an integer"),
+        ('{"prompt": "a", "seed": 7.5}', "seed: got 7.5 (number), expected an integer"),
+        ('{"prompt": "a", "seed": 1e19}', "seed: got 1e+19 (number), expected an integer"),
         ('{"prompt": "a", "seed": true}', "seed: got true (boolean), expected an integer"),
         ('{"prompt": "a", "seed": -1}', "seed: got -1, expected an integer from 0 to 2**64 - 1"),
         ('{"prompt": "a", "seed": 18446744073709551616}', "seed: got 18446744073709551616, expected"),
@@ -250,16 +297,23 @@ def test_indices_do_not_depend_on_which_lines_are_bad(manifest):
         (b"", "m.csv", "m.csv:1: no header line with the column names"),
         (b"prompt,seed\n", "m.csv", "m.csv: no rows in it"),
         (b"prompt,seed,seed\na,1,2\n", "m.csv", 'm.csv:1: column "seed" is there more than once'),
+        (b"id,prompt,ID\na,b,c\n", "m.csv", 'm.csv:1: columns "id" and "ID" differ only in case, expected one of them'),
         (b"prompt,seed\na,b,c\n", "m.csv", "m.csv:2: 3 cells, but the header names 2 columns"),
         (b"prompt,seed\na,7.5\n", "m.csv", 'm.csv:2: seed: got "7.5" (string), expected an integer'),
         (b"prompt,guidance_scale\na,nan\n", "m.csv", "m.csv:2: guidance_scale: got NaN, expected a number from 0"),
         (b"prompt,lora\na,{\n", "m.csv", 'm.csv:2: lora: got "{" (string), expected an object'),
         (b"[]", "m.json", "m.json: expected a manifest that ends in .jsonl, .txt, .tsv or .csv"),
-        ('{"prompt": "a"}'.encode("utf-16"), "m.jsonl", "m.jsonl:1: not UTF-8: byte 0xff at column 1"),
+        (
+            '{"prompt": "a"}'.encode("utf-16"),
+            "m.jsonl",
+            "m.jsonl:1: not UTF-8: byte 0xff at column 1; is the file UTF-16? Save it as UTF-8",
+        ),
+        ("prompt\tseed\na\t1\n".encode("utf-16"), "m.tsv", "m.tsv:1: not UTF-8: byte 0xff at column 1; is the file UTF-16?"),
     ],
 )
 def test_bad_files(problems, content, name, reason):
-    assert problems(content, name)[0].startswith(reason)
+    (line,) = problems(content, name)
+    assert line.startswith(reason)
 
 
 def test_a_manifest_that_is_not_there(tmp_path):

@@ -110,6 +110,31 @@ def test_encoders_return_once_the_pictures_are_drawn(opened, monkeypatch, where)
     assert any(x is pictures for x in waited) == (where == "free")
 
 
+@pytest.mark.parametrize("where", ["host", "free"])
+def test_transformer_and_encoders_take_turns_where_both_do_not_fit(opened, monkeypatch, where):  # noqa: F811
+    """The same pictures, and never both on the devices."""
+    rows = [ROW | {"prompt": f"prompt {i}", "seed": i} for i in range(2)]
+
+    def drawn():
+        engine, resolved = opened(rows, sweep=False)
+        pipeline, made, here = engine.pipeline(resolved), [], []
+        for row in resolved:
+            states = text.encode([row], engine.tokenizers, pipeline, 1)
+            here.append([pipeline.networks[name].here for name in ("t5", "flux")])
+            pipeline.encoders_out(again=True)
+            made.append(np.asarray(pipeline.decode(pipeline.denoise([row], *states.batch([row])), 32, 32)[0]))
+            here.append([pipeline.networks[name].here for name in ("t5", "flux")])
+        return made, here
+
+    monkeypatch.setattr(network, "away", lambda *_: where)
+    beside, here = drawn()
+    assert here[2] == [True, True]  # both fit
+    monkeypatch.setattr(network, "device_memory", lambda mesh: 1000)
+    taken, here = drawn()
+    assert here == [[True, False], [False, True]] * 2
+    assert all(np.array_equal(a, b) for a, b in zip(beside, taken, strict=True))
+
+
 def test_freed_encoders_change_no_picture(cli, golden, tmp_path):
     """Three shards, read again for each; rows with mixes of their own; the figures of the load say so."""
     rows = [{"prompt": f"prompt {i}", "seed": i, "height": 32, "width": 32, "num_inference_steps": 1} for i in range(6)]

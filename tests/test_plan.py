@@ -228,3 +228,69 @@ def test_what_makes_it_fit(golden):
     assert need.way_out(largest - 1) in {("offload_encoders=true",), ("per_device_batch_size=1",)}
     one = dataclasses.replace(need, images=1, stay=False)
     assert set(need.way_out(max(phase.total for phase in one.phases()))) >= {"per_device_batch_size=1", "offload_encoders=true"}
+
+
+def test_what_makes_it_fit_on_what_is_there(golden):
+    """Chips that stand idle, encoders that ``sharding=fsdp`` keeps unless it is told otherwise, a CPU's host memory,
+    and scores that another attention does not write; the slow way only where there is no other."""
+    job, engine = opened(golden / "dev", "resolution=64", "max_sequence_length=24", "offload_encoders=true")
+
+    def enough(need, **changes):
+        return max(phase.total for phase in dataclasses.replace(need, **changes).phases())
+
+    def way(need, **changes):
+        return need.way_out(enough(need, **changes))
+
+    need = memory.Situation.of(job, engine, "tpu", [(64, 64)], again=False, devices=jax.devices()[:4])
+    divided = dataclasses.replace(engine, mesh=make_mesh((1, 4), devices=jax.devices()[:4]))
+    assert way(need, engine=divided, stay=True) == ("sharding=fsdp",)
+    assert set(way(need, engine=divided, stay=False)) == {"sharding=fsdp", "offload_encoders=true"}
+    streaming = dataclasses.replace(engine, stream=True)
+    assert way(dataclasses.replace(need, devices=jax.devices()[:1]), engine=streaming) == ("stream_blocks=true",)
+    for_both = max(enough(need, engine=streaming), enough(need, engine=divided, stay=False))
+    assert set(need.way_out(for_both)) <= {"sharding=fsdp", "offload_encoders=true"} and need.way_out(for_both)
+    on_cpu = dataclasses.replace(memory.Situation.of(job, engine, "cpu", [(64, 64)], again=False), stay=True)
+    assert way(on_cpu, stay=False) == ("offload_encoders=free",)
+    writing = dataclasses.replace(memory.Situation.of(job, engine, "tpu", [(256, 256)], again=False), scores=True)
+    assert way(writing, scores=False) == ("attention=auto",)
+    scores = 4 * engine.checkpoint.components["transformer"].config.num_attention_heads * (256 // 16) ** 4
+    assert writing.phases()[1].activations - dataclasses.replace(writing, scores=False).phases()[1].activations >= scores
+
+
+def test_a_transformer_that_does_not_fit_beside_the_encoders_makes_room(golden):
+    job, engine = opened(golden / "dev", "resolution=64", "max_sequence_length=24", "offload_encoders=true")
+    need = memory.Situation.of(job, engine, "tpu", [(64, 64)], again=True)
+    together = need.phases()[0].weights
+    assert not dataclasses.replace(need, limit=2 * together).turns
+    tight = dataclasses.replace(need, limit=together)
+    vae = memory.on_a_device(engine, "vae")
+    assert tight.turns and tight.phases()[0].weights == memory.encoders(engine) + vae < together
+    assert not dataclasses.replace(tight, stay=True).turns  # offload_encoders=false says that all stay
+
+
+def test_attention_as_the_plan_takes_it(planned, monkeypatch):
+    seen = []
+    monkeypatch.setattr(memory.Situation, "phases", lambda self: seen.append(self) or [memory.Phase("denoise", 1, 1)])
+    for words in (["target=h100"], ["target=h100", "activations_dtype=float32"], ["target=v6e-1", "attention=dot_product"], ["target=cpu"]):
+        planned([{"prompt": "x"}], *words)
+    assert [need.scores for need in seen] == [False, True, True, False]
+
+
+def test_machines_of_several_hosts_are_taken_whole(planned):
+    """As by a run of so many processes."""
+    row = [{"prompt": "x"}]
+    assert "the sharding takes 1 devices, the 2 processes have 4: all must be taken" in planned(row, "target=2xh100-2", code=2)
+    assert "data 2 × fsdp 2" in planned(row, "target=2xh100-2", "sharding=fsdp", "dcn_data_parallelism=2")
+
+
+def test_idle_chips_are_named_and_paid_for(planned):
+    rows = [{"prompt": "x", "num_inference_steps": 1000, "seed": i} for i in range(8)]
+    one, all_ = (planned(rows, "target=v5e-8", "price_per_chip_hour=1e9", *words) for words in ([], ["sharding=ddp"]))
+    assert "one device, 7 idle" in one and " idle" not in all_
+    costs = [float(re.search(r"about ([\d,.]+): 8 × ", text)[1].replace(",", "")) for text in (one, all_)]
+    assert 7 < costs[0] / costs[1] < 9
+
+
+def test_pictures_of_as_many_tokens_share_a_program(planned):
+    text = planned([{"prompt": "x", "height": h, "width": w} for h, w in ((64, 96), (96, 64), (64, 64))], "target=h100")
+    assert "programs  7 to compile: text, modulation, 2 × denoising, 3 × decoding" in text

@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -94,11 +97,11 @@ def test_one_compilation_per_shape(cli, golden, tmp_path, mixed, monkeypatch, ca
 
 
 def test_the_record_says_it_all(cli, golden, tmp_path):
-    rows = [{"prompt": "a fox", "id": "fox", "seed": 5, "category": "animals"}, {"prompt": "two", "prompt_2": "deux", "num_images": 2}]
+    rows = [{"prompt": "a fox", "id": "fox", "seed": 5, "category": "animals", "model": "mine"}, {"prompt": "two", "prompt_2": "deux", "num_images": 2}]
     manifest = tmp_path / "rows.jsonl"
     manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    code, _ = cli(*flags(golden, tmp_path, manifest=manifest, resolution=32, num_inference_steps=2, seed=40, profile="true"))
-    assert code == 0
+    code, err = cli(*flags(golden, tmp_path, manifest=manifest, resolution=32, num_inference_steps=2, seed=40, profile="true"))
+    assert code == 0 and 'not carried into the metadata: "model"' in err
     folder = tmp_path / "run"
     (trace,) = folder.glob("profile/plugins/profile/*/*.xplane.pb")
     assert trace.stat().st_size > 1000
@@ -176,6 +179,9 @@ def test_replay_and_verify(cli, golden, tmp_path):
     (tmp_path / "run" / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     code, said = cli(*here, "id=g1", entry="replay")
     assert code == 3 and "largest difference 0 of 255" in said
+    (tmp_path / "run" / "metadata.jsonl").unlink()  # as after a kill
+    code, said = cli(*here, "id=g1", entry="replay")
+    assert code == 0 and "same pixels" in said
 
 
 def test_replay_is_by_the_program_that_made_the_row(cli, golden, tmp_path, monkeypatch):
@@ -242,6 +248,14 @@ def test_single_prompt_and_formats(cli, golden, tmp_path):
         assert pixels(tmp_path / form / record["file_name"]).shape == (32, 32, 3)
 
 
+def test_a_run_has_one_quality_where_the_format_loses_some(cli, golden, tmp_path):
+    for form, refused in (("png", False), ("jpeg", True), ("webp", True)):
+        args = flags(golden, tmp_path, form, prompt="a cat", resolution=32, num_inference_steps=1, output=form)
+        assert cli(*args, "quality=95")[0] == 0
+        code, err = cli(*args, "quality=5")
+        assert (code, "quality: 95 → 5" in err) == ((2, True) if refused else (0, False))
+
+
 def test_non_finite_rows_are_set_aside(cli, golden, tmp_path):
     """T5 has lost its letter z: what says it has no picture, its neighbours in the batch have theirs."""
     checkpoint = shutil.copytree(golden / "dev", tmp_path / "model")
@@ -291,6 +305,15 @@ def test_mistakes_stop_before_weights(cli, golden, tmp_path, monkeypatch, args, 
     assert all(word in err for word in words), err
     assert "Traceback" not in err and len(err.strip().splitlines()) == 1
     assert not (tmp_path / "run" / "metadata.jsonl").exists()
+
+
+def test_a_gpu_that_is_not_there_is_one_line(tmp_path):
+    """In a process of its own: JAX looks for devices once."""
+    command = [sys.executable, "-m", "fluxbatch.run", "prompt=a fox", "hardware=gpu", f"output_dir={tmp_path}"]
+    done = subprocess.run(command, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True)
+    said = [line for line in done.stderr.splitlines() if line.startswith("fluxbatch: error")]
+    assert done.returncode == 2 and len(said) == 1 and said[0].startswith("fluxbatch: error: hardware=gpu: JAX finds none here: ")
+    assert "Traceback" not in done.stderr
 
 
 def test_parti_prompts(cli, golden, tmp_path):

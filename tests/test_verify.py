@@ -78,6 +78,15 @@ def test_a_repaired_run_is_whole_after_one_more_start(run, command):
     assert command(f"output_dir={run.parent}", "run_name=demo")[0] == 0
 
 
+def test_without_its_ledger_a_run_is_not_repaired(run, command):
+    shutil.rmtree(run / ".fluxbatch")
+    assert command(f"output_dir={run.parent}", "run_name=demo", "repair=true")[0] == 0
+    (run / "flux_0.png").unlink()
+    code, text = command(f"output_dir={run.parent}", "run_name=demo", "repair=true")
+    assert code == 2 and "repaired" not in text and f"error: {run}/.fluxbatch/records/: not there" in text
+    assert (run / "metadata.jsonl").exists()
+
+
 def test_every_run_below_the_output_place(run, command):
     start(open_store(str(run.parent / "sweep" / "0")), ROWS[:2])
     (run / "flux_0.png").unlink()

@@ -21,6 +21,7 @@ from fluxbatch import writer as module
 from fluxbatch.config import ImageFormat, OnError, Output
 from fluxbatch.io.images import EXTENSIONS, decode, pixel_sha256
 from fluxbatch.io.ledger import Ledger
+from fluxbatch.io.match import decisive, left_out
 from fluxbatch.io.storage import LocalStore, StorageError, open_store
 from fluxbatch.writer import TooManyFailures, Writer
 from test_ledger import Killed, MemoryStore, check
@@ -97,6 +98,22 @@ def test_images_and_their_records(tmp_path):
     with Image.open(tmp_path / "run" / "flux_3.png") as image:
         parameters = json.loads(image.text["parameters"])
     assert (parameters["prompt"], parameters["seed"], parameters["model"]) == ("prompt 3", 45, "flux-mini")
+
+
+def test_fields_that_are_a_records_own_are_not_carried_and_said_to_be_left_out(tmp_path):
+    store = open_store(str(tmp_path))
+    start(store, [plain.row(0)], floor=lambda row: 1e-9)
+    (record,) = (json.loads(line) for line in store.read("metadata.jsonl").splitlines())
+    own = [key for key in record if key not in decisive(plain.row(0)) and key != "id"]
+    assert "mfu" in own
+    row = plain.row(0, extra=dict.fromkeys([*own, "category"], "mine"))
+    (remark,) = left_out([row], FACTS)
+    named = remark.removeprefix("not carried into the metadata: ").partition(", which")[0]
+    assert sorted(json.loads(f"[{named}]")) == sorted(own)
+    assert left_out([plain.row(0, extra={"category": "mine"})], FACTS) == []
+    start(open_store(str(tmp_path / "other")), [row])
+    (line,) = (json.loads(line) for line in store.read("other/metadata.jsonl").splitlines())
+    assert [key for key, value in line.items() if value == "mine"] == ["category"]
 
 
 @pytest.mark.parametrize("format", ["jpeg", "webp"])

@@ -59,8 +59,8 @@ def start(platform: str, cache_dir: str | None) -> str:
     _join()
     try:
         found = jax.default_backend()
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
+    except (RuntimeError, AssertionError) as error:  # of a missing cuda jax 0.10 has nothing to say but that
+        reason = next(iter(str(error).splitlines()), "no such device is visible")
         raise UserError(f"hardware={platform}: JAX finds none here: {reason}") from error
     if platform not in ("auto", found):
         raise UserError(f"hardware={platform}: this process already runs on {found}")

@@ -79,13 +79,13 @@ def _filled(sizes: Sequence[int], count: int, what: str, names: Sequence[str]) -
     return tuple(count // fixed if size == -1 else size for size in sizes)
 
 
-def open_mesh(ici: Sequence[int], dcn: Sequence[int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh of these sizes over the devices of all processes, or over ``devices``.
+def open_mesh(ici: Sequence[int], dcn: Sequence[int], devices: Sequence[jax.Device] | None = None, processes: int | None = None) -> Mesh:
+    """The mesh of these sizes over the devices of all processes, or over ``devices`` that belong to so many ``processes``.
 
     A slice is a TPU's; elsewhere what the dcn_ sizes divide are the processes, in their order. Raises
     ValueError when the sizes do not fit.
     """
-    devices, processes = jax.devices() if devices is None else devices, jax.process_count()
+    devices, processes = jax.devices() if devices is None else devices, processes or jax.process_count()
     inner, outer = mesh_shape(ici, dcn, len(devices), _slices(devices))
     across, count = math.prod(outer), math.prod(inner) * math.prod(outer)
     if _slices(devices) == 1 and processes % across:

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from fluxbatch.io.log import Log, in_parallel, json_line
-from fluxbatch.io.match import Record, RecordId, describe, difference, digest, key_under, match, row_key
+from fluxbatch.io.match import Record, RecordId, describe, difference, digest, key_under, match, row_key, with_extra
 from fluxbatch.io.names import Namer
 from fluxbatch.io.storage import NotFound, Store, join
 from fluxbatch.types import Reject, Row, UserError
@@ -163,9 +163,10 @@ class Ledger:
                 index = record["index"]
                 if row := self._row_made_by(record):
                     done.add(row.id)
-                    if (row.id, row.index) != (record["id"], index):  # it stands elsewhere now
-                        index = row.index
-                        line = json_line({**record, "id": row.id, "index": index})
+                    index = row.index
+                    today = with_extra({**record, "id": row.id, "index": index}, row)
+                    if today != record:  # it stands elsewhere now, or says more
+                        line = json_line(today)
                 lines[_id(record)] = index, line
             self._store.write(METADATA, b"".join(line for _, line in sorted(lines.values())))
             rejects, reject_objects = self._merge_rejects(done)

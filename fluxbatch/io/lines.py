@@ -11,13 +11,15 @@ import json
 import math
 from collections import deque
 from collections.abc import Iterator
+from string import whitespace
 from typing import Any, BinaryIO, NamedTuple
 
 from fluxbatch.types import UserError
 
 TAB = "\t"
 MAX_LINE = 10_000_000  # bytes; longer lines are never held
-_MAX_QUOTED_LINES = 100  # physical lines that one quoted CSV field may span
+_MAX_QUOTED_LINES = 100  # physical lines that one quoted field may span
+_AROUND = "\r\n "  # means nothing before and after a line
 
 
 class BadLine(ValueError):
@@ -46,15 +48,20 @@ def table_lines(stream: BinaryIO, delimiter: str, name: str) -> tuple[list[str],
 
     Raises UserError when the header cannot be read; ``name`` is the file, for the message.
     """
-    lines = _text_lines(stream)
-    number, text = next(lines, (1, BadLine("no header line with the column names")))
-    cells = text if isinstance(text, BadLine) else _cells(text, delimiter)
+    lines = _raw_lines(stream)
+    nothing = 1, BadLine("no header line with the column names")
+    number, text = next((line for line in lines if isinstance(line[1], BadLine) or line[1].strip()), nothing)
+    cells = text if isinstance(text, BadLine) else _cells(text, delimiter, 0)
     if isinstance(cells, BadLine):
         raise UserError(f"{name}:{number}: {cells}")
     columns = [cell.strip() for cell in cells or []]
     doubled = sorted({c for c in columns if c and columns.count(c) > 1})
     if doubled:
         raise UserError(f"{name}:{number}: column {shown(doubled[0])} is there more than once")
+    by_lower = {column.lower(): column for column in columns}
+    alike = [(column, by_lower[column.lower()]) for column in columns if by_lower[column.lower()] != column]
+    if alike:
+        raise UserError(f"{name}:{number}: columns {' and '.join(map(shown, alike[0]))} differ only in case, expected one of them")
     return columns, _table(lines, columns, delimiter)
 
 
@@ -62,55 +69,67 @@ def _table(lines: Iterator[tuple[int, str | BadLine]], columns: list[str], delim
     ahead: deque[tuple[int, str | BadLine]] = deque()  # read while looking for a closing quote
     while ahead or (following := next(lines, None)) is not None:
         number, text = ahead.popleft() if ahead else following
-        cells = text if isinstance(text, BadLine) else _cells(text, delimiter)
+        cells = text if isinstance(text, BadLine) else _cells(text, delimiter, len(columns))
         if cells is None:
-            cells = _quoted_cells(text, delimiter, lines, ahead)
+            cells = _quoted_cells(text, len(columns), delimiter, lines, ahead)
         if isinstance(cells, list) and len(cells) > len(columns):
             cells = BadLine(f"{len(cells)} cells, but the header names {len(columns)} columns")
         if isinstance(cells, BadLine):
             yield Line(number, cells)
-        else:
+        elif any(cell.strip() for cell in cells):
             cells += [""] * (len(columns) - len(cells))
             yield Line(number, {c: cell for c, cell in zip(columns, cells) if c})
 
 
 def _quoted_cells(
-    text: str, delimiter: str, lines: Iterator[tuple[int, str | BadLine]], ahead: deque[tuple[int, str | BadLine]]
-) -> list[str] | BadLine:
+    text: str, columns: int, delimiter: str, lines: Iterator[tuple[int, str | BadLine]], ahead: deque[tuple[int, str | BadLine]]
+) -> list[str] | BadLine | None:
     """Cells of a record whose quoted field goes on over the following lines.
 
-    A quote that is never closed costs only its own line: what was read ahead stays to be read.
+    A quote that is never closed costs only its own line: what was read ahead stays to be read. In TSV
+    it is a character then, and also where the record that it would make has not one cell a column.
     """
-    if delimiter == TAB:
-        return text.split("\t")  # TSV has no multi-line fields: a lone quote is a character
+    first = text
     for count in range(_MAX_QUOTED_LINES):
         if count == len(ahead):
             following = next(lines, None)
             if following is None:
                 break
             ahead.append(following)
-        if isinstance(ahead[count][1], BadLine):
+        line = ahead[count][1]
+        if isinstance(line, BadLine):
             break
-        text = f"{text}\n{ahead[count][1]}"
-        cells = _cells(text, delimiter)
-        if cells is not None:
-            if isinstance(cells, list):
-                for _ in range(count + 1):
-                    ahead.popleft()
-            return cells
+        text = f"{text}\n{line}"
+        if '"' not in line or (cells := _cells(text, delimiter, columns)) is None:
+            continue
+        if delimiter == TAB and (isinstance(cells, BadLine) or len(cells) != columns):
+            break
+        if isinstance(cells, list):
+            for _ in range(count + 1):
+                ahead.popleft()
+        return cells
+    if delimiter == TAB:
+        return _cells(first, TAB, columns, csv.QUOTE_NONE)
     return BadLine("a quote is opened and never closed")
 
 
-def _cells(text: str, delimiter: str) -> list[str] | BadLine | None:
-    """The cells of one record, or None while a quote is still open."""
+def _cells(text: str, delimiter: str, columns: int, quoting: int = csv.QUOTE_MINIMAL) -> list[str] | BadLine | None:
+    """The cells of one record, or None while a quote is still open.
+
+    Blank ones at the end count only up to ``columns``: spreadsheets write a table's empty cells too.
+    """
+    text = text.strip(_AROUND)
     try:
-        return next(csv.reader([text], delimiter=delimiter, strict=True))
+        cells = next(csv.reader([text], delimiter=delimiter, strict=True, quoting=quoting))
     except csv.Error as error:
         if "unexpected end of data" in str(error):
             return None
-        if delimiter == TAB and "expected after" in str(error):
-            return text.split("\t")
+        if delimiter == TAB and "expected after" in str(error) and "\n" not in text:
+            return _cells(text, TAB, columns, csv.QUOTE_NONE)
         return BadLine(f"not {'TSV' if delimiter == TAB else 'CSV'}: {error}")
+    while len(cells) > columns and not cells[-1].strip():
+        cells.pop()
+    return cells
 
 
 def _object(text: str) -> dict[str, Any] | BadLine:
@@ -156,7 +175,16 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_float=_finite, pars
 
 
 def _text_lines(stream: BinaryIO) -> Iterator[tuple[int, str | BadLine]]:
-    """(number, text) of the lines that are not blank, without their ends."""
+    """(number, text) of the lines that are not blank, without what stands around them."""
+    for number, text in _raw_lines(stream):
+        if isinstance(text, BadLine):
+            yield number, text
+        elif text.strip(whitespace):
+            yield number, text.strip(_AROUND)
+
+
+def _raw_lines(stream: BinaryIO) -> Iterator[tuple[int, str | BadLine]]:
+    """(number, text) of every line, without its end."""
     number = 0
     while data := stream.readline(MAX_LINE + 1):
         number += 1
@@ -167,12 +195,12 @@ def _text_lines(stream: BinaryIO) -> Iterator[tuple[int, str | BadLine]]:
             continue
         if number == 1:
             data = data.removeprefix(b"\xef\xbb\xbf")  # editors on Windows begin files so
-        if data.isspace() or not data:
-            continue
         try:
-            text = data.decode().strip("\r\n ")
+            text = data.decode().rstrip("\r\n")
         except UnicodeDecodeError as error:
-            yield number, BadLine(f"not UTF-8: byte 0x{data[error.start]:02x} at column {error.start + 1}")
+            utf_16 = number == 1 and data.startswith((b"\xff\xfe", b"\xfe\xff"))
+            hint = "; is the file UTF-16? Save it as UTF-8" if utf_16 else ""
+            yield number, BadLine(f"not UTF-8: byte 0x{data[error.start]:02x} at column {error.start + 1}{hint}")
             continue
         yield number, BadLine("contains a NUL byte") if "\0" in text else text
 

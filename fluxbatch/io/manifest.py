@@ -18,6 +18,7 @@ from fluxbatch.types import Reject, Row, UserError
 MAX_SEED = 2**64 - 1
 _MAX_SIDE = 16_384  # pixels
 _MAX_STEPS = 1_000
+_WHOLE = 2**53  # up to it a float that is whole is the integer that was meant
 _MAX_FLOAT = 1e4  # of guidance and LoRA scales: beyond it bfloat16 only makes NaN
 _MAX_IMAGES = 100_000  # per row
 _MAX_ID = 200  # bytes: with its extension it must fit a file name
@@ -116,16 +117,16 @@ def _renamed(parsed: Iterator[Line], names: Mapping[str, str]) -> Iterator[Line]
 
 
 def _converted(line: Line) -> Line:
-    """Cells of a table have no types: numbers where numbers belong, and empty means not given.
+    """Cells of a table have no types: numbers where numbers belong, and empty means not given (but the prompt).
 
     What cannot be converted stays a string, which the resolver then refuses by name.
     """
     if isinstance(line.fields, BadLine):
         return line
-    fields = {key: cell for key, cell in line.fields.items() if cell.strip() or key not in _FIELDS}
+    fields = {key: cell for key, cell in line.fields.items() if cell.strip() or key not in _FIELDS[1:]}
     for key in _INTEGERS:
-        if key in fields and re.fullmatch(r"\s*[+-]?[0-9]{1,30}\s*", fields[key]):
-            fields[key] = int(fields[key])
+        if key in fields and re.fullmatch(r"\s*[+-]?[0-9]{1,30}(\.0*)?\s*", fields[key]):
+            fields[key] = int(fields[key].partition(".")[0])  # pandas writes 28.0 where another row has none
     with contextlib.suppress(KeyError, ValueError):
         fields["guidance_scale"] = float(fields["guidance_scale"])
     with contextlib.suppress(KeyError, ValueError, RecursionError):
@@ -168,7 +169,9 @@ class _Resolver:
         problems: list[str] = []
         prompt = _text(given, "prompt", problems)
         if "prompt" not in given:
-            problems.append("prompt: missing")
+            texts = [shown(key) for key, value in given.items() if key not in _FIELDS and isinstance(value, str)]
+            hint = f" (prompt_column=… takes another field for it, of {', '.join(texts)})" if texts else ""
+            problems.append(f"prompt: missing{hint}")
         prompt_2 = _text(given, "prompt_2", problems) if "prompt_2" in given else self._prompt_2 or prompt
         base = _id(given, problems)
         numbers = {**self._defaults, **self._numbers(given, problems)}
@@ -220,6 +223,8 @@ class _Resolver:
             if key not in given:
                 continue
             value = given[key]
+            if type(value) is float and value.is_integer() and abs(value) <= _WHOLE:
+                value = int(value)
             if type(value) is not int:  # a bool is an int to isinstance
                 problems.append(f"{key}: got {described(value)}, expected an integer")
             elif not low <= value <= high or value % step:

@@ -14,6 +14,8 @@ Record = dict[str, Any]
 RecordId = tuple[str, str]  # id, key
 
 _SHOWN = 20  # changed rows in one message
+# What a record says besides its row's parameters and the model
+_OWN = ("file_name", "index", "sha256", "seconds", "mfu", "created", "flags", "key")
 
 
 def row_key(row: Row, job_facts: Mapping[str, Any]) -> str:
@@ -38,6 +40,20 @@ def decisive(row: Row) -> dict[str, Any]:
         "guidance_scale": row.guidance_scale,
         "lora": None if row.lora is None else dict(row.lora),
     }
+
+
+def with_extra(record: Mapping[str, Any], row: Row) -> Record:
+    """The record's own fields, the last of which is ``key``, and then those of the row that it has no field for."""
+    keys = list(record)
+    own = {key: record[key] for key in keys[: keys.index("key") + 1]}
+    return own | {key: value for key, value in row.extra.items() if key not in own and key not in _OWN}
+
+
+def left_out(rows: Iterable[Row], model: Mapping[str, Any]) -> list[str]:
+    """A remark on fields of the rows that no record carries, if there are any. ``model``: what records say of it."""
+    fields = dict.fromkeys(key for row in rows for key in row.extra if key in model or key in _OWN)
+    why = "which every record has for itself; rename them and start again, no picture is made twice"
+    return [f"not carried into the metadata: {', '.join(map(json.dumps, fields))}, {why}"] if fields else []
 
 
 def digest(value: Any) -> str:
@@ -71,31 +87,34 @@ def match(
             todo[row.id] = row, record_id[1]
 
     left = {record_id for record_id in places if record_id not in row_of}
-    ids = {id for id, _ in left}
+    ids = {known for id, _ in left for known in (id, f"{id}-0")}
     if not left or not any(id in ids or not row.named for id, (row, _) in todo.items()):
         return Match(row_of, [row for row, _ in todo.values()], [])
 
-    def pair(handle_of_record: Callable[[Record], Any], handle_of_row: Callable[[Row, str], Any]) -> None:
-        """Makes rows done by the records that have the same handle, each record once."""
+    def pair(named: bool, handle_of_record: Callable[[Record], Any], handle_of_row: Callable[[Row, str], Any]) -> None:
+        """Makes rows with ids of their own, or those without, done by the records that have the same handle,
+        each record once."""
         by_handle = defaultdict(deque)
         for record in remembered:
-            if (record["id"], record["key"]) not in row_of:
+            # an id that is not the index was given by a manifest, and only its own row may have the record
+            if (record["id"], record["key"]) not in row_of and (named or record["id"] == str(record["index"])):
                 by_handle[handle_of_record(record)].append((record["id"], record["key"]))
         for row, key in list(todo.values()):
-            if alike := by_handle.get(handle_of_row(row, key)):
+            if row.named == named and (alike := by_handle.get(handle_of_row(row, key))):
                 row_of[alike.popleft()] = row
                 del todo[row.id]
 
     remembered = [record for record in records() if (record["id"], record["key"]) in left]
     remembered.sort(key=lambda record: record["index"])
-    # A row without an id of its own may stand elsewhere now: the key finds it.
-    pair(lambda r: (_own_id(r), r["key"]), lambda row, key: (row.id if row.named else None, key))
     # A row without a seed of its own that stands elsewhere would get another seed now. It is the
     # same row when all else is equal and its seed was as far from its place.
-    pair(
-        lambda r: (_own_id(r), _but_seed(r), r["seed"] - r["index"]),
-        lambda row, _: (row.id if row.named else None, _but_seed(decisive(row)), row.seed - row.index),
-    )
+    pair(True, lambda r: (r["id"], *_but_place(r, r["index"])), lambda row, _: (row.id, *_but_place(decisive(row), row.index)))
+    # The first of several images of a row is the one that it had before alone.
+    pair(True, lambda r: (f"{r['id']}-0", r["key"]), lambda row, key: (row.id, key))
+    pair(True, lambda r: (f"{r['id']}-0", *_but_place(r, r["index"])), lambda row, _: (row.id, *_but_place(decisive(row), row.index)))
+    # A row without an id of its own may stand elsewhere too: the key finds it.
+    pair(False, lambda r: r["key"], lambda _, key: key)
+    pair(False, lambda r: _but_place(r, r["index"]), lambda row, _: _but_place(decisive(row), row.index))
     changed = [
         (todo[record["id"]][0], record)
         for record in remembered
@@ -122,13 +141,10 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any], *, only_new: bool
     return [f"{k}: {_shown(old.get(k))} → {_shown(new.get(k))}" for k in keys if old.get(k) != new.get(k)]
 
 
-def _own_id(record: Record) -> str | None:
-    return None if record["id"] == str(record["index"]) else record["id"]
-
-
-def _but_seed(values: Mapping[str, Any]) -> str:
+def _but_place(values: Mapping[str, Any], index: int) -> tuple[str, int]:
+    """What stays of a row without a seed of its own when it moves: all but the seed, and the seed's distance."""
     fields = ("prompt", "prompt_2", "height", "width", "num_inference_steps", "guidance_scale", "lora")
-    return digest([values[field] for field in fields])
+    return digest([values[field] for field in fields]), values["seed"] - index
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -93,15 +93,19 @@ def splash_blocks(length: int, chip: str = "") -> dict[str, int]:
     return {"block_q": size, "block_kv": size, "block_kv_compute": compute}
 
 
+def chosen(name: str, platform: str, dtype: str) -> str:
+    """What ``auto`` stands for there; any other name stands for itself."""
+    best = {"gpu": "cudnn_flash_te" if dtype != "float32" else "dot_product", "tpu": "flash"}
+    return best.get(platform, "dot_product") if name == "auto" else name
+
+
 def by_name(name: str, platform: str, dtype: str, blocks: Mapping[str, int] | None = None, chip: str = "") -> AttentionFn:
     """The attention called ``name`` on this ``platform`` (cpu, gpu, tpu) for activations of ``dtype``; ``chip`` is JAX's
     name of the device.
 
     Raises ValueError when the hardware cannot serve the name: never a silent fall-back.
     """
-    half = dtype != "float32"
-    if name == "auto":
-        name = {"gpu": "cudnn_flash_te" if half else "dot_product", "tpu": "flash"}.get(platform, "dot_product")
+    half, name = dtype != "float32", chosen(name, platform, dtype)
     serves = {"flash": "tpu", "cudnn_flash_te": "gpu"}
     if name in serves and platform != serves[name]:
         raise ValueError(

@@ -102,6 +102,20 @@ def away(offload: bool | str, mesh: jax.sharding.Mesh, held: int) -> str:
     return "free" if offload == "free" else "keep"
 
 
+def crowded(text: int, drawing: int, limit: int | None) -> bool:
+    """Whether ``text`` bytes of encoders and ``drawing`` of what draws are too many for a device's ``limit``, with a little
+    for what they work on. They take turns then."""
+    return limit is not None and text + drawing > 0.95 * limit
+
+
+def device_memory(mesh: jax.sharding.Mesh) -> int | None:
+    """Bytes that programs may use of an accelerator; None where it does not say, or the memory is the host's."""
+    stats = None
+    with contextlib.suppress(RuntimeError):  # a device that only a compiler knows
+        stats = None if load.on_host(mesh) else mesh.local_devices[0].memory_stats()
+    return (stats or {}).get("bytes_limit")
+
+
 def room(held: int) -> bool:
     """Whether all hosts have the memory for ``held`` bytes each; the page cache wants some too."""
     return hosts.all_say(held <= host_memory() // 2)
