@@ -117,6 +117,8 @@ def _start(task: Task, schema: type[Job], rows: bool, about: str | None, argv: l
             # Named by its content, not by the clock: the same sweep finds its finished work again.
             label = config.digest([o for o in args.overrides if not o.startswith(("debug=", "overwrite="))])
             words = [f"hydra.job.name=sweep-{label}", *args.overrides, "hydra.mode=MULTIRUN"]
+            if about:  # the siblings of run leave nothing behind
+                words.append(f"hydra.sweep.dir={overrides.quote(_scratch())}")
             batches = hydra.multirun(name, job, words)
             return max((result.return_value for batch in batches for result in batch), key=_severity)
         else:

@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import re
 import string
 from collections.abc import Iterator
@@ -147,6 +148,7 @@ class Job:
     sweep: dict[str, Any] = field(default_factory=dict)  # what a multirun varies, filled in by the CLI
 
 
+_MOST = {"max_sequence_length": 4096, "per_device_batch_size": 4096, "replica_count": 100_000}
 OFFLOAD = (True, False, "host", "free")
 
 # The forward kernel's block sizes; the others, pasted along from training set-ups, change nothing.
@@ -206,8 +208,8 @@ def _offenders(job: Job, rows: bool) -> Iterator[tuple[str, Any, str]]:
     }.items():
         for name in names.split():
             value = getattr(getattr(job, group) if group else job, name)
-            if value is not None and value < 1:
-                yield f"{group}.{name}".lstrip("."), value, "a whole number from 1"
+            if value is not None and not 1 <= value <= _MOST.get(name, value):
+                yield f"{group}.{name}".lstrip("."), value, "a whole number from 1" + (f" to {_MOST[name]:,}" if name in _MOST else "")
     for key, value in {"seed": job.seed, "max_failures": job.max_failures, "replica_index": job.replica_index}.items():
         if value is not None and value < 0:
             yield key, value, "a whole number from 0"
@@ -216,7 +218,10 @@ def _offenders(job: Job, rows: bool) -> Iterator[tuple[str, Any, str]]:
         yield "replica_expiry", job.replica_expiry, "a number of seconds above 0"
     if job.text_cache_dir is not None and (not job.text_cache_dir.strip() or "://" in job.text_cache_dir or "\0" in job.text_cache_dir):
         yield "text_cache_dir", job.text_cache_dir, "a local directory, or null"
-    if not 0 < job.text_cache_gigabytes < math.inf:
+    for key in ("text_cache_dir", "jax_cache_dir"):
+        if (value := getattr(job, key)) is not None and os.path.exists(value) and not os.path.isdir(value):
+            yield key, value, "a directory, found a file"
+    if not 0 < job.text_cache_gigabytes <= 1e6:
         yield "text_cache_gigabytes", job.text_cache_gigabytes, "a number above 0; text_cache_dir=null keeps nothing"
 
     sampler = job.sampler
@@ -224,8 +229,11 @@ def _offenders(job: Job, rows: bool) -> Iterator[tuple[str, Any, str]]:
         yield "sampler.guidance_scale", sampler.guidance_scale, "a number from 0 (dev: 3 to 5)"
     for key in ("base_shift", "max_shift"):
         value = getattr(sampler, key)
-        if value is not None and not math.isfinite(value):
-            yield f"sampler.{key}", value, "a finite number"
+        if value is not None and not abs(value) <= 20:
+            yield f"sampler.{key}", value, "a number from -20 to 20"
+    for key in ("clip_model_name_or_path", "t5xxl_model_name_or_path", "vae_model_name_or_path"):
+        if (value := getattr(job.model, key)) is not None and not value.strip():
+            yield f"model.{key}", value, "a path or name, or null for the model's own"
 
     for kind, what in (("ici", "devices"), ("dcn", "slices")):
         axes = {f"sharding.{k}": v for k, v in vars(job.sharding).items() if k.startswith(f"{kind}_")}
@@ -244,12 +252,15 @@ def _offenders(job: Job, rows: bool) -> Iterator[tuple[str, Any, str]]:
             if not re.fullmatch(r"--\w+(=\S*)?", flag):
                 yield f"hardware.{key}", flag, "flags of the form --name=value"
 
-    for name, size in (job.hardware.flash_block_sizes or {}).items():
+    blocks = job.hardware.flash_block_sizes or {}
+    for name, size in blocks.items():
         key = f"hardware.flash_block_sizes.{name}"
         if name not in FLASH_BLOCKS + FLASH_BLOCKS_BACKWARD:
             yield key, size, f"one of {', '.join(FLASH_BLOCKS)} as the name"
-        elif size < 1:
-            yield key, size, "a whole number from 1"
+        elif name in FLASH_BLOCKS and (size < 1 or size % 128):
+            yield key, size, "a multiple of 128"
+    if (whole := blocks.get("block_kv")) and (part := blocks.get("block_kv_compute")) and whole % part:
+        yield "hardware.flash_block_sizes.block_kv", whole, f"a multiple of block_kv_compute={part}"
 
     output = job.output
     if wanted := _template_fault(output.filename):
@@ -281,9 +292,12 @@ def _lora_offenders(job: Job) -> Iterator[tuple[str, Any, str]]:
     for i, name in enumerate(names):
         if not name.strip() or name in names[:i] or name in job.lora:
             yield f"lora_config.adapter_name[{i}]", name, "a name that no other adapter has"
+    for i, name in enumerate(job.lora_config.weight_name):
+        if not isinstance(name, str | None):
+            yield f"lora_config.weight_name[{i}]", name, "a file's name, or null"
     for key, scale in scales:
-        if not math.isfinite(scale):
-            yield key, scale, "a finite number, usually 0.0 to 1.0"
+        if not abs(scale) <= 1e4:  # as of a row: beyond it bfloat16 only makes NaN
+            yield key, scale, "a number, usually 0.0 to 1.0"
 
 
 def _template_fault(template: str) -> str | None:

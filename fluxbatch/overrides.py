@@ -60,6 +60,8 @@ def read(
                 raise UserError(f"{shown(word)}: a comma asks for a sweep, which needs --multirun{hint}")
             if key not in groups and not parsed.is_delete() and kind_of(schema, key)[0] is not None:
                 _try(scratch, schema, parsed, parser)
+            if key in groups and not parsed.is_delete() and "glob(" not in word:
+                _check_options(parsed, parser, groups[key])
             overrides.append(override)
             (fixed.discard if sweeps else fixed.add)(key)
         except UserError as error:
@@ -81,10 +83,24 @@ def _try(scratch: DictConfig, schema: type, override: Override, parser: Override
         kind, _ = kind_of(schema, part) if part else (None, False)
         if (dataclasses.is_dataclass(kind) or typing.get_origin(kind) is dict) and not OmegaConf.select(scratch, part):
             OmegaConf.update(scratch, part, kind() if dataclasses.is_dataclass(kind) else {})
-    swept = override.sweep_string_iterator() if override.is_discrete_sweep() else None
-    for text in swept or [override.get_value_element_as_str()]:
-        value = parser.parse_override(f"x={text}").value()
+    for value in _values(override, parser):
         OmegaConf.update(scratch, key, value, merge=isinstance(value, dict))
+
+
+def _check_options(override: Override, parser: OverridesParser, known: Sequence[str]) -> None:
+    """UserError unless a group's choices are there. (Those in folders of the user's own are left to Hydra.)"""
+    for value in _values(override, parser):
+        for option in value if isinstance(value, list) else [value]:
+            if not (isinstance(option, str) and ("/" in option or option.removesuffix(".yaml") in known)):
+                near = nearest(str(option), known)
+                hint = f"; did you mean {near}?" if near else ""
+                raise UserError(f"{override.key_or_group}={shown(option)}: expected one of {', '.join(known)}{hint}")
+
+
+def _values(override: Override, parser: OverridesParser) -> list[Any]:
+    """The value of an override, or all that it sweeps over."""
+    swept = override.sweep_string_iterator() if override.is_discrete_sweep() else [override.get_value_element_as_str()]
+    return [parser.parse_override(f"x={text}").value() for text in swept]
 
 
 def leaves(schema: type, prefix: str = "") -> Iterator[str]:
@@ -146,8 +162,10 @@ class _Vocabulary:
         """One word as an override of Hydra's, its key in full and its text quoted."""
         prefix, typed, equals, value = re.fullmatch(r"(\+\+|\+|~|)([^=]*)(=?)(.*)", word, re.DOTALL).groups()
         group = re.split("[/@]", typed)[0]
-        if typed.startswith(("hydra.", "hydra/")) or (equals and group in self.groups):
+        if typed.startswith(("hydra.", "hydra/")) or (equals and group in self.groups and "/" not in typed):
             return word
+        if "/" in typed:
+            raise UserError(f"{shown(word)}: there is no key {typed}{self._nearest(typed.replace('/', '.'))}")
         if not equals and prefix != "~":
             raise UserError(f"{shown(word)}: expected key=value{self._nearest(typed)}")
         head, dot, tail = typed.partition(".")
@@ -163,6 +181,8 @@ class _Vocabulary:
             value = _text(value, key in PROMPTS, multirun)
         elif value.startswith(("{", "[")):
             value = _from_json(value)
+            if kind == list[str]:  # of flags, the dashes are text
+                value = re.sub(r"(?<=[\[,])\s*(--[^,\]'\"]+)", lambda flag: quote(flag[1].strip()), value)
         return f"{prefix}{key}{equals}{value}"
 
     def _nearest(self, typed: str) -> str:

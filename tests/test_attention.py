@@ -33,7 +33,8 @@ def test_plain_and_blocked(l, m):
         assert np.abs(np.asarray(jax.jit(attend)(*inputs)) - expected).max() < 2e-6
 
 
-@pytest.mark.parametrize("length,blocks", [(256, None), (200, None), (384, {"block_q": 128, "block_kv": 128, "block_kv_compute": 128})])
+@pytest.mark.parametrize("length,blocks", [(256, None), (200, None), (384, {"block_q": 128, "block_kv": 128, "block_kv_compute": 128}),
+                                            (600, {"block_kv": 256}), (600, {"block_kv_compute": 384})])  # fmt: skip
 @pytest.mark.parametrize("keys", [None, 520])
 def test_splash_in_interpret_mode(length, blocks, keys):
     """Padding to whole blocks must not be attended to; a device may have fewer queries than there are keys."""
@@ -47,6 +48,8 @@ def test_splash_blocks_divide_what_they_pad_to():
     assert attention.splash_blocks(4608) == {"block_q": 2304, "block_kv": 2304, "block_kv_compute": 768}
     assert attention.splash_blocks(4608, "TPU v4") == {"block_q": 2304, "block_kv": 2304, "block_kv_compute": 256}
     assert attention.splash_blocks(4352)["block_q"] == 2176
+    assert attention.splash_blocks(600, given={"block_kv": 256}) == {"block_q": 640, "block_kv": 256, "block_kv_compute": 256}
+    assert attention.splash_blocks(4608, given={"block_kv_compute": 512, "block_q": 128}) == {"block_q": 128, "block_kv": 2048, "block_kv_compute": 512}
     for length in (1, 127, 128, 1000, 4352, 4608, 5000):
         blocks = attention.splash_blocks(length)
         padded = -(-length // 128) * 128

@@ -306,6 +306,11 @@ def test_a_sibling_command_adds_keys_and_needs_no_rows(command):
     assert command.lines == ["fluxbatch: error: id: a value is missing; expected text"]
 
 
+def test_flags_of_compilers_need_no_quotes(command):
+    job = command("prompt=x", "xla_flags=[--xla_a=b,--xla_c]", 'libtpu_init_args=["--d=1"]')
+    assert job.hardware.xla_flags == ["--xla_a=b", "--xla_c"] and job.hardware.libtpu_init_args == ["--d=1"]
+
+
 # ---- mistakes
 
 
@@ -360,10 +365,23 @@ WRONG = [
     ("output_dir=", "output_dir=", "a path"),
     ("manifest=rows.jsonl", "prompt=x", "manifest=rows.jsonl"),
     ("flash_block_sizes={block_p: 1}", "hardware.flash_block_sizes.block_p=1", "block_q"),
-    ("flash_block_sizes={block_q: 0}", "hardware.flash_block_sizes.block_q=0", "from 1"),
+    ("flash_block_sizes={block_q: 0}", "hardware.flash_block_sizes.block_q=0", "a multiple of 128"),
+    ("flash_block_sizes={block_kv_compute: 200}", "hardware.flash_block_sizes.block_kv_compute=200", "a multiple of 128"),
+    ("flash_block_sizes={block_kv: 256, block_kv_compute: 384}", "hardware.flash_block_sizes.block_kv=256", "a multiple of block_kv_compute=384"),
     ("xla_flags=[fast]", "hardware.xla_flags=fast", "--name=value"),
     ("max_failures=-1", "max_failures=-1", "from 0"),
     ("num_images=0", "num_images=0", "from 1"),
+    ("max_sequence_length=1000000", "sampler.max_sequence_length=1000000", "from 1 to 4,096"),
+    ("per_device_batch_size=10000000000000", "sharding.per_device_batch_size=10000000000000", "from 1 to 4,096"),
+    ("base_shift=1000", "sampler.base_shift=1000", "from -20 to 20"),
+    ("text_cache_gigabytes=1e300", "text_cache_gigabytes=1e+300", "above 0"),
+    ("text_cache_dir=/dev/null", "text_cache_dir=/dev/null", "a directory, found a file"),
+    ("jax_cache_dir=/dev/null", "jax_cache_dir=/dev/null", "a directory, found a file"),
+    ("clip_model_name_or_path=", "model.clip_model_name_or_path=", "a path or name"),
+    ("+sampler/num_inference_steps=8", "sampler/num_inference_steps", "no key"),
+    ("lora=null", "lora=null", "expected one of none, outline, pixel-art"),
+    ("sampler=1", "sampler=1", "expected one of dev"),
+    ("lora=[outline,outlin]", "lora=outlin", "did you mean outline?"),
     ("adapter_name=[a,b]", "lora_config.lora_model_name_or_path", "equal length"),
 ]  # fmt: skip
 
@@ -389,6 +407,9 @@ def test_two_automatic_axes_and_same_adapter_names(command):
     twice = [re.sub(r"\[(\w+)\]", r"[\1,\1]", word) for word in ADAPTER]
     command("prompt=x", *twice, expect=2)
     assert "lora_config.adapter_name[1]=n" in command.err and len(command.lines) == 1
+    command("prompt=x", *ADAPTER, "lora_config.weight_name=[5]", "lora_config.scale=[1e30]", expect=2)
+    assert "lora_config.weight_name[0]=5: expected a file's name, or null" in command.lines[0]
+    assert "lora_config.scale[0]=1e+30: expected a number, usually 0.0 to 1.0" in command.lines[1]
 
 
 def test_debug_shows_the_trace(command):

@@ -310,3 +310,8 @@ def test_idle_chips_are_named_and_paid_for(planned):
 def test_pictures_of_as_many_tokens_share_a_program(planned):
     text = planned([{"prompt": "x", "height": h, "width": w} for h, w in ((64, 96), (96, 64), (64, 64))], "target=h100")
     assert "programs  7 to compile: text, modulation, 2 × denoising, 3 × decoding" in text
+
+
+def test_several_plans_leave_nothing_behind(planned, tmp_path):
+    text = planned([{"prompt": "x"}], "-m", "num_inference_steps=1,2", f"output_dir={tmp_path / 'out'}")
+    assert text.count("programs ") == 2 and not (tmp_path / "out").exists()

@@ -62,13 +62,12 @@ def splash(
     q: Array, k: Array, v: Array, *, chip: str = "", blocks: Mapping[str, int] | None = None, interpret: bool = False
 ) -> Array:  # fmt: skip
     """Splash attention (Pallas, TPU). Tokens are padded to a whole number of blocks and masked out
-    with segment ids; ``blocks`` overrides the sizes of ``splash_blocks``."""
+    with segment ids; ``blocks``: sizes that are not to be chosen."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     heads, length, width = q.shape[1:]
-    chosen = splash_blocks(k.shape[2], chip) | {"block_q": splash_blocks(length)["block_q"]}
-    sizes = chosen | {name: size for name, size in (blocks or {}).items() if name in chosen}  # the forward kernel's
+    sizes = splash_blocks(k.shape[2], chip, blocks) | {"block_q": splash_blocks(length, chip, blocks)["block_q"]}
     over = [-x.shape[2] % sizes[block] for x, block in ((q, "block_q"), (k, "block_kv"))]
     mask = masks.MultiHeadMask([masks.FullMask((length + over[0], k.shape[2] + over[1])) for _ in range(heads)])
     attend = kernel.make_splash_mha(
@@ -79,18 +78,24 @@ def splash(
     return jax.vmap(attend, in_axes=(0, 0, 0, None))(q, k, v, ids)[:, :, :length].astype(v.dtype)
 
 
-def splash_blocks(length: int, chip: str = "") -> dict[str, int]:
+def splash_blocks(length: int, chip: str = "", given: Mapping[str, int] | None = None) -> dict[str, int]:
     """Block sizes that divide the padded length with the least padding, queries first. ``chip``: JAX's name of the
     device; more than 256 keys at once do not fit the vector memory of "TPU v4". The others need the larger limit
-    (``xla_tpu_scoped_vmem_limit_kib``) that conf/hardware gives them.
+    (``xla_tpu_scoped_vmem_limit_kib``) that conf/hardware gives them. ``given``: some that are settled, in multiples of
+    128; the rest goes with them, as block_kv must be a multiple of block_kv_compute.
 
     Measured for FLUX: 2304/2304/768 is best at 4,608 tokens and 2176 at 4,352 on v6e; blocks that
     do not divide cost a whole extra block (2176 at 4,608 pads to 6,528: 2.5 times the time).
     """
     padded = -(-length // 128) * 128
     size = max(s for s in range(128, min(padded, 2304) + 1, 128) if padded % s == 0)
-    compute = max(s for s in range(128, min(size, 256 if chip == "TPU v4" else 768) + 1, 128) if size % s == 0)
-    return {"block_q": size, "block_kv": size, "block_kv_compute": compute}
+    given = given or {}
+    kv, compute = given.get("block_kv", size), given.get("block_kv_compute")
+    if compute is None:
+        compute = max(s for s in range(128, min(kv, 256 if chip == "TPU v4" else 768) + 1, 128) if kv % s == 0)
+    elif "block_kv" not in given:
+        kv = compute * max(1, size // compute)
+    return {"block_q": given.get("block_q", size), "block_kv": kv, "block_kv_compute": compute}
 
 
 def chosen(name: str, platform: str, dtype: str) -> str:
