@@ -178,8 +178,8 @@ class _HydraTask:
                 setattr(job, key, os.path.expanduser(path))
         hydra = HydraConfig.get()
         if hydra.mode == RunMode.MULTIRUN:
-            job.run_name = f"{job.run_name or hydra.job.name}/{hydra.job.num}"
             job.sweep = _swept(cfg, hydra.overrides.task, self.fixed)
+            job.run_name = f"{job.run_name or hydra.job.name}/{_place(job.sweep)}"
         config.check(job, self.rows)
         if job.run_name is None and (job.manifest or job.prompt):
             job.run_name = config.default_run_name(job)
@@ -196,6 +196,19 @@ def _swept(cfg: DictConfig, words: Sequence[str], fixed: frozenset[str]) -> dict
                 value = override.value()  # a group's choice, or a list as it was given
             swept[override.key_or_group] = value.name if isinstance(value, Enum) else value
     return swept
+
+
+def _place(swept: dict[str, Any]) -> str:
+    """A job's directory within its sweep: its values and not its number, which others get when a sweep is extended."""
+    lasts = [key.rpartition(".")[2] for key in swept]
+    parts = []
+    for key, value in sorted(swept.items()):
+        last, text = key.rpartition(".")[2], config.shown(value)
+        safe = re.sub(r"[^\w.+-]+", "-", text, flags=re.ASCII)[:40]
+        exact = text if text == safe else f"{safe}-{config.digest(value)}"
+        parts.append(f"{last if lasts.count(last) == 1 else key}={exact}")
+    name = ",".join(parts) or "0"
+    return name if len(name) <= 150 else f"{name[:150]}-{config.digest(swept)}"
 
 
 def _sweep_dir(output_dir: str, run_name: str | None, label: str) -> str:

@@ -281,7 +281,7 @@ def test_multirun_gives_each_job_a_directory(cli, golden, tmp_path):
     args = flags(golden, tmp_path, "sweep", prompt="a fox", resolution=32)
     code, _ = cli("--multirun", *args, "num_inference_steps=1,2")
     assert code == 0
-    steps = [metadata(tmp_path / "sweep" / str(n))[0]["num_inference_steps"] for n in (0, 1)]
+    steps = [metadata(tmp_path / "sweep" / f"num_inference_steps={n}")[0]["num_inference_steps"] for n in (1, 2)]
     assert steps == [1, 2]
     assert (tmp_path / "sweep" / "index.html").exists()
 
