@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import contextlib
 import dataclasses
 import functools
 import gc
 import inspect
+import io
 import os
 import re
 import shutil
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from hydra import version as hydra_version
 from hydra._internal.hydra import Hydra
@@ -65,13 +67,14 @@ def main(
     argv = sys.argv[1:] if argv is None else list(argv)
     sys.setswitchinterval(0.001)  # what feeds the device waits this long, and not 5 ms, for a thread that traces or writes
     gc.set_threshold(100_000, 50, 50)  # by default a tenth of the start goes into looking through imported modules for cycles
-    try:
-        code = _start(task, schema, rows, about, argv)
-    except KeyboardInterrupt:
-        print("fluxbatch: interrupted", file=sys.stderr)
-        code = 130
-    except Exception as error:  # the task's own were met in _HydraTask: this is about the configuration
-        code = _report(error, schema, debug=bool({"debug=true", "debug=True"} & {*argv}))
+    with _whoever_reads():
+        try:
+            code = _start(task, schema, rows, about, argv)
+        except KeyboardInterrupt:
+            print("fluxbatch: interrupted", file=sys.stderr)
+            code = 130
+        except Exception as error:  # the task's own were met in _HydraTask: this is about the configuration
+            code = _report(error, schema, debug=bool({"debug=true", "debug=True"} & {*argv}))
     sys.exit(code)
 
 
@@ -216,7 +219,7 @@ def _sweep_dir(output_dir: str, run_name: str | None, label: str) -> str:
     processes the first one's are enough."""
     if any(os.environ.get(name, "0") not in ("", "0") for name in RANKS):
         return _scratch()
-    base = Path(tempfile.gettempdir(), "fluxbatch") if "://" in output_dir else Path(output_dir).expanduser()
+    base = Path(tempfile.gettempdir(), "fluxbatch") if "://" in output_dir or config.lost_slash(output_dir) else Path(output_dir).expanduser()
     return str(base / (run_name if run_name and config.stays_inside(run_name) else label))
 
 
@@ -230,6 +233,49 @@ def _scratch() -> str:
 
 atexit.register(gc.freeze)  # a third of a second goes into looking through what JAX and Flax leave for cycles
 OmegaConf.register_new_resolver("fluxbatch_sweep", _sweep_dir, replace=True)
+
+
+class _Stream:
+    """Standard output or error, which may be a pipe that nobody reads any more: what cannot be written is dropped."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError:
+            self._drop()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError:
+            self._drop()
+
+    def _drop(self) -> None:
+        with contextlib.suppress(OSError):  # nor does what is left in the buffer, and what others write, reach anyone
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def _whoever_reads() -> Iterator[None]:
+    """Within, no print fails: neither for who reads it, nor for a character that the terminal does not know."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    out, err = (stream and _Stream(stream) for stream in (sys.stdout, sys.stderr))  # None where they are closed
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            yield
+        finally:
+            for stream in filter(None, (out, err)):
+                stream.flush()
 
 
 def _severity(code: int) -> int:
@@ -249,7 +295,7 @@ def _report(error: BaseException, schema: type[Job], debug: bool) -> int:
         traceback.print_exception(error)
     for line in error.lines if isinstance(error, UserError) else [_explain(error, schema)]:
         print("fluxbatch: error:", line, file=sys.stderr)
-    return Exit.BAD_INPUT
+    return error.code if isinstance(error, UserError) else Exit.BAD_INPUT
 
 
 def _explain(error: BaseException, schema: type[Job]) -> str:

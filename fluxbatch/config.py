@@ -273,10 +273,26 @@ def _offenders(job: Job, rows: bool) -> Iterator[tuple[str, Any, str]]:
         value = getattr(job, key)
         if value is not None and (not value.strip() or "\0" in value):
             yield key, value, "a path"
+    for key, value in _paths(job):
+        if lost_slash(value):
+            yield key, value, value.replace(":/", "://", 1)
     if job.run_name is not None and not stays_inside(job.run_name):
         yield "run_name", job.run_name, "a name, or a relative path without '..' or hidden parts"
 
     yield from _lora_offenders(job)
+
+
+def _paths(job: Job) -> Iterator[tuple[str, str]]:
+    """Every key that may hold an address, and its value."""
+    yield from ((key, getattr(job, key, None) or "") for key in ("output_dir", "manifest", "jax_cache_dir", "text_cache_dir", "to"))  # to: convert's
+    yield from ((f"model.{key}", value or "") for key, value in vars(job.model).items() if key.endswith("_name_or_path"))
+    yield from ((f"lora.{name}.path", adapter.path) for name, adapter in job.lora.items())
+    yield from ((f"lora_config.lora_model_name_or_path[{i}]", path) for i, path in enumerate(job.lora_config.lora_model_name_or_path))
+
+
+def lost_slash(path: str) -> bool:
+    """Whether pathlib, say, has made gs:/bucket of gs://bucket."""
+    return re.match(r"[A-Za-z][\w+.-]+:/(?!/)", path) is not None
 
 
 def _lora_offenders(job: Job) -> Iterator[tuple[str, Any, str]]:

@@ -16,12 +16,11 @@ from fluxbatch.dealing import Work
 from fluxbatch.dist import hosts
 from fluxbatch.engine import Engine
 from fluxbatch.io.gallery import write_contact_sheet, write_gallery, write_grid
-from fluxbatch.io.ledger import METADATA, REJECTS, Ledger, Tally, write_status
+from fluxbatch.io.ledger import Ledger, Tally, write_status
+from fluxbatch.io.place import CONFIG, METADATA, REJECTS
 from fluxbatch.io.storage import StorageError, Store, join, open_store
 from fluxbatch.report import Report
 from fluxbatch.types import Exit, UserError
-
-CONFIG = "config.yaml"
 
 REASONS = {
     Exit.OK: "every row has its image",
@@ -54,19 +53,37 @@ class Outcome:
 
     @contextlib.contextmanager
     def unforeseen(self) -> Iterator[None]:
-        """Leaves word of an error that nobody expected, and lets it pass."""
+        """Leaves word of an error that nobody expected, and lets it pass; memory that does not suffice is a mistake of the user's."""
         try:
             yield
         except Exception as error:
             if hosts.is_loss(error):
                 self._lost_a_peer(error)
-            with contextlib.suppress(StorageError):
-                self.work.ended(1, f"{type(error).__name__}: {error}"[:500], {"before": self.before})
-            if "RESOURCE_EXHAUSTED" in str(error):
-                size = self.job.sharding.per_device_batch_size
-                wanted = "a smaller batch or resolution, sharding=fsdp, offload_encoders=true, or stream_blocks=true"
-                raise UserError(f"sharding.per_device_batch_size={size}: the device's memory does not hold it: {wanted}") from error
-            raise
+            mistake = self._too_large() if "RESOURCE_EXHAUSTED" in str(error) else error
+            code, reason = 1, f"{type(error).__name__}: {error}"[:500]
+            if isinstance(mistake, UserError):
+                mistake.code = code = 1 if self.ledger.committed else Exit.BAD_INPUT
+                reason = str(mistake)
+            self._cut_off(code, reason)
+            if mistake is error:
+                raise
+            raise mistake from error
+
+    def _too_large(self) -> UserError:
+        size = self.job.sharding.per_device_batch_size
+        smaller = "a smaller batch or resolution" if size > 1 else "a smaller resolution"
+        wanted = f"{smaller}, sharding=fsdp, offload_encoders=true, or stream_blocks=true"
+        return UserError(f"sharding.per_device_batch_size={size}: the device's memory does not hold it: {wanted}")
+
+    def _cut_off(self, code: int, reason: str) -> None:
+        """Merges what is recorded and leaves the status, each as far as the place allows: the error that ended the run is
+        the one to tell of."""
+        counts = {"before": self.before}
+        if self.work.merges and hosts.is_first():
+            with contextlib.suppress(Exception):
+                counts = self._counts(self.ledger.merge())
+        with contextlib.suppress(StorageError):
+            self.work.ended(code, reason, counts, load=self.report.load())
 
     def _lost_a_peer(self, error: Exception) -> NoReturn:
         """What this process has made is recorded; a regular exit would wait for the peer that is gone."""
@@ -95,16 +112,19 @@ class Outcome:
             tally = self.ledger.merge()
             code = Exit.PREEMPTED if tally.left else Exit.REJECTED_ROWS if tally.rejects else Exit.OK
             counts = self._counts(tally)
-        summary = self.report.summary(counts, join(self.store.url, METADATA))
+        pages = []
         if self.job.output.gallery and cut is None:  # a machine that is taken away does not wait for pages
             title = self.job.run_name or ""
             rejects = self._lines(REJECTS) if tally.rejects else ()
-            write_gallery(self.store, self._lines(METADATA), rejects, title, summary)
+            write_gallery(self.store, self._lines(METADATA), rejects, title, self.report.figures(counts))
             write_contact_sheet(self.store, self._lines(METADATA), title=title)
-            print(f"look at    {join(self.store.url, 'index.html')} or {join(self.store.url, 'contact_sheet.png')}")
+            pages.append(f"look at    {join(self.store.url, 'index.html')} or {join(self.store.url, 'contact_sheet.png')}")
             if self.job.sweep:
-                print(f"the sweep  {_write_grid(self.job)}")
+                pages.append(f"the sweep  {_write_grid(self.job)}")
         self.work.ended(code, REASONS[code], counts, load=self.report.load(), speed=self.report.speed())
+        self.report.summary(counts, join(self.store.url, METADATA))
+        for line in pages:
+            print(line)
         if code != Exit.OK:
             self.report.say(REASONS[code])
         return code
@@ -117,9 +137,7 @@ class Outcome:
 
     def _failed(self, error: Exception) -> int:
         self.report.say(f"error: {error}", aloud=True)
-        with contextlib.suppress(StorageError):
-            counts = self._counts(self.ledger.merge()) if self.work.merges and hosts.is_first() else {"before": self.before}
-            self.work.ended(1, str(error), counts, load=self.report.load())
+        self._cut_off(1, str(error))
         return 1
 
     def _left_to_others(self, cut: Exit | None) -> int:

@@ -148,26 +148,29 @@ class Report(Watcher):
         if aloud or not self.quiet:
             tqdm.write(f"fluxbatch: {line}", file=sys.stderr)
 
-    def summary(self, counts: Mapping[str, int], place: str) -> dict[str, object]:
-        """Prints and returns the closing figures."""
-        total = time.monotonic() - self.started
-        made, speed = counts["made"], self.speed()
+    def figures(self, counts: Mapping[str, int]) -> dict[str, object]:
+        """What the page says of the run."""
+        rate = f"{speed['images_per_second']:,.2f} images/s" if (speed := self.speed()) else None
+        weights = f"{_size(self.loaded)} at {_size(1e9 * self.load()['gigabytes_per_second'])}/s" if self.loaded else None
+        return {"images": counts["rows"], "made now": counts["made"], "rejected": counts["rejected"], "speed": rate,
+                "weights": weights, "seconds": round(time.monotonic() - self.started, 2)}  # fmt: skip
+
+    def summary(self, counts: Mapping[str, int], place: str) -> None:
+        """Prints the closing lines."""
+        figures = self.figures(counts)
+        made, speed, total = counts["made"], self.speed(), time.monotonic() - self.started
         stages = {name: round(value, 2) for name, value in self.seconds.items()} | {"total": round(total, 2)}
         print(f"rows       {counts['rows']:,}: {made:,} made, {counts['before']:,} done before, {counts['rejected']:,} rejected")
-        weights = f"{_size(self.loaded)} at {_size(1e9 * self.load()['gigabytes_per_second'])}/s" if self.loaded else None
-        if weights:
-            print(f"weights    {weights}")
+        if figures["weights"]:
+            print(f"weights    {figures['weights']}")
         if self.texts:
             print(f"texts      {self.texts['encoded']:,} encoded, {self.texts['cached']:,} from the cache")
         print("seconds    " + ", ".join(f"{name} {value:,.1f}" for name, value in stages.items()))
-        rate = f"{speed['images_per_second']:,.2f} images/s" if speed else None
         if speed:
-            print(f"speed      {rate}, {speed['seconds_per_image']:.3g} s an image from the first batch to the last; {made / total:,.2f} images/s in all")
+            print(f"speed      {figures['speed']}, {speed['seconds_per_image']:.3g} s an image from the first batch to the last; {made / total:,.2f} images/s in all")
             peak = f"; {speed['mfu']:.0%} of their peak, {speed['floor_ratio']:.2f} × the floor" if "mfu" in speed else ""
             print(f"devices    busy {speed['device_busy']:.1%} of that time{peak}")
         print(f"output     {place}")
-        return {"images": counts["rows"], "made now": made, "rejected": counts["rejected"], "speed": rate,
-                "weights": weights, "seconds": stages["total"]}  # fmt: skip
 
 
 def _size(count: float) -> str:

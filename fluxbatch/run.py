@@ -15,6 +15,7 @@ from fluxbatch.types import Exit
 def run(job: Job) -> int:
     """Makes the images that the job still lacks; returns the exit code."""
     # Here and not above: --help and --cfg must not wait for JAX.
+    import contextlib
     from itertools import chain
 
     from fluxbatch import batching, dealing, finish, text
@@ -24,7 +25,8 @@ def run(job: Job) -> int:
     from fluxbatch.io.ledger import Ledger
     from fluxbatch.io.manifest import read_rows
     from fluxbatch.io.match import left_out
-    from fluxbatch.io.storage import StorageError, join, open_store
+    from fluxbatch.io.place import LOCK, open_place
+    from fluxbatch.io.storage import StorageError
     from fluxbatch.report import Report
     from fluxbatch.tracing import Trace
     from fluxbatch.writer import TooManyFailures, Writer
@@ -33,34 +35,37 @@ def run(job: Job) -> int:
     hosts.tell_compiler(job.hardware.xla_flags, job.hardware.libtpu_init_args)
     platform = hosts.start(job.hardware.platform.name, job.jax_cache_dir)
     report = Report(quiet=not hosts.is_first())
-    with report.stage("open"), hosts.together():  # whatever can be wrong, before a weight is read
-        engine = open_engine(job, platform)
-        rows, bad_lines = read_rows(job, multiple=engine.multiple)
-        rows = engine.resolve(rows)  # each row with its mix of LoRA adapters
-        store = open_store(join(job.output_dir, job.run_name))
-        facts = engine.facts | job.output.facts()
-        start = hosts.start_id()
-        with hosts.first_goes_first():
-            ledger = Ledger(store, facts, writer_id=f"{start}-{hosts.index()}", overwrite=job.overwrite)
-            todo = ledger.remaining(rows, bad_lines)
-        cached = job.text_cache_dir is not None and job.text_cache_gigabytes
-        hosts.agree("manifest or configuration", chain([replica, facts, cached], ((row.id, ledger.key(row)) for row in rows)))
-        todo = hosts.as_first_sees(todo, rows)
-        names = ledger.names(todo, job.output.filename, EXTENSIONS[job.output.format.name])
-        hosts.agree("ledger", names.items())
-        texts = engine.text_cache(job.text_cache_dir, job.text_cache_gigabytes, todo)
-        batch_size = job.sharding.per_device_batch_size * engine.ways
-        work = dealing.open_work(job, replica, store, ledger, start, rows, todo, batch_size)
+    with hosts.drain_on_signals() as drain, contextlib.ExitStack() as until_end:
+        with report.stage("open"), hosts.together():  # whatever can be wrong, before a weight is read
+            engine = open_engine(job, platform)
+            rows, bad_lines = read_rows(job, multiple=engine.multiple)
+            rows = engine.resolve(rows)  # each row with its mix of LoRA adapters
+            store = open_place(job)
+            facts = engine.facts | job.output.facts()
+            start = hosts.start_id()
+            with hosts.first_goes_first():
+                if hosts.is_first():
+                    until_end.enter_context(store.hold(LOCK, shared=replica.count > 1))
+                ledger = Ledger(store, facts, writer_id=f"{start}-{hosts.index()}", overwrite=job.overwrite)
+                todo = ledger.remaining(rows, bad_lines)
+            cached = job.text_cache_dir is not None and job.text_cache_gigabytes
+            hosts.agree("manifest or configuration", chain([replica, facts, cached], ((row.id, ledger.key(row)) for row in rows)))
+            todo = hosts.as_first_sees(todo, rows)
+            names = ledger.names(todo, job.output.filename, EXTENSIONS[job.output.format.name])
+            hosts.agree("ledger", names.items())
+            texts = engine.text_cache(job.text_cache_dir, job.text_cache_gigabytes, todo)
+            batch_size = job.sharding.per_device_batch_size * engine.ways
+            work = dealing.open_work(job, replica, store, ledger, start, rows, todo, batch_size)
 
-        outcome = finish.Outcome(job, engine, store, ledger, report, work, before=len(rows) - len(todo))
-        outcome.started()
-        for line in (*engine.remarks, *left_out(rows, engine.record), *engine.lora.table()):
-            report.say(line)
+            outcome = finish.Outcome(job, engine, store, ledger, report, work, before=len(rows) - len(todo))
+            outcome.started()
+            for line in (*engine.remarks, *left_out(rows, engine.record), *engine.lora.table()):
+                report.say(line)
 
-    with hosts.drain_on_signals() as drain, outcome.unforeseen():
+        until_end.enter_context(outcome.unforeseen())
         try:
             shards = work.shards(drain)
-            if first := next(shards, None):
+            if not drain.asked() and (first := next(shards, None)):
                 pipeline, report.peak = engine.pipeline(rows, report), engine.peak
                 with (
                     pipeline.compiling(todo, batch_size, engine.tokenizers.lengths),

@@ -19,10 +19,12 @@ class Exit(enum.IntEnum):
 
 
 class UserError(Exception):
-    """A mistake of the user's: printed without a stack trace, exit code 2.
+    """A mistake of the user's: printed without a stack trace, exit code 2, or 1 once something was made.
 
     Every line names the file, line or key, the value found and what was expected.
     """
+
+    code: int = Exit.BAD_INPUT
 
     def __init__(self, *lines: str):
         super().__init__("\n".join(lines))

@@ -15,6 +15,7 @@ from omegaconf import MISSING, OmegaConf
 
 from fluxbatch import cli, config, overrides
 from fluxbatch.config import Job
+from fluxbatch.convert import Convert
 from fluxbatch.types import UserError
 
 GROUPS = {d.name: sorted(f.stem for f in d.glob("*.yaml")) for d in cli.CONF.iterdir() if d.is_dir()}
@@ -363,6 +364,9 @@ WRONG = [
     ("run_name=../x", "run_name=../x", "relative"),
     ("run_name=", "run_name=", "a name"),
     ("output_dir=", "output_dir=", "a path"),
+    ("output_dir=gs:/bucket/out", "output_dir=gs:/bucket/out", "expected gs://bucket/out"),
+    ("pretrained_model_name_or_path=gs:/b/m", "model.pretrained_model_name_or_path=gs:/b/m", "expected gs://b/m"),
+    ("vae_model_name_or_path=https:/h/ae.safetensors", "model.vae_model_name_or_path=https:/h/", "expected https://h/"),
     ("manifest=rows.jsonl", "prompt=x", "manifest=rows.jsonl"),
     ("flash_block_sizes={block_p: 1}", "hardware.flash_block_sizes.block_p=1", "block_q"),
     ("flash_block_sizes={block_q: 0}", "hardware.flash_block_sizes.block_q=0", "a multiple of 128"),
@@ -392,6 +396,17 @@ def test_a_wrong_word_is_one_line(command, word, named, hint):
     assert command.jobs == [] and command.out == ""
     [line] = command.lines
     assert line.startswith("fluxbatch: error: ") and named in line and hint in line
+
+
+def test_an_address_that_has_lost_a_slash_makes_no_directory(command, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    command("manifest=gs:/bucket/a.jsonl", expect=2)
+    assert command.lines == ["fluxbatch: error: manifest=gs:/bucket/a.jsonl: expected gs://bucket/a.jsonl"]
+    command("to=gs:/bucket/copy", schema=Convert, rows=False, expect=2)
+    assert command.lines == ["fluxbatch: error: to=gs:/bucket/copy: expected gs://bucket/copy"]
+    command("-m", "prompt=x", "seed=0,1", "output_dir=gs:/bucket/out", expect=2)
+    assert command.jobs == [] and [p.name for p in tmp_path.iterdir()] == ["temporary"]
+    assert command("prompt=x", "output_dir=a:b").output_dir == "a:b"
 
 
 def test_all_mistakes_at_once(command):
@@ -477,6 +492,55 @@ def test_as_a_process(tmp_path, argv, code, stdout):
     assert done.returncode == code and stdout in done.stdout
     assert len(done.stderr.splitlines()) == (code != 0), done.stderr
     assert list((tmp_path / "work").iterdir()) == []
+
+
+@pytest.fixture
+def printing(tmp_path):
+    """Starts a command that prints so many lines, in a process of its own."""
+    entry = tmp_path / "entry.py"
+    entry.write_text(
+        "import os, sys\n"
+        "from fluxbatch import cli\n"
+        "def task(job):\n"
+        "    for n in range(job.seed):\n"
+        "        print('größer' * 100, flush=job.overwrite)\n"
+        "        print('schöner' * 100, file=sys.stderr)\n"
+        "    return 3\n"
+        "cli.main(task)\n"
+    )
+    root = str(Path(config.__file__).parents[1])
+
+    def start(*words, env=None, **streams):
+        return subprocess.Popen([sys.executable, entry, "prompt=x", *words], env={"PYTHONPATH": root, **(env or {})}, **streams)
+
+    return start
+
+
+@pytest.mark.parametrize("words", [["seed=1"], ["seed=1", "overwrite=true"], ["seed=1000", "overwrite=true"]], ids=str)
+def test_a_reader_that_has_left_costs_nothing(printing, words):
+    """Neither at a print nor at the end, when Python writes what is left."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    process = printing(*words, stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    said = process.communicate()[1].decode()
+    assert process.returncode == 3 and "Error" not in said and said.count("\n") == int(words[0][5:])
+    reader, writer = os.pipe()
+    os.close(reader)
+    process = printing(*words, stdout=writer, stderr=writer)
+    os.close(writer)
+    assert process.wait() == 3
+
+
+def test_what_a_terminal_cannot_show_is_spelt_out(printing):
+    process = printing("seed=1", env={"PYTHONIOENCODING": "ascii"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    out, err = process.communicate()
+    assert process.returncode == 3 and out.startswith(b"gr\\xf6") and b"Traceback" not in err
+
+
+def test_a_closed_output_is_no_mistake(printing):
+    process = printing("seed=2", stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, preexec_fn=lambda: os.close(1))
+    assert process.wait() == 3
 
 
 def test_the_environment_s_flags_win(monkeypatch):

@@ -15,6 +15,7 @@ from fluxbatch.io import ledger as module
 from fluxbatch.io.images import decode, encode, pixel_sha256
 from fluxbatch.io.ledger import Ledger, row_key, write_status
 from fluxbatch.io.match import decisive
+from fluxbatch.io.place import open_place
 from fluxbatch.io.storage import NotFound, StorageError, check_name
 from fluxbatch.types import Reject, UserError
 
@@ -329,11 +330,31 @@ def test_a_configuration_may_change_while_nothing_is_made_yet():
     assert json.loads(store.objects[".fluxbatch/job.json"]) == {"a": 2}
 
 
-def test_images_of_unknown_origin_are_not_written_over():
-    store = MemoryStore({"flux_0.png": b"somebody's"})
-    with pytest.raises(UserError, match=r"flux_0.png: is there already, without a record; .*overwrite=true"):
+@pytest.mark.parametrize("name", ["flux_0.png", "metadata.jsonl", "rejects.jsonl", "status.json", "config.yaml", "index.html", "contact_sheet.png"])
+def test_files_of_unknown_origin_are_not_written_over(name):
+    store = MemoryStore({name: b"somebody's"})
+    store.sweep = lambda: pytest.fail("the place is somebody else's")
+    with pytest.raises(UserError, match=rf"{name}: is there already, without a record; .*overwrite=true"):
         open_ledger(store)
+    assert store.objects == {name: b"somebody's"}
+    del store.sweep
     open_ledger(store, overwrite=True)
+    open_ledger(MemoryStore({"prompts.jsonl": b"", "sub/metadata.jsonl": b""}))
+
+
+def test_a_run_does_not_write_over_its_own_manifest(tmp_path):
+    """By whatever path, whether a job has begun there or not."""
+    run = tmp_path / "exp" / "foo"
+    run.mkdir(parents=True)
+    (run / "metadata.jsonl").write_text('{"prompt": "a fox"}\n')
+    (tmp_path / "link.jsonl").symlink_to(run / "metadata.jsonl")
+    (tmp_path / "other.jsonl").write_text('{"prompt": "a fox"}\n')
+    for begun in (False, True):
+        for manifest in (run / "metadata.jsonl", run / ".." / "foo" / "metadata.jsonl", tmp_path / "link.jsonl"):
+            job = plain.job(manifest=str(manifest), output_dir=str(tmp_path / "exp"), run_name="foo", overwrite=True)
+            with pytest.raises(UserError, match=r"manifest=.*: the run would write its metadata.jsonl there; give another run_name"):
+                open_place(job)
+        open_ledger(open_place(dataclasses.replace(job, manifest=str(tmp_path / "other.jsonl"))), overwrite=True)
 
 
 def test_what_else_a_row_says_may_change():

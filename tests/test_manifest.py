@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import resource
 import subprocess
 import sys
@@ -325,6 +326,11 @@ def test_a_manifest_that_is_not_there(tmp_path):
         read_rows(plain.job(manifest="s3://bucket/m.jsonl"))
     with pytest.raises(UserError, match="both given"):
         read_rows(plain.job(manifest="m.jsonl", prompt="a"))
+
+
+def test_a_path_that_is_no_utf_8_can_be_written_into_records_and_rejects(manifest):
+    rows, rejects = manifest('{"prompt": "a"}\n{\n', name=os.fsdecode(b"h\xff.jsonl"), manifest_errors=QUARANTINE)
+    assert [place.where.rpartition("/")[2] for place in (*rows, *rejects)] == ["h\\udcff.jsonl:1", "h\\udcff.jsonl:2"]
 
 
 def test_a_bad_setting_of_the_job_is_named_by_its_key():

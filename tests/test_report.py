@@ -43,11 +43,12 @@ def test_the_figures_of_the_load(clock, capsys):
         images.update()
     assert seen.load() == {"bytes": 6_000_000_000, "seconds": 4, "gigabytes_per_second": 1.5}
     counts = {"rows": 1, "made": 1, "before": 0, "rejected": 0}
-    assert seen.summary(counts, "there")["weights"] == "6.00GB at 1.50GB/s"
+    assert seen.figures(counts)["weights"] == "6.00GB at 1.50GB/s"
+    seen.summary(counts, "there")
     said = capsys.readouterr()
     assert "weights    6.00GB at 1.50GB/s" in said.out
     assert "loading: 100%" in said.err and "6.00G/6.00G" in said.err
-    assert report.Report(quiet=True).summary(counts | {"made": 0}, "there")["weights"] is None  # nothing was read
+    assert report.Report(quiet=True).figures(counts | {"made": 0})["weights"] is None  # nothing was read
 
 
 class Until:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -19,6 +20,8 @@ from safetensors.numpy import load_file, save_file
 
 from fluxbatch import __version__
 from fluxbatch.io.images import pixel_sha256
+from fluxbatch.io.place import LOCK
+from fluxbatch.io.storage import LocalStore, StorageError, open_store
 from fluxbatch.pipeline import Pipeline
 
 
@@ -135,6 +138,38 @@ def test_a_second_start_has_nothing_to_do(cli, golden, tmp_path, mixed):
     assert code == 2 and "max_shift" in err and "run_name" in err
 
 
+def test_a_start_where_another_is_at_work_changes_nothing(cli, golden, tmp_path):
+    args = flags(golden, tmp_path, prompt="a fox", resolution=32, num_inference_steps=1)
+    store = open_store(str(tmp_path / "run"))
+    for shared, more in ((False, []), (True, []), (False, ["replica_index=0", "replica_count=2"])):
+        with store.hold(LOCK, shared=shared):
+            code, err = cli(*args, "overwrite=true" if not more else "overwrite=false", *more)
+        assert code == 2 and f"another start is at work in {tmp_path}/run (process {os.getpid()} on" in err and len(err.splitlines()) == 1
+        assert list(store.list()) == [LOCK]
+    with store.hold(LOCK, shared=True):  # as another replica does
+        assert cli(*args, "replica_index=0", "replica_count=2")[0] == 0
+    assert cli(*args)[0] == 0
+
+
+def test_a_signal_while_the_run_opens_drains_it(cli, golden, tmp_path, monkeypatch):
+    from fluxbatch.io import manifest
+    from fluxbatch.weights import load
+
+    def preempted(*args, real=manifest.read_rows, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args, **options)
+
+    monkeypatch.setattr(manifest, "read_rows", preempted)
+    monkeypatch.setattr(load, "load", lambda *_: pytest.fail("weights were read"))
+    before = signal.signal(signal.SIGTERM, lambda *_: None)  # or it would end the tests
+    try:
+        assert cli(*flags(golden, tmp_path, prompt="a fox", resolution=32))[0] == 75
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert (status["exit_code"], status["counts"]["left"]) == (75, 1)
+
+
 def test_a_checkpoint_of_the_other_kind_is_remarked_on(cli, golden, tmp_path):
     for model, variant, remarked in (("flux-schnell", "dev", True), ("flux-dev", "schnell", True), ("flux-dev", "dev", False)):
         args = flags(golden, tmp_path, f"{model}-{variant}", variant=variant, prompt="a fox", resolution=32, num_inference_steps=1)
@@ -157,8 +192,49 @@ def test_an_unforeseen_error_leaves_word(cli, golden, tmp_path, monkeypatch):
         raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 byte")
 
     monkeypatch.setattr(Pipeline, "denoise", full)
-    code, err = cli(*flags(golden, tmp_path, prompt="a fox", resolution=32))
-    assert code == 2 and "per_device_batch_size" in err and "Traceback" not in err
+    code, err = cli(*flags(golden, tmp_path, prompt="a fox", resolution=32, per_device_batch_size=2))
+    assert code == 2 and "per_device_batch_size=2" in err and "a smaller batch" in err and "Traceback" not in err
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["exit_code"] == 2
+
+
+@pytest.mark.parametrize(("raised", "shown"), [("RESOURCE_EXHAUSTED: Out of memory", "per_device_batch_size=1: the device's memory does not hold it: a smaller resolution"),
+                                               ("broken", "RuntimeError: broken")])  # fmt: skip
+def test_an_error_after_the_first_picture_leaves_what_was_made(cli, golden, tmp_path, monkeypatch, raised, shown):
+    def second(self, *args, real=Pipeline.denoise, batches=[]):  # noqa: B006
+        batches.append(args)
+        if len(batches) == 2:
+            raise RuntimeError(raised)
+        return real(self, *args)
+
+    monkeypatch.setattr(Pipeline, "denoise", second)
+    code, err = cli(*flags(golden, tmp_path, prompt="a fox", num_images=2, resolution=32, num_inference_steps=1, per_device_batch_size=1))
+    assert code == 1 and shown in err and ("Traceback" in err) == (raised == "broken")
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert (status["exit_code"], status["counts"]["made"], status["counts"]["left"]) == (1, 1, 1) and shown in status["reason"]
+    assert images(tmp_path / "run").keys() == {"0"}
+
+
+def test_the_status_is_left_where_the_records_cannot_be_merged(cli, golden, tmp_path, monkeypatch):
+    def full(self, name, data, real=LocalStore.write, **options):
+        if name in ("metadata.jsonl", "flux_0.png"):
+            raise StorageError(f"{name}: no space left on device", fatal=True)
+        return real(self, name, data, **options)
+
+    monkeypatch.setattr(LocalStore, "write", full)
+    code, err = cli(*flags(golden, tmp_path, prompt="a fox", resolution=32, num_inference_steps=1))
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert code == 1 and (status["exit_code"], status["reason"]) == (1, "flux_0.png: no space left on device") and status["reason"] in err
+
+
+def test_pages_and_status_are_there_before_a_word_is_printed(cli, golden, tmp_path, monkeypatch):
+    from fluxbatch.report import Report
+
+    def printed(*_):
+        assert (tmp_path / "run" / "index.html").exists() and (tmp_path / "run" / "contact_sheet.png").exists()
+        assert json.loads((tmp_path / "run" / "status.json").read_text())["exit_code"] == 0
+
+    monkeypatch.setattr(Report, "summary", printed)
+    assert cli(*flags(golden, tmp_path, prompt="a fox", resolution=32, num_inference_steps=1))[0] == 0
 
 
 def test_replay_and_verify(cli, golden, tmp_path):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import stat
 import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -123,12 +125,14 @@ def test_a_write_that_fails_leaves_the_old_object(tmp_path, monkeypatch, step):
 
 def test_a_write_that_is_killed_leaves_only_a_temp_file_that_is_swept(tmp_path):
     store = LocalStore(str(tmp_path))
-    (tmp_path / ".0123.tmp").write_bytes(b"half an im")
-    (tmp_path / ".young.tmp").write_bytes(b"half an im")
-    os.utime(tmp_path / ".0123.tmp", (time.time() - 7200,) * 2)
-    assert list(store.list()) == []
+    old, young, foreign = f".{'0123' * 8}.tmp", f".{'4567' * 8}.tmp", ".somebody's.tmp"
+    for name in (old, young, foreign):
+        (tmp_path / name).write_bytes(b"half an im")
+        if name != young:
+            os.utime(tmp_path / name, (time.time() - 7200,) * 2)
+    assert list(store.list()) == [foreign]
     store.sweep()
-    assert os.listdir(tmp_path) == [".young.tmp"]
+    assert {*os.listdir(tmp_path)} == {young, foreign}
 
 
 def test_every_write_is_synced_before_and_after_its_rename(tmp_path, monkeypatch):
@@ -140,6 +144,110 @@ def test_every_write_is_synced_before_and_after_its_rename(tmp_path, monkeypatch
     store.write("a", b"x")
     store.write("b", b"x", if_absent=True)
     assert steps == ["fsync", "replace", "fsync", "fsync", "link", "fsync"]
+
+
+@pytest.mark.parametrize(("first", "second", "refused"), [(False, False, True), (False, True, True), (True, False, True), (True, True, False)])
+def test_one_start_at_a_time_or_those_that_share(tmp_path, first, second, refused):
+    """Each store stands for a process: a lock is of the file as it was opened."""
+    places = [LocalStore(str(tmp_path / "run")) for _ in range(2)]
+    with places[0].hold(".fluxbatch/lock", shared=first):
+        if refused:
+            with pytest.raises(StorageError, match=rf"another start is at work in {tmp_path}/run \(process {os.getpid()} on "), places[1].hold(".fluxbatch/lock", shared=second):
+                pass
+        else:
+            with places[1].hold(".fluxbatch/lock", shared=second):
+                pass
+    with places[1].hold(".fluxbatch/lock", shared=second):
+        pass
+
+
+def test_a_killed_start_holds_nothing(tmp_path):
+    script = (
+        "import os, sys\n"
+        "from fluxbatch.io.storage import LocalStore\n"
+        "with LocalStore(sys.argv[1]).hold('lock', shared=False):\n"
+        "    print('held', flush=True)\n"
+        "    sys.stdin.read()\n"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", script, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert holder.stdout.readline() == b"held\n"
+    store = LocalStore(str(tmp_path))
+    with pytest.raises(StorageError, match=rf"process {holder.pid} on "), store.hold("lock", shared=True):
+        pass
+    holder.kill()
+    holder.wait()
+    with store.hold("lock", shared=False):
+        pass
+    for pipe in (holder.stdin, holder.stdout):
+        pipe.close()
+
+
+def test_a_lock_of_another_user_is_locked_all_the_same(tmp_path, monkeypatch):
+    """Its file can be read and not written."""
+    first, second = LocalStore(str(tmp_path)), LocalStore(str(tmp_path))
+
+    def read_only(path, flags, *mode, real=os.open):
+        if flags & os.O_RDWR and str(path).endswith("lock"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return real(path, flags, *mode)
+
+    with first.hold("lock", shared=False):
+        monkeypatch.setattr(os, "open", read_only)
+        with pytest.raises(StorageError, match="another start is at work"), second.hold("lock", shared=False):
+            pass
+    with second.hold("lock", shared=False):
+        monkeypatch.undo()
+        with pytest.raises(StorageError, match="another start is at work"), first.hold("lock", shared=False):
+            pass
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS], ids=errno.errorcode.get)
+def test_a_place_without_locks_is_used_without(tmp_path, monkeypatch, code):
+    def fail(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("fcntl.flock", fail)
+    store = LocalStore(str(tmp_path))
+    with store.hold("lock", shared=False), store.hold("lock", shared=False):
+        pass
+
+
+@pytest.fixture(params=[errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK], ids=errno.errorcode.get)
+def linkless(request, tmp_path, monkeypatch):
+    """A store on a file system without hard links, which cannot sync directories either."""
+
+    def fail(code):
+        raise OSError(code, os.strerror(code))
+
+    fsync = os.fsync
+    monkeypatch.setattr(os, "link", lambda *_: fail(request.param))
+    monkeypatch.setattr(os, "fsync", lambda file: fail(errno.EINVAL) if stat.S_ISDIR(os.fstat(file).st_mode) else fsync(file))
+    return LocalStore(str(tmp_path))
+
+
+def test_only_one_writer_creates_without_hard_links(linkless, tmp_path):
+    for n in range(20):
+        with ThreadPoolExecutor(8) as pool:
+            won = list(pool.map(lambda k: linkless.write(f"race{n}", b"%d" % k, if_absent=True), range(8)))  # noqa: B023
+        assert won.count(True) == 1 and linkless.read(f"race{n}") == b"%d" % won.index(True)
+    assert sorted(os.listdir(tmp_path)) == sorted(f"race{n}" for n in range(20))
+
+
+def test_a_writer_that_is_killed_in_its_turn_is_waited_for_and_leaves_nothing_under_the_name(linkless, tmp_path, monkeypatch):
+    script = (
+        "import errno, os, sys\n"
+        "from fluxbatch.io.storage import LocalStore\n"
+        "def no_link(*_): raise OSError(errno.EPERM, 'no links')\n"
+        "os.link, os.replace = no_link, lambda *_: os._exit(9)\n"
+        "LocalStore(sys.argv[1]).write('job.json', b'killed', if_absent=True)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", script, tmp_path]).returncode == 9
+    assert len(os.listdir(tmp_path)) == 2 and list(linkless.list()) == [] and not linkless.exists("job.json")
+    monkeypatch.setattr(storage, "_TURN", 0.2)
+    began = time.monotonic()
+    assert linkless.write("job.json", b"next", if_absent=True) and time.monotonic() - began > 0.2
+    assert linkless.write("job.json", b"late", if_absent=True) is False
+    assert linkless.read("job.json") == b"next" and list(linkless.list()) == ["job.json"]
 
 
 def test_a_file_in_the_way(tmp_path):
@@ -210,6 +318,25 @@ def test_a_bucket_that_is_not_there(gcs):
     for url in ("gs://bucket", "gs://bucket/"):
         with pytest.raises(UserError, match=r"expected gs://bucket/name"):
             read_bytes(url)
+
+
+def test_an_object_that_is_not_there_is_told_from_its_bucket_by_google_s_words(gcs, monkeypatch):
+    store = gcs_store("gs://my-bucket/buckets")
+
+    def answer(text):
+        body = b'{"error": {"code": 404, "message": "%s"}}' % text
+        monkeypatch.setattr(gcs_faults._Handler, "_forward", lambda self, _: (404, {"Content-Type": "application/json"}, body))
+
+    answer(b"No such object: my-bucket/buckets/rejects.jsonl")
+    store.delete("rejects.jsonl")
+    for action in (lambda: store.read("rejects.jsonl"), lambda: read_bytes("gs://my-bucket/buckets/rejects.jsonl")):
+        with pytest.raises(NotFound, match=r"gs://my-bucket/buckets/rejects.jsonl: no such object"):
+            action()
+    answer(b"The specified bucket does not exist.")
+    for action in (lambda: store.read("x"), lambda: store.delete("x"), lambda: store.write("x", b""), lambda: list(store.list())):
+        with pytest.raises(StorageError, match="the bucket does not exist") as error:
+            action()
+        assert error.value.fatal
 
 
 @pytest.mark.parametrize("fault", ["lost answer", *(pytest.param(k, marks=pytest.mark.slow) for k in SLOW)])

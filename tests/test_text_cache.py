@@ -53,14 +53,15 @@ def test_the_longest_unused_go_first(tmp_path):
         cache.put(str(n), bytes(100))
         os.utime(tmp_path / f"{n}.entry", (1000 + n, 1000 + n))
     assert cache.get("1") == bytes(100)
-    old, fresh = tmp_path / "left.tmp", tmp_path / "underway.tmp"
-    for file in (old, fresh):
+    old, fresh, foreign = (tmp_path / f"{name}.tmp" for name in ("01" * 16, "ab" * 16, "somebody's"))
+    for file in (old, fresh, foreign):
         file.write_bytes(b"half")
     os.utime(old, (1000, 1000))
+    os.utime(foreign, (1000, 1000))
     cache.trim()
-    assert names(tmp_path) == ["1", "4", "5", "underway.tmp"]
+    assert names(tmp_path) == ["1", "4", "5", fresh.name, foreign.name]
     cache.trim()
-    assert names(tmp_path) == ["1", "4", "5", "underway.tmp"]
+    assert names(tmp_path) == ["1", "4", "5", fresh.name, foreign.name]
 
 
 def test_a_cache_that_cannot_be_is_told_and_one_that_fails_later_is_not(tmp_path):

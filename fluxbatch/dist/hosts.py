@@ -281,7 +281,8 @@ class Drain:
         if self._signalled:
             os._exit(Exit.PREEMPTED)
         self._signalled = True
-        os.write(2, f"\nfluxbatch: {signal.Signals(number).name}: finishing the current batch, then stopping\n".encode())
+        with contextlib.suppress(OSError):  # nobody may read it any more
+            os.write(2, f"\nfluxbatch: {signal.Signals(number).name}: finishing the current batch, then stopping\n".encode())
 
 
 @contextlib.contextmanager

@@ -10,13 +10,15 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import time
 import uuid
 from pathlib import Path
 
 from fluxbatch.types import UserError
 
-_SUFFIX, _TEMP = ".entry", ".tmp"
+_SUFFIX = ".entry"
+_TEMP = re.compile(r"[0-9a-f]{32}\.tmp")  # the folder may be one that others use as well
 _ABANDONED_AFTER = 3600.0  # seconds; a temp file that old belongs to a writer that was killed
 
 
@@ -49,7 +51,7 @@ class Cache:
     def put(self, name: str, data: bytes) -> None:
         """Keeps an entry, unless another process already has."""
         path = self._path(name)
-        temp = path.with_name(f"{uuid.uuid4().hex}{_TEMP}")
+        temp = path.with_name(f"{uuid.uuid4().hex}.tmp")
         with contextlib.suppress(OSError):  # a full disk, say
             if path.exists():
                 return
@@ -71,7 +73,7 @@ class Cache:
                     if file.name.endswith(_SUFFIX):
                         entries.append((stat.st_mtime_ns, stat.st_size, file.path))
                         total += stat.st_size
-                    elif file.name.endswith(_TEMP) and now - stat.st_mtime > _ABANDONED_AFTER:
+                    elif _TEMP.fullmatch(file.name) and now - stat.st_mtime > _ABANDONED_AFTER:
                         os.unlink(file.path)
             for _, size, path in sorted(entries):
                 if total <= self._limit:

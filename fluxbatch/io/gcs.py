@@ -121,6 +121,10 @@ class GcsStore:
     def sweep(self) -> None:
         """Nothing: an upload that is cut off leaves no object."""
 
+    def hold(self, name: str, *, shared: bool) -> contextlib.AbstractContextManager[None]:
+        """Nothing: a lock on an object would outlive a killed process."""
+        return contextlib.nullcontext()
+
     def stream(self, name: str) -> BinaryIO:
         """The object as a buffered stream, always of the version that was there at the start."""
         blob = self._blob(name)
@@ -198,7 +202,7 @@ def _translated(place: str, missing: str = "") -> Iterator[None]:
     except api.PreconditionFailed:
         raise _Taken(f"{place}: is there already") from None
     except api.NotFound as error:
-        if missing or "bucket" in _reason(error).lower():
+        if missing or "bucket does not exist" in _reason(error):  # an object's message has the bucket's name in it
             raise StorageError(f"{place}: {missing or 'the bucket does not exist'}", fatal=True) from None
         raise NotFound(f"{place}: no such object") from None
     except (api.Unauthorized, auth.RefreshError):

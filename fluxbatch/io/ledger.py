@@ -16,19 +16,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fluxbatch.io.log import Log, in_parallel, json_line
 from fluxbatch.io.match import Record, RecordId, describe, difference, digest, key_under, match, row_key, with_extra
 from fluxbatch.io.names import Namer
+from fluxbatch.io.place import HIDDEN, IMAGES, JOB, METADATA, REJECTS, STATUS, WAY_OUT, refuse_foreign
 from fluxbatch.io.storage import NotFound, Store, join
 from fluxbatch.types import Reject, Row, UserError
 
-__all__ = ["Ledger", "Record", "Tally", "read_records", "remove", "row_key", "utc_now", "write_status"]
+__all__ = ["HIDDEN", "IMAGES", "METADATA", "REJECTS", "Ledger", "Record", "Tally", "read_records", "remove", "row_key", "utc_now", "write_status"]
 
-METADATA, REJECTS, STATUS = "metadata.jsonl", "rejects.jsonl", "status.json"
-HIDDEN = ".fluxbatch/"  # Hugging Face's ImageFolder passes over what begins with a dot
 RECORDS = HIDDEN + "records/"
-IMAGES = (".png", ".jpg", ".jpeg", ".webp")
-
-_JOB = HIDDEN + "job.json"
 _CHUNK = 10_000  # records in one object after the merge
-_WAY_OUT = "give another run_name=…, or overwrite=true to replace what differs"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +63,9 @@ class Ledger:
         self._row_of: dict[RecordId, Row] = {}  # record → the row that it makes done
         self._files: dict[RecordId, str] = {}  # as ``remaining`` saw them
         self.compactions = 0  # calls of ``compact`` that are through
-        store.sweep()
+        self.committed = 0  # records of this process
         self._agree()
+        store.sweep()
 
     def key(self, row: Row) -> str:
         """``row_key`` under this job's facts."""
@@ -91,12 +87,17 @@ class Ledger:
         """The first half of ``assign``."""
         files: dict[RecordId, str] = {}
         places: dict[RecordId, int] = {}
-        for record in self.records():
-            files[_id(record)] = record["file_name"]
-            places[_id(record)] = record["index"]
+        names = _Names()
+        for _, _, record in self._records.scan():
+            files.setdefault(_id(record), record["file_name"])
+            places.setdefault(_id(record), record["index"])
+            names.saw(record)
+        if names.twice:
+            remove(self._store, self._records, lambda record: record["file_name"] in names.twice)
+            return self.remaining(rows, bad_lines)
         self._row_of, todo, changed = match(rows, self.key, places, self.records)
         if changed and not self._overwrite:
-            raise UserError(*describe(changed), _WAY_OUT)
+            raise UserError(*describe(changed), WAY_OUT)
         if changed:
             gone = {_id(record) for _, record in changed}
             remove(self._store, self._records, lambda record: _id(record) in gone)
@@ -129,6 +130,7 @@ class Ledger:
             name = self._records.append(map(json_line, records))
             with self._lock:
                 self._batches[name] = records
+                self.committed += len(records)
 
     def reject(self, rejects: Sequence[Reject]) -> None:
         """Notes rows that got no image. The next start tries them again."""
@@ -155,8 +157,11 @@ class Ledger:
             lines: dict[RecordId, tuple[int, bytes]] = {}  # as metadata.jsonl has them
             objects: dict[str, list[bytes]] = {}
             done: set[str] = set()
+            files: dict[RecordId, str] = {}
+            names = _Names()
             for name, line, record in self._records.scan():
                 objects.setdefault(name, [])
+                names.saw(record)
                 if _id(record) in lines:
                     continue
                 objects[name].append(line)
@@ -168,12 +173,18 @@ class Ledger:
                     if today != record:  # it stands elsewhere now, or says more
                         line = json_line(today)
                 lines[_id(record)] = index, line
+                files[_id(record)] = record["file_name"]
+            for key in [key for key, file in files.items() if file in names.twice]:
+                del lines[key]  # to be made again
+                if row := self._row_of.get(key):
+                    done.discard(row.id)
             self._store.write(METADATA, b"".join(line for _, line in sorted(lines.values())))
             rejects, reject_objects = self._merge_rejects(done)
             unseen = {*self._records.names(), *self._rejects.names()} - objects.keys() - reject_objects
             if not unseen:
                 break
-        self._compact_all(objects)
+        if not names.twice:  # else the next start is to see every record
+            self._compact_all(objects)
         return Tally(len(self._rows) + len(self._bad_lines), len(done), rejects)
 
     def _merge_rejects(self, done: set[str]) -> tuple[tuple[Reject, ...], set[str]]:
@@ -222,31 +233,29 @@ class Ledger:
         """Stores the job's facts on the first start, and compares them on every later one."""
         stored = self._stored_facts()
         if stored is None:
-            foreign = next((name for name in self._store.list() if name.endswith(IMAGES)), None)
-            # another process may have begun this very job between the two looks
-            if foreign and not self._overwrite and self._stored_facts() is None:
-                raise UserError(f"{join(self._store.url, foreign)}: is there already, without a record; {_WAY_OUT}")
-            if self._store.write(_JOB, self._facts_document(), if_absent=True):
+            if not self._overwrite:
+                refuse_foreign(self._store)
+            if self._store.write(JOB, self._facts_document(), if_absent=True):
                 return
             stored = self._stored_facts() or {}
         changed = difference(stored, self._facts)
         # until there is a record, a changed configuration costs nothing
         if changed and not self._overwrite and next(self.records(), None):
-            raise UserError(f"{self._store.url}: holds a job with another configuration", *changed, _WAY_OUT)
+            raise UserError(f"{self._store.url}: holds a job with another configuration", *changed, WAY_OUT)
         if changed:
             remove(self._store, self._records, lambda record: True)
             self._rejects.delete(self._rejects.names())
-            self._store.write(_JOB, self._facts_document())
+            self._store.write(JOB, self._facts_document())
 
     def _stored_facts(self) -> dict | None:
         try:
-            facts = json.loads(self._store.read(_JOB))
+            facts = json.loads(self._store.read(JOB))
         except NotFound:
             return None
         except ValueError:
             facts = None
         if not isinstance(facts, dict):
-            raise UserError(f"{join(self._store.url, _JOB)}: not a JSON object; restore it, or give another run_name=…")
+            raise UserError(f"{join(self._store.url, JOB)}: not a JSON object; restore it, or give another run_name=…")
         return facts
 
     def _facts_document(self) -> bytes:
@@ -286,6 +295,19 @@ def remove(store: Store, log: Log, unwanted: Callable[[Record], bool]) -> None:
                 log.append(kept)
             log.delete([name])
     in_parallel(store.delete, sorted(files - {record["file_name"] for record in every if not unwanted(record)}))
+
+
+class _Names:
+    """Names of images in a ledger's records. Those in ``twice`` are recorded for different pixels: two starts at once,
+    as a bucket lets them, wrote over each other's images, and nobody knows whose are there."""
+
+    def __init__(self) -> None:
+        self._keys: dict[str, str] = {}
+        self.twice: set[str] = set()
+
+    def saw(self, record: Record) -> None:
+        if self._keys.setdefault(record["file_name"], record["key"]) != record["key"]:
+            self.twice.add(record["file_name"])
 
 
 def _id(record: Record) -> RecordId:

@@ -45,10 +45,11 @@ def read_rows(job: Job, *, multiple: int = 16) -> tuple[list[Row], list[Reject]]
     if job.prompt is not None:
         raise UserError("manifest and prompt are both given: expected one of them")
     quarantine = job.manifest_errors.name == "quarantine"
+    name = job.manifest.encode("utf-8", "backslashreplace").decode()  # a path may be no UTF-8, and rejects.jsonl is
     try:
         with open_stream(job.manifest) as stream:
             parsed = _parsed(stream, job.manifest, job.prompt_column)
-            rows, rejects = _collect(parsed, resolve, lambda n: f"{job.manifest}:{n}", quarantine)
+            rows, rejects = _collect(parsed, resolve, lambda n: f"{name}:{n}", quarantine)
     except StorageError as error:
         raise UserError(f"manifest: {error}") from None
     if not rows and not rejects:

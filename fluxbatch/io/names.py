@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import string
+import unicodedata
 from collections.abc import Iterable, Sequence
 
-from fluxbatch.io.storage import StorageError, check_name
+from fluxbatch.io.place import RESERVED
+from fluxbatch.io.storage import MAX_BYTES, StorageError, check_name
 from fluxbatch.types import Row, UserError
 
+__all__ = ["RESERVED", "Namer"]
+
 FIELDS = ("i", "id", "seed")
-RESERVED = ("contact_sheet.png",)  # the gallery's
 
 
 class Namer:
@@ -39,27 +42,30 @@ class Namer:
 
         A row whose own name is taken gets that of the lowest free index, in the order of the
         rows; so rows that are done meanwhile, under the names given here, change no other name.
+        Raises UserError when a name cannot be that of a file there.
         """
-        # file systems that ignore case would let Cat.png overwrite cat.png
-        used = {name.casefold() for name in (*RESERVED, *taken)}
+        used = {_folded(name) for name in (*RESERVED, *taken)}
         names: dict[int, str] = {}
         displaced = []
         for row in sorted(rows, key=lambda row: row.index):
             name = self._name(row.index, row.id, row.seed)
-            if name.casefold() in used:
+            if _folded(name) in used:
                 displaced.append(row)
             else:
-                used.add(name.casefold())
+                used.add(_folded(name))
                 names[row.index] = name
         free = 0
         for row in displaced:
             attempt = 0 if not self._has_index else free
-            while (name := self._other(row, attempt)).casefold() in used:
+            while _folded(name := self._other(row, attempt)) in used:
                 attempt += 1
             if self._has_index:
                 free = attempt
-            used.add(name.casefold())
+            used.add(_folded(name))
             names[row.index] = name
+        for row in rows:
+            if fault := _fault(names[row.index]):
+                raise UserError(f"output.filename={self._template}: {row.where or row.id}: {fault}")
         return names
 
     def _name(self, index: int, id: str, seed: int) -> str:
@@ -70,3 +76,17 @@ class Namer:
             return self._name(attempt, row.id, row.seed)
         stem, dot, extension = self._name(row.index, row.id, row.seed).rpartition(".")
         return f"{stem}_{attempt + 1}{dot}{extension}"
+
+
+def _folded(name: str) -> str:
+    """Equal for names that some file systems take for one: Cat and cat, é as one character and as two."""
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+def _fault(name: str) -> str | None:
+    """Why a file cannot have the name."""
+    folder, *rest = parts = name.split("/")
+    if rest and _folded(folder) in RESERVED:
+        return f"got {name!r}, expected another folder, as a run writes a file of that name"
+    longest = max(len(part.encode()) for part in parts)
+    return f"got a name of {longest} bytes, expected at most {MAX_BYTES}" if longest > MAX_BYTES else None

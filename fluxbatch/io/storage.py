@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
+import re
+import socket
 import time
 import uuid
 from collections.abc import Iterator
@@ -19,8 +22,13 @@ from fluxbatch.types import UserError
 
 # What no retry and no other row can cure: these stop the job.
 _FATAL_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
-_TEMP = ".tmp"
+MAX_BYTES = 255  # of a part of a name
+_TEMP = re.compile(r"\.[0-9a-f]{32}\.tmp")  # other people's files may end in .tmp too
 _ABANDONED_AFTER = 3600.0  # seconds; no write of ours holds a temp file that long
+# What file systems answer that have no hard links (exFAT, SMB, gcsfuse), or cannot sync a directory.
+_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
+_NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
+_TURN = 10.0  # seconds; to look once and to rename takes no writer that long
 
 
 class StorageError(UserError):
@@ -59,6 +67,10 @@ class Store(Protocol):
 
     def sweep(self) -> None:
         """Remove what killed writers left half done (never anything under a real name)."""
+
+    def hold(self, name: str, *, shared: bool) -> contextlib.AbstractContextManager[None]:
+        """Keep other starts out of the place until the context ends, or this process does; those that share it
+        let each other in. ``StorageError`` when another has it. Does nothing where there are no locks."""
 
 
 def open_store(url: str) -> Store:
@@ -104,7 +116,7 @@ def join(url: str, *names: str) -> str:
 def check_name(name: str) -> None:
     """Refuses a name that could mean a place outside the store."""
     parts = name.split("/")
-    bad = any(part in ("", ".", "..") or len(part.encode("utf-8", "replace")) > 255 for part in parts)
+    bad = any(part in ("", ".", "..") or len(part.encode("utf-8", "replace")) > MAX_BYTES for part in parts)
     if bad or "\\" in name or any(ord(c) < 32 or ord(c) == 127 for c in name):
         raise StorageError(f"{name!r}: not a name inside the output place", fatal=True)
 
@@ -128,7 +140,7 @@ class LocalStore:
 
     def write(self, name: str, data: bytes, *, if_absent: bool = False) -> bool:
         path = self._path(name)
-        temp = path.with_name(f".{uuid.uuid4().hex}{_TEMP}")
+        temp = path.with_name(f".{uuid.uuid4().hex}.tmp")
         with _translated(self._place(name)):
             _make_directory(path.parent)
             try:
@@ -136,13 +148,10 @@ class LocalStore:
                     file.write(data)
                     file.flush()
                     os.fsync(file.fileno())
-                if if_absent:
-                    try:
-                        os.link(temp, path)  # unlike a rename, fails when the name is taken
-                    except FileExistsError:
-                        return False
-                else:
+                if not if_absent:
                     os.replace(temp, path)
+                elif not _rename_if_absent(temp, path):
+                    return False
             finally:
                 temp.unlink(missing_ok=True)
             _sync_directory(path.parent)
@@ -151,7 +160,7 @@ class LocalStore:
     def list(self, prefix: str = "") -> Iterator[str]:
         for path in self._walk(prefix):
             name = path.relative_to(self._root).as_posix()
-            if name.startswith(prefix) and path.suffix != _TEMP:
+            if name.startswith(prefix) and not _TEMP.fullmatch(path.name):
                 yield name
 
     def delete(self, name: str) -> None:
@@ -166,10 +175,30 @@ class LocalStore:
 
     def sweep(self) -> None:
         for path in self._walk(""):
-            if path.suffix == _TEMP and path.name.startswith("."):
+            if _TEMP.fullmatch(path.name):
                 with _translated(str(path)), contextlib.suppress(FileNotFoundError):
                     if time.time() - path.stat().st_mtime > _ABANDONED_AFTER:
                         path.unlink()
+
+    @contextlib.contextmanager
+    def hold(self, name: str, *, shared: bool) -> Iterator[None]:
+        path = self._path(name)
+        with _translated(self._place(name)):
+            _make_directory(path.parent)
+            try:
+                file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            except PermissionError:  # another user's, in a place that both may write to
+                file = os.open(path, os.O_RDONLY)
+        try:
+            if not _lock(file, shared):
+                who = os.read(file, 1000).decode("utf-8", "replace").strip()
+                raise StorageError(f"another start is at work in {self.url} ({who}): wait for its end, or give another run_name=…")
+            with contextlib.suppress(OSError):  # who it is, as far as it can be told to others
+                os.ftruncate(file, 0)
+                os.write(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+            yield
+        finally:
+            os.close(file)
 
     def _walk(self, prefix: str) -> Iterator[Path]:
         """Files below the deepest directory that ``prefix`` names, in the order of their names."""
@@ -214,10 +243,57 @@ def _make_directory(path: Path) -> None:
         _sync_directory(path.parent)
 
 
+def _lock(file: int, shared: bool) -> bool:
+    """Whether nobody else has the lock; the kernel frees it when this process ends, however it does."""
+    try:
+        import fcntl
+
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):  # Windows; a file system, or its server, without locks
+        pass
+    return True
+
+
+def _rename_if_absent(temp: Path, path: Path) -> bool:
+    try:
+        os.link(temp, path)  # unlike a rename, fails when the name is taken
+        return True
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+    # Without links one looks and renames while a file of its own name says that it does.
+    turn = path.with_name(f".{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:32]}.tmp")
+    patience = time.monotonic() + _TURN
+    while not path.exists():
+        try:
+            os.close(os.open(turn, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        except FileExistsError:
+            if time.monotonic() > patience:  # whoever had this turn was killed in it
+                turn.unlink(missing_ok=True)
+                patience += _TURN
+            time.sleep(0.02)
+            continue
+        try:
+            if path.exists():  # by now
+                break
+            os.replace(temp, path)
+            return True
+        finally:
+            turn.unlink(missing_ok=True)
+    return False
+
+
 def _sync_directory(path: Path) -> None:
     """A rename survives a power cut only once its directory is synced."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
     finally:
         os.close(descriptor)
