@@ -9,8 +9,10 @@ from __future__ import annotations
 import argparse
 import atexit
 import contextlib
+import dataclasses
 import functools
 import gc
+import inspect
 import io
 import os
 import re
@@ -33,7 +35,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from fluxbatch import __version__, config, overrides
@@ -104,8 +106,7 @@ def _start(task: Task, schema: type[Job], rows: bool, about: str | None, argv: l
     try:
         if args.help:
             if about:
-                header = f"{about}\n\nUsage: python -m fluxbatch.{task.__name__} [option] [key=value …] [group=name …]"
-                args.overrides.append(f"hydra.help.header={overrides.quote(header)}")
+                args.overrides.append(f"hydra.help.header={overrides.quote(_header(about, task, schema))}")
             hydra.app_help(name, parser, args)
         elif args.hydra_help:
             hydra.hydra_help(name, parser, args)
@@ -128,6 +129,22 @@ def _start(task: Task, schema: type[Job], rows: bool, about: str | None, argv: l
         return 0
     finally:
         GlobalHydra.instance().clear()
+
+
+def _header(about: str, task: Task, schema: type[Job]) -> str:
+    """How --help begins: how the command is called, and the keys that it has for itself, with the comments they have there."""
+    module = sys.modules[task.__module__].__spec__
+    command = f"-m {module.name}" if module else sys.argv[0]  # else a script's
+    lines = [about, "", f"Usage: python {command} [option] [key=value …] [group=name …]"]
+    own = [field for field in dataclasses.fields(schema) if field.name not in Job.__dataclass_fields__]
+    if own:
+        lines += ["", "Keys of its own, besides all of fluxbatch.run's:", ""]
+    for field in own:
+        default = field.default.name if isinstance(field.default, Enum) else config.shown(field.default)
+        word = f"{field.name}={'…' if default == MISSING else default.lower() if isinstance(field.default, bool) else default}"
+        comment = re.search(rf"^    {field.name}: .*?  # (.*)$", inspect.getsource(schema), re.MULTILINE)
+        lines.append(f"  {word:25} {comment[1] if comment else overrides.expected(*overrides.kind_of(schema, field.name))}")
+    return "\n".join(lines)
 
 
 class _HydraTask:
@@ -164,8 +181,8 @@ class _HydraTask:
                 setattr(job, key, os.path.expanduser(path))
         hydra = HydraConfig.get()
         if hydra.mode == RunMode.MULTIRUN:
-            job.run_name = f"{job.run_name or hydra.job.name}/{hydra.job.num}"
             job.sweep = _swept(cfg, hydra.overrides.task, self.fixed)
+            job.run_name = f"{job.run_name or hydra.job.name}/{_place(job.sweep)}"
         config.check(job, self.rows)
         if job.run_name is None and (job.manifest or job.prompt):
             job.run_name = config.default_run_name(job)
@@ -182,6 +199,19 @@ def _swept(cfg: DictConfig, words: Sequence[str], fixed: frozenset[str]) -> dict
                 value = override.value()  # a group's choice, or a list as it was given
             swept[override.key_or_group] = value.name if isinstance(value, Enum) else value
     return swept
+
+
+def _place(swept: dict[str, Any]) -> str:
+    """A job's directory within its sweep: its values and not its number, which others get when a sweep is extended."""
+    lasts = [key.rpartition(".")[2] for key in swept]
+    parts = []
+    for key, value in sorted(swept.items()):
+        last, text = key.rpartition(".")[2], config.shown(value)
+        safe = re.sub(r"[^\w.+-]+", "-", text, flags=re.ASCII)[:40]
+        exact = text if text == safe else f"{safe}-{config.digest(value)}"
+        parts.append(f"{last if lasts.count(last) == 1 else key}={exact}")
+    name = ",".join(parts) or "0"
+    return name if len(name) <= 150 else f"{name[:150]}-{config.digest(swept)}"
 
 
 def _sweep_dir(output_dir: str, run_name: str | None, label: str) -> str:

@@ -41,7 +41,7 @@ def convert(job: Convert) -> int:
 
 
 def main() -> NoReturn:
-    cli.main(convert, schema=Convert, rows=False, about="fluxbatch.convert: a checkpoint as checksummed arrays. to=DIR or gs://bucket/prefix")
+    cli.main(convert, schema=Convert, rows=False, about="convert: a checkpoint as checksummed arrays. to=DIR or gs://bucket/prefix")
 
 
 if __name__ == "__main__":

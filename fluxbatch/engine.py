@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -43,7 +44,7 @@ class Engine:
     away: str  # where the text encoders are while images are made
     turns: str  # where the transformer is while text is encoded, which it is kept for if both fit
     facts: Mapping[str, Any]  # what decides the pixels besides the row
-    record: Mapping[str, Any]  # what every image's record says of the model
+    record: Mapping[str, Any]  # what every image's record says of the model and of what runs it
     lora: Loras
     identity: tuple[Any, ...]  # two engines that agree in it load the same weights and programs
     remarks: tuple[str, ...]  # what is allowed and probably not meant
@@ -192,8 +193,11 @@ def open_engine(job: Job, platform: str, devices: Sequence[jax.Device] | None = 
         "max_sequence_length": sampler.max_sequence_length,
         "schedule": dataclasses.asdict(schedule),
     }
-    record = {"model": public(job.model.pretrained_model_name_or_path), "model_digest": facts["model_digest"], "model_revision": checkpoint.revision}
+    record = {"model": public(_name(job.model.pretrained_model_name_or_path)), "model_digest": facts["model_digest"], "model_revision": checkpoint.revision}
     record |= {key: facts[key] for key in ("max_sequence_length", "weights_dtype", "activations_dtype")}
+    record |= {"fluxbatch_version": __version__, "jax_version": jax.__version__, "device_kind": mesh.devices.flat[0].device_kind}
+    record |= {"device_count": mesh.size, "per_device_batch_size": sharding.per_device_batch_size}
+    record |= {f"{name}_quality": job.output.quality for name in ("jpeg", "webp") if name == job.output.format.name}
     adapters = lora_apply.read(job, plans)
     if adapters.adapters:
         facts["lora"] = adapters.facts
@@ -213,6 +217,13 @@ def open_engine(job: Job, platform: str, devices: Sequence[jax.Device] | None = 
     return Engine(
         checkpoint, plans, tokenizers, schedule, mesh, weights, activations, hardware.stream_blocks, away, turns, facts, record, adapters, identity,
         _remarks(job.model.flux_name, checkpoint), bool(job.sweep))  # fmt: skip
+
+
+def _name(given: str) -> str:
+    """How records call a model: a path's last part, as the rest says where it lies on one machine; an address without its
+    query, which may hold a token."""
+    path = os.path.abspath(os.path.expanduser(given.removeprefix("file://")))
+    return os.path.basename(path) if os.path.exists(path) else given.partition("?")[0]
 
 
 def _remarks(flux_name: str, checkpoint: Checkpoint) -> tuple[str, ...]:

@@ -79,14 +79,16 @@ class Work:
         return sum(-(-count // self.size) * self.size for count in distinct)
 
 
-def lines(job: Job, engine: Engine, target: Target, rows: Sequence[Row], rejects: Sequence[Reject], price: float | None, ahead: bool) -> Iterator[str]:
-    """The whole plan; ``ahead``: with what the compiler says of the largest picture."""
-    work = Work.of(job, engine, rows)
+def lines(job: Job, engine: Engine, target: Target, rows: Sequence[Row], todo: Sequence[Row], rejects: Sequence[Reject], price: float | None, ahead: bool) -> Iterator[str]:
+    """The whole plan; ``todo``: those of the rows that have no image; ``ahead``: with what the compiler says of the largest picture."""
+    work = Work.of(job, engine, todo)
     yield from _rows(job, rows, rejects)
+    if len(todo) < len(rows):
+        yield _line("done", f"{len(rows) - len(todo):,} of them have their image; what follows is of the {len(todo):,} to make")
     yield from _model(job, engine, target)
-    if rows:
+    if todo:
         yield from _batches(work)
-        yield from _text(engine, rows)
+        yield from _text(engine, todo)
         yield from _lora(engine)
         yield from _memory(job, engine, target, work)
         yield from _reads(job, engine, target, work)

@@ -1,6 +1,6 @@
 """``python -m fluxbatch.plan``: what a run with the same command line would do, need and cost; draws nothing.
 
-Reads the manifest and the checkpoint's headers, no weights, and needs no accelerator: ``target`` names the machine.
+Reads the manifest, the records of what is done and the checkpoint's headers, no weights, and needs no accelerator: ``target`` names the machine.
 """
 
 from __future__ import annotations
@@ -8,14 +8,17 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import sys
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from fluxbatch import cli
 from fluxbatch.config import Job
-from fluxbatch.types import Exit, UserError
+from fluxbatch.types import Exit, Row, UserError
 
 if TYPE_CHECKING:
     from fluxbatch.chips import Target
+    from fluxbatch.engine import Engine
 
 STAND_INS = 256  # CPU devices in place of a target's chips: they cost 0.1 s
 
@@ -40,9 +43,31 @@ def plan(job: PlanJob) -> int:
     target, devices = _machine(job)
     engine = open_engine(job, target.platform, devices, target.hosts)
     rows, rejects = read_rows(job, multiple=engine.multiple)
-    for line in forecast.lines(job, engine, target, engine.resolve(rows), rejects, job.price_per_chip_hour, _ahead(job, target)):
+    rows = engine.resolve(rows)
+    for line in forecast.lines(job, engine, target, rows, _todo(job, engine, rows), rejects, job.price_per_chip_hour, _ahead(job, target)):
         print(line, flush=True)
     return Exit.OK
+
+
+def _todo(job: PlanJob, engine: Engine, rows: Sequence[Row]) -> Sequence[Row]:
+    """The rows that the output place has no image of, by its records of this very job; writes nothing there."""
+    from fluxbatch.io.ledger import Record, read_records
+    from fluxbatch.io.match import decisive, digest, key_under, match
+    from fluxbatch.io.storage import StorageError, join, open_store
+
+    facts = digest(engine.facts | job.output.facts())
+
+    def records() -> Iterator[Record]:
+        fields = [*decisive(rows[0])]
+        return (record for record in read_records(store) if digest([{name: record[name] for name in fields}, facts]) == record["key"])
+
+    try:
+        store = open_store(join(job.output_dir, *([job.run_name] if job.run_name else [])))
+        places = {(record["id"], record["key"]): record["index"] for record in records()} if rows else {}
+        return match(rows, lambda row: key_under(row, facts), places, records).todo if places else rows
+    except StorageError as error:
+        print(f"fluxbatch: every row is planned, as what is done cannot be read: {error}", file=sys.stderr)
+        return rows
 
 
 def _ahead(job: PlanJob, target: Target) -> bool:

@@ -1,21 +1,34 @@
 """``python -m fluxbatch.replay id=… output_dir=… run_name=…``: makes one row again from its record and
-compares the pixels. Exit code 0 when they are equal, 3 when they are not."""
+compares the pixels. Exit code 0 when they are equal, or equal to rounding in float32; 3 when they are not.
+
+What decides the picture is as it was recorded; ``pretrained_model_name_or_path=…`` and the other keys that
+say where things are, ``hardware`` and ``sharding`` may be given anew.
+"""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import MISSING, OmegaConf
 
 from fluxbatch import cli
-from fluxbatch.config import Job
+from fluxbatch.config import DType, Job, shown
 from fluxbatch.types import Exit, Row, UserError
+
+# Where things are, and how they are computed here: may be another than when the row was made
+ANEW = re.compile(
+    r"id|output_dir|run_name|debug|jax_cache_dir|(hardware|sharding)(\.(?!\w+_dtype)\w+)?|model\.(\w+_name_or_path|revision|verify)"
+    r"|lora(\.[^.]+\.(path|weight_name))?|lora_config\.(lora_model_name_or_path|weight_name)"
+)
 
 
 @dataclass
 class ReplayJob(Job):
-    id: str = MISSING
+    id: str = MISSING  # which row, as metadata.jsonl calls it
 
 
 def replay(job: ReplayJob) -> int:
@@ -32,14 +45,14 @@ def replay(job: ReplayJob) -> int:
     from fluxbatch.io.images import decode, pixel_sha256
     from fluxbatch.io.ledger import METADATA, read_records
     from fluxbatch.io.match import difference
-    from fluxbatch.io.storage import join, open_store
+    from fluxbatch.io.storage import NotFound, join, open_store
+    from fluxbatch.verify import fault_of
+    from fluxbatch.writer import PROGRAM
 
+    anew = _anew()
     store = open_store(join(job.output_dir, *([job.run_name] if job.run_name else [])))
     found = yaml.safe_load(store.read(CONFIG))
     facts = found.pop("resolved")
-    del found["lora_coverage"]  # said of the adapters, not asked of them
-    recorded = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Job), found))
-    assert isinstance(recorded, Job)
     # as of the last merge, which knows ids and places of rows that have moved; a run that was killed made more
     records = [json.loads(line) for line in store.read(METADATA).splitlines()] if store.exists(METADATA) else []
     merged = {record["file_name"] for record in records}
@@ -47,6 +60,7 @@ def replay(job: ReplayJob) -> int:
     record = next((record for record in records if record["id"] == job.id), None)
     if record is None:
         raise UserError(f"id={job.id}: {store.url} has no record of such a row")
+    recorded = _recorded(job, found, facts, record, anew)
 
     hosts.tell_compiler(recorded.hardware.xla_flags, recorded.hardware.libtpu_init_args)
     engine = open_engine(recorded, hosts.start(recorded.hardware.platform.name, recorded.jax_cache_dir))
@@ -54,7 +68,7 @@ def replay(job: ReplayJob) -> int:
         print(f"changed since: {line}")
     # all rows decide how adapters are applied, as they did then
     pipeline = engine.pipeline(engine.resolve([_row(record) for record in records]))
-    # by the same programs: half precision rounds otherwise in a batch of another size
+    # by the same programs: rounding is another in a batch of another size
     rows = [_row(record)] * (engine.ways * recorded.sharding.per_device_batch_size)
     states = text.encode(rows, engine.tokenizers, pipeline, len(rows))
     pixels, finite = pipeline.decode(pipeline.denoise(rows, *states.batch(rows)), record["height"], record["width"])
@@ -62,13 +76,52 @@ def replay(job: ReplayJob) -> int:
     if not np.asarray(finite)[0]:
         print(f"{job.id}: not finite this time")
         return Exit.REJECTED_ROWS
+
+    file = record["file_name"]
     if pixel_sha256(made) == record["sha256"]:
-        print(f"{job.id}: the same pixels, sha256 {record['sha256']}")
+        wrong = fault_of(store, record)
+        but = "" if wrong == "" else f"; but {file} is not there" if wrong is None else f"; but {file} is damaged: {wrong}"
+        print(f"{job.id}: the same pixels, sha256 {record['sha256']}{but}")
+        return Exit.REJECTED_ROWS if but else Exit.OK
+    try:
+        stored = decode(store.read(file))
+    except (NotFound, ValueError) as error:
+        print(f"{job.id}: other pixels than were recorded; nothing to compare them with: {file}: {error}")
+        return Exit.REJECTED_ROWS
+    apart = int(np.abs(made.astype(int) - stored.astype(int)).max()) if made.shape == stored.shape else "another size"
+    by = ", ".join(difference(record, {key: engine.record[key] for key in PROGRAM}, only_new=True))
+    why = f"; made by another program, which rounds otherwise: {by}" if by else ""
+    if apart == 1 and engine.weights_dtype == engine.activations_dtype == "float32":
+        print(f"{job.id}: the same to rounding: largest difference {apart} of 255{why}")
         return Exit.OK
-    stored = decode(store.read(record["file_name"]))
-    apart = np.abs(made.astype(int) - stored.astype(int)).max() if made.shape == stored.shape else "another size"
-    print(f"{job.id}: other pixels than {record['file_name']}; largest difference {apart} of 255")
+    print(f"{job.id}: other pixels than {file}; largest difference {apart} of 255{why}")
     return Exit.REJECTED_ROWS
+
+
+def _anew() -> list[str]:
+    """The keys given on this command line; UserError for those that would change the picture."""
+    words = HydraConfig.get().overrides.task
+    keys = [override.key_or_group for override in OverridesParser.create().parse_overrides(list(words))]
+    if wrong := [word for word, key in zip(words, keys, strict=True) if not ANEW.fullmatch(key)]:
+        raise UserError(*(f"{shown(word)}: decides the picture, which is replayed as it was recorded; expected where things are "
+                          "(pretrained_model_name_or_path=…, jax_cache_dir=…), hardware=… or sharding=…" for word in wrong))  # fmt: skip
+    return keys
+
+
+def _recorded(job: ReplayJob, found: dict[str, Any], facts: dict[str, Any], record: dict[str, Any], anew: list[str]) -> Job:
+    """The run's configuration, for the program that made this record, with what this command line says anew."""
+    del found["lora_coverage"]  # said of the adapters, not asked of them
+    config, given = OmegaConf.merge(OmegaConf.structured(Job), found), OmegaConf.structured(job)
+    for key in anew:
+        if key != "id":
+            OmegaConf.update(config, key, OmegaConf.select(given, key))
+    if "sharding.per_device_batch_size" not in anew and "per_device_batch_size" in record:  # the run's last start may have had another
+        config.sharding.per_device_batch_size = record["per_device_batch_size"]
+    recorded = OmegaConf.to_object(config)
+    assert isinstance(recorded, Job)
+    for key in ("weights_dtype", "activations_dtype"):  # they may have been this machine's choice
+        setattr(recorded.hardware, key, DType[facts[key]])
+    return recorded
 
 
 def _row(record: dict[str, Any]) -> Row:
@@ -78,7 +131,7 @@ def _row(record: dict[str, Any]) -> Row:
 
 
 def main() -> NoReturn:
-    cli.main(replay, schema=ReplayJob, rows=False, about="replay: make one row again from its record and compare the pixels.")
+    cli.main(replay, schema=ReplayJob, rows=False, about="replay: make one row again from its record and compare the pixels (output_dir=…, run_name=…, id=…).")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ start of the same job makes them again. Without ``run_name`` every run in the pl
 from __future__ import annotations
 
 import dataclasses
+import json
 import secrets
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -17,7 +18,7 @@ from tqdm import tqdm
 
 from fluxbatch import cli
 from fluxbatch.config import Job
-from fluxbatch.io.images import decode, pixel_sha256
+from fluxbatch.io.images import decode, parameters, pixel_sha256
 from fluxbatch.io.ledger import HIDDEN, IMAGES, METADATA, RECORDS, Record, read_records, remove
 from fluxbatch.io.log import Log, in_parallel
 from fluxbatch.io.names import RESERVED
@@ -29,7 +30,7 @@ _AT_ONCE = 64  # images read and decoded before the next are asked for
 
 @dataclasses.dataclass
 class VerifyJob(Job):
-    repair: bool = False
+    repair: bool = False  # true: forget what is missing or damaged, so that the next start makes it again
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +57,7 @@ def check(store: Store) -> Findings:
     missing, damaged, recorded = [], {}, set()
     records = tqdm(read_records(store), desc=store.url, unit="image", disable=None, leave=False)
     for window in _windows(records):
-        for record, fault in zip(window, in_parallel(lambda record: _fault(store, record), window), strict=True):
+        for record, fault in zip(window, in_parallel(lambda record: fault_of(store, record), window), strict=True):
             recorded.add(record["file_name"])
             if fault is None:
                 missing.append(record["file_name"])
@@ -66,10 +67,11 @@ def check(store: Store) -> Findings:
     return Findings(len(recorded), tuple(missing), damaged, tuple(orphaned))
 
 
-def _fault(store: Store, record: Record) -> str | None:
+def fault_of(store: Store, record: Record) -> str | None:
     """What is wrong with the record's image: "" nothing, None it is not there."""
     try:
-        pixels = decode(store.read(record["file_name"]))
+        data = store.read(record["file_name"])
+        pixels = decode(data)
     except NotFound:
         return None
     except ValueError as error:
@@ -77,8 +79,11 @@ def _fault(store: Store, record: Record) -> str | None:
     height, width, _ = pixels.shape
     if (height, width) != (record["height"], record["width"]):
         return f"{width}×{height} pixels, but {record['width']}×{record['height']} were recorded"
-    if record["file_name"].endswith(".png") and pixel_sha256(pixels) != record["sha256"]:
-        return "other pixels than were recorded"
+    if record["file_name"].endswith(".png"):
+        return "" if pixel_sha256(pixels) == record["sha256"] else "other pixels than were recorded"
+    said = parameters(data)  # a lossy file's own pixels are not what was hashed
+    if said and (said.get("key"), said.get("sha256")) != (record["key"], record["sha256"]):
+        return f"another image than was recorded: of id {json.dumps(said.get('id'), ensure_ascii=False)}"
     return ""
 
 

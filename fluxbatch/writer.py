@@ -24,6 +24,9 @@ from fluxbatch.io.match import decisive, with_extra
 from fluxbatch.io.storage import StorageError, Store
 from fluxbatch.types import Reject, Row
 
+# By what a picture was made, in its record: decides how it is rounded, and no more
+PROGRAM = ("fluxbatch_version", "jax_version", "device_kind", "device_count", "per_device_batch_size")
+
 _ATTEMPTS = 3
 _BACKOFF = 0.5  # seconds before the second attempt, doubled before the third
 
@@ -188,7 +191,7 @@ class Writer:
 
     def _encode_and_write(self, record: Record, pixels: np.ndarray) -> None:
         # only what decides the pixels: the same image is then the same file, byte for byte
-        unstable = ("file_name", "index", "seconds", "mfu", "created", "flags")
+        unstable = ("file_name", "index", "seconds", "mfu", "created", "flags", *PROGRAM)
         parameters = {key: value for key, value in record.items() if key not in unstable}
         data = encode(
             pixels,

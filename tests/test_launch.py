@@ -28,7 +28,10 @@ module = importlib.util.module_from_spec(_spec)
 sys.modules["render"] = module  # its dataclasses ask for it
 _spec.loader.exec_module(module)
 
-WORDS = ["model=flux-dev", "sharding=fsdp", "manifest=gs://bucket/prompts.jsonl", "output_dir=gs://bucket/out", "run_name=night", "replica_count=6"]
+WORDS = ["model=flux-dev", "sharding=fsdp", "manifest=gs://bucket/prompts.jsonl", "output_dir=gs://bucket/out", "run_name=night", "replica_count=6",
+         "image=eu.pkg.dev/p/fluxbatch", "project=p", "hf_token_secret=hf"]
+
+FLAVOR = {"gpu": "cuda", "tpu": "tpu"}  # of the image
 
 
 @pytest.fixture
@@ -102,7 +105,7 @@ def check(kind, text, target, replicas=6):
             place = r"projects/[\w-]+/locations/[\w-]+"
             assert re.fullmatch(rf"https://batch\.googleapis\.com/v1/{place}/jobs", at(spec, "httpTarget", "uri"))
             assert at(spec, "httpTarget", "httpMethod") == "POST" and re.fullmatch(rf"{place}/jobs/[a-z0-9-]+", spec["name"])
-            assert "@" in at(spec, "httpTarget", "oauthToken", "serviceAccountEmail")
+            assert at(spec, "httpTarget", "oauthToken", "serviceAccountEmail") == "fluxbatch@p.iam.gserviceaccount.com"
             spec = json.loads(base64.b64decode(at(spec, "httpTarget", "body"), validate=True))
         protobuf.ParseDict(spec, batch_v1.Job.pb(batch_v1.Job()))
         check_batch(spec, target, replicas)
@@ -134,7 +137,9 @@ def check_job(name, job, target, size, restarts, replicas, kind):
         assert selector["cloud.google.com/gke-accelerator"] == target.accelerator
     args = container["args"]
     assert f"hardware={target.hardware}" in args and f"replica_count={replicas}" in args
+    assert container["image"] == f"eu.pkg.dev/p/fluxbatch:{FLAVOR[target.hardware]}"
     env = {entry["name"]: entry for entry in container["env"]}
+    assert at(env, "HF_TOKEN", "valueFrom", "secretKeyRef") == {"name": "hf", "key": "HF_TOKEN"}
     if kind == "jobset":
         assert "replica_index=$(REPLICA_INDEX)" in args and "job-index'" in at(env, "REPLICA_INDEX", "valueFrom", "fieldRef", "fieldPath")
     if target.hosts > 1:
@@ -158,7 +163,9 @@ def check_batch(spec, target, replicas):
     assert instance["installGpuDrivers"] is True and instance["policy"]["machineType"] == target.machine
     assert instance["policy"]["provisioningModel"] in ("SPOT", "STANDARD") and 50 <= at(instance, "policy", "bootDisk", "sizeGb") <= 65_536
     container = at(task, "runnables", 0, "container")
-    assert container["imageUri"] and f"hardware={target.hardware}" in container["commands"]
+    assert container["imageUri"] == f"eu.pkg.dev/p/fluxbatch:{FLAVOR[target.hardware]}"
+    assert at(task, "runnables", 0, "environment", "secretVariables") == {"HF_TOKEN": "projects/p/secrets/hf/versions/latest"}
+    assert f"hardware={target.hardware}" in container["commands"]
     assert not any(word.startswith("replica_") for word in container["commands"])  # Batch says it
 
 
@@ -230,14 +237,42 @@ def math_of(name):
     (["target=v6e-16", "kind=cronjob"], "one host"), (["target=v6e-4", "kind=batch"], "expected a GPU"),
     (["target=v6e-8", "output_dir=outputs"], "output_dir=outputs: expected gs://"),
     (["target=v6e-8", "no_such_key=1"], "no_such_key"),
+    (["target=h100-8", "image=null"], "image=null: expected an image for target=h100-8, such as REGION-docker.pkg.dev/PROJECT/fluxbatch/fluxbatch:cuda"),
+    (["target=h100-8", "image=eu.pkg.dev/p/fluxbatch:tpu"], "image=eu.pkg.dev/p/fluxbatch:tpu: expected"),
+    (["target=h100-8", "kind=scheduler", "project=null", "hf_token_secret=null"], "project=null: expected"),
+    (["target=h100-8", "kind=batch", "project=null"], "which hf_token_secret needs"),
+    (["target=h100-8", "kind=slurm"], "hf_token_secret=hf: expected null"), (["target=h100-8", "hf_token_secret=a/b"], "hf_token_secret=a/b: expected"),
+    (["target=4090"], "target=4090: expected one of v6e-1"),
 ])  # fmt: skip
 def test_what_cannot_work_is_not_rendered(render, words, named):
     text, code = render(*words)
     assert code == Exit.BAD_INPUT and named in text and "Traceback" not in text
 
 
+def test_targets_have_the_names_of_the_plan(render):
+    for name, other in (("h100", "h100-1"), ("L4", "l4-1"), ("1xa100-8", "a100-8")):
+        text, code = render(f"target={name}")
+        assert code == 0, text
+        assert text == render(f"target={other}")[0]
+    text, code = render("kind=slurm", "target=2x4090-4", "hf_token_secret=null", "image=null", "manifest=rows.jsonl", "output_dir=out")
+    assert code == 0 and "#SBATCH --nodes=2\n" in text and "#SBATCH --gpus-per-node=4\n" in text  # a cluster has what it has
+
+
+def test_an_image_with_a_tag_or_digest_is_taken_as_it_is(render):
+    for image in ("localhost:5000/fluxbatch:v2", "p/fluxbatch@sha256:abc"):
+        assert f"image: {image}\n" in render(f"image={image}")[0]
+    assert "image: localhost:5000/fluxbatch:tpu\n" in render("image=localhost:5000/fluxbatch")[0]
+
+
+def test_a_gated_checkpoint_without_a_token_is_remarked_on(capsys):
+    for words, remarked in (([], False), (["hf_token_secret=null"], True), (["hf_token_secret=null", "pretrained_model_name_or_path=gs://b/dev"], False)):
+        with pytest.raises(SystemExit) as stop:
+            module.cli.main(module.render, schema=module.Launch, argv=[*WORDS, *words])
+        assert not stop.value.code and ("black-forest-labs/FLUX.1-dev is gated" in capsys.readouterr().err) == remarked
+
+
 def test_slurm_has_a_task_for_each_gpu_and_an_array_of_replicas(render, tmp_path):
-    text, code = render("kind=slurm", "target=2xh100-8", "prompt='a fox, it''s red'", "manifest=null")
+    text, code = render("kind=slurm", "target=2xh100-8", "hf_token_secret=null", "prompt='a fox, it''s red'", "manifest=null")
     assert code == 0
     for line in ("--array=0-5", "--nodes=2", "--ntasks-per-node=8", "--gpus-per-node=8", "--requeue"):
         assert f"#SBATCH {line}\n" in text
@@ -252,6 +287,13 @@ def test_slurm_has_a_task_for_each_gpu_and_an_array_of_replicas(render, tmp_path
         said = (tmp_path / "said").read_text().splitlines()
         assert done.returncode == code and ("scontrol requeue 9_3" in said) == requeued
         assert said[1:4] == ["python", "-m", "fluxbatch.run"] and "hardware=gpu" in said
+
+
+def test_help_names_the_script_and_all_its_keys():
+    done = subprocess.run([sys.executable, "jobs/launch/render.py", "--help"], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 0 and "Usage: python jobs/launch/render.py " in done.stdout
+    assert all(f"\n  {key}=" in done.stdout for key in module.Launch.__annotations__)
+    assert "\n  schedule=0 3 * * *        of kind=cronjob" in done.stdout  # with its comment
 
 
 def test_the_image_is_of_what_is_there():

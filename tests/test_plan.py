@@ -115,6 +115,22 @@ def test_rows_buckets_and_what_fills_them_up(planned):
     assert "fits (estimate)" in text and "no prompt is cut" in text
 
 
+def test_rows_that_are_done_are_not_planned_again(planned, cli, golden, tmp_path):
+    rows = [{"prompt": f"fox {i}", "num_inference_steps": 1, "id": f"r{i}"} for i in range(3)]
+    assert "done " not in planned(rows)
+    manifest, here = tmp_path / "rows.jsonl", {path.name for path in tmp_path.iterdir()}
+    manifest.write_text(json.dumps(rows[0]) + "\n")
+    base = f"pretrained_model_name_or_path={golden / 'dev'}", "sampler=dev", "resolution=64", "max_sequence_length=24", f"output_dir={tmp_path}"
+    assert here == {"rows.jsonl"} and cli(f"manifest={manifest}", *base, "hardware=cpu")[0] == 0
+    text = planned(rows, "target=cpu")
+    assert "rows      3 of" in text and "done      1 of them have their image; what follows is of the 2 to make" in text
+    assert "64×64, 1 steps: 2 rows in 2 batches of 1" in text
+    text = planned(rows[:1], "target=cpu")
+    assert "done      1 of them" in text and "of the 0 to make" in text and "64×64" not in text
+    assert "done " not in planned(rows, "target=cpu", "max_shift=2.0")  # pictures of another schedule
+    assert "done " not in planned(rows, "target=v6e-1")  # and of another dtype
+
+
 def test_prompts_that_are_cut_are_named(planned):
     text = planned([{"prompt": "short"}, {"prompt": "word " * 100}, {"prompt": "ü" * 60}, {"prompt": "short", "prompt_2": "one " * 40}])
     clip, t5 = (next(line for line in text.splitlines() if f"{name} reads" in line) for name in ("CLIP", "T5"))

@@ -18,9 +18,11 @@ from conftest import images, metadata, pixels, psnr
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from fluxbatch import dealing, progress
+from fluxbatch import __version__, dealing, progress
+from fluxbatch.io.images import pixel_sha256
 from fluxbatch.io.place import LOCK
 from fluxbatch.io.storage import LocalStore, StorageError, open_store
+from fluxbatch.pipeline import Pipeline
 
 
 def flags(golden, tmp_path, name="run", variant="dev", **more):
@@ -111,7 +113,10 @@ def test_the_record_says_it_all(cli, golden, tmp_path):
     assert [r["id"] for r in records] == ["fox", "1", "2"]
     assert [r["seed"] for r in records] == [5, 41, 42]
     assert records[0]["category"] == "animals" and records[1]["prompt_2"] == "deux"
+    made_by = {"fluxbatch_version": __version__, "jax_version": jax.__version__, "device_kind": "cpu", "device_count": 1, "per_device_batch_size": 1}
     for record in records:
+        assert record["model"] == "dev"  # and not its path on this machine
+        assert made_by.items() <= record.items() and not any(key.endswith("_quality") for key in record)
         assert {"height", "width", "num_inference_steps", "guidance_scale", "model", "model_digest", "seconds", "created", "key"} <= record.keys()
         picture = Image.open(folder / record["file_name"])
         assert record["prompt"] in " ".join(map(str, picture.text.values()))
@@ -207,8 +212,6 @@ def test_the_status_says_how_far_a_run_is(cli, golden, tmp_path, mixed, monkeypa
 
 
 def test_an_unforeseen_error_leaves_word(cli, golden, tmp_path, monkeypatch):
-    from fluxbatch.pipeline import Pipeline
-
     def breaks(self, *_):
         status = json.loads((tmp_path / "run" / "status.json").read_text())
         assert status["exit_code"] is None  # what a killed process leaves
@@ -231,8 +234,6 @@ def test_an_unforeseen_error_leaves_word(cli, golden, tmp_path, monkeypatch):
 @pytest.mark.parametrize(("raised", "shown"), [("RESOURCE_EXHAUSTED: Out of memory", "per_device_batch_size=1: the device's memory does not hold it: a smaller resolution"),
                                                ("broken", "RuntimeError: broken")])  # fmt: skip
 def test_an_error_after_the_first_picture_leaves_what_was_made(cli, golden, tmp_path, monkeypatch, raised, shown):
-    from fluxbatch.pipeline import Pipeline
-
     def second(self, *args, real=Pipeline.denoise, batches=[]):  # noqa: B006
         batches.append(args)
         if len(batches) == 2:
@@ -293,12 +294,67 @@ def test_replay_and_verify(cli, golden, tmp_path):
     assert code == 0 and "same pixels" in said
 
 
+def test_replay_is_by_the_program_that_made_the_row(cli, golden, tmp_path, monkeypatch):
+    """And not by that of the run's last start."""
+    rows = (golden / "dev.jsonl").read_text().splitlines(keepends=True)[:3]
+    manifest = tmp_path / "rows.jsonl"
+    for count, size in ((1, 1), (3, 2)):
+        manifest.write_text("".join(rows[:count]))
+        assert cli(*flags(golden, tmp_path, manifest=manifest, per_device_batch_size=size))[0] == 0
+    assert [record["per_device_batch_size"] for record in metadata(tmp_path / "run")] == [1, 2, 2]
+    sizes = []
+    denoise = Pipeline.denoise
+    monkeypatch.setattr(Pipeline, "denoise", lambda self, rows, *rest: (sizes.append(len(rows)), denoise(self, rows, *rest))[1])
+    for words in (["id=g0"], ["id=g1"], ["id=g1", "sharding=ddp", "ici_data_parallelism=2"], ["id=g1", "per_device_batch_size=3"]):
+        assert cli(f"output_dir={tmp_path}", "run_name=run", *words, entry="replay")[0] == 0
+    assert sizes == [1, 2, 4, 3]
+
+
+def test_replay_tells_rounding_from_another_picture(cli, golden, tmp_path):
+    assert cli(*flags(golden, tmp_path, prompt="a fox", resolution=32, num_inference_steps=1))[0] == 0
+    (record,), picture = metadata(tmp_path / "run"), pixels(tmp_path / "run" / "flux_0.png")
+    for level, wanted, code in ((1, "the same to rounding: largest difference 1 of 255", 0), (2, "largest difference 2 of 255", 3)):
+        other = picture.copy()
+        other[0, 0, 0] += level if other[0, 0, 0] < 128 else -level
+        Image.fromarray(other).save(tmp_path / "run" / "flux_0.png")
+        line = json.dumps(record | {"sha256": pixel_sha256(other), "device_count": 9})
+        (tmp_path / "run" / "metadata.jsonl").write_text(line + "\n")
+        got, said = cli(f"output_dir={tmp_path}", "run_name=run", "id=0", entry="replay")
+        assert got == code and wanted in said and "device_count: 9 → 1" in said
+
+
+def test_replay_looks_at_the_image_too(cli, golden, tmp_path):
+    assert cli(*flags(golden, tmp_path, prompt="a fox", resolution=32, num_inference_steps=1))[0] == 0
+    file = tmp_path / "run" / "flux_0.png"
+    Image.fromarray(255 - pixels(file)).save(file)
+    code, said = cli(f"output_dir={tmp_path}", "run_name=run", "id=0", entry="replay")
+    assert code == 3 and "the same pixels" in said and "flux_0.png is damaged: other pixels" in said
+    file.unlink()
+    code, said = cli(f"output_dir={tmp_path}", "run_name=run", "id=0", entry="replay")
+    assert code == 3 and "flux_0.png is not there" in said
+
+
+def test_replay_is_told_where_things_are_now_and_nothing_else(cli, golden, tmp_path):
+    model = shutil.copytree(golden / "dev", tmp_path / "model")
+    assert cli(*flags(golden, tmp_path, prompt="a fox", resolution=32, num_inference_steps=1, pretrained_model_name_or_path=model))[0] == 0
+    here = [f"output_dir={tmp_path}", "run_name=run", "id=0"]
+    model = model.rename(tmp_path / "moved")
+    code, said = cli(*here, entry="replay")
+    assert code == 2 and "pretrained_model_name_or_path" in said
+    code, said = cli(*here, f"pretrained_model_name_or_path={model}", "hardware=cpu", entry="replay")
+    assert code == 0 and "the same pixels" in said
+    for word in ("seed=3", "sampler=mini", "weights_dtype=bfloat16", "prompt=a cat", "model=flux-mini"):
+        code, said = cli(*here, word, entry="replay")
+        assert code == 2 and f"{word.partition('=')[0]}=" in said and "decides the picture" in said
+
+
 def test_single_prompt_and_formats(cli, golden, tmp_path):
     for form in ("png", "jpeg", "webp"):
         args = flags(golden, tmp_path, form, prompt="a cat, (sitting) = 3: 'x'", resolution=32, num_inference_steps=1, output=form)
         assert cli(*args)[0] == 0
         (record,) = metadata(tmp_path / form)
         assert record["prompt"] == "a cat, (sitting) = 3: 'x'"
+        assert form == "png" or record[f"{form}_quality"] == 95
         assert pixels(tmp_path / form / record["file_name"]).shape == (32, 32, 3)
 
 
@@ -335,7 +391,7 @@ def test_multirun_gives_each_job_a_directory(cli, golden, tmp_path):
     args = flags(golden, tmp_path, "sweep", prompt="a fox", resolution=32)
     code, _ = cli("--multirun", *args, "num_inference_steps=1,2")
     assert code == 0
-    steps = [metadata(tmp_path / "sweep" / str(n))[0]["num_inference_steps"] for n in (0, 1)]
+    steps = [metadata(tmp_path / "sweep" / f"num_inference_steps={n}")[0]["num_inference_steps"] for n in (1, 2)]
     assert steps == [1, 2]
     assert (tmp_path / "sweep" / "index.html").exists()
 

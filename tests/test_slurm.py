@@ -79,7 +79,8 @@ def test_a_sweep_by_submitit(tmp_path, cluster):
                f"text_cache_dir={tmp_path / 'text'}"]  # fmt: skip
     done = subprocess.run(command, env=cluster, cwd=tmp_path, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
-    records = [json.loads((tmp_path / f"s/{n}/metadata.jsonl").read_text()) for n in range(4)]
+    records = [json.loads((tmp_path / f"s/lora={lora},model={model}/metadata.jsonl").read_text())
+               for model in ("flux-mini", "flux-mini-dev") for lora in ("none", "outline")]
     assert len({record["sha256"] for record in records}) == 4 and {record["seed"] for record in records} == {3}
     assert [record.get("lora") for record in records] == [None, {"outline": 1.0}] * 2
     assert not list(tmp_path.glob("s/*/.fluxbatch/claims"))

@@ -10,18 +10,19 @@ from pathlib import Path
 import pytest
 from test_config import command, own  # noqa: F401
 
-from fluxbatch import cli
+from fluxbatch import __version__, cli
 from fluxbatch.config import Job
 from fluxbatch.types import Exit, UserError
 
 def test_a_sweep_gives_each_job_its_place(command, tmp_path):
     jobs = command("-m", "manifest=a.jsonl", "seed=range(2)", "num_inference_steps=2,4", "run_name=grid", "output_dir=out")
-    assert [(job.output_dir, job.run_name) for job in jobs] == [("out", f"grid/{n}") for n in range(4)]
+    assert [(job.output_dir, job.run_name) for job in jobs] == [
+        ("out", f"grid/num_inference_steps={steps},seed={seed}") for seed in (0, 1) for steps in (2, 4)
+    ]
     assert [job.sweep for job in jobs] == [
         {"seed": seed, "sampler.num_inference_steps": steps} for seed in (0, 1) for steps in (2, 4)
     ]
-    files = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert files == [tmp_path / "out/grid/multirun.yaml"]
+    assert [*(tmp_path / "out/grid").iterdir()] == [tmp_path / "out/grid/multirun.yaml"]
 
 
 @pytest.mark.parametrize("rank", ["JAX_PROCESS_ID", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK"])
@@ -29,7 +30,7 @@ def test_only_the_first_process_keeps_a_sweep_s_record(command, tmp_path, monkey
     words = ("-m", "manifest=a.jsonl", "seed=0,1", "run_name=grid", "output_dir=out")
     cli._scratch.cache_clear()
     monkeypatch.setenv(rank, "1")
-    assert [job.run_name for job in command(*words)] == ["grid/0", "grid/1"]
+    assert [job.run_name for job in command(*words)] == ["grid/seed=0", "grid/seed=1"]
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setenv(rank, "0")
     command(*words)
@@ -45,7 +46,7 @@ def test_a_sweep_by_joblib(tmp_path):
     command = [sys.executable, "-m", "fluxbatch.run", "-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "seed=0,1", *words]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    records = [json.loads((tmp_path / f"s/{n}/metadata.jsonl").read_text()) for n in range(2)]
+    records = [json.loads((tmp_path / f"s/seed={n}/metadata.jsonl").read_text()) for n in range(2)]
     assert [record["seed"] for record in records] == [0, 1]
 
 
@@ -57,6 +58,27 @@ def test_what_sweeps(command, own):
     assert [job.model.pretrained_model_name_or_path for job in jobs] == ["/a (b)", "gs://c"]
     assert [job.prompt for job in jobs] == ["a, b", "a, b"]
     assert jobs[1].sweep == {"model.pretrained_model_name_or_path": "gs://c", "hardware.attention": "flash"}
+
+
+def test_a_job_of_a_sweep_keeps_its_place_when_the_sweep_is_extended(command):
+    def places(*words):
+        jobs = command("-m", "manifest=a.jsonl", "run_name=s", *words)
+        assert len({job.run_name for job in jobs}) == len(jobs)
+        return {job.run_name: (job.seed, job.sampler.num_inference_steps) for job in jobs}
+
+    few = places("seed=0,1", "num_inference_steps=2,4")
+    many = places("num_inference_steps=2,3,4", "seed=0,1,2")
+    assert len(many) == 9 and few.items() <= many.items()
+
+
+def test_places_of_a_sweep_tell_values_apart_that_no_file_name_can(command):
+    prompts = ["a b", "a/b", "a:b", "../b", "x" * 50, "x" * 51, "ü" * 300 + "1", "ü" * 300 + "2", "-"]
+    jobs = command("-m", "prompt=" + ",".join(f"'{prompt}'" for prompt in prompts), "run_name=s")
+    assert [job.prompt for job in jobs] == prompts and len({job.run_name for job in jobs}) == len(prompts)
+    assert all(len(job.run_name.encode()) <= 200 and job.run_name.count("/") == 1 for job in jobs)
+    jobs = command("-m", "prompt=x", "run_name=s", "lora_config.scale=[],[]", "attention=dot_product,flash", "model=flux-mini,flux-dev", "max_shift=null,-1")
+    assert len(jobs) == 16 and len({job.run_name for job in jobs}) == 8
+    assert all(job.run_name.endswith(("max_shift=null", "max_shift=-1.0")) and "attention=" in job.run_name for job in jobs)
 
 
 def test_sweeps_are_named_by_their_content(command):
@@ -88,7 +110,7 @@ def test_a_sweep_s_exit_code_is_its_worst(command):
 def test_a_sweep_into_a_bucket_makes_no_directory_here(command, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
     jobs = command("-m", "prompt=x", "seed=0,1", "output_dir=gs://bucket/out", "run_name=r")
-    assert [f"{job.output_dir}/{job.run_name}" for job in jobs] == ["gs://bucket/out/r/0", "gs://bucket/out/r/1"]
+    assert [f"{job.output_dir}/{job.run_name}" for job in jobs] == ["gs://bucket/out/r/seed=0", "gs://bucket/out/r/seed=1"]
     assert [p.name for p in tmp_path.iterdir()] == ["temporary"]
 
 
@@ -97,10 +119,16 @@ def test_launchers_can_send_the_task_elsewhere():
     assert pickle.loads(pickle.dumps(task)).fixed == {"seed"}
 
 
-@pytest.mark.parametrize("entry", ["run", "convert", "verify", "replay"])
-def test_help_is_of_the_command(monkeypatch, capsys, entry):
+def test_the_package_itself_is_a_command():
+    done = subprocess.run([sys.executable, "-m", "fluxbatch", "--version"], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert (done.returncode, done.stdout.strip()) == (0, f"fluxbatch {__version__}"), done.stderr
+
+
+@pytest.mark.parametrize(("entry", "own"), [("run", "--cfg job"), ("convert", "to=…"), ("verify", "repair=false"), ("replay", "id=…"), ("plan", "aot=null")])
+def test_help_is_of_the_command(monkeypatch, capsys, entry, own):
     monkeypatch.setattr("sys.argv", ["fluxbatch", "--help"])
     with pytest.raises(SystemExit) as stop:
         importlib.import_module(f"fluxbatch.{entry}").main()
     said = capsys.readouterr().out
     assert not stop.value.code and said.count("Usage:") == said.count(f"Usage: python -m fluxbatch.{entry} ") == 1
+    assert f"\n  {own} " in said

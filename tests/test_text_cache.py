@@ -10,6 +10,7 @@ import time
 import lora_files as files
 import numpy as np
 import pytest
+import yaml
 from conftest import metadata
 from safetensors.numpy import load_file, save_file
 from test_lora import SMALL, opened  # noqa: F401 (a fixture)
@@ -143,7 +144,9 @@ def test_a_sweep_encodes_each_prompt_once_for_each_encoder(run, golden, tmp_path
     scale_weights(other / "transformer", 1.1)
     models = f"pretrained_model_name_or_path={golden / 'dev'},{other}"
     assert run("sweep", "-m", models, "lora_config.scale=[0.0],[0.9]", *adapter(tmp_path)) == 6
-    made = [pictures(tmp_path / "sweep" / str(n)) for n in range(4)]
+    jobs = [(yaml.safe_load(file.read_text())["sweep"], file.parent) for file in (tmp_path / "sweep").glob("*/config.yaml")]
+    made = [pictures(folder) for sweep, folder in sorted(jobs, key=lambda job: (str(other) in str(job[0]), str(job[0]["lora_config.scale"])))]
+    assert len(made) == 4
     assert len({picture for pictures in made for picture in pictures}) == 16
     assert run("alone", f"pretrained_model_name_or_path={other}", "lora_config.scale=[0.9]", *adapter(tmp_path), cache=None) == 3
     assert pictures(tmp_path / "alone") == made[3]

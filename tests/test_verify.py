@@ -10,7 +10,7 @@ import pytest
 import plain
 from fluxbatch import verify
 from fluxbatch.config import ImageFormat, Output
-from fluxbatch.io.images import encode
+from fluxbatch.io.images import EXTENSIONS, encode
 from fluxbatch.io.storage import open_store
 from test_writer import start
 
@@ -99,6 +99,19 @@ def test_every_run_below_the_output_place(run, command):
         f"{run.parent}/sweep/0: 2 records",
     ]
     assert command(f"output_dir={run.parent}", "run_name=sweep/0")[0] == 0
+
+
+@pytest.mark.parametrize("format", ["jpeg", "webp"])
+def test_lossy_images_are_checked_by_what_they_say(tmp_path, format):
+    output = Output(format=ImageFormat[format], filename="{i}", quality=50, png_level=1, gallery=False)
+    store, ending = open_store(str(tmp_path)), EXTENSIONS[format]
+    start(store, ROWS[:3], plain.job(output=output))
+    assert not verify.check(store)
+    store.write(f"1{ending}", store.read(f"2{ending}"))
+    assert verify.check(store).damaged == {f"1{ending}": 'another image than was recorded: of id "2"'}
+    for text in ({}, {"parameters": "5"}, {"parameters": "no JSON"}, {"Software": "another"}):  # an editor's, or a prompt too long for JPEG
+        store.write(f"1{ending}", encode(plain.pixels(ROWS[1]), format, text=text, png_level=0, quality=50))
+        assert not verify.check(store)
 
 
 def test_lossy_images_are_checked_by_their_size(tmp_path):

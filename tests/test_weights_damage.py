@@ -23,6 +23,7 @@ from fluxbatch.io.storage import open_store
 from fluxbatch.types import UserError
 from fluxbatch.weights import convert, load, native, source
 from fluxbatch.weights.checkpoint import open_checkpoint
+from fluxbatch.weights.find import EMBEDDED
 
 KERNEL = "transformer/double_blocks.img.qkv.q.kernel"
 
@@ -139,6 +140,11 @@ def test_one_flipped_bit(copy):
     shutil.move(copy / FLUX, blob)
     (copy / FLUX).symlink_to(blob)
     plans(copy, verify="digest")
+
+
+@pytest.mark.parametrize("name", ["flux-mini", "flux-mini-dev"])
+def test_the_embedded_checkpoints_come_with_their_digests(name):
+    plans(EMBEDDED / name, verify="digest")
 
 
 # The converted layout: TensorStore would read zeros, pad, or pass a flipped bit on.

@@ -133,6 +133,20 @@ def test_an_image_of_one_colour_is_kept_and_flagged(tmp_path):
     assert line["flags"] == ["flat"] and line["seconds"] == 0.25 and store.exists("a.png")
 
 
+def test_the_program_that_made_a_picture_is_in_its_record_alone(tmp_path):
+    """Its file is the same whatever made the same pixels."""
+    files = []
+    for device in ("cpu", "NVIDIA H100"):
+        store = open_store(str(tmp_path / device))
+        ledger = Ledger(store, {}, writer_id="w")
+        with Writer(store, ledger, plain.job(), facts=dict.fromkeys(module.PROGRAM, device)) as writer:
+            writer.put([plain.row(0)], {0: "a.png"}, batch([plain.row(0)]), [True])
+        (record,) = ledger.records()
+        assert {record[key] for key in module.PROGRAM} == {device}
+        files.append(store.read("a.png"))
+    assert files[0] == files[1]
+
+
 def test_a_record_says_the_share_of_the_peak(tmp_path):
     """Where the peak is known, and not in the picture's own file, which is the same however long it took."""
     from PIL import Image

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from PIL import Image, PngImagePlugin
@@ -48,6 +49,17 @@ def decode(data: bytes) -> np.ndarray:
             return np.asarray(image.convert("RGB"))
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         raise ValueError(f"not a whole image: {error}") from None
+
+
+def parameters(data: bytes) -> dict[str, Any]:
+    """What a JPEG or WebP file says of itself, as ``encode`` was told under that name; empty if nothing."""
+    with Image.open(io.BytesIO(data)) as image:
+        text = image.getexif().get(_IMAGE_DESCRIPTION)
+    try:
+        found = json.loads(json.loads(text)["parameters"])
+    except (TypeError, ValueError, KeyError):  # no such text, or another program's
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def pixel_sha256(pixels: np.ndarray) -> str:

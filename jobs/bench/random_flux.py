@@ -48,4 +48,6 @@ def write(folder: pathlib.Path, name: str) -> int:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3 or sys.argv[2] not in SIZES:
+        sys.exit(__doc__)
     print(f"{write(pathlib.Path(sys.argv[1]), sys.argv[2]):,} parameters in the transformer")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pathlib
 import re
@@ -84,7 +85,9 @@ def write(
         (folder / name).mkdir(parents=True, exist_ok=True)
         (folder / name / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         stem = "model" if name.startswith("text") else "diffusion_pytorch_model"
-        save_file(tensors, folder / name / f"{stem}.safetensors", metadata={"format": "pt"})
+        file = folder / name / f"{stem}.safetensors"
+        save_file(tensors, file, metadata={"format": "pt"})
+        file.with_name(f"{file.name}.sha256").write_text(f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.name}\n")
     (folder / "scheduler").mkdir(exist_ok=True)
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler, indent=2) + "\n")
     (folder / "model_index.json").write_text(json.dumps(INDEX, indent=2) + "\n")

@@ -13,6 +13,7 @@ from __future__ import annotations
 import base64
 import json
 import math
+import re
 import shlex
 import sys
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ import yaml
 from hydra.core.hydra_config import HydraConfig
 
 from fluxbatch import chips, cli
-from fluxbatch.config import Job
+from fluxbatch.config import Job, shown
 from fluxbatch.types import Exit, UserError
 
 Kind = Enum("Kind", {name: name for name in ("slurm", "jobset", "cronjob", "batch", "scheduler")})
@@ -34,13 +35,14 @@ class Launch(Job):
     """The keys of a launch; the job's own stand beside them."""
 
     kind: Kind = Kind.jobset
-    target: str = "v6e-8"
-    image: str = "REGION-docker.pkg.dev/PROJECT/fluxbatch/fluxbatch:tpu"  # built by the Dockerfile beside this file
-    spot: bool = True
+    target: str = "v6e-8"  # the machines of a replica: v6e-8, v6e-16, h100-8, 2xh100-8, …
+    image: str | None = None  # built by the Dockerfile beside this file; without a tag it gets the flavor's that the target needs
+    hf_token_secret: str | None = None  # of Kubernetes (its key is HF_TOKEN), or of the project's Secret Manager: for gated checkpoints
+    spot: bool = True  # of Kubernetes and Batch
     schedule: str = "0 3 * * *"  # of kind=cronjob and kind=scheduler
-    project: str = "PROJECT"  # of kind=scheduler, with the two below
-    location: str = "us-central1"
-    service_account: str = "fluxbatch@PROJECT.iam.gserviceaccount.com"
+    project: str | None = None  # of kind=scheduler, with the two below, and of a secret for kind=batch
+    location: str = "us-central1"  # of the scheduler and its jobs
+    service_account: str | None = None  # null: fluxbatch@ the project
 
 
 @dataclass(frozen=True)
@@ -62,18 +64,21 @@ class Target:
 
 TARGETS = {
     name: Target.of(name, *words)
-    for name, *words in (
+    for name, *words in (  # where Google Cloud has the machine
         ("v6e-1", "ct6e-standard-1t", "tpu-v6e-slice"),
         ("v6e-4", "ct6e-standard-4t", "tpu-v6e-slice"),
         ("v6e-8", "ct6e-standard-8t", "tpu-v6e-slice"),
         ("v6e-16", "ct6e-standard-4t", "tpu-v6e-slice"),
         ("v6e-64", "ct6e-standard-4t", "tpu-v6e-slice"),
         ("l4-1", "g2-standard-12", "nvidia-l4"),
+        ("a100-1", "a2-ultragpu-1g", "nvidia-a100-80gb"),
         ("a100-8", "a2-ultragpu-8g", "nvidia-a100-80gb"),
+        ("h100-1", "a3-highgpu-1g", "nvidia-h100-80gb"),  # to be had as spot only
         ("h100-8", "a3-highgpu-8g", "nvidia-h100-80gb"),
         ("2xh100-8", "a3-highgpu-8g", "nvidia-h100-80gb"),
     )
 }
+FLAVORS = {"cpu": "cpu", "gpu": "cuda", "tpu": "tpu"}  # of the image, by hardware: which JAX is in it
 AGAIN = (Exit.PREEMPTED.value, Exit.PEER_LOST.value)  # run the same command again
 FINAL = (Exit.BAD_INPUT.value, Exit.REJECTED_ROWS.value)  # another start would end the same way
 KILLED = (134, 137, 143)  # SIGABRT (JAX has lost a peer), SIGKILL, SIGTERM before there was anything to drain
@@ -83,21 +88,44 @@ PORT = 8476  # of the processes' coordinator
 
 def render(job: Launch) -> int:
     """Prints the spec."""
-    target = TARGETS.get(job.target)
-    if target is None:
-        raise UserError(f"target={job.target}: expected one of {', '.join(TARGETS)}")
+    target = _target(job)
     _check(job, target)
     words = _words(target)
+    if job.model.pretrained_model_name_or_path.startswith("black-forest-labs/") and job.hf_token_secret is None and job.kind.name != "slurm":
+        print(f"fluxbatch: {job.model.pretrained_model_name_or_path} is gated, and the hosts get no token: hf_token_secret=… names a secret", file=sys.stderr)
     spec = {"slurm": slurm, "jobset": jobset, "cronjob": cronjob, "batch": batch, "scheduler": scheduler}[job.kind.name](job, target, words)
     print(spec if isinstance(spec, str) else json.dumps(spec, indent=2) if job.kind.name in ("batch", "scheduler") else yaml.safe_dump(spec, sort_keys=False))
     return 0
 
 
+def _target(job: Launch) -> Target:
+    """The machine by the names that ``fluxbatch.plan`` takes: h100 is h100-1. Slurm's need not be Google's."""
+    known = chips.target(job.target)
+    for name, target in TARGETS.items():
+        same = chips.target(name)
+        if (same.chip, same.chips, same.hosts) == (known.chip, known.chips, known.hosts):
+            return target
+    if job.kind.name == "slurm" and known.platform == "gpu":
+        return Target.of(job.target, "", "")
+    raise UserError(f"target={job.target}: expected one of {', '.join(TARGETS)}; for kind=slurm any GPUs")
+
+
 def _check(job: Launch, target: Target) -> None:
-    """UserError where target, mesh, hardware and kind do not go together."""
+    """UserError where target, mesh, hardware, image and kind do not go together, or something is missing."""
     problems = []
     if job.hardware.platform.name not in ("auto", target.hardware):
         problems.append(f"hardware={job.hardware.platform.name}: expected {target.hardware}, as target={job.target} has")
+    flavor, kind = FLAVORS[target.hardware], job.kind.name
+    tag = (job.image or "").rpartition("/")[2].partition(":")[2]
+    if kind != "slurm" and (not job.image or (tag in FLAVORS.values() and tag != flavor)):
+        wanted = f"REGION-docker.pkg.dev/PROJECT/fluxbatch/fluxbatch:{flavor}"
+        problems.append(f"image={shown(job.image)}: expected an image for target={job.target}, such as {wanted} (jobs/launch/Dockerfile, FLAVOR={flavor})")
+    if job.project is None and (kind == "scheduler" or (kind == "batch" and job.hf_token_secret)):
+        what = "kind=scheduler" if kind == "scheduler" else "hf_token_secret"
+        problems.append(f"project=null: expected the Google Cloud project, which {what} needs")
+    if job.hf_token_secret is not None and (kind == "slurm" or not re.fullmatch(r"[\w.-]+", job.hf_token_secret)):
+        wanted = "null, as Slurm's jobs get HF_TOKEN from the environment of sbatch" if kind == "slurm" else "the name of a secret"
+        problems.append(f"hf_token_secret={shown(job.hf_token_secret)}: expected {wanted}")
     axes = {key: value for key, value in vars(job.sharding).items() if key.endswith("_parallelism")}
     chips, fixed = target.hosts * target.chips, math.prod(value for value in axes.values() if value > 0)
     grows = any(value == -1 and key.startswith("ici_") for key, value in axes.items())  # a target is one slice
@@ -188,14 +216,17 @@ def cronjob(job: Launch, target: Target, words: list[str]) -> dict[str, Any]:
 def batch(job: Launch, target: Target, words: list[str]) -> dict[str, Any]:
     """A task group with a task for each replica, whose index and count Batch tells it."""
     count = _replicas(job)
-    container = {"imageUri": job.image, "commands": words, "options": "--ipc=host"}
+    runnable: dict[str, Any] = {"container": {"imageUri": _image(job, target), "commands": words, "options": "--ipc=host"}}
+    if job.hf_token_secret:
+        secret = f"projects/{job.project}/secrets/{job.hf_token_secret}/versions/latest"
+        runnable["environment"] = {"secretVariables": {"HF_TOKEN": secret}}
     return {
         "taskGroups": [{
             "taskCount": count,
             "parallelism": count,
             "taskCountPerNode": 1,
             "taskSpec": {
-                "runnables": [{"container": container}],
+                "runnables": [runnable],
                 "maxRetryCount": 10,
                 "lifecyclePolicies": [
                     {"action": "RETRY_TASK", "actionCondition": {"exitCodes": [*AGAIN, *KILLED, SPOT_TAKEN]}},
@@ -214,6 +245,7 @@ def batch(job: Launch, target: Target, words: list[str]) -> dict[str, Any]:
 def scheduler(job: Launch, target: Target, words: list[str]) -> dict[str, Any]:
     """A Cloud Scheduler job that submits `batch`'s at its hours."""
     place = f"projects/{job.project}/locations/{job.location}"
+    account = job.service_account or f"fluxbatch@{job.project}.iam.gserviceaccount.com"
     return {
         "name": f"{place}/jobs/{_name(job)}",
         "schedule": job.schedule,
@@ -223,7 +255,7 @@ def scheduler(job: Launch, target: Target, words: list[str]) -> dict[str, Any]:
             "httpMethod": "POST",
             "headers": {"Content-Type": "application/json"},
             "body": base64.b64encode(json.dumps(batch(job, target, words)).encode()).decode(),
-            "oauthToken": {"serviceAccountEmail": job.service_account, "scope": "https://www.googleapis.com/auth/cloud-platform"},
+            "oauthToken": {"serviceAccountEmail": account, "scope": "https://www.googleapis.com/auth/cloud-platform"},
         },
     }
 
@@ -236,7 +268,9 @@ def _job_spec(job: Launch, target: Target, words: list[str], env: list[dict[str,
         selector = {"cloud.google.com/gke-accelerator": target.accelerator}
     if job.spot:
         selector["cloud.google.com/gke-spot"] = "true"
-    container = {"name": "fluxbatch", "image": job.image, "args": words, "env": env, "resources": {"limits": resource}}
+    if job.hf_token_secret:
+        env = [*env, {"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": {"name": job.hf_token_secret, "key": "HF_TOKEN"}}}]
+    container = {"name": "fluxbatch", "image": _image(job, target), "args": words, "env": env, "resources": {"limits": resource}}
     return {
         "completionMode": "Indexed",
         "podFailurePolicy": {"rules": [
@@ -251,6 +285,12 @@ def _job_spec(job: Launch, target: Target, words: list[str], env: list[dict[str,
             "containers": [container],
         }},
     }  # fmt: skip
+
+
+def _image(job: Launch, target: Target) -> str:
+    """With the tag of the flavor that the hardware needs, if it has none."""
+    image = job.image or ""
+    return image if {":", "@"} & {*image.rpartition("/")[2]} else f"{image}:{FLAVORS[target.hardware]}"
 
 
 def _replicas(job: Launch) -> int:
