@@ -1,4 +1,4 @@
-"""What is allowed in a job's rows and probably not meant: fields that decide nothing, prompts that are too long."""
+"""What a start says: what is allowed and probably not meant, as fields that decide nothing and prompts that are too long."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
+from fluxbatch.config import Job
+from fluxbatch.engine import Engine
 from fluxbatch.io.lines import shown
 from fluxbatch.io.manifest import FIELDS
+from fluxbatch.io.match import left_out
 from fluxbatch.overrides import nearest
+from fluxbatch.text import TextCache
 from fluxbatch.tokens import Tokenizers
 from fluxbatch.types import Row
 
@@ -16,11 +20,16 @@ SHOWN = 3  # rows named in one line
 SHOWN_FIELDS = 8
 
 
-def lines(tokenizers: Tokenizers, rows: Sequence[Row], todo: Sequence[Row]) -> Iterator[str]:
-    """Of ``rows``, which are the whole manifest, and of what is to be drawn."""
+def lines(job: Job, engine: Engine, rows: Sequence[Row], todo: Sequence[Row], texts: TextCache | None) -> Iterator[str]:
+    """Of ``rows``, which are the whole manifest, and of what is to be drawn; and what each adapter touches."""
+    yield from engine.remarks
+    yield from left_out(rows, engine.record)
     if fields := unread(rows):
         yield fields
-    yield from (f"{reads}: {hit}" for reads, hit in cut(tokenizers, todo) if hit)
+    yield from (f"{reads}: {hit}" for reads, hit in cut(engine.tokenizers, todo) if hit)
+    if job.text_cache_dir and texts is None:
+        yield f"text_cache_gigabytes={job.text_cache_gigabytes:g}: the prompts encode to {engine.text_bytes(todo) / 1e9:.3g} GB, none is kept"
+    yield from engine.lora.table()
 
 
 def unread(rows: Sequence[Row]) -> str | None:

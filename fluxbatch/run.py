@@ -24,7 +24,6 @@ def run(job: Job) -> int:
     from fluxbatch.io.images import EXTENSIONS
     from fluxbatch.io.ledger import Ledger
     from fluxbatch.io.manifest import read_rows
-    from fluxbatch.io.match import left_out
     from fluxbatch.io.place import LOCK, open_place
     from fluxbatch.io.storage import StorageError
     from fluxbatch.report import Report
@@ -59,12 +58,8 @@ def run(job: Job) -> int:
 
             outcome = finish.Outcome(job, engine, store, ledger, report, work, before=len(rows) - len(todo))
             outcome.started()
-            if not report.quiet:
-                unread = (*left_out(rows, engine.record), *remarks.lines(engine.tokenizers, rows, todo))
-                for line in (*engine.remarks, *unread, *engine.lora.table()):
-                    report.say(line)
-                if cached and texts is None:
-                    report.say(f"text_cache_gigabytes={job.text_cache_gigabytes:g}: the prompts encode to {engine.text_bytes(todo) / 1e9:.3g} GB, none is kept")
+            for line in remarks.lines(job, engine, rows, todo, texts) if hosts.is_first() else ():
+                report.say(line)
 
         until_end.enter_context(outcome.unforeseen())
         try:
