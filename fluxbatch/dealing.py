@@ -140,7 +140,7 @@ class Shared:
             return
         if self.merges:
             write_status(self._store, code, reason, counts)
-            if code in (Exit.OK, Exit.REJECTED_ROWS):
+            if code in (Exit.OK, Exit.REJECTED_ROWS, Exit.PREEMPTED):  # the last: rows that are to be made again
                 self._claims.finish()
         self._life.end(code, reason, {"counts": self.progress.counts, **more})
 

@@ -26,7 +26,7 @@ REASONS = {
     Exit.OK: "every row has its image",
     Exit.REJECTED_ROWS: "finished; some rows were rejected, see rejects.jsonl",
     Exit.PEER_LOST: hosts.LOST,
-    Exit.PREEMPTED: "stopped before every row was made, as by a signal: run the same command again",
+    Exit.PREEMPTED: "stopped before every row had its image: run the same command again",
 }
 
 

@@ -65,8 +65,8 @@ def _todo(job: PlanJob, engine: Engine, rows: Sequence[Row]) -> Sequence[Row]:
         store = open_store(join(job.output_dir, *([job.run_name] if job.run_name else [])))
         places = {(record["id"], record["key"]): record["index"] for record in records()} if rows else {}
         return match(rows, lambda row: key_under(row, facts), places, records).todo if places else rows
-    except StorageError as error:
-        print(f"fluxbatch: every row is planned, as what is done cannot be read: {error}", file=sys.stderr)
+    except (StorageError, KeyError, TypeError, ValueError) as error:  # or it is no record of ours
+        print(f"fluxbatch: every row is planned, as what is done cannot be read: {error!s}", file=sys.stderr)
         return rows
 
 

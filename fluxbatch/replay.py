@@ -71,6 +71,7 @@ def replay(job: ReplayJob) -> int:
     # by the same programs: rounding is another in a batch of another size
     rows = [_row(record)] * (engine.ways * recorded.sharding.per_device_batch_size)
     states = text.encode(rows, engine.tokenizers, pipeline, len(rows))
+    pipeline.encoders_out(again=False)
     pixels, finite = pipeline.decode(pipeline.denoise(rows, *states.batch(rows)), record["height"], record["width"])
     made = np.asarray(pixels)[0]
     if not np.asarray(finite)[0]:

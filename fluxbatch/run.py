@@ -61,6 +61,7 @@ def run(job: Job) -> int:
             for line in remarks.lines(job, engine, rows, todo, texts) if hosts.is_first() else ():
                 report.say(line)
 
+        drain.draws()
         until_end.enter_context(outcome.unforeseen())
         try:
             shards = work.shards(drain)

@@ -77,6 +77,9 @@ def golden() -> pathlib.Path:
 @pytest.fixture
 def cli(monkeypatch, capsys):
     """Runs ``python -m fluxbatch.ENTRY ARGS`` in this process: (exit code, standard error; output)."""
+    import jax
+
+    jax.devices()  # the eight, before a plan can take 256
 
     def call(*args: object, entry: str = "run") -> tuple[int, str]:
         command = importlib.import_module(f"fluxbatch.{entry}")

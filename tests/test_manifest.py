@@ -155,6 +155,8 @@ def test_a_quote_in_tsv_opens_a_cell_only_where_the_record_has_one_cell_a_column
     assert [(row.prompt, row.seed) for row in rows] == [("a fox\nin snow", 28), ("a cat", 3)]
     rows, _ = manifest('prompt\tnote\tseed\n"a fox\tx\t1\na sign, 5"\n"a dog\ty\n', name="m.tsv")
     assert [(row.prompt, row.seed) for row in rows] == [('"a fox', 1), ('a sign, 5"', 43), ('"a dog', 44)]
+    rows, _ = manifest('prompt\tseed\n"Welcome\t1\na cat\t2\nhome"\t3\n', name="m.tsv")  # each line is a record by itself
+    assert [(row.prompt, row.seed) for row in rows] == [('"Welcome', 1), ("a cat", 2), ('home"', 3)]
     rows, _ = manifest('prompt\n"a fox\n"a" dog\n', name="m.tsv")
     assert [row.prompt for row in rows] == ['"a fox', '"a" dog']
 
@@ -298,7 +300,7 @@ def test_indices_do_not_depend_on_which_lines_are_bad(manifest):
         (b"", "m.csv", "m.csv:1: no header line with the column names"),
         (b"prompt,seed\n", "m.csv", "m.csv: no rows in it"),
         (b"prompt,seed,seed\na,1,2\n", "m.csv", 'm.csv:1: column "seed" is there more than once'),
-        (b"id,prompt,ID\na,b,c\n", "m.csv", 'm.csv:1: columns "id" and "ID" differ only in case, expected one of them'),
+        (b"Style,style,id,prompt,ID\n1,2,a,b,c\n", "m.csv", 'm.csv:1: columns "id" and "ID" differ only in case, expected one of them'),
         (b"prompt,seed\na,b,c\n", "m.csv", "m.csv:2: 3 cells, but the header names 2 columns"),
         (b"prompt,seed\na,7.5\n", "m.csv", 'm.csv:2: seed: got "7.5" (string), expected an integer'),
         (b"prompt,guidance_scale\na,nan\n", "m.csv", "m.csv:2: guidance_scale: got NaN, expected a number from 0"),

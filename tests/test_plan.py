@@ -323,3 +323,11 @@ def test_pictures_of_as_many_tokens_share_a_program(planned):
 def test_several_plans_leave_nothing_behind(planned, tmp_path):
     text = planned([{"prompt": "x"}], "-m", "num_inference_steps=1,2", f"output_dir={tmp_path / 'out'}")
     assert text.count("programs ") == 2 and not (tmp_path / "out").exists()
+
+
+def test_records_that_are_not_ours_are_a_line(planned, tmp_path):
+    (tmp_path / "rows").mkdir()
+    for text in ('{"file_name": "a.png", "text": "x"}\n', '{"file_name": "a'):
+        (tmp_path / "rows/metadata.jsonl").write_text(text)
+        said = planned([{"prompt": "x"}], "target=h100")
+        assert "every row is planned, as what is done cannot be read" in said and "rows      1 of" in said

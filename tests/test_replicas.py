@@ -72,6 +72,23 @@ def test_overwriting_is_for_one_replica(cli, golden, tmp_path):
     assert code == 2 and "overwrite=true, replica_count=2" in err and len(err.splitlines()) == 1
 
 
+def test_images_that_were_written_over_are_made_again_by_the_next_start(cli, golden, tmp_path, monkeypatch):
+    """Of replicas too, though what they claimed is done."""
+    args = (f"pretrained_model_name_or_path={golden / 'dev'}", "prompt=a fox", "resolution=32", "num_inference_steps=1", "max_sequence_length=24",
+            "hardware=cpu", f"output_dir={tmp_path}", "run_name=run", "replica_index=0", "replica_count=2", "replica_expiry=4")  # fmt: skip
+    commit = Ledger.commit
+
+    def beside_another(self, records):
+        commit(self, records)
+        other = dict(records[0], id="stranger", key="0" * 32)
+        (tmp_path / "run/.fluxbatch/records/other-000001.jsonl").write_text(json.dumps(other) + "\n")
+
+    monkeypatch.setattr(Ledger, "commit", beside_another)
+    assert cli(*args)[0] == 75
+    monkeypatch.setattr(Ledger, "commit", commit)
+    assert cli(*args)[0] == 0 and [record["id"] for record in metadata(tmp_path / "run")] == ["0"]
+
+
 # ---- the deal
 
 

@@ -260,16 +260,21 @@ class _Own:
 
 class Drain:
     """Whether the run has been asked to stop, asked once before each batch. The first SIGTERM or SIGINT
-    lets the current batch finish; a second one ends the process at once (records on disk stay whole).
+    lets the current batch finish; a second one, or one before ``draws``, ends the process at once (records
+    on disk stay whole).
 
     In a replica of several processes a SIGTERM to any of them stops all before the same batch, by JAX's
     own notice of preemption.
     """
 
     def __init__(self) -> None:
-        self._signalled = False
+        self._signalled = self._draws = False
         self._step = 0
         self.stopped = False
+
+    def draws(self) -> None:
+        """From now on there are batches to finish."""
+        self._draws = True
 
     def asked(self) -> bool:
         self._step += 1
@@ -281,8 +286,11 @@ class Drain:
         if self._signalled:
             os._exit(Exit.PREEMPTED)
         self._signalled = True
+        what = "finishing the current batch, then stopping" if self._draws else "stopped before anything was drawn"
         with contextlib.suppress(OSError):  # nobody may read it any more
-            os.write(2, f"\nfluxbatch: {signal.Signals(number).name}: finishing the current batch, then stopping\n".encode())
+            os.write(2, f"\nfluxbatch: {signal.Signals(number).name}: {what}\n".encode())
+        if not self._draws:
+            os._exit(Exit.PREEMPTED)
 
 
 @contextlib.contextmanager

@@ -58,10 +58,6 @@ def table_lines(stream: BinaryIO, delimiter: str, name: str) -> tuple[list[str],
     doubled = sorted({c for c in columns if c and columns.count(c) > 1})
     if doubled:
         raise UserError(f"{name}:{number}: column {shown(doubled[0])} is there more than once")
-    by_lower = {column.lower(): column for column in columns}
-    alike = [(column, by_lower[column.lower()]) for column in columns if by_lower[column.lower()] != column]
-    if alike:
-        raise UserError(f"{name}:{number}: columns {' and '.join(map(shown, alike[0]))} differ only in case, expected one of them")
     return columns, _table(lines, columns, delimiter)
 
 
@@ -87,9 +83,12 @@ def _quoted_cells(
     """Cells of a record whose quoted field goes on over the following lines.
 
     A quote that is never closed costs only its own line: what was read ahead stays to be read. In TSV
-    it is a character then, and also where the record that it would make has not one cell a column.
+    it is a character then, and also where the record that it would make has not one cell a column, or
+    each of its lines has so many by itself.
     """
-    first = text
+    plain = lambda line: _cells(line, TAB, columns, csv.QUOTE_NONE)  # noqa: E731
+    complete = lambda line: isinstance(cells := plain(line), list) and len(cells) == columns > 1  # noqa: E731
+    first, alone = text, complete(text)
     for count in range(_MAX_QUOTED_LINES):
         if count == len(ahead):
             following = next(lines, None)
@@ -100,16 +99,17 @@ def _quoted_cells(
         if isinstance(line, BadLine):
             break
         text = f"{text}\n{line}"
+        alone = alone and complete(line)
         if '"' not in line or (cells := _cells(text, delimiter, columns)) is None:
             continue
-        if delimiter == TAB and (isinstance(cells, BadLine) or len(cells) != columns):
+        if delimiter == TAB and (alone or isinstance(cells, BadLine) or len(cells) != columns):
             break
         if isinstance(cells, list):
             for _ in range(count + 1):
                 ahead.popleft()
         return cells
     if delimiter == TAB:
-        return _cells(first, TAB, columns, csv.QUOTE_NONE)
+        return plain(first)
     return BadLine("a quote is opened and never closed")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import re
@@ -88,6 +89,9 @@ def _parsed(stream: Any, name: str, prompt_column: str | None) -> Iterator[Line]
     if extension in ("tsv", "csv"):
         columns, parsed = lines.table_lines(stream, TAB if extension == "tsv" else ",", name)
         known = {column: column.lower() for column in columns if column.lower() in FIELDS}
+        for column, other in itertools.combinations(known, 2):
+            if known[column] == known[other]:
+                raise UserError(f"{name}:1: columns {json.dumps(column)} and {json.dumps(other)} differ only in case, expected one of them")
         prompt = _prompt_column(columns, prompt_column, name)
         known = {column: field for column, field in known.items() if field != "prompt"}
         return map(_converted, _renamed(parsed, {**known, prompt: "prompt"}))
