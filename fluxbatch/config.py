@@ -85,7 +85,7 @@ class Hardware:
 @dataclass
 class Output:
     format: ImageFormat = MISSING
-    filename: str = MISSING  # template over {i}, {id}, {seed}; extension added from the format
+    filename: str = MISSING  # template over {i}, {thousand}, {id}, {seed}; extension added from the format
     quality: int = MISSING  # jpeg, webp
     png_level: int = MISSING
     gallery: bool = MISSING
@@ -318,13 +318,13 @@ def _lora_offenders(job: Job) -> Iterator[tuple[str, Any, str]]:
 
 def _template_fault(template: str) -> str | None:
     """What a file name template ought to be, if this one is not."""
-    wanted = "{i}, {id} and {seed} only, with format specs as in {i:06}"
+    wanted = "{i}, {thousand}, {id} and {seed} only, with format specs as in {i:06}"
     try:
         parts = [part for part in string.Formatter().parse(template) if part[1] is not None]
         fields = {name for _, name, _, _ in parts}
-        if fields - {"i", "id", "seed"} or any(conv or (name == "id" and spec) for _, name, spec, conv in parts):
+        if fields - {"i", "thousand", "id", "seed"} or any(conv or (name == "id" and spec) for _, name, spec, conv in parts):
             return wanted
-        example = template.format(i=0, id="x", seed=0)
+        example = template.format(i=0, thousand=0, id="x", seed=0)
     except (ValueError, KeyError, IndexError):
         return wanted
     if not {"i", "id"} & fields:

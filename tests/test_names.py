@@ -17,6 +17,7 @@ def names_of(template, rows, taken=()):
 
 
 def test_templates():
+    assert names_of("{thousand:03}/{i:06}", [plain.row(73_214)]) == {73_214: "073/073214.png"}
     row = plain.row(7, id="cat", seed=5)
     for template, name in (
         ("flux_{i}", "flux_7.png"),
@@ -33,7 +34,7 @@ def test_templates():
     ["../{i}", "/tmp/{i}", "{i}/../../x", "{x}", "{i.real}", "{id[0]}", "{}", "{i", "{i:{seed}}", ".{i}", "a/.b/{i}", "a\\{i}", "{i!r:>0}{q}", "{i:q}", "a\n{i}"],
 )
 def test_templates_cannot_leave_the_output_place(template):
-    with pytest.raises(UserError, match=r"output.filename: got .*expected a file name with \{i\}, \{id\} or \{seed\}"):
+    with pytest.raises(UserError, match=r"output.filename: got .*expected a file name with \{i\}, \{thousand\}, \{id\} or \{seed\}"):
         Namer(template, ".png")
 
 

@@ -1,4 +1,4 @@
-"""File names of images: a template over ``{i}``, ``{id}`` and ``{seed}``, and no name twice."""
+"""File names of images: a template over ``{i}``, ``{thousand}``, ``{id}`` and ``{seed}``, and no name twice."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ from fluxbatch.types import Row, UserError
 
 __all__ = ["RESERVED", "Namer"]
 
-FIELDS = ("i", "id", "seed")
+FIELDS = ("i", "thousand", "id", "seed")  # thousand: of i, for folders that hold no more
 
 
 class Namer:
     """``template`` with ``extension`` (".png") added, unless it ends so already.
 
-    Raises UserError when the template names anything but the three fields, or leaves the
-    output place.
+    Raises UserError when the template names anything but FIELDS, or leaves the output place.
     """
 
     def __init__(self, template: str, extension: str):
@@ -34,7 +33,7 @@ class Namer:
             if self._name(0, "id", 0).startswith(".") or "/." in self._template:
                 raise ValueError("a hidden file")
         except (ValueError, KeyError, IndexError, StorageError) as error:
-            expected = "a file name with {i}, {id} or {seed}, like flux_{i}"
+            expected = "a file name with {i}, {thousand}, {id} or {seed}, like flux_{i}"
             raise UserError(f"output.filename: got {template!r} ({error}), expected {expected}") from None
 
     def assign(self, rows: Sequence[Row], taken: Iterable[str]) -> dict[int, str]:
@@ -69,7 +68,7 @@ class Namer:
         return names
 
     def _name(self, index: int, id: str, seed: int) -> str:
-        return self._template.format(i=index, id=id, seed=seed)
+        return self._template.format(i=index, thousand=index // 1000, id=id, seed=seed)
 
     def _other(self, row: Row, attempt: int) -> str:
         if self._has_index:
