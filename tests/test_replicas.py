@@ -377,7 +377,10 @@ def test_every_row_once_in_a_bucket_that_fails():
             results[index] = work_through(store, index, 3, rows, 0.02, expiry=8, made=made, **how)
 
         threads = [threading.Thread(target=replica_thread, args=(n,), kwargs={"dies_after": 1} if n == 1 else {}) for n in range(3)]
-        for thread in threads:
+        threads[1].start()
+        while not made and threads[1].is_alive():  # it dies within its first portion, which no other may take before
+            time.sleep(0.01)
+        for thread in (threads[0], threads[2]):
             thread.start()
         for thread in threads:
             thread.join(120)
