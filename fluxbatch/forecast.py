@@ -79,7 +79,9 @@ class Work:
         return sum(-(-count // self.size) * self.size for count in distinct)
 
 
-def lines(job: Job, engine: Engine, target: Target, rows: Sequence[Row], todo: Sequence[Row], rejects: Sequence[Reject], price: float | None, ahead: bool) -> Iterator[str]:
+def lines(
+    job: Job, engine: Engine, target: Target, rows: Sequence[Row], todo: Sequence[Row], rejects: Sequence[Reject], price: float | None, ahead: bool
+) -> Iterator[str]:  # fmt: skip
     """The whole plan; ``todo``: those of the rows that have no image; ``ahead``: with what the compiler says of the largest picture."""
     work = Work.of(job, engine, todo)
     yield from _rows(job, rows, rejects)

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from fluxbatch import cli
@@ -50,23 +52,24 @@ def plan(job: PlanJob) -> int:
 
 
 def _todo(job: PlanJob, engine: Engine, rows: Sequence[Row]) -> Sequence[Row]:
-    """The rows that the output place has no image of, by its records of this very job; writes nothing there."""
-    from fluxbatch.io.ledger import Record, read_records
-    from fluxbatch.io.match import decisive, digest, key_under, match
-    from fluxbatch.io.storage import StorageError, join, open_store
+    """The rows that the output place has no image of, as far as its records can be read; writes nothing there."""
+    from fluxbatch.io.ledger import read_records
+    from fluxbatch.io.match import difference, digest, key_under, match
+    from fluxbatch.io.place import JOB
+    from fluxbatch.io.storage import NotFound, StorageError, join, open_store
 
-    facts = digest(engine.facts | job.output.facts())
-
-    def records() -> Iterator[Record]:
-        fields = [*decisive(rows[0])]
-        return (record for record in read_records(store) if digest([{name: record[name] for name in fields}, facts]) == record["key"])
-
+    facts = json.loads(json.dumps(engine.facts | job.output.facts()))  # as the place has them
     try:
         store = open_store(join(job.output_dir, *([job.run_name] if job.run_name else [])))
-        places = {(record["id"], record["key"]): record["index"] for record in records()} if rows else {}
-        return match(rows, lambda row: key_under(row, facts), places, records).todo if places else rows
-    except (StorageError, KeyError, TypeError, ValueError) as error:  # or it is no record of ours
-        print(f"fluxbatch: every row is planned, as what is done cannot be read: {error!s}", file=sys.stderr)
+        if changed := difference(json.loads(store.read(JOB)), facts):
+            print(f"fluxbatch: every row is planned, as {store.url} holds a job with another configuration: {'; '.join(changed)}", file=sys.stderr)
+            return rows
+        places = {(record["id"], record["key"]): record["index"] for record in read_records(store)}
+        return match(rows, functools.partial(key_under, facts_digest=digest(facts)), places, lambda: read_records(store)).todo
+    except NotFound:  # no start has been there
+        return rows
+    except (StorageError, ValueError, AttributeError) as error:  # the last: JSON, and no object
+        print(f"fluxbatch: every row is planned, as what is done cannot be read: {error}", file=sys.stderr)
         return rows
 
 
