@@ -62,6 +62,7 @@ $(VENV)/.parity: pyproject.toml | $(VENV)/bin/python
 	$(RUN) -m pip install --quiet --disable-pip-version-check --editable ".[test,parity]"
 	@touch $@ $(VENV)/.test $(VENV)/.base
 
+# where there is an NVIDIA GPU, JAX for it as torch has it
 $(VENV)/.bench: $(VENV)/.parity
 	! command -v nvidia-smi || $(RUN) -m pip install --quiet --disable-pip-version-check --editable ".[cuda]"
 	@touch $@

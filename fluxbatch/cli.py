@@ -302,9 +302,7 @@ def _explain(error: BaseException, schema: type[Job]) -> str:
     """Hydra's, OmegaConf's, YAML's and the system's messages in one line."""
     if isinstance(error, MissingConfigException) and error.options:
         group, _, option = (error.missing_cfg_file or "").rpartition("/")
-        near = overrides.nearest(option, error.options)
-        hint = f"; did you mean {near}?" if near else ""
-        return f"{group}={option}: expected one of {', '.join(error.options)}{hint}"
+        return overrides.no_option(group, option, error.options)
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else None
     text = f"{error}\n{cause or ''}" if str(error) else type(error).__name__
     key = re.search(r"full_key: (\S+)", text)

@@ -18,7 +18,7 @@ from types import NoneType
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, Quote, QuotedString
+from hydra.core.override_parser.types import Glob, Override, Quote, QuotedString
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -60,7 +60,7 @@ def read(
                 raise UserError(f"{shown(word)}: a comma asks for a sweep, which needs --multirun{hint}")
             if key not in groups and not parsed.is_delete() and kind_of(schema, key)[0] is not None:
                 _try(scratch, schema, parsed, parser)
-            if key in groups and not parsed.is_delete() and "glob(" not in word:
+            if key in groups and not parsed.is_delete() and not isinstance(parsed.value(), Glob):
                 _check_options(parsed, parser, groups[key])
             overrides.append(override)
             (fixed.discard if sweeps else fixed.add)(key)
@@ -92,9 +92,14 @@ def _check_options(override: Override, parser: OverridesParser, known: Sequence[
     for value in _values(override, parser):
         for option in value if isinstance(value, list) else [value]:
             if not (isinstance(option, str) and ("/" in option or option.removesuffix(".yaml") in known)):
-                near = nearest(str(option), known)
-                hint = f"; did you mean {near}?" if near else ""
-                raise UserError(f"{override.key_or_group}={shown(option)}: expected one of {', '.join(known)}{hint}")
+                raise UserError(no_option(override.key_or_group, shown(option), known))
+
+
+def no_option(group: str, option: str, known: Sequence[str]) -> str:
+    """That a group has no such choice, and what it has."""
+    near = nearest(option, known)
+    hint = f"; did you mean {near}?" if near else ""
+    return f"{group}={option}: expected one of {', '.join(known)}{hint}"
 
 
 def _values(override: Override, parser: OverridesParser) -> list[Any]:
