@@ -330,7 +330,9 @@ def test_every_row_once_whoever_dies(seed):
     status = json.loads(store.objects["status.json"])
     assert (status["exit_code"], status["counts"]) == (0, {"made": 300}) and "speed" not in status  # of the place
     signs = {n: json.loads(store.objects[f".fluxbatch/replicas/{n}.json"]) for n in range(5)}
-    assert all(signs[n]["speed"] == {"images_per_second": n} and signs[n]["counts"]["before"] < 300 for n in ended)
+    assert all(signs[n]["speed"] == {"images_per_second": n} for n in ended)
+    counts = [signs[n]["counts"] for n in ended]  # who comes late may find all done
+    assert all(each["made"] + each["before"] <= 300 for each in counts) and any(each["before"] < 300 for each in counts)
     made_by_ended = sum(signs[n]["counts"]["made"] for n in ended)
     assert made_by_ended <= 300 and (len(ended) < 5 or made_by_ended == 300)
 
