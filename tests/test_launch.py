@@ -17,7 +17,7 @@ import tomllib
 import pytest
 import yaml
 from conftest import GOLDEN, metadata, xla_flags
-from test_hosts import long_manifest, pictures
+from test_hosts import ROWS, long_manifest, pictures
 
 from fluxbatch.types import Exit
 
@@ -322,4 +322,4 @@ def test_replicas_on_this_machine_survive_a_kill(tmp_path):
     assert len(children) == 4
     os.kill(int(children[-1]), signal.SIGKILL)
     assert local.wait(timeout=300) == 0, (tmp_path / "log").read_text()[-2000:]
-    assert sorted(r["id"] for r in metadata(tmp_path / "run")) == sorted(f"r{i}" for i in range(160))
+    assert sorted(r["id"] for r in metadata(tmp_path / "run")) == sorted(f"r{i}" for i in range(ROWS))

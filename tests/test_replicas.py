@@ -14,7 +14,7 @@ from collections import Counter
 import gcs_faults
 import pytest
 from conftest import images, metadata
-from test_hosts import long_manifest, pictures, replica, said
+from test_hosts import ROWS, long_manifest, pictures, replica, said
 from test_ledger import FACTS, MemoryStore
 
 from fluxbatch import batching, dealing, progress
@@ -443,7 +443,7 @@ def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("xla")
 
 
-def check(folder, rows=160, killed=False):
+def check(folder, rows=ROWS, killed=False):
     records = metadata(folder / "run")
     assert sorted(r["id"] for r in records) == sorted(f"r{i}" for i in range(rows))
     assert pictures(folder / "run") == rows == len({r["file_name"] for r in records})
@@ -482,7 +482,7 @@ def test_replicas_make_the_pictures_of_one(tmp_path, cache):
     assert [p.wait(timeout=240) for p in started] == [0, 0], said(tmp_path, "replica*")
     check(tmp_path)
     signs = [json.loads((tmp_path / "run" / ".fluxbatch" / "replicas" / f"{n}.json").read_text()) for n in range(2)]
-    assert sum(sign["counts"]["made"] for sign in signs) == 160 and all(sign["speed"] and sign["load"] for sign in signs)
+    assert sum(sign["counts"]["made"] for sign in signs) == ROWS and all(sign["speed"] and sign["load"] for sign in signs)
     logs = [(tmp_path / f"replica{n}.0.log").read_text() for n in range(2)]
     assert sorted(f"{sign['counts']['made']} made" in log for sign, log in zip(signs, logs, strict=True)) == [True, True]
     assert sum("by this replica" in log for log in logs) == 1 and all("%" not in log.rpartition("images: ")[2].partition("img")[0] for log in logs)
@@ -507,4 +507,4 @@ def test_a_drained_replica_leaves_its_work_at_once(tmp_path, cache):
     # and when it is started again there is nothing to do
     again = replica(tmp_path, cache, 1, log="again", replica_index=1, **more)[0]
     assert again.wait(timeout=120) == 0, said(tmp_path, "again")
-    assert len(metadata(tmp_path / "run")) == 160 and "loading" not in said(tmp_path, "again")
+    assert len(metadata(tmp_path / "run")) == ROWS and "loading" not in said(tmp_path, "again")

@@ -11,7 +11,7 @@ import time
 import pytest
 import slurm
 from conftest import GOLDEN, metadata, xla_flags
-from test_hosts import long_manifest, pictures
+from test_hosts import ROWS, long_manifest, pictures
 
 ROOT = pathlib.Path(__file__).parent.parent
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(slurm.missing() is not None, reason=str(slurm.missing()))]
@@ -51,7 +51,7 @@ def test_an_array_of_replicas_is_preempted_and_comes_back(tmp_path, cluster):
 
     rendered = call(
         sys.executable, ROOT / "jobs" / "launch" / "render.py", "kind=slurm", "target=2xh100-8", "replica_count=2", "sharding=ddp",
-        *words(tmp_path, manifest=long_manifest(tmp_path, steps=20), shard_size=16))  # fmt: skip
+        *words(tmp_path, manifest=long_manifest(tmp_path, steps=5), shard_size=16))  # fmt: skip
     # eight H100 a node are one process on a CPU here
     script = rendered.replace("--ntasks-per-node=8", "--ntasks-per-node=1").replace("#SBATCH --gpus-per-node=8\n", "").replace("hardware=gpu", "hardware=cpu")
     assert rendered.count("8") - script.count("8") == 2
@@ -59,15 +59,15 @@ def test_an_array_of_replicas_is_preempted_and_comes_back(tmp_path, cluster):
     until(lambda: pictures(tmp_path / "run") >= 12)
     call("sbatch", "-p", "high", "--nodes=2", "--exclusive", "--wrap", "true")
     until(lambda: len(queue()) == 2 and all(restarts and state != "R" for state, restarts in queue().values()))
-    assert 12 <= pictures(tmp_path / "run") < 160
+    assert 12 <= pictures(tmp_path / "run") < ROWS
     status = [json.loads((tmp_path / "run" / ".fluxbatch" / "replicas" / f"{n}.json").read_text())["exit_code"] for n in range(2)]
     assert status == [75, 75]
     until(lambda: not call("squeue", "-h", "-p", "high"))
     # Slurm itself would wait two minutes; at once, its nodes would take the new start for the one they have just ended
     call("scontrol", "update", f"job={array}", "StartTime=now+4")
     until(lambda: not queue())
-    assert sorted(record["id"] for record in metadata(tmp_path / "run")) == sorted(f"r{n}" for n in range(160))
-    assert pictures(tmp_path / "run") == 160 and json.loads((tmp_path / "run" / "status.json").read_text())["exit_code"] == 0
+    assert sorted(record["id"] for record in metadata(tmp_path / "run")) == sorted(f"r{n}" for n in range(ROWS))
+    assert pictures(tmp_path / "run") == ROWS and json.loads((tmp_path / "run" / "status.json").read_text())["exit_code"] == 0
 
 
 def test_a_sweep_by_submitit(tmp_path, cluster):

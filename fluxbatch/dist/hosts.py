@@ -11,6 +11,7 @@ import hashlib
 import os
 import secrets
 import signal
+import socket
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -78,12 +79,26 @@ def _join() -> None:
     if count is not None:
         if not (count.isdecimal() and index is not None and index.isdecimal() and int(index) < int(count)):
             raise UserError(f"JAX_NUM_PROCESSES={count}, JAX_PROCESS_ID={index}: expected a count and an index below it")
-        if int(count) > 1 and not address:
-            raise UserError("JAX_COORDINATOR_ADDRESS is not set: expected host:port of process 0")
         if int(count) > 1:
+            _check_coordinator(address, here=int(index) == 0)
             jax.distributed.initialize(address, int(count), int(index), **patience)
     elif any(int(os.environ.get(name) or 1) > 1 for name in COUNTED_BY) or "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
         jax.distributed.initialize(**patience)
+
+
+def _check_coordinator(address: str | None, here: bool) -> None:
+    """Refuses what would make JAX crash or, where that port is another replica's, take its processes for this one's."""
+    host, _, port = (address or "").rpartition(":")
+    if not (host and port.isdecimal() and 0 < int(port) < 2**16):
+        raise UserError(f"JAX_COORDINATOR_ADDRESS{f'={address}' if address else ' is not set'}: expected host:port of process 0")
+    if not here:
+        return
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what the last start left there is no hindrance
+        try:
+            probe.bind(("", int(port)))
+        except OSError as error:
+            raise UserError(f"JAX_COORDINATOR_ADDRESS={address}: process 0 cannot listen there: {error.strerror}") from error
 
 
 def start_id() -> str:

@@ -1,8 +1,9 @@
-"""Which replica of how many this process belongs to: said outright, or by the scheduler that started it."""
+"""Which replica of how many this process belongs to: said outright, or by the scheduler that started it; and where processes meet."""
 
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -12,6 +13,16 @@ from fluxbatch.types import UserError
 class Replica(NamedTuple):
     index: int
     count: int
+
+
+def hold_port() -> socket.socket:
+    """A socket bound to a port of this machine, for its processes to meet at: until it is closed the system gives that port
+    to nobody who asks for any, and still lets one who names it listen there."""
+    held = socket.socket()
+    for option in (socket.SO_REUSEADDR, socket.SO_REUSEPORT):
+        held.setsockopt(socket.SOL_SOCKET, option, 1)
+    held.bind(("127.0.0.1", 0))
+    return held
 
 
 def find(index: int | None, count: int | None, env: Mapping[str, str] = os.environ) -> Replica:

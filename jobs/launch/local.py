@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
+from fluxbatch.dist.replica import hold_port
 from fluxbatch.types import Exit
 
 AGAIN = {Exit.PREEMPTED, Exit.PEER_LOST, -signal.SIGABRT, -signal.SIGKILL}
@@ -34,19 +34,17 @@ def replica(index: int, replicas: int, each: int, words: list[str]) -> int:
     gpus = list(filter(None, os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")))
     share = len(gpus) // (replicas * each)
     for _ in range(20):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
         started = []
-        for process in range(each):
-            at = (index * each + process) * share
-            env = os.environ | ({"CUDA_VISIBLE_DEVICES": ",".join(gpus[at : at + share])} if share else {})
-            env |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(each), "JAX_PROCESS_ID": str(process)}
-            command = [sys.executable, "-m", "fluxbatch.run", f"replica_index={index}", f"replica_count={replicas}", *words]
-            started.append(subprocess.Popen(command, env=env, start_new_session=True))  # Ctrl-C reaches them through `stop`
-        processes.update(started)
-        codes = [process.wait() for process in started]
-        processes.difference_update(started)
+        with hold_port() as held:
+            for process in range(each):
+                at = (index * each + process) * share
+                env = os.environ | ({"CUDA_VISIBLE_DEVICES": ",".join(gpus[at : at + share])} if share else {})
+                env |= {"JAX_COORDINATOR_ADDRESS": "{}:{}".format(*held.getsockname()), "JAX_NUM_PROCESSES": str(each), "JAX_PROCESS_ID": str(process)}
+                command = [sys.executable, "-m", "fluxbatch.run", f"replica_index={index}", f"replica_count={replicas}", *words]
+                started.append(subprocess.Popen(command, env=env, start_new_session=True))  # Ctrl-C reaches them through `stop`
+            processes.update(started)
+            codes = [process.wait() for process in started]
+            processes.difference_update(started)
         if stopping or not AGAIN & {*codes}:
             break
     return max((code if code >= 0 else 128 - code for code in codes), default=0)

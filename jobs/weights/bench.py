@@ -172,17 +172,19 @@ def compare(places: dict[str, str], rounds: int) -> dict[str, float]:
 
 def in_process(way: str, path: pathlib.Path | str, mesh: str = "1,1", dtype: str = "bfloat16", devices: int = 1, processes: int = 1) -> list[dict]:
     """The measurements of one load in fresh processes, one for each process of the mesh."""
+    from fluxbatch.dist.replica import hold_port
+
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices // processes}",
                                 "PYTHONPATH": os.pathsep.join(filter(None, (str(HERE.parents[2]), os.environ.get("PYTHONPATH"))))}  # fmt: skip
-    port = str(20000 + os.getpid() % 20000)
-    running = [
-        subprocess.Popen(
-            [sys.executable, HERE, "measure", path, "--way", way, "--mesh", mesh, "--dtype", dtype,
-             "--processes", str(processes), "--index", str(i), "--port", port],
-            env=environment, stdout=subprocess.PIPE, text=True)  # fmt: skip
-        for i in range(processes)
-    ]
-    answers = [process.communicate()[0] for process in running]
+    with hold_port() as held:
+        running = [
+            subprocess.Popen(
+                [sys.executable, HERE, "measure", path, "--way", way, "--mesh", mesh, "--dtype", dtype,
+                 "--processes", str(processes), "--index", str(i), "--port", str(held.getsockname()[1])],
+                env=environment, stdout=subprocess.PIPE, text=True)  # fmt: skip
+            for i in range(processes)
+        ]
+        answers = [process.communicate()[0] for process in running]
     if any(process.returncode for process in running):
         raise RuntimeError(f"{way}: a measurement failed")
     return [json.loads(answer.splitlines()[-1]) for answer in answers]
