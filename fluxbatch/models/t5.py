@@ -37,6 +37,8 @@ class T5Config:
         kind = config.get("feed_forward_proj", "relu")
         if kind != "gated-gelu":
             raise ValueError(f"feed_forward_proj {kind!r}: expected 'gated-gelu' (T5 v1.1)")
+        if (act := config.get("dense_act_fn", "gelu_new")) not in ("gelu_new", "gelu_pytorch_tanh"):  # where it stands, it holds
+            raise ValueError(f"dense_act_fn {act!r}: expected 'gelu_new'")
         defaults = {"relative_attention_num_buckets": 32, "relative_attention_max_distance": 128, "layer_norm_epsilon": 1e-6}
         return cls(**{f.name: config.get(f.name, defaults.get(f.name)) for f in dataclasses.fields(cls)})
 

@@ -37,10 +37,12 @@ class VaeConfig:
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> VaeConfig:
-        """Reads ``vae/config.json``; ValueError for blocks other than AutoencoderKL's plain ones."""
+        """Reads ``vae/config.json``; ValueError for what this model cannot be: blocks other than AutoencoderKL's plain ones, …"""
         for key, plain in (("up_block_types", "UpDecoderBlock2D"), ("down_block_types", "DownEncoderBlock2D")):
             if odd := [kind for kind in config.get(key, ()) if kind != plain]:
                 raise ValueError(f"{key} {odd[0]!r}: expected {plain!r}")
+        if (act := config.get("act_fn", "silu")) not in ("silu", "swish"):
+            raise ValueError(f"act_fn {act!r}: expected 'silu'")
         defaults = {"shift_factor": None, "mid_block_add_attention": True, "use_quant_conv": True, "use_post_quant_conv": True,
                     "norm_num_groups": 32, "scaling_factor": 0.18215}  # fmt: skip
         fields = {f.name: config.get(f.name, defaults.get(f.name)) for f in dataclasses.fields(cls)}
