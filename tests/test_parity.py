@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 
@@ -103,6 +104,15 @@ def test_clip(tmp_path, act, eos):
         expected = model(ids).pooler_output.numpy()
     module = ours(model, tmp_path, clip.ClipTextEncoder, clip.ClipConfig, tables.CLIP, "model")
     close(call(module, jnp.asarray(ids.numpy())), expected)
+
+
+@pytest.mark.parametrize("given", [{}, dict(hidden_size=768, intermediate_size=3072, num_attention_heads=12, projection_dim=768, dropout=0.0)])
+def test_clip_of_which_little_is_said(given):
+    """transformers 4 leaves out of a whole CLIP's ``text_config`` what is as by default: vocabulary, layers, …"""
+    from transformers import CLIPConfig
+
+    theirs, mine = CLIPConfig(text_config=given).text_config, clip.ClipConfig.from_json({"text_config": given})
+    assert dataclasses.asdict(mine) == {name: getattr(theirs, name) for name in dataclasses.asdict(mine)}
 
 
 @pytest.mark.parametrize("options", [

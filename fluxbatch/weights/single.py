@@ -127,7 +127,7 @@ def constants(component: str, sizes: Mapping[str, Any]) -> dict[str, Any]:
     width = {"transformer": "attention_head_dim", "text_encoder": "hidden_size", "vae": "latent_channels"}
     values: dict[str, tuple[int, dict[str, Any]]] = {
         "transformer": (128, dict(axes_dims_rope=(16, 56, 56))),
-        "text_encoder": (768, dict(num_attention_heads=12, hidden_act="quick_gelu")),
+        "text_encoder": (768, dict(num_attention_heads=12, hidden_act="quick_gelu", eos_token_id=2)),
         "vae": (16, dict(norm_num_groups=32, scaling_factor=0.3611, shift_factor=0.1159)),
     }
     if component == "text_encoder_2":
