@@ -6,6 +6,7 @@ Shapes: C latent channels, h × w latents, L = h/2 · w/2 packed tokens of 4·C 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -83,15 +84,26 @@ class Schedule:
         for key, expected in plain.items():
             if config.get(key, expected) != expected:
                 raise UserError(f"scheduler_config.json: {key} is {config[key]!r}, expected {expected!r}")
-        pick = lambda value, key, default: config.get(key, default) if value is None else value  # noqa: E731
-        return cls(
-            time_shift=bool(pick(time_shift, "use_dynamic_shifting", False)),
-            base_shift=float(pick(base_shift, "base_shift", 0.5)),
-            max_shift=float(pick(max_shift, "max_shift", 1.15)),
-            shift=float(config.get("shift", 1.0)),
-            base_tokens=int(config.get("base_image_seq_len", 256)),
-            max_tokens=int(config.get("max_image_seq_len", 4096)),
+
+        def number(key: str, default: float, given: float | None = None) -> float:
+            value = config.get(key, default) if given is None else given
+            if type(value) not in (int, float) or not math.isfinite(value):
+                raise UserError(f"scheduler_config.json: {key} is {value!r}, expected a number")
+            return value
+
+        schedule = cls(
+            time_shift=bool(config.get("use_dynamic_shifting", False) if time_shift is None else time_shift),
+            base_shift=float(number("base_shift", 0.5, base_shift)),
+            max_shift=float(number("max_shift", 1.15, max_shift)),
+            shift=float(number("shift", 1.0)),
+            base_tokens=int(number("base_image_seq_len", 256)),
+            max_tokens=int(number("max_image_seq_len", 4096)),
         )
+        if schedule.time_shift and schedule.base_tokens == schedule.max_tokens:
+            raise UserError(f"scheduler_config.json: base_image_seq_len is {schedule.base_tokens}, expected another number than max_image_seq_len")
+        if not schedule.time_shift and schedule.shift <= 0:
+            raise UserError(f"scheduler_config.json: shift is {schedule.shift:g}, expected a number above 0")
+        return schedule
 
     def sigmas(self, steps: int, tokens: int) -> np.ndarray:
         """``[steps + 1]`` float32 noise levels from 1 down to 0 for an image of ``tokens`` tokens."""

@@ -47,8 +47,17 @@ def test_schedules():
     assert schnell.sigmas(4, 4096) == pytest.approx([1, 0.75, 0.5, 0.25, 0])
     forced = sampling.Schedule.of({"shift": 1.0}, True, 0.5, 1.15)
     assert np.array_equal(forced.sigmas(4, 1024), dev.sigmas(4, 1024))
-    with pytest.raises(UserError, match="use_karras_sigmas"):
-        sampling.Schedule.of({"use_karras_sigmas": True}, None, None, None)
+
+
+@pytest.mark.parametrize("config,text", [
+    ({"use_karras_sigmas": True}, "use_karras_sigmas is True, expected False"),
+    ({"shift": None}, "shift is None, expected a number"), ({"max_shift": "1.15"}, "max_shift is '1.15', expected a number"),
+    ({"shift": 0}, "shift is 0, expected a number above 0"), ({"base_image_seq_len": float("nan")}, "base_image_seq_len is nan, expected a number"),
+    ({"use_dynamic_shifting": True, "base_image_seq_len": 4096}, "base_image_seq_len is 4096, expected another number than max_image_seq_len"),
+])  # fmt: skip
+def test_schedules_that_cannot_be(config, text):
+    with pytest.raises(UserError, match=f"scheduler_config.json: {text}"):
+        sampling.Schedule.of(config, None, None, None)
 
 
 def test_padded_sigmas_keep_their_shape():
