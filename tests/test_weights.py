@@ -133,6 +133,12 @@ def set_json(path, **values):
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
+def without(path, key):
+    values = json.loads(path.read_text())
+    del values[key]
+    path.write_text(json.dumps(values))
+
+
 BROKEN = {
     "a renamed tensor": (lambda p: edit(p / FLUX, rename), ["proj_out.wait", "final_out.kernel"]),
     "a missing tensor": (lambda p: edit(p / FLUX, lambda t: t.pop("proj_out.bias")), ["final_out.bias"]),
@@ -160,6 +166,13 @@ BROKEN = {
     "another activation of T5": (lambda p: set_json(p / "text_encoder_2/config.json", dense_act_fn="relu"), ["dense_act_fn 'relu'"]),
     "another activation of the VAE": (lambda p: set_json(p / "vae/config.json", act_fn="gelu"), ["act_fn 'gelu'"]),
     "odd rope axes": (lambda p: set_json(p / "transformer/config.json", axes_dims_rope=[3, 6, 7]), ["axes_dims_rope"]),
+    "no number of layers": (lambda p: without(p / "transformer/config.json", "num_layers"), ["transformer/config.json: key 'num_layers' is missing"]),
+    "a number in quotes": (lambda p: set_json(p / "transformer/config.json", num_attention_heads="2"), ['num_attention_heads is "2", expected a whole number from 0']),
+    "channels that are no list": (lambda p: set_json(p / "vae/config.json", block_out_channels="x"), ['block_out_channels is "x", expected a list of whole numbers']),
+    "a factor in quotes": (lambda p: set_json(p / "vae/config.json", scaling_factor="0.36"), ['scaling_factor is "0.36", expected a number']),
+    "several ends": (lambda p: set_json(p / "text_encoder/config.json", eos_token_id=[2]), ["eos_token_id is [2], expected a whole number from 0"]),
+    "heads that do not divide": (lambda p: set_json(p / "text_encoder/config.json", num_attention_heads=3), ["num_attention_heads 3: expected a divisor of hidden_size 32"]),
+    "groups that do not divide": (lambda p: set_json(p / "vae/config.json", norm_num_groups=3), ["norm_num_groups 3: expected a divisor of each of block_out_channels [8, 16, 16]"]),
     "components that disagree": (lambda p: set_json(p / "transformer/config.json", joint_attention_dim=99), ["joint_attention_dim"]),
     "more layers than tensors": (lambda p: set_json(p / "transformer/config.json", num_layers=3), ["double_blocks", "[2]"]),
 }  # fmt: skip
@@ -173,6 +186,12 @@ def test_broken_checkpoints_say_why(copy, case):
         plans(copy)
     assert all(word in str(error.value) for word in words), str(error.value)
     assert all(str(copy) in line for line in error.value.lines)  # each line names its file or folder
+
+
+def test_a_transformer_without_a_word_about_guidance_has_none(golden, tmp_path):
+    copy = shutil.copytree(golden / "schnell", tmp_path / "model")
+    without(copy / "transformer/config.json", "guidance_embeds")
+    assert not open_checkpoint(model(copy)).components["transformer"].config.guidance_embeds
 
 
 def test_names_that_are_nothing():

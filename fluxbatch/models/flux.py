@@ -51,7 +51,8 @@ class FluxConfig:
             raise ValueError(f"axes_dims_rope {list(axes)}: expected three even sizes that add up to attention_head_dim {head}")
         if config.get("patch_size", 1) != 1:
             raise ValueError(f"patch_size {config['patch_size']}: expected 1")
-        fields = {f.name: config[f.name] for f in dataclasses.fields(cls) if f.name in config}
+        defaults = {"guidance_embeds": False}
+        fields = {f.name: config.get(f.name, defaults.get(f.name)) for f in dataclasses.fields(cls)}
         fields |= {"axes_dims_rope": axes, "out_channels": config.get("out_channels") or config["in_channels"]}
         return cls(**fields)
 

@@ -46,7 +46,10 @@ class VaeConfig:
         defaults = {"shift_factor": None, "mid_block_add_attention": True, "use_quant_conv": True, "use_post_quant_conv": True,
                     "norm_num_groups": 32, "scaling_factor": 0.18215}  # fmt: skip
         fields = {f.name: config.get(f.name, defaults.get(f.name)) for f in dataclasses.fields(cls)}
-        fields |= {"block_out_channels": tuple(fields["block_out_channels"]), "shift_factor": fields["shift_factor"] or 0.0}
+        groups, channels = fields["norm_num_groups"], tuple(config["block_out_channels"])
+        if not groups or any(size % groups for size in channels):
+            raise ValueError(f"norm_num_groups {groups}: expected a divisor of each of block_out_channels {list(channels)}")
+        fields |= {"block_out_channels": channels, "shift_factor": fields["shift_factor"] or 0.0}
         return cls(**fields)
 
     @property

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -19,7 +20,7 @@ from typing import Any
 
 from flax import nnx
 
-from fluxbatch.config import Model
+from fluxbatch.config import Model, shown
 from fluxbatch.models.clip import ClipConfig, ClipTextEncoder
 from fluxbatch.models.flux import Flux, FluxConfig
 from fluxbatch.models.t5 import T5Config, T5Encoder
@@ -244,7 +245,7 @@ def _from_file(name: str, source: Source, file: str, whole: Mapping[str, Tensor]
         config = single.sizes(name, tensors, table)
         beside = next((json for path in (f"{name}/config.json", "config.json") if (json := _declared(kind, source, path))), None)
         config = (beside.get("text_config", beside) if beside else single.constants(name, config)) | config
-        return Component(kind, source, kind.config.from_json(config), tensors, table, where)
+        return Component(kind, source, _parsed(kind, config), tensors, table, where)
     except KeyError as error:
         raise UserError(f"{where}: no tensor gives the size of {error} of the {name}") from error
     except (ValueError, TypeError, IndexError) as error:
@@ -271,9 +272,7 @@ def _from_directory(name: str, source: Source, marker: Mapping[str, Any] | None 
     if declared is not None and declared not in kind.classes:
         raise UserError(f"{where}: is a {declared}, expected {' or '.join(kind.classes)}")
     try:
-        parsed = kind.config.from_json(config)
-        if missing := [f.name for f in dataclasses.fields(parsed) if getattr(parsed, f.name) is None]:
-            raise KeyError(missing[0])
+        parsed = _parsed(kind, config)
     except KeyError as error:
         raise UserError(f"{where}: key {error} is missing") from error
     except (ValueError, TypeError) as error:
@@ -284,6 +283,29 @@ def _from_directory(name: str, source: Source, marker: Mapping[str, Any] | None 
     tensors = read_headers(source, kind.stems)
     own, table, prefix = single.recognise(name, tensors) or (tensors, kind.table, "")
     return Component(kind, source, parsed, tensors if prefix else own, kind.table if prefix else table, where)
+
+
+# What an entry of a config.json may be, by the type of its field.
+_ENTRIES: dict[Any, tuple[Callable[[Any], bool], str]] = {
+    "int": (lambda value: type(value) is int and value >= 0, "a whole number from 0"),
+    "float": (lambda value: type(value) in (int, float) and math.isfinite(value), "a number"),
+    "bool": (lambda value: type(value) is bool, "true or false"),
+    "str": (lambda value: type(value) is str, "a string"),
+    "tuple[int, ...]": (lambda value: isinstance(value, list | tuple) and all(type(n) is int and n > 0 for n in value), "a list of whole numbers from 1"),
+}
+
+
+def _parsed(kind: Kind, config: Mapping[str, Any]) -> Any:
+    """The component's configuration; KeyError for an entry that is missing, ValueError for one that the model cannot have."""
+    given = config.get("text_config", config)
+    for field in dataclasses.fields(kind.config):
+        sound, expected = _ENTRIES[field.type]
+        if (value := given.get(field.name)) is not None and not sound(value):
+            raise ValueError(f"{field.name} is {shown(json.dumps(value))}, expected {expected}")
+    parsed = kind.config.from_json(config)
+    if missing := [f.name for f in dataclasses.fields(parsed) if getattr(parsed, f.name) is None]:
+        raise KeyError(missing[0])
+    return parsed
 
 
 def _tokenizer(homes: list[Source], repo: str | None) -> str:
