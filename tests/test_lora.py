@@ -227,6 +227,7 @@ BROKEN = {
     "another width": (lambda t: t | {f"{FIRST}.down.weight": np.zeros((1, 3000), np.float16)}, "shape [3072, 3000], the model expects [3072, 3072]"),
     "another model": (lambda t: t | {"double_blocks.19.processor.proj_lora1.down.weight": t[f"{FIRST}.down.weight"]}, "double_blocks.19"),
     "NaN": (lambda t: t | {f"{FIRST}.down.weight": np.full((1, 3072), np.nan, np.float16)}, f"{FIRST}: holds NaN"),
+    "NaN of a DoRA": (lambda t: t | {f"{FIRST}.dora_scale": np.full((9216, 1), np.nan, np.float16)}, f"{FIRST}: DoRA lengths hold NaN"),
     "integers": (lambda t: t | {f"{FIRST}.down.weight": np.zeros((1, 3072), np.int8)}, "dtype int8"),
     "twice": (lambda t: t | {"lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": t[f"{FIRST}.down.weight"],
                              "lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight": t[f"{FIRST}.up.weight"]}, "has changed double_blocks.img.qkv.q.kernel[0] already"),

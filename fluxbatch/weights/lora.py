@@ -274,6 +274,8 @@ def _decomposed(delta: Delta, tensors: dict[str, np.ndarray], fused: bool) -> De
     if (rows, columns) != (delta.shape[0], 1) and ((rows, columns) != (1, delta.shape[1]) or fused):
         what = "one length for each output" + ("" if fused else ", or for each input")
         raise ValueError(f"DoRA lengths of shape {[rows, columns]} for a weight of shape {list(delta.shape)}: expected {what}")
+    if not np.isfinite(magnitude.astype(np.float32)).all():
+        raise ValueError("DoRA lengths hold NaN or infinity")
     return Decomposed(delta, magnitude, inside)
 
 
