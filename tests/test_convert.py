@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -48,6 +49,16 @@ def test_conversion_resumes_and_refuses(golden, tmp_path, monkeypatch, expected)
     assert open_checkpoint(model(to, clip=str(golden / "dev"))).digest() != checkpoint.digest()  # CLIP from elsewhere
     with pytest.raises(UserError, match="something else"):
         convert.convert(checkpoint, str(tmp_path), None)
+
+
+def test_words_added_to_a_tokenizer_go_along(golden, tmp_path):
+    copy = shutil.copytree(golden / "dev", tmp_path / "model")
+    before = open_checkpoint(model(copy)).digest()
+    (copy / "tokenizer/added_tokens.json").write_text('{"<my-cat>": 514}')
+    checkpoint = open_checkpoint(model(copy))
+    assert checkpoint.digest() != before
+    convert.convert(checkpoint, str(tmp_path / "out"), None)
+    assert (tmp_path / "out/tokenizer/added_tokens.json").read_text() == '{"<my-cat>": 514}'
 
 
 def test_conversion_to_another_dtype_is_another_model(golden, tmp_path):

@@ -33,7 +33,8 @@ from fluxbatch.weights.rules import Table
 from fluxbatch.weights.source import Source, Tensor, sampled
 from fluxbatch.weights.verify import verify
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt", "spiece.model")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt", "spiece.model",
+                   "added_tokens.json")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
