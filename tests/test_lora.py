@@ -293,7 +293,10 @@ def test_peft_keeps_alpha_beside_its_file(tmp_path):
     for wrong in ({"lora_alpha": [1]}, {"r": "4"}, {"alpha_pattern": ["x"]}, {"alpha_pattern": {"(": 1}}, {"rank_pattern": {"x": None}}):
         config.write_text(json.dumps({"lora_alpha": 16} | wrong))
         assert f"{config}: {next(iter(wrong))} is" in complaint()
-    config.write_text(json.dumps({"r": 4, "lora_alpha": 16, "alpha_pattern": [], "rank_pattern": None}))
+    for start in ("pissa", "pissa_niter_4", "OLoRA"):  # the rest of the weights belongs to it
+        config.write_text(json.dumps({"lora_alpha": 16, "init_lora_weights": start}))
+        assert f"{config}: init_lora_weights is {start}: made for what this start has left" in complaint()
+    config.write_text(json.dumps({"r": 4, "lora_alpha": 16, "alpha_pattern": [], "rank_pattern": None, "init_lora_weights": "gaussian"}))
     assert scale() == 16 / 4
 
 

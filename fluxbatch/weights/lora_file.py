@@ -15,6 +15,7 @@ from fluxbatch.weights.source import Source
 
 USUAL = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 PEFT = "adapter_config.json"  # beside the latter
+SPLIT = ("pissa", "olora", "corda", "loftq", "lora_ga")  # starts that take a part of the weights out, or round them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +89,7 @@ def settings_of(source: Source, file: str, data: bytes) -> dict[str, dict[str, A
 
 
 def _sound(settings: dict[str, Any], where: str) -> dict[str, Any]:
-    """PEFT's settings themselves; UserError for those of another kind."""
+    """PEFT's settings themselves; UserError for those of another kind, and of adapters that stand on other weights than the model's."""
     number = lambda value: type(value) in (int, float)  # noqa: E731
     for key in ("lora_alpha", "alpha", "r"):
         if (value := settings.get(key)) is not None and not number(value):
@@ -101,4 +102,7 @@ def _sound(settings: dict[str, Any], where: str) -> dict[str, Any]:
             sound = False
         if not sound:
             raise UserError(f"{where}: {key} is {shown(patterns)}, expected numbers by regular expressions")
+    if str(start := settings.get("init_lora_weights")).lower().startswith(SPLIT):
+        raise UserError(f"{where}: init_lora_weights is {shown(start)}: made for what this start has left of the model's weights, not for them whole; "
+                        "expected what PEFT's save_pretrained(path_initial_model_for_weight_conversion=…) makes of it")  # fmt: skip
     return settings
