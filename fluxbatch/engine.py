@@ -182,9 +182,10 @@ def open_engine(job: Job, platform: str, devices: Sequence[jax.Device] | None = 
     }
     plans = _collect({name: lambda c=c, o=options.get(name, {}): c.plan(layout=layout, **o) for name, c in checkpoint.components.items()})
     tokenizers = Tokenizers(checkpoint.tokenizer, checkpoint.tokenizer_2, sampler.max_sequence_length)
-    places = checkpoint.components["text_encoder"].config.max_position_embeddings
-    if not 0 < tokenizers.lengths[0] <= places:  # beyond them JAX would take the last place again and again
-        raise UserError(f"{checkpoint.tokenizer}: model_max_length is {tokenizers.lengths[0]:,}, expected at most CLIP's {places} positions")
+    places, length = checkpoint.components["text_encoder"].config.max_position_embeddings, tokenizers.lengths[0]
+    if type(length) is not int or not 1 < length <= places:  # beyond them JAX would take the last place again and again
+        got = f"{length:,}" if type(length) is int else repr(length)
+        raise UserError(f"{checkpoint.tokenizer}: model_max_length is {got}, expected from 2 (start and end) to CLIP's {places} positions")
     schedule = Schedule.of(checkpoint.scheduler, sampler.time_shift, sampler.base_shift, sampler.max_shift)
     facts = {
         "model_digest": checkpoint.digest(),
