@@ -195,7 +195,7 @@ def _swept(cfg: DictConfig, words: Sequence[str], fixed: frozenset[str]) -> dict
     for override in OverridesParser.create().parse_overrides(list(words)):
         if override.key_or_group not in fixed:
             value = OmegaConf.select(cfg, override.key_or_group)
-            if isinstance(value, DictConfig | ListConfig):
+            if isinstance(value, DictConfig | ListConfig | None):  # None: of a group whose files are about the whole job, as experiment
                 value = override.value()  # a group's choice, or a list as it was given
             swept[override.key_or_group] = value.name if isinstance(value, Enum) else value
     return swept

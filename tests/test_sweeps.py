@@ -81,6 +81,16 @@ def test_places_of_a_sweep_tell_values_apart_that_no_file_name_can(command):
     assert all(job.run_name.endswith(("max_shift=null", "max_shift=-1.0")) and "attention=" in job.run_name for job in jobs)
 
 
+def test_a_group_of_files_about_the_whole_job_sweeps(command, tmp_path):
+    for name, text in {"day": "seed: 5", "night": "seed: 7", "later/dusk": "seed: 6"}.items():
+        path = tmp_path / "own/experiment" / f"{name}.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"# @package _global_\n{text}")
+    jobs = command("-m", f"--config-dir={tmp_path / 'own'}", "prompt=x", "run_name=s", "+experiment=day,night,later/dusk", "max_shift=null,1")
+    assert [(job.seed, job.sweep["experiment"]) for job in jobs[::2]] == [(5, "day"), (7, "night"), (6, "later/dusk")]
+    assert len({job.run_name for job in jobs}) == 6 and jobs[0].run_name == "s/experiment=day,max_shift=null"
+
+
 def test_sweeps_are_named_by_their_content(command):
     def place(*words):
         return {job.run_name.rpartition("/")[0] for job in command("-m", "prompt=x", *words)}
