@@ -199,6 +199,8 @@ def test_names_that_are_nothing():
         find("nonsense", "model.pretrained_model_name_or_path")
     with pytest.raises(UserError, match="somebody/something"):
         find("somebody/something", "k")  # the hub is offline here
+    with pytest.raises(UserError, match="model.vae_model_name_or_path.*is not there"):
+        find("x" * 300, "model.vae_model_name_or_path")  # longer than a file name may be
 
 
 def test_digest_sees_one_bit(copy, golden):

@@ -48,7 +48,7 @@ def find(
         if not path.endswith(SUFFIXES):
             raise UserError(f"{key}: {name!r}: expected a {SUFFIX} file or a directory")
         return path, None
-    if "/" not in name and (EMBEDDED / name / "model_index.json").is_file():
+    if "/" not in name and os.path.isfile(EMBEDDED / name / "model_index.json"):  # pathlib's own raises where a name is too long
         return str(EMBEDDED / name), None
     owner, _, rest = name.partition("/")
     repo, _, file = rest.partition("/")
