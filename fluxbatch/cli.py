@@ -176,6 +176,8 @@ class _HydraTask:
         """The checked job, paths of the user's home expanded and the run named."""
         job = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(self.schema), cfg))
         assert isinstance(job, Job)
+        if problems := [*overrides.misplaced(job, self.schema)]:
+            raise UserError(*problems)
         for key in ("output_dir", "manifest", "jax_cache_dir", "text_cache_dir"):
             if (path := getattr(job, key)) is not None:
                 setattr(job, key, os.path.expanduser(path))

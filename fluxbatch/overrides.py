@@ -131,6 +131,27 @@ def kind_of(schema: type, key: str) -> tuple[Any, bool]:
     return kind, optional
 
 
+def misplaced(value: Any, kind: Any, optional: bool = False, key: str = "") -> Iterator[str]:
+    """A line for each group, list and table in whose place an interpolation has put something else: OmegaConf holds only
+    single values against their types."""
+    holds = kind if dataclasses.is_dataclass(kind) else typing.get_origin(kind)
+    if not (dataclasses.is_dataclass(holds) or holds in (list, dict)) or (value is None and optional):
+        return
+    if not isinstance(value, holds):
+        yield f"{key}={shown(value)}: expected {expected(kind, optional)}"
+    elif holds is kind:
+        for name in typing.get_type_hints(kind):
+            yield from misplaced(getattr(value, name), *kind_of(kind, name), f"{key}.{name}".lstrip("."))
+    else:
+        inner = typing.get_args(kind)[-1]
+        for name, item in value.items() if holds is dict else enumerate(value):
+            at = f"{key}.{name}" if holds is dict else f"{key}[{name}]"
+            if inner in (str, int, float, bool) and not isinstance(item, int | float if inner is float else inner):
+                yield f"{at}={shown(item)}: expected {expected(inner, False)}"
+                return
+            yield from misplaced(item, inner, False, at)
+
+
 def expected(kind: Any, optional: bool) -> str:
     """A type in words."""
     if isinstance(kind, type) and issubclass(kind, Enum):
