@@ -20,6 +20,7 @@ import shutil
 import sys
 import tempfile
 import traceback
+import typing
 from collections.abc import Callable, Iterator, Sequence
 from enum import Enum
 from pathlib import Path
@@ -313,6 +314,11 @@ def _explain(error: BaseException, schema: type[Job]) -> str:
         text = "no such adapter is chosen; lora=NAME chooses one, the arrays of lora_config name files"
     if isinstance(error, MissingMandatoryValue):
         text = "a value is missing"
+    if key is None and (merged := re.search(r"Merge error: \w+ is not a subclass of (\w+)\. value: (.*)", text)):  # which has no key
+        key = next(name for name, kind in typing.get_type_hints(schema).items() if getattr(kind, "__name__", "") == merged[1])
+        wanted = overrides.expected(*overrides.kind_of(schema, key))
+        choice = f"; a choice of the group belongs into the list of defaults: override {key}: …" if (CONF / key).is_dir() else ""
+        return f"{key}: {' '.join(text[: merged.start()].split())} got {config.shown(merged[2])}, expected {wanted}{choice}"
     if key is None:
         return " ".join(text.split())
     kind = overrides.kind_of(schema, key[1])

@@ -260,6 +260,8 @@ def own(tmp_path):
         "model/bare.yaml": "flux_name: bare\npretrained_model_name_or_path: /m",
         "nightly.yaml": "defaults: [config, _self_]\nseed: 5\nprompt: night\nsampler: {resolution: 64}",
         "extra.yaml": "defaults: [config, _self_]\nresolutoin: 5",
+        "choice.yaml": "defaults: [config, _self_]\nmodel: flux-dev",
+        "number.yaml": "defaults: [config, _self_]\nlora_config: 3",
     }.items():
         path = tmp_path / "own" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -287,6 +289,8 @@ def test_own_config_directory(command, own):
         (["model=bare"], ["sampler"]),
         (["--config-name=extra"], ["resolutoin", "extra"]),
         (["--config-name=nothing"], ["nothing"]),
+        (["--config-name=choice"], ["model: In 'choice'", "got flux-dev, expected {flux_name, ", "defaults: override model"]),
+        (["--config-name=number"], ["lora_config: In 'number'", "got 3, expected {lora_model_name_or_path, "]),
     ],
 )
 def test_mistakes_in_own_files(command, own, argv, named):
