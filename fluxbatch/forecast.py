@@ -87,7 +87,7 @@ def lines(
     yield from _rows(job, rows, rejects)
     if len(todo) < len(rows):
         yield _line("done", f"{len(rows) - len(todo):,} of them have their image; what follows is of the {len(todo):,} to make")
-    yield from _model(job, engine, target)
+    yield from _model(job, engine, target, rows)
     if todo:
         yield from _batches(work)
         yield from _text(engine, todo)
@@ -108,7 +108,7 @@ def _rows(job: Job, rows: Sequence[Row], rejects: Sequence[Reject]) -> Iterator[
         yield _line("remark", fields)
 
 
-def _model(job: Job, engine: Engine, target: Target) -> Iterator[str]:
+def _model(job: Job, engine: Engine, target: Target, rows: Sequence[Row]) -> Iterator[str]:
     counts = ", ".join(f"{name} {_scaled(memory.parameters(engine, part), 1000, ('', 'k', 'M', 'G'))}" for name, part in PARTS.items())
     yield _line("model", f"{job.model.flux_name}: {shown(job.model.pretrained_model_name_or_path)}; parameters: {counts}; {engine.weights_dtype}")
     mesh = " × ".join(f"{axis} {size}" for axis, size in engine.mesh.shape.items() if size > 1) or "one device"
@@ -116,7 +116,7 @@ def _model(job: Job, engine: Engine, target: Target) -> Iterator[str]:
         mesh += f", {idle} idle (sharding=ddp or fsdp takes all)"
     replicas = f", {job.replica_count} replicas of it" if (job.replica_count or 1) > 1 else ""
     yield _line("machine", f"{target}; {mesh}{replicas}")
-    for remark in engine.remarks:
+    for remark in (*engine.remarks, *remarks.unguided(engine, rows)):
         yield _line("remark", remark)
 
 

@@ -23,6 +23,7 @@ SHOWN_FIELDS = 8
 def lines(job: Job, engine: Engine, rows: Sequence[Row], todo: Sequence[Row], texts: TextCache | None) -> Iterator[str]:
     """Of ``rows``, which are the whole manifest, and of what is to be drawn; and what each adapter touches."""
     yield from engine.remarks
+    yield from unguided(engine, rows)
     yield from left_out(rows, engine.record)
     if fields := unread(rows):
         yield fields
@@ -30,6 +31,13 @@ def lines(job: Job, engine: Engine, rows: Sequence[Row], todo: Sequence[Row], te
     if job.text_cache_dir and texts is None:
         yield f"text_cache_gigabytes={job.text_cache_gigabytes:g}: the prompts encode to {engine.text_bytes(todo) / 1e9:.3g} GB, none is kept"
     yield from engine.lora.table()
+
+
+def unguided(engine: Engine, rows: Sequence[Row]) -> Iterator[str]:
+    """That rows have guidance, and the checkpoint has nothing that reads it."""
+    count = sum(row.guidance_scale != 0 for row in rows)
+    if count and not engine.remarks and not engine.checkpoint.components["transformer"].config.guidance_embeds:
+        yield f"guidance_scale decides nothing ({count:,} rows have one): the checkpoint has no guidance embedding"
 
 
 def unread(rows: Sequence[Row]) -> str | None:

@@ -182,6 +182,15 @@ def test_a_checkpoint_of_the_other_kind_is_remarked_on(cli, golden, tmp_path):
         assert code == 0 and ("guidance embedding" in err) == remarked
 
 
+def test_guidance_that_nothing_reads_is_remarked_on(cli, golden, tmp_path):
+    for variant, scale, remarked in (("schnell", 2.5, True), ("schnell", 0, False), ("dev", 2.5, False)):
+        args = flags(golden, tmp_path, f"{variant}-{scale}", variant=variant, prompt="a fox", resolution=32, num_inference_steps=1, guidance_scale=scale)
+        said = "guidance_scale decides nothing (1 rows have one)"
+        for entry in ("run", "plan"):
+            code, text = cli(*args, entry=entry)
+            assert code == 0 and (said in text) == remarked
+
+
 def test_what_was_probably_not_meant_is_said_in_a_line(cli, golden, tmp_path):
     rows = [{"prompt": "short", "negative_prompt": "blurry", "guidence_scale": 2.0}, {"prompt": "word " * 40, "prompt_2": "short"}]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
