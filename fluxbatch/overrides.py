@@ -84,6 +84,8 @@ def _try(scratch: DictConfig, schema: type, override: Override, parser: Override
         if (dataclasses.is_dataclass(kind) or typing.get_origin(kind) is dict) and not OmegaConf.select(scratch, part):
             OmegaConf.update(scratch, part, kind() if dataclasses.is_dataclass(kind) else {})
     for value in _values(override, parser):
+        if kind_of(schema, key)[0] is bool and type(value) is int and value not in (0, 1):  # OmegaConf takes any for true
+            raise UserError(f"{key}={value}: expected {expected(*kind_of(schema, key))}")
         OmegaConf.update(scratch, key, value, merge=isinstance(value, dict))
 
 

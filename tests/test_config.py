@@ -341,6 +341,7 @@ WRONG = [
     ("attention=flashh", "hardware.attention", "one of auto, dot_product, flash, cudnn_flash_te"),
     ("weights_dtype=int8", "weights_dtype=int8", "one of auto, float32"),
     ("overwrite=maybe", "overwrite=maybe", "true or false"),
+    ("time_shift=3", "sampler.time_shift=3", "true or false or null"),
     ("scale=[big]", "scale=[big]", "a list"),
     ("seed=1,2", "seed=1,2", "--multirun"),
     ("lora=a,b", "lora=a,b", "brackets"),
