@@ -205,7 +205,7 @@ class _Vocabulary:
             raise UserError(f"{shown(word)}: there is no key {typed}{self._nearest(typed)}")
         if not prefix and re.match(r"hardware\.flash_block_sizes\b", key):
             prefix = "++"  # an open table
-        if kind is str and not (optional and value == "null"):
+        if kind is str and equals and not (optional and value == "null"):
             value = _text(value, key in PROMPTS, multirun)
         elif value.startswith(("{", "[")):
             value = _from_json(value)

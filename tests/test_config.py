@@ -327,6 +327,7 @@ WRONG = [
     ("++output.unknown=1", "output.unknown", "format, filename"),
     ("~nothing", "nothing", "no key"),
     ("~seed", "seed", "missing"),
+    ("~output_dir", "output_dir", "missing"),
     ("+seed=3", "seed", "already"),
     ("sweep.x=1", "sweep.x", "no key"),
     ("flux-schnell", "flux-schnell", "did you mean model=flux-schnell?"),
