@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -287,6 +288,15 @@ def test_slurm_has_a_task_for_each_gpu_and_an_array_of_replicas(render, tmp_path
         said = (tmp_path / "said").read_text().splitlines()
         assert done.returncode == code and ("scontrol requeue 9_3" in said) == requeued
         assert said[1:4] == ["python", "-m", "fluxbatch.run"] and "hardware=gpu" in said
+
+
+def test_any_run_name_is_one_that_the_scheduler_takes(render):
+    for name in ("2026-night", "Ünï_ q", "日本", "a" * 39 + "-b", "Night/run.2"):
+        label = yaml.safe_load(render(f"run_name={name}")[0])["metadata"]["name"]
+        assert re.fullmatch("[a-z]([a-z0-9-]{0,38}[a-z0-9])?", label), label
+    for name in ("night run", "it's"):
+        text, code = render("kind=slurm", "target=h100", "hf_token_secret=null", f'run_name="{name}"')
+        assert code == 0 and shlex.split(next(line for line in text.splitlines() if "--job-name" in line), comments=False)[1:] == [f"--job-name={name}"]
 
 
 def test_help_names_the_script_and_all_its_keys():

@@ -155,7 +155,7 @@ def slurm(job: Launch, target: Target, words: list[str]) -> str:
     """A job array with a task for each replica; one process a GPU, which JAX finds by itself."""
     command = shlex.join(["python", "-m", "fluxbatch.run", *words])
     return f"""#!/bin/bash
-#SBATCH --job-name={job.run_name or "fluxbatch"}
+#SBATCH --job-name={shlex.quote(job.run_name or "fluxbatch")}
 #SBATCH --array=0-{_replicas(job) - 1}
 #SBATCH --nodes={target.hosts}
 #SBATCH --ntasks-per-node={target.chips}
@@ -298,7 +298,9 @@ def _replicas(job: Launch) -> int:
 
 
 def _name(job: Launch) -> str:
-    return "-".join(filter(None, "".join(c if c.isalnum() else "-" for c in (job.run_name or "fluxbatch").lower()).split("-")))[:40]
+    """The run's, as a label of DNS: ASCII letters, digits and dashes, a letter first and no dash last."""
+    name = re.sub("[^a-z0-9]+", "-", (job.run_name or "fluxbatch").lower()).strip("-")
+    return (name if name[:1].isalpha() else f"fluxbatch-{name}")[:40].strip("-")
 
 
 if __name__ == "__main__":
