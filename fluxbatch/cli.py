@@ -128,8 +128,18 @@ def _start(task: Task, schema: type[Job], rows: bool, about: str | None, argv: l
         else:
             return hydra.run(name, job, [*args.overrides, "hydra.mode=RUN"]).return_value
         return 0
+    except UnicodeDecodeError as error:  # which does not say of which file
+        raise UserError(*filter(None, map(_not_utf8, sorted(path for root in roots for path in root.rglob("*.yaml"))))) from error
     finally:
         GlobalHydra.instance().clear()
+
+
+def _not_utf8(path: Path) -> str | None:
+    try:
+        path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        return f"{path}: not UTF-8: byte 0x{error.object[error.start]:02x} at {error.start + 1}; expected a file saved as UTF-8"
+    return None
 
 
 def _header(about: str, task: Task, schema: type[Job]) -> str:

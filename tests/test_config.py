@@ -262,10 +262,11 @@ def own(tmp_path):
         "extra.yaml": "defaults: [config, _self_]\nresolutoin: 5",
         "choice.yaml": "defaults: [config, _self_]\nmodel: flux-dev",
         "number.yaml": "defaults: [config, _self_]\nlora_config: 3",
+        "latin.yaml": "defaults: [config, _self_]\nprompt: café",
     }.items():
         path = tmp_path / "own" / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+        path.write_text(text, "latin-1")
     return f"--config-dir={tmp_path / 'own'}"
 
 
@@ -290,6 +291,7 @@ def test_own_config_directory(command, own):
         (["--config-name=extra"], ["resolutoin", "extra"]),
         (["--config-name=nothing"], ["nothing"]),
         (["--config-name=choice"], ["model: In 'choice'", "got flux-dev, expected {flux_name, ", "defaults: override model"]),
+        (["--config-name=latin"], ["own/latin.yaml: not UTF-8: byte 0xe9 at 39"]),
         (["--config-name=number"], ["lora_config: In 'number'", "got 3, expected {lora_model_name_or_path, "]),
     ],
 )
