@@ -72,6 +72,7 @@ def fault_of(store: Store, record: Record) -> str | None:
     try:
         data = store.read(record["file_name"])
         pixels = decode(data)
+        said = {} if record["file_name"].endswith(".png") else parameters(data)
     except NotFound:
         return None
     except ValueError as error:
@@ -81,7 +82,7 @@ def fault_of(store: Store, record: Record) -> str | None:
         return f"{width}×{height} pixels, but {record['width']}×{record['height']} were recorded"
     if record["file_name"].endswith(".png"):
         return "" if pixel_sha256(pixels) == record["sha256"] else "other pixels than were recorded"
-    said = parameters(data)  # a lossy file's own pixels are not what was hashed
+    # a lossy file's own pixels are not what was hashed
     if said and (said.get("key"), said.get("sha256")) != (record["key"], record["sha256"]):
         return f"another image than was recorded: of id {json.dumps(said.get('id'), ensure_ascii=False)}"
     return ""

@@ -114,6 +114,18 @@ def test_lossy_images_are_checked_by_what_they_say(tmp_path, format):
         assert not verify.check(store)
 
 
+def test_a_damaged_word_of_a_lossy_image_about_itself_is_damage(tmp_path):
+    output = Output(format=ImageFormat.webp, filename="{i}", quality=50, png_level=1, gallery=False)
+    store = open_store(str(tmp_path))
+    start(store, ROWS[:2], plain.job(output=output))
+    data = store.read("1.webp")
+    at = data.index(b"EXIF") + 8  # of the chunk's content
+    store.write("1.webp", data[:at] + bytes(20) + data[at + 20 :])
+    store.write("0.webp", b"no image")
+    found = verify.check(store).damaged
+    assert found["1.webp"].startswith("what it says of itself is damaged: ") and " object at 0x" not in "".join(found.values())
+
+
 def test_lossy_images_are_checked_by_their_size(tmp_path):
     output = Output(format=ImageFormat.jpeg, filename="{i}", quality=50, png_level=1, gallery=False)
     store = open_store(str(tmp_path))

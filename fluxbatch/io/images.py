@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from PIL import Image, PngImagePlugin
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 EXTENSIONS = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
 
@@ -47,14 +47,20 @@ def decode(data: bytes) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(data)) as image:
             return np.asarray(image.convert("RGB"))
+    except UnidentifiedImageError:  # which speaks of Python's objects
+        raise ValueError("not a whole image: its first bytes are not those of an image file") from None
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         raise ValueError(f"not a whole image: {error}") from None
 
 
 def parameters(data: bytes) -> dict[str, Any]:
-    """What a JPEG or WebP file says of itself, as ``encode`` was told under that name; empty if nothing."""
-    with Image.open(io.BytesIO(data)) as image:
-        text = image.getexif().get(_IMAGE_DESCRIPTION)
+    """What a JPEG or WebP file says of itself, as ``encode`` was told under that name; empty if nothing. Raises ValueError
+    when that is damaged."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            text = image.getexif().get(_IMAGE_DESCRIPTION)
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        raise ValueError(f"what it says of itself is damaged: {error}") from None
     try:
         found = json.loads(json.loads(text)["parameters"])
     except (TypeError, ValueError, KeyError):  # no such text, or another program's
