@@ -25,6 +25,9 @@ ANEW = re.compile(
     r"|lora(\.[^.]+\.(path|weight_name))?|lora_config\.(lora_model_name_or_path|weight_name)"
 )
 
+OF_A_ROW = ("index", "id", "prompt", "prompt_2", "seed", "height", "width", "num_inference_steps", "guidance_scale")
+ANOTHER_START = "another start of the same job restores it"
+
 
 @dataclass
 class ReplayJob(Job):
@@ -51,10 +54,14 @@ def replay(job: ReplayJob) -> int:
 
     anew = _anew()
     store = open_store(join(job.output_dir, *([job.run_name] if job.run_name else [])))
-    found = yaml.safe_load(store.read(CONFIG))
-    facts = found.pop("resolved")
+    try:
+        found = yaml.safe_load(store.read(CONFIG))
+        facts = found.pop("resolved")
+    except (yaml.YAMLError, AttributeError, KeyError, TypeError):
+        raise UserError(f"{join(store.url, CONFIG)}: expected what a run writes there; {ANOTHER_START}") from None
     # as of the last merge, which knows ids and places of rows that have moved; a run that was killed made more
-    records = [json.loads(line) for line in store.read(METADATA).splitlines()] if store.exists(METADATA) else []
+    lines = store.read(METADATA).splitlines() if store.exists(METADATA) else []
+    records = [_record(line, f"{join(store.url, METADATA)}:{number}") for number, line in enumerate(lines, 1)]
     merged = {record["file_name"] for record in records}
     records += (record for record in read_records(store) if record["file_name"] not in merged)
     record = next((record for record in records if record["id"] == job.id), None)
@@ -125,10 +132,22 @@ def _recorded(job: ReplayJob, found: dict[str, Any], facts: dict[str, Any], reco
     return recorded
 
 
+def _record(line: bytes, where: str) -> dict[str, Any]:
+    """A line of metadata.jsonl; UserError where it has become something else."""
+    import json
+
+    try:
+        record = json.loads(line)
+        if {*OF_A_ROW, "file_name", "sha256"} <= record.keys():
+            return record
+    except (ValueError, AttributeError):
+        pass
+    raise UserError(f"{where}: expected a record as a run writes it; {ANOTHER_START}")
+
+
 def _row(record: dict[str, Any]) -> Row:
-    keys = ("index", "id", "prompt", "prompt_2", "seed", "height", "width", "num_inference_steps", "guidance_scale")
     lora = record.get("lora")
-    return Row(**{key: record[key] for key in keys}, lora=None if lora is None else tuple(sorted(lora.items())))
+    return Row(**{key: record[key] for key in OF_A_ROW}, lora=None if lora is None else tuple(sorted(lora.items())))
 
 
 def main() -> NoReturn:
