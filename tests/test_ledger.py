@@ -501,6 +501,26 @@ def test_a_damaged_record_is_named_with_its_line():
         open_ledger(store)
 
 
+@pytest.mark.parametrize("log", ["records", "rejects"])
+def test_an_empty_object_is_damage_and_no_merge_waits_for_its_lines(log):
+    store, rows = MemoryStore(), [plain.row(k) for k in range(4)]
+    run(store, rows)
+    store.objects[f".fluxbatch/{log}/other-000001.jsonl"] = b""
+    with pytest.raises(StorageError, match=f"memory/.fluxbatch/{log}/other-000001.jsonl: empty"):
+        run(store, rows)
+
+
+def test_a_last_line_without_its_end_is_a_line_of_its_own_when_others_follow():
+    """An editor may have saved it so, when its user took a record out to have the picture made again."""
+    store, rows = MemoryStore(), [plain.row(k) for k in range(6)]
+    run(store, rows[:4])
+    (name,) = (name for name in store.objects if "/records/" in name)
+    store.objects[name] = store.objects[name].rstrip(b"\n")
+    for _ in range(2):
+        assert run(store, rows).done == len(rows)
+        check(store, rows)
+
+
 # --- and ------------------------------------------------------------------------------------
 
 

@@ -61,14 +61,18 @@ class Log:
     def delete(self, names: Iterable[str]) -> None:
         in_parallel(self._store.delete, names)
 
-    def _read(self, name: str) -> bytes:
+    def _read(self, name: str) -> bytes | None:
+        """None: it is gone."""
         try:
             return self._store.read(name)
         except NotFound:
-            return b""
+            return None
 
-    def _lines(self, name: str, data: bytes) -> Iterator[tuple[str, bytes, Any]]:
-        for number, line in enumerate(data.splitlines(keepends=True), 1):
+    def _lines(self, name: str, data: bytes | None) -> Iterator[tuple[str, bytes, Any]]:
+        if data == b"":  # nobody appends nothing
+            raise StorageError(f"{join(self._store.url, name)}: empty; is the disk damaged?", fatal=True)
+        for number, line in enumerate((data or b"").splitlines(), 1):
+            line += b"\n"  # an editor may have saved the last one without its end
             try:
                 yield name, line, json.loads(line)
             except ValueError:
