@@ -282,12 +282,15 @@ def _whoever_reads() -> Iterator[None]:
     """Within, no print fails: neither for who reads it, nor for a character that the terminal does not know."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
-    out, err = (stream and _Stream(stream) for stream in (sys.stdout, sys.stderr))  # None where they are closed
+    # For those that are closed, in this order: each open takes the least free number, so no picture's file gets one that compilers write to
+    if sys.stdin is None:
+        os.open(os.devnull, os.O_RDONLY)
+    out, err = (_Stream(stream or open(os.devnull, "w", encoding="utf-8")) for stream in (sys.stdout, sys.stderr))
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             yield
         finally:
-            for stream in filter(None, (out, err)):
+            for stream in (out, err):
                 stream.flush()
 
 
