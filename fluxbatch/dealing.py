@@ -201,7 +201,7 @@ class Shared:
             number = self._hand.pop(0)
             if self._claims.take(str(number)):
                 return number
-            if not self._dealt:  # someone else is at these as well: better look again
+            if not self._dealt or self._claims.finished:  # someone else is at these as well, or was: better look again
                 self._hand.clear()
         return None
 

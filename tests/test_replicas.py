@@ -255,6 +255,7 @@ def test_after_the_end_another_start_claims_anew():
     first.done("1")
     first.finish()
     assert second.survey().finished  # though it was still looking
+    assert not second.take("1") and second.finished and second.take_over("2", 1) is None  # or had slept
     assert [name for name in store.objects if "/claims/" in name] == [".fluxbatch/claims/plan-0/finished"]
     _, later = party(store, 1, start="later")
     assert not later.survey().finished and later.take("1")
@@ -298,6 +299,19 @@ def work_through(store, index, count, rows, pause, dies_after=None, expiry=0.8, 
     tally = ledger.merge() if work.merges else None
     work.ended(0, "", {"made": tally.done} if tally else {}, speed={"images_per_second": index})
     return work.merges, tally
+
+
+def test_who_wakes_up_after_the_end_draws_nothing_again():
+    """Of its hand, which nobody claims any more as the claims are cleared away."""
+    store, rows, made = MemoryStore(), mixed_rows(100), []
+    ledger = Ledger(store, FACTS, writer_id="asleep-0")
+    asleep = dealing.Shared(Replica(0, 2), store, ledger, "asleep", batching.portions(rows, 2, 16), ledger.remaining(rows), 2, 60)
+    asleep.started()
+    merges, tally = work_through(store, 1, 2, rows, 0, made=made)
+    assert merges and tally.done == len(made) == 100
+    assert list(asleep.shards(Never())) == [] and not asleep.merges
+    asleep.ended(0, "", {})
+    assert [name for name in store.objects if "/claims/" in name and not name.endswith("/finished")] == []
 
 
 @pytest.mark.parametrize("seed", range(4))

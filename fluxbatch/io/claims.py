@@ -4,7 +4,7 @@
     .fluxbatch/claims/PLAN/17.1         task 17 is with the replica and start that stand in it …
     .fluxbatch/claims/PLAN/17.2         … and, when that one was lost, with the next
     .fluxbatch/claims/PLAN/17.done      its records are durable
-    .fluxbatch/claims/PLAN/finished     so are all, and they are merged
+    .fluxbatch/claims/PLAN/finished     so are all, and they are merged: there is nothing to claim any more
 
 A claim is created if absent, so one replica gets it. It is good as long as its holder lives: until the sign
 of life says that it ended or was started anew, or until the sign has stood still for ``expiry`` seconds by the
@@ -124,6 +124,7 @@ class Claims:
         self._place = f"{_CLAIMS}{plan}-{round}/"
         self._holders: dict[str, Holder] = {}  # claims never change
         self._signs: dict[int, tuple[bytes, float]] = {}  # replica → its sign, and when it was first seen
+        self.finished = False  # as of the last claiming
 
     def take(self, task: str) -> bool:
         """Claims a task that nobody has."""
@@ -162,8 +163,14 @@ class Claims:
         return Survey(frozenset(done), {task: n for task, n in claimed.items() if task not in done}, False)
 
     def _create(self, task: str, generation: int) -> bool:
-        data = json.dumps(self._holder._asdict()).encode() + b"\n"
-        return self._store.write(f"{self._place}{task}.{generation}", data, if_absent=True)
+        name = f"{self._place}{task}.{generation}"
+        if not self._store.write(name, json.dumps(self._holder._asdict()).encode() + b"\n", if_absent=True):
+            return False
+        # Whoever wakes up after the end finds no claims either: they went after that was said.
+        self.finished = self._store.exists(self._place + _FINISHED)
+        if self.finished:
+            self._store.delete(name)
+        return not self.finished
 
     def _read(self, task: str, generation: int) -> Holder:
         name = f"{self._place}{task}.{generation}"
