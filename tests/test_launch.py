@@ -315,6 +315,26 @@ def test_the_image_is_of_what_is_there():
     assert json.loads(re.search(r"^ENTRYPOINT (.+)$", text, re.MULTILINE)[1]) == ["python", "-m", "fluxbatch.run"]
 
 
+def test_a_signal_reaches_processes_that_are_just_being_started(monkeypatch):
+    spec = importlib.util.spec_from_file_location("local", LAUNCH / "local.py")
+    local = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(local)
+    got = []
+
+    class Process:
+        def __init__(self, *_, **__):
+            local.stop(signal.SIGTERM, None)  # nobody is known yet
+
+        def send_signal(self, number):
+            got.append(number)
+
+        def wait(self):
+            return Exit.PREEMPTED
+
+    monkeypatch.setattr(subprocess, "Popen", Process)
+    assert local.replica(0, 1, 2, []) == Exit.PREEMPTED and got == [signal.SIGTERM] * 2
+
+
 @pytest.mark.slow
 def test_replicas_on_this_machine_survive_a_kill(tmp_path):
     """Two replicas of two processes; one process is killed, its replica is started again, all rows are there."""

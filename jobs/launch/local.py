@@ -43,6 +43,8 @@ def replica(index: int, replicas: int, each: int, words: list[str]) -> int:
                 command = [sys.executable, "-m", "fluxbatch.run", f"replica_index={index}", f"replica_count={replicas}", *words]
                 started.append(subprocess.Popen(command, env=env, start_new_session=True))  # Ctrl-C reaches them through `stop`
             processes.update(started)
+            for process in started if stopping else ():  # asked while they were being started
+                process.send_signal(signal.SIGTERM)
             codes = [process.wait() for process in started]
             processes.difference_update(started)
         if stopping or not AGAIN & {*codes}:
