@@ -22,6 +22,7 @@ from fluxbatch.io.images import decode, parameters, pixel_sha256
 from fluxbatch.io.ledger import HIDDEN, IMAGES, METADATA, RECORDS, Record, read_records, remove
 from fluxbatch.io.log import Log, in_parallel
 from fluxbatch.io.names import RESERVED
+from fluxbatch.io.place import LOCK
 from fluxbatch.io.storage import NotFound, Store, join, open_store
 from fluxbatch.types import Exit, UserError
 
@@ -105,7 +106,8 @@ def _report(store: Store, repair: bool) -> Findings:
         log = Log(store, RECORDS, f"repair-{secrets.token_hex(4)}")
         if not log.names():
             raise UserError(f"{join(store.url, RECORDS)}: not there, so repair=true has no records to forget; expected it to be copied along")
-        remove(store, log, lambda record: record["file_name"] in bad)
+        with store.hold(LOCK, shared=False):  # a start at work would write the records of its shard again
+            remove(store, log, lambda record: record["file_name"] in bad)
         print(f"  repaired  {len(bad)} rows are to be made again: start the same job once more")
     return found
 

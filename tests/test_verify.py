@@ -11,6 +11,7 @@ import plain
 from fluxbatch import verify
 from fluxbatch.config import ImageFormat, Output
 from fluxbatch.io.images import EXTENSIONS, encode
+from fluxbatch.io.place import LOCK
 from fluxbatch.io.storage import open_store
 from test_writer import start
 
@@ -76,6 +77,15 @@ def test_a_repaired_run_is_whole_after_one_more_start(run, command):
     _, writer = start(open_store(str(run)), ROWS)
     assert writer.written == 4
     assert command(f"output_dir={run.parent}", "run_name=demo")[0] == 0
+
+
+def test_a_run_that_is_at_work_is_not_repaired(run, command):
+    """It would write what is forgotten again, as it compacts its shard."""
+    damage(run)
+    with open_store(str(run)).hold(LOCK, shared=True):
+        code, text = command(f"output_dir={run.parent}", "run_name=demo", "repair=true")
+    assert code == 2 and "repaired" not in text and f"error: another start is at work in {run}" in text
+    assert command(f"output_dir={run.parent}", "run_name=demo", "repair=true")[0] == 3
 
 
 def test_without_its_ledger_a_run_is_not_repaired(run, command):
