@@ -11,12 +11,17 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 from conftest import GOLDEN, images, metadata, psnr, xla_flags
+from jax.experimental import multihost_utils
 
+from fluxbatch.dist import hosts
 from fluxbatch.dist.hosts import HEARTBEAT
 from fluxbatch.dist.replica import hold_port
+from fluxbatch.io.storage import StorageError
+from fluxbatch.types import UserError
 
 KILLS = int(os.environ.get("FLUXBATCH_SOAK", "2"))
 ROWS = 640  # three seconds at 200 a second: whoever interferes must not come too late
@@ -122,6 +127,25 @@ def test_sigterm_to_one_drains_all(tmp_path, cache):
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert status["exit_code"] == 75 and 0 < status["counts"]["left"] < ROWS
     assert len(metadata(tmp_path / "run")) == pictures(tmp_path / "run")
+
+
+@pytest.mark.parametrize(("error", "code"), [(UserError("a typo"), 2), (StorageError("a full disk", unforeseen=True), 1), (RuntimeError("a bug"), 1)])
+def test_a_process_ends_as_the_one_that_failed(monkeypatch, error, code):
+    """2 tells schedulers never to try again, whichever process says it."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    words = [0, 0]
+
+    def allgather(word):
+        words[1] = int(word[0])
+        return np.array([words[1], 7], np.uint32)
+
+    monkeypatch.setattr(multihost_utils, "process_allgather", allgather)
+    with pytest.raises(type(error)), hosts.together():
+        raise error
+    monkeypatch.setattr(multihost_utils, "process_allgather", lambda word: np.array([words[1], word[0]], np.uint32))
+    with pytest.raises(hosts.KnownToAll, match="process 0 of this replica has failed") as known:
+        hosts.agree("manifest", [1])
+    assert known.value.code == code
 
 
 @pytest.mark.slow

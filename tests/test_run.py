@@ -3,6 +3,7 @@ the batch size, the devices and the sharding; one compilation per shape; records
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -269,6 +270,17 @@ def test_the_status_is_left_where_the_records_cannot_be_merged(cli, golden, tmp_
     code, err = cli(*flags(golden, tmp_path, prompt="a fox", resolution=32, num_inference_steps=1))
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert code == 1 and (status["exit_code"], status["reason"]) == (1, "flux_0.png: no space left on device") and status["reason"] in err
+
+
+def test_a_disk_that_is_full_at_the_start_is_no_mistake_of_the_user_s(cli, golden, tmp_path, monkeypatch):
+    """2 tells schedulers never to try again."""
+
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    code, err = cli(*flags(golden, tmp_path, prompt="a fox"))
+    assert code == 1 and "no space left on device" in err and len(err.splitlines()) == 1
 
 
 def test_pages_and_status_are_there_before_a_word_is_printed(cli, golden, tmp_path, monkeypatch):

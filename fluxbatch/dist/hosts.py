@@ -133,7 +133,7 @@ def together() -> Iterator[None]:
     except BaseException as error:
         if is_loss(error):
             lost(error)
-        _exchange(_FAILED)
+        _exchange(_MISTAKE if isinstance(error, UserError) and error.code == Exit.BAD_INPUT else _FAILED)
         raise
     meet()
 
@@ -163,7 +163,7 @@ def agree(what: str, values: Iterable[object]) -> None:
         raise KnownToAll(f"process {odd[0]} of this replica sees another {what} than process 0: the same files and settings are needed")
 
 
-_FAILED = 2**32 - 1
+_FAILED, _MISTAKE = 2**32 - 2, 2**32 - 1  # the words of a process that fails, and that would at another start
 
 
 def _exchange(word: int) -> list[int]:
@@ -171,8 +171,11 @@ def _exchange(word: int) -> list[int]:
     if jax.process_count() == 1:
         return [word]
     words = np.asarray(multihost_utils.process_allgather(np.array([word], np.uint32))).reshape(-1).tolist()
-    if _FAILED in words and word != _FAILED:
-        raise KnownToAll(f"process {words.index(_FAILED)} of this replica has failed, and says why")
+    if word < _FAILED <= max(words):
+        who = next(i for i, other in enumerate(words) if other >= _FAILED)
+        known = KnownToAll(f"process {who} of this replica has failed, and says why")
+        known.code = Exit.BAD_INPUT if words[who] == _MISTAKE else 1  # as its own
+        raise known
     return words
 
 

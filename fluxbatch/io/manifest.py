@@ -52,7 +52,9 @@ def read_rows(job: Job, *, multiple: int = 16) -> tuple[list[Row], list[Reject]]
             parsed = _parsed(stream, job.manifest, job.prompt_column)
             rows, rejects = _collect(parsed, resolve, lambda n: f"{name}:{n}", quarantine)
     except StorageError as error:
-        raise UserError(f"manifest: {error}") from None
+        mistake = UserError(f"manifest: {error}")
+        mistake.code = error.code  # a server that stays away is none
+        raise mistake from None
     if not rows and not rejects:
         raise UserError(f"{job.manifest}: no rows in it")
     return rows, rejects

@@ -22,6 +22,7 @@ from fluxbatch.types import UserError
 
 # What no retry and no other row can cure: these stop the job.
 _FATAL_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
+_UNFORESEEN = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ETIMEDOUT}
 MAX_BYTES = 255  # of a part of a name
 _TEMP = re.compile(r"\.[0-9a-f]{32}\.tmp")  # other people's files may end in .tmp too
 _ABANDONED_AFTER = 3600.0  # seconds; no write of ours holds a temp file that long
@@ -35,11 +36,14 @@ class StorageError(UserError):
     """The place could not be read or written: one line that names it. Never holds credentials.
 
     ``fatal``: every later write will fail as well (disk full, no permission, no such bucket).
+    ``unforeseen``: nobody's mistake (disk full, a server that stays away): another start may find it gone, so the exit code is 1.
     """
 
-    def __init__(self, message: str, *, fatal: bool = False):
+    def __init__(self, message: str, *, fatal: bool = False, unforeseen: bool = False):
         super().__init__(message)
         self.fatal = fatal
+        if unforeseen:
+            self.code = 1
 
 
 class NotFound(StorageError):
@@ -230,7 +234,7 @@ def _translated(place: str) -> Iterator[None]:
         raise NotFound(f"{place}: no such file") from None
     except OSError as error:
         reason = (error.strerror or type(error).__name__).lower()
-        raise StorageError(f"{place}: {reason}", fatal=error.errno in _FATAL_ERRNOS) from error
+        raise StorageError(f"{place}: {reason}", fatal=error.errno in _FATAL_ERRNOS, unforeseen=error.errno in _UNFORESEEN) from error
 
 
 def _make_directory(path: Path) -> None:
