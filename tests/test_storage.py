@@ -339,6 +339,19 @@ def test_an_object_that_is_not_there_is_told_from_its_bucket_by_google_s_words(g
         assert error.value.fatal
 
 
+def test_a_name_that_was_taken_and_is_free_again_was_taken(gcs, monkeypatch):
+    """As a claim is when the last replica clears them away just then."""
+    store = gcs_store()
+    store.write("7.1", b"theirs")
+
+    def read(name, real=store.read):
+        store.delete(name)
+        return real(name)
+
+    monkeypatch.setattr(store, "read", read)
+    assert store.write("7.1", b"mine", if_absent=True) is False
+
+
 @pytest.mark.parametrize("fault", ["lost answer", *(pytest.param(k, marks=pytest.mark.slow) for k in SLOW)])
 def test_a_fault_is_outlasted(gcs, fault):
     gcs.stall = 1.5
