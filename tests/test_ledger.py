@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import shutil
 import threading
 import time
 
@@ -16,7 +17,7 @@ from fluxbatch.io.images import decode, encode, pixel_sha256
 from fluxbatch.io.ledger import Ledger, row_key, write_status
 from fluxbatch.io.match import decisive
 from fluxbatch.io.place import open_place
-from fluxbatch.io.storage import NotFound, StorageError, check_name
+from fluxbatch.io.storage import NotFound, StorageError, check_name, open_store
 from fluxbatch.types import Reject, UserError
 
 FACTS = {"model_digest": "abc", "sampler": {"base_shift": 0.5, "max_shift": 1.15}}
@@ -373,6 +374,24 @@ def test_a_run_does_not_write_over_its_own_manifest(tmp_path):
             with pytest.raises(UserError, match=r"manifest=.*: the run would write its metadata.jsonl there; give another run_name"):
                 open_place(job)
         open_ledger(open_place(dataclasses.replace(job, manifest=str(tmp_path / "other.jsonl"))), overwrite=True)
+
+
+def test_a_sweep_s_page_is_not_written_over_somebody_s(tmp_path):
+    root, job = tmp_path / "s", plain.job(output_dir=str(tmp_path), run_name="s/seed=0", sweep={"seed": 0})
+    job.output.gallery = True
+    open_place(job)
+    root.mkdir()
+    (root / "index.html").write_bytes(b"somebody's")
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"s/index.html: is there already, and no sweep's; .*overwrite=true"):
+            open_place(job)
+        open_ledger(open_store(str(root)), overwrite=True)  # nor over that of a run by itself
+    job.output.gallery = False
+    open_place(job)
+    job.output.gallery = True
+    shutil.rmtree(root / ".fluxbatch")
+    open_ledger(open_store(str(root / "seed=1")))  # a job of the sweep that has left the page
+    open_place(job)
 
 
 def test_what_else_a_row_says_may_change():

@@ -26,6 +26,8 @@ def open_place(job: Job) -> Store:
             raise UserError(f"manifest={job.manifest}: the run would write its {name} there; give another run_name=… or output_dir=…")
     if not job.overwrite:
         refuse_foreign(store)
+        if job.sweep and job.output.gallery:
+            _refuse_foreign_page(open_store(join(job.output_dir, *job.run_name.split("/")[:-1])))
     return store
 
 
@@ -37,6 +39,13 @@ def refuse_foreign(store: Store) -> None:
     # another process may have begun this very job between the two looks
     if foreign and not store.exists(JOB):
         raise UserError(f"{join(store.url, foreign)}: is there already, without a record; {WAY_OUT}")
+
+
+def _refuse_foreign_page(root: Store) -> None:
+    """UserError where a sweep's page would replace somebody's, or that of a run by itself."""
+    page = "index.html"
+    if root.exists(page) and (root.exists(JOB) or not any(name.endswith(f"/{JOB}") and name.count("/") == 2 for name in root.list())):
+        raise UserError(f"{join(root.url, page)}: is there already, and no sweep's; {WAY_OUT}")
 
 
 def _is_one(path: str, other: str) -> bool:
