@@ -191,6 +191,10 @@ def test_a_lock_of_another_user_is_locked_all_the_same(tmp_path, monkeypatch):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         return real(path, flags, *mode)
 
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "open", read_only)
+        with pytest.raises(StorageError, match="lock: permission denied"), second.hold("lock", shared=False):
+            pass  # there is none, and may be none
     with first.hold("lock", shared=False):
         monkeypatch.setattr(os, "open", read_only)
         with pytest.raises(StorageError, match="another start is at work"), second.hold("lock", shared=False):

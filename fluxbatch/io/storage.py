@@ -191,7 +191,10 @@ class LocalStore:
             _make_directory(path.parent)
             try:
                 file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-            except PermissionError:  # another user's, in a place that both may write to
+            except PermissionError:
+                if not path.exists():
+                    raise
+                # another user's, in a place that both may write to
                 file = os.open(path, os.O_RDONLY)
         try:
             if not _lock(file, shared):
