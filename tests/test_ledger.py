@@ -508,6 +508,28 @@ def test_records_that_are_compacted_while_they_are_read_are_seen():
     assert len(again.merge().rejects) == 0
 
 
+def test_a_start_does_not_wait_for_others_to_pause():
+    """Many replicas commit more often than a bucket can be listed: one that comes later still begins."""
+    rows = [plain.row(k) for k in range(40)]
+
+    class Busy(MemoryStore):
+        """Another process commits a batch before each listing."""
+
+        def list(self, prefix=""):
+            if prefix.endswith("/records/") and self.batches:
+                produce(self, *self.batches.pop())
+            return super().list(prefix)
+
+    store = Busy()
+    store.batches = []
+    other, late = open_ledger(store), open_ledger(store)
+    _, names = assign(other, rows)
+    produce(store, other, rows[:4], names)
+    store.batches = [(other, [row], names) for row in rows[4:]]
+    todo, _ = assign(late, rows)
+    assert len(store.batches) > 30 and not {row.id for row in todo} & {row.id for row in rows[:4]}
+
+
 def test_a_damaged_record_is_named_with_its_line():
     store = MemoryStore()
     run(store, [plain.row(k) for k in range(4)])

@@ -7,6 +7,7 @@ at least once; readers must take a doubled line for one.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import threading
@@ -44,16 +45,22 @@ class Log:
         return name
 
     def scan(self, writer: str = "") -> Iterator[tuple[str, bytes, Any]]:
-        """(object, line, value of the line) of everything, or of those whose id begins with ``writer``; read
-        piece by piece."""
+        """(object, line, value of the line) of everything that is there now, or of those whose id begins with
+        ``writer``; read piece by piece."""
         read: set[str] = set()
-        # An object that vanishes meanwhile was compacted into one that the next listing shows.
-        while names := [name for name in self.names(writer) if name not in read]:
+        # An object that vanishes meanwhile, or while the first listing goes on, was compacted into one that the next
+        # listing shows. Not every new one is waited for: many replicas append faster than a bucket lists.
+        for listing in itertools.count():
+            names = [name for name in self.names(writer) if name not in read]
             read.update(names)
+            vanished = False
             for start in range(0, len(names), _PARALLEL):
                 window = names[start : start + _PARALLEL]
                 for name, data in zip(window, in_parallel(self._read, window), strict=True):
+                    vanished |= data is None
                     yield from self._lines(name, data)
+            if not names or (listing and not vanished):
+                return
 
     def names(self, writer: str = "") -> list[str]:
         return list(self._store.list(self._prefix + writer))
