@@ -17,7 +17,7 @@ from fluxbatch.dist import hosts
 from fluxbatch.engine import Engine
 from fluxbatch.io.gallery import write_contact_sheet, write_gallery, write_grid
 from fluxbatch.io.ledger import Ledger, Tally, write_status
-from fluxbatch.io.place import CONFIG, METADATA, REJECTS
+from fluxbatch.io.place import CONFIG, JOB, METADATA, REJECTS
 from fluxbatch.io.storage import StorageError, Store, join, open_store
 from fluxbatch.report import Report
 from fluxbatch.types import Exit, UserError
@@ -168,9 +168,12 @@ def _write_grid(job: Job) -> str:
     """The page of a multirun, rewritten as its jobs finish: what each one varied is in its config."""
     assert job.run_name is not None
     root = open_store(join(job.output_dir, *job.run_name.split("/")[:-1]))
-    jobs = {}
+    jobs, begun = {}, set()  # what is somebody else's has no ledger, which is listed before the configuration
     for name in root.list():
-        if name.count("/") == 1 and name.endswith(f"/{CONFIG}"):
-            jobs[name.partition("/")[0]] = yaml.safe_load(root.read(name)).get("sweep") or {}
+        folder, _, file = name.partition("/")
+        if file == JOB:
+            begun.add(folder)
+        if file == CONFIG and folder in begun:
+            jobs[folder] = yaml.safe_load(root.read(name)).get("sweep") or {}
     write_grid(root, dict(sorted(jobs.items(), key=lambda item: (len(item[0]), item[0]))), job.run_name.split("/")[-2])
     return join(root.url, "index.html")

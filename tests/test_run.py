@@ -416,9 +416,13 @@ def test_non_finite_rows_are_set_aside(cli, golden, tmp_path):
 
 
 def test_multirun_gives_each_job_a_directory(cli, golden, tmp_path):
+    """And a page of them all, whatever else lies beside them."""
     args = flags(golden, tmp_path, "sweep", prompt="a fox", resolution=32)
+    for name, text in (("theirs", "!!python/name:os.sep"), ("other", "- a\n"), ("third", "sweep: {x: 1}\n")):
+        (tmp_path / "sweep" / name).mkdir(parents=True)
+        (tmp_path / "sweep" / name / "config.yaml").write_text(text)
     code, _ = cli("--multirun", *args, "num_inference_steps=1,2")
-    assert code == 0
+    assert code == 0 and "third" not in (tmp_path / "sweep" / "index.html").read_text()
     steps = [metadata(tmp_path / "sweep" / f"num_inference_steps={n}")[0]["num_inference_steps"] for n in (1, 2)]
     assert steps == [1, 2]
     assert (tmp_path / "sweep" / "index.html").exists()
