@@ -181,6 +181,19 @@ def test_every_spec_is_sound(render, kind, name):
     check(kind, text, module.TARGETS[name])
 
 
+@pytest.mark.parametrize("name", ["日本語", "___", "Nacht_ünï", "2024 night", f"{'a' * 39}-b"])
+def test_a_spec_is_sound_whatever_the_run_is_called(render, name):
+    words = [word for word in WORDS if not word.startswith("run_name=")] + [f"run_name='{name}'"]
+    for kind in ("jobset", "cronjob", "scheduler"):
+        text, code = render(f"kind={kind}", "target=h100-8", defaults=words)
+        assert code == 0, text
+        check(kind, text, module.TARGETS["h100-8"])
+    slurm = [word for word in words if "secret" not in word and "project" not in word]
+    text, _ = render("kind=slurm", "target=h100-8", defaults=slurm)
+    (line,) = re.findall("^#SBATCH (--job-name=.*)$", text, re.MULTILINE)
+    assert shlex.split(line, comments=True) == [f"--job-name={name}"]  # as sbatch reads it
+
+
 WRONG = [
     ("jobset", ("spec", "replicatedJobs", 0, "replicas"), 5), ("jobset", ("spec", "replicatedJobs", 0, "replica"), 6),
     ("jobset", ("spec", "failurePolicy", "rules", 0, "action"), "Fail"), ("jobset", ("kind",), "Jobset"),
