@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib.util
 import json
 import math
 import os
@@ -222,9 +221,6 @@ def _offenders(job: Job, rows: bool) -> Iterator[tuple[str, Any, str]]:
     for key in ("text_cache_dir", "jax_cache_dir"):
         if (value := getattr(job, key)) is not None and os.path.exists(value) and not os.path.isdir(value):
             yield key, value, "a directory, found a file"
-    scheme, remote, _ = (job.jax_cache_dir or "").partition("://")
-    if remote and importlib.util.find_spec({"gs": "gcsfs", "s3": "s3fs"}.get(scheme, "no_such_module")) is None:  # through these JAX writes there
-        yield "jax_cache_dir", job.jax_cache_dir, "a local directory, null, or gs://bucket/prefix where gcsfs is installed"
     if not 0 < job.text_cache_gigabytes <= 1e6:
         yield "text_cache_gigabytes", job.text_cache_gigabytes, "a number above 0; text_cache_dir=null keeps nothing"
 

@@ -116,12 +116,13 @@ class Outcome:
         pages = []
         if self.job.output.gallery and cut is None:  # a machine that is taken away does not wait for pages
             title = self.job.run_name or ""
-            rejects = self._lines(REJECTS) if tally.rejects else ()
-            write_gallery(self.store, self._lines(METADATA), rejects, title, self.report.figures(counts, own))
-            write_contact_sheet(self.store, self._lines(METADATA), title=title)
-            pages.append(f"look at    {join(self.store.url, 'index.html')} or {join(self.store.url, 'contact_sheet.png')}")
-            if self.job.sweep:
-                pages.append(f"the sweep  {_write_grid(self.job)}")
+            with self.report.stage("pages"):
+                rejects = self._lines(REJECTS) if tally.rejects else ()
+                write_gallery(self.store, self._lines(METADATA), rejects, title, self.report.figures(counts, own))
+                write_contact_sheet(self.store, self._lines(METADATA), title=title)
+                pages.append(f"look at    {join(self.store.url, 'index.html')} or {join(self.store.url, 'contact_sheet.png')}")
+                if self.job.sweep:
+                    pages.append(f"the sweep  {_write_grid(self.job)}")
         self.work.ended(code, REASONS[code], counts, **self.report.measured())
         self.report.summary(counts, join(self.store.url, METADATA), own)
         for line in pages:

@@ -394,7 +394,6 @@ WRONG = [
     ("text_cache_gigabytes=1e300", "text_cache_gigabytes=1e+300", "above 0"),
     ("text_cache_dir=/dev/null", "text_cache_dir=/dev/null", "a directory, found a file"),
     ("jax_cache_dir=/dev/null", "jax_cache_dir=/dev/null", "a directory, found a file"),
-    ("jax_cache_dir=memory://b/x", "jax_cache_dir=memory://b/x", "a local directory"),
     ("clip_model_name_or_path=", "model.clip_model_name_or_path=", "a path or name"),
     ("+sampler/num_inference_steps=8", "sampler/num_inference_steps", "no key"),
     ("lora=null", "lora=null", "expected one of none, outline, pixel-art"),
@@ -421,14 +420,6 @@ def test_an_address_that_has_lost_a_slash_makes_no_directory(command, tmp_path, 
     command("-m", "prompt=x", "seed=0,1", "output_dir=gs:/bucket/out", expect=2)
     assert command.jobs == [] and [p.name for p in tmp_path.iterdir()] == ["temporary"]
     assert command("prompt=x", "output_dir=a:b").output_dir == "a:b"
-
-
-def test_a_compilation_cache_in_a_bucket_needs_what_jax_writes_with(command, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    command("prompt=x", "jax_cache_dir=gs://b/x", expect=2)
-    assert command.lines == ["fluxbatch: error: jax_cache_dir=gs://b/x: expected a local directory, null, or gs://bucket/prefix where gcsfs is installed"]
-    monkeypatch.setattr("importlib.util.find_spec", {"gcsfs": "found"}.get)
-    assert command("prompt=x", "jax_cache_dir=gs://b/x").jax_cache_dir == "gs://b/x"
 
 
 def test_all_mistakes_at_once(command):

@@ -267,6 +267,16 @@ def test_processes_that_disagree_are_told(tmp_path, cache):
     assert said(tmp_path, "odd").count("sees another manifest") == 2
 
 
+@pytest.mark.parametrize("address", ["memory://b/x", "gs://b/x"])
+def test_a_compilation_cache_needs_what_jax_writes_with(cli, golden, tmp_path, monkeypatch, address):
+    """There it would keep nothing, or fail when the first program is compiled. A plan or a launch spec for elsewhere may name it."""
+    asked = []
+    monkeypatch.setattr("importlib.util.find_spec", asked.append)
+    code, err = cli(f"pretrained_model_name_or_path={golden / 'dev'}", "prompt=a fox", f"output_dir={tmp_path}", "hardware=cpu", f"jax_cache_dir={address}")
+    assert (code, err) == (2, f"fluxbatch: error: jax_cache_dir={address}: expected a local directory, null, or gs://bucket/prefix where gcsfs is installed\n")
+    assert asked == ["gcsfs" if address.startswith("gs") else "no_such_module"] and not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("environment,word", [
     ({"JAX_NUM_PROCESSES": "2"}, "JAX_PROCESS_ID"), ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "5"}, "JAX_PROCESS_ID"),
     ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}, "JAX_COORDINATOR_ADDRESS is not set: expected host:port"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 import os
 import secrets
 import signal
@@ -24,6 +25,7 @@ from jax.experimental import multihost_utils
 from fluxbatch.types import Exit, Row, UserError
 
 PLATFORMS = {"cpu": "cpu", "gpu": "cuda", "tpu": "tpu"}
+REMOTE = {"gs": "gcsfs", "s3": "s3fs"}  # through what JAX writes its cache where
 GPU_SHARES = "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"  # JAX's names for it; it refuses to be told both
 HEARTBEAT, SHUTDOWN = 30, 15  # seconds until a silent peer counts as lost, and that an exit waits for peers
 # How schedulers whose processes JAX finds by itself say how many there are.
@@ -50,8 +52,11 @@ def gpu_share() -> float:
 def start(platform: str, cache_dir: str | None) -> str:
     """Brings JAX up on ``platform`` (``auto``: the best there is) and returns its name: cpu, gpu or tpu.
 
-    UserError when this machine does not have it.
+    UserError when this machine does not have it, or JAX cannot write to ``cache_dir`` from here.
     """
+    scheme, remote, _ = (cache_dir or "").partition("://")
+    if remote and importlib.util.find_spec(REMOTE.get(scheme, "no_such_module")) is None:
+        raise UserError(f"jax_cache_dir={cache_dir}: expected a local directory, null, or gs://bucket/prefix where gcsfs is installed")
     if platform != "auto":
         jax.config.update("jax_platforms", PLATFORMS[platform])
     if cache_dir:
