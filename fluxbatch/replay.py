@@ -26,7 +26,6 @@ ANEW = re.compile(
 )
 
 OF_A_ROW = ("index", "id", "prompt", "prompt_2", "seed", "height", "width", "num_inference_steps", "guidance_scale")
-ANOTHER_START = "another start of the same job restores it"
 
 
 @dataclass
@@ -47,6 +46,7 @@ def replay(job: ReplayJob) -> int:
     from fluxbatch.finish import CONFIG
     from fluxbatch.io.images import decode, pixel_sha256
     from fluxbatch.io.ledger import METADATA, read_records
+    from fluxbatch.io.log import object_of
     from fluxbatch.io.match import difference
     from fluxbatch.io.storage import NotFound, join, open_store
     from fluxbatch.verify import fault_of
@@ -58,10 +58,10 @@ def replay(job: ReplayJob) -> int:
         found = yaml.safe_load(store.read(CONFIG))
         facts = found.pop("resolved")
     except (yaml.YAMLError, AttributeError, KeyError, TypeError):
-        raise UserError(f"{join(store.url, CONFIG)}: expected what a run writes there; {ANOTHER_START}") from None
+        raise UserError(f"{join(store.url, CONFIG)}: expected what a run writes there; another start of the same job restores it") from None
     # as of the last merge, which knows ids and places of rows that have moved; a run that was killed made more
     lines = store.read(METADATA).splitlines() if store.exists(METADATA) else []
-    records = [_record(line, f"{join(store.url, METADATA)}:{number}") for number, line in enumerate(lines, 1)]
+    records = [object_of(line, f"{join(store.url, METADATA)}:{number}", {*OF_A_ROW, "file_name", "sha256"}) for number, line in enumerate(lines, 1)]
     merged = {record["file_name"] for record in records}
     records += (record for record in read_records(store) if record["file_name"] not in merged)
     record = next((record for record in records if record["id"] == job.id), None)
@@ -130,19 +130,6 @@ def _recorded(job: ReplayJob, found: dict[str, Any], facts: dict[str, Any], reco
     for key in ("weights_dtype", "activations_dtype"):  # they may have been this machine's choice
         setattr(recorded.hardware, key, DType[facts[key]])
     return recorded
-
-
-def _record(line: bytes, where: str) -> dict[str, Any]:
-    """A line of metadata.jsonl; UserError where it has become something else."""
-    import json
-
-    try:
-        record = json.loads(line)
-        if {*OF_A_ROW, "file_name", "sha256"} <= record.keys():
-            return record
-    except (ValueError, AttributeError):
-        pass
-    raise UserError(f"{where}: expected a record as a run writes it; {ANOTHER_START}")
 
 
 def _row(record: dict[str, Any]) -> Row:

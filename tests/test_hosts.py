@@ -118,11 +118,12 @@ def test_a_killed_process_ends_the_others_and_the_next_start_completes(tmp_path,
 
 
 @pytest.mark.slow
-def test_sigterm_to_one_drains_all(tmp_path, cache):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=str)
+def test_a_signal_to_one_drains_all(tmp_path, cache, number):
     more = {"manifest": long_manifest(tmp_path), "resolution": 16, "shard_size": 32}
     processes = replica(tmp_path, cache, 2, **more)
     wait_for(processes, tmp_path / "run", 24)
-    processes[1].send_signal(signal.SIGTERM)
+    processes[1].send_signal(number)
     assert [p.wait(timeout=60) for p in processes] == [75, 75], said(tmp_path)
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert status["exit_code"] == 75 and 0 < status["counts"]["left"] < ROWS

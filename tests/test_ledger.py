@@ -14,7 +14,7 @@ import pytest
 
 from fluxbatch.io import ledger as module
 from fluxbatch.io.images import decode, encode, pixel_sha256
-from fluxbatch.io.ledger import Ledger, row_key, write_status
+from fluxbatch.io.ledger import Ledger, read_records, row_key, write_status
 from fluxbatch.io.match import decisive
 from fluxbatch.io.place import open_place
 from fluxbatch.io.storage import NotFound, StorageError, check_name, open_store
@@ -540,6 +540,21 @@ def test_a_damaged_record_is_named_with_its_line():
     store.objects[".fluxbatch/job.json"] = b"{"
     with pytest.raises(UserError, match="job.json: not a JSON object"):
         open_ledger(store)
+
+
+@pytest.mark.parametrize("line,told", [(b"null", "no JSON object"), (b"{}", "without file_name, height, id, index, key"), (b'{"id": "a"}', "without ")])
+def test_a_line_that_is_no_record_is_named(line, told):
+    store, rows = MemoryStore(), [plain.row(k) for k in range(4)]
+    run(store, rows)
+    for name, words in ((".fluxbatch/rejects/other-000001.jsonl", told[:8]), (".fluxbatch/records/other-000001.jsonl", told)):
+        store.objects[name] = line + b"\n"
+        with pytest.raises(StorageError, match=f"memory/{name}:1: {words}"):
+            run(store, rows)
+    for name in [name for name in store.objects if "/records/" in name]:  # as in a copy without the ledger
+        del store.objects[name]
+    store.objects["metadata.jsonl"] = line + b"\n"
+    with pytest.raises(StorageError, match=f"memory/metadata.jsonl:1: {told}"):
+        list(read_records(store))
 
 
 @pytest.mark.parametrize("log", ["records", "rejects"])

@@ -286,12 +286,12 @@ class Drain:
     lets the current batch finish; a second one, or one before ``draws``, ends the process at once (records
     on disk stay whole).
 
-    In a replica of several processes a SIGTERM to any of them stops all before the same batch, by JAX's
+    In a replica of several processes a SIGTERM or SIGINT to any of them stops all before the same batch, by JAX's
     own notice of preemption.
     """
 
     def __init__(self) -> None:
-        self._signalled = self._draws = False
+        self._signalled = self._passed_on = self._draws = False
         self._step = 0
         self.stopped = False
 
@@ -316,12 +316,21 @@ class Drain:
             os._exit(Exit.PREEMPTED)
 
 
+    def _pass_on(self, *_: object) -> None:
+        """To JAX, which notices SIGTERM."""
+        if self._passed_on:
+            os._exit(Exit.PREEMPTED)
+        self._passed_on = True
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
 @contextlib.contextmanager
 def drain_on_signals() -> Iterator[Drain]:
-    """Installs the handlers for the length of a run; none where JAX has its own."""
+    """Installs the handlers for the length of a run; none for SIGTERM where JAX has its own."""
     drain = Drain()
-    numbers = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
-    before = {number: signal.signal(number, drain._handle) for number in numbers}
+    alone = jax.process_count() == 1
+    handlers = {signal.SIGTERM: drain._handle, signal.SIGINT: drain._handle} if alone else {signal.SIGINT: drain._pass_on}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield drain
     finally:

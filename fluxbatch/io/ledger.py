@@ -13,7 +13,7 @@ import json
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-from fluxbatch.io.log import Log, in_parallel, json_line
+from fluxbatch.io.log import Log, in_parallel, json_line, object_of
 from fluxbatch.io.match import Record, RecordId, describe, difference, digest, key_under, match, row_key, with_extra
 from fluxbatch.io.names import Namer
 from fluxbatch.io.place import HIDDEN, IMAGES, JOB, METADATA, REJECTS, STATUS, WAY_OUT, refuse_foreign
@@ -23,6 +23,7 @@ from fluxbatch.types import Reject, Row, UserError
 __all__ = ["HIDDEN", "IMAGES", "METADATA", "REJECTS", "Ledger", "Record", "Tally", "read_records", "remove", "row_key", "utc_now", "write_status"]
 
 RECORDS = HIDDEN + "records/"
+_NEEDS = frozenset({"id", "key", "index", "file_name", "seed", "height", "width", "sha256"})  # what a record is read for
 _CHUNK = 10_000  # records in one object after the merge
 
 
@@ -54,8 +55,8 @@ class Ledger:
         self._facts = json.loads(json.dumps(job_facts))
         self._facts_digest = digest(self._facts)
         self._overwrite = overwrite
-        self._records = Log(store, RECORDS, writer_id)
-        self._rejects = Log(store, HIDDEN + "rejects/", writer_id)
+        self._records = Log(store, RECORDS, writer_id, _NEEDS)
+        self._rejects = Log(store, HIDDEN + "rejects/", writer_id, {"where", "reason", "id", "index", "created"})
         self._lock = threading.Lock()
         self._batches: dict[str, Sequence[Record]] = {}  # object → records, since the last compaction
         self._rows: dict[str, Row] = {}  # id → row of the manifest
@@ -264,10 +265,11 @@ class Ledger:
 
 def read_records(store: Store) -> Iterator[Record]:
     """Every record of the place once; from metadata.jsonl where the ledger was not copied along."""
-    log = Log(store, RECORDS, "reader")
+    log = Log(store, RECORDS, "reader", _NEEDS)
     if log.names() or not store.exists(METADATA):
         return _once(log)
-    return map(json.loads, store.read(METADATA).splitlines())
+    place = join(store.url, METADATA)
+    return (object_of(line, f"{place}:{number}", _NEEDS) for number, line in enumerate(store.read(METADATA).splitlines(), 1))
 
 
 def _once(log: Log) -> Iterator[Record]:

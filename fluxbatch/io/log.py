@@ -11,7 +11,7 @@ import itertools
 import json
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -24,14 +24,15 @@ B = TypeVar("B")
 
 
 class Log:
-    """The objects under ``prefix``. ``writer_id``: another one for every start of every process."""
+    """The objects under ``prefix``, each line with the keys ``needs``. ``writer_id``: another one for every start of every process."""
 
-    def __init__(self, store: Store, prefix: str, writer_id: str):
+    def __init__(self, store: Store, prefix: str, writer_id: str, needs: Set[str] = frozenset()):
         if not re.fullmatch(r"[A-Za-z0-9_-]+", writer_id):
             raise ValueError(f"writer_id: got {writer_id!r}, expected letters, digits, - and _")
         self._store = store
         self._prefix = prefix
         self._writer_id = writer_id
+        self._needs = needs
         self._lock = threading.Lock()
         self._count = 0
 
@@ -44,7 +45,7 @@ class Log:
             raise StorageError(f"{join(self._store.url, name)}: two processes have one writer id", fatal=True)
         return name
 
-    def scan(self, writer: str = "") -> Iterator[tuple[str, bytes, Any]]:
+    def scan(self, writer: str = "") -> Iterator[tuple[str, bytes, dict[str, Any]]]:
         """(object, line, value of the line) of everything that is there now, or of those whose id begins with
         ``writer``; read piece by piece."""
         read: set[str] = set()
@@ -75,16 +76,24 @@ class Log:
         except NotFound:
             return None
 
-    def _lines(self, name: str, data: bytes | None) -> Iterator[tuple[str, bytes, Any]]:
+    def _lines(self, name: str, data: bytes | None) -> Iterator[tuple[str, bytes, dict[str, Any]]]:
         if data == b"":  # nobody appends nothing
             raise StorageError(f"{join(self._store.url, name)}: empty; is the disk damaged?", fatal=True)
         for number, line in enumerate((data or b"").splitlines(), 1):
             line += b"\n"  # an editor may have saved the last one without its end
-            try:
-                yield name, line, json.loads(line)
-            except ValueError:
-                place = f"{join(self._store.url, name)}:{number}"
-                raise StorageError(f"{place}: not a line of JSON; is the disk damaged?", fatal=True) from None
+            yield name, line, object_of(line, f"{join(self._store.url, name)}:{number}", self._needs)
+
+
+def object_of(line: bytes, place: str, needs: Set[str]) -> dict[str, Any]:
+    """The JSON object of a line that has the keys ``needs``; a fatal StorageError for anything else."""
+    try:
+        value = json.loads(line)
+    except ValueError:
+        raise StorageError(f"{place}: not a line of JSON; is the disk damaged?", fatal=True) from None
+    if isinstance(value, dict) and needs <= value.keys():
+        return value
+    missing = f"without {', '.join(sorted(needs - value.keys()))}" if isinstance(value, dict) else "no JSON object"
+    raise StorageError(f"{place}: {missing}, expected what a run has written there", fatal=True)
 
 
 def in_parallel(function: Callable[[A], B], items: Iterable[A]) -> list[B]:
