@@ -287,7 +287,7 @@ def work_through(store, index, count, rows, pause, dies_after=None, expiry=0.8, 
                 time.sleep(pause)
                 if dies_after is not None and drawn >= dies_after:
                     raise Killed
-                ledger.commit([{"file_name": f"{row.id}.png", **decisive(row), "id": row.id, "index": row.index, "key": ledger.key(row)} for row in batch.rows])
+                ledger.commit([{"file_name": f"{row.id}.png", **decisive(row), "id": row.id, "index": row.index, "sha256": "", "key": ledger.key(row)} for row in batch.rows])
                 drawn += len(batch.rows)
                 made.extend(row.id for row in batch.rows)
                 for row in batch.rows:
