@@ -315,7 +315,6 @@ class Drain:
         if not self._draws:
             os._exit(Exit.PREEMPTED)
 
-
     def _pass_on(self, *_: object) -> None:
         """To JAX, which notices SIGTERM."""
         if self._passed_on:

@@ -77,11 +77,12 @@ class Log:
             return None
 
     def _lines(self, name: str, data: bytes | None) -> Iterator[tuple[str, bytes, dict[str, Any]]]:
+        place = join(self._store.url, name)
         if data == b"":  # nobody appends nothing
-            raise StorageError(f"{join(self._store.url, name)}: empty; is the disk damaged?", fatal=True)
+            raise StorageError(f"{place}: empty; is the disk damaged?", fatal=True)
         for number, line in enumerate((data or b"").splitlines(), 1):
             line += b"\n"  # an editor may have saved the last one without its end
-            yield name, line, object_of(line, f"{join(self._store.url, name)}:{number}", self._needs)
+            yield name, line, object_of(line, f"{place}:{number}", self._needs)
 
 
 def object_of(line: bytes, place: str, needs: Set[str]) -> dict[str, Any]:
