@@ -562,9 +562,9 @@ def test_closed_streams_can_be_written_to_and_no_file_gets_their_numbers(tmp_pat
     entry = tmp_path / "opening.py"
     entry.write_text("import os, sys\nfrom fluxbatch import cli\ndef task(job):\n    sys.stderr.write('a bar')\n    return os.open(os.devnull, os.O_RDONLY)\n"
                      "cli.main(task)\n")  # fmt: skip
-    close = lambda: [os.close(number) for number in closed]  # noqa: E731
+    closing = ["/bin/sh", "-c", f'exec "$@" {" ".join(f"{number}>&-" for number in closed)}', "sh"]
     root = str(Path(config.__file__).parents[1])
-    assert subprocess.run([sys.executable, entry, "prompt=x"], env={"PYTHONPATH": root}, preexec_fn=close).returncode == 3
+    assert subprocess.run([*closing, sys.executable, entry, "prompt=x"], env={"PYTHONPATH": root}).returncode == 3
 
 
 def test_the_environment_s_flags_win(monkeypatch):
