@@ -129,7 +129,8 @@ def _start(task: Task, schema: type[Job], rows: bool, about: str | None, argv: l
             return hydra.run(name, job, [*args.overrides, "hydra.mode=RUN"]).return_value
         return 0
     except UnicodeDecodeError as error:  # which does not say of which file
-        raise UserError(*filter(None, map(_not_utf8, sorted(path for root in roots for path in root.rglob("*.yaml"))))) from error
+        found = filter(None, map(_not_utf8, sorted(path for root in roots for path in root.rglob("*.yaml"))))
+        raise UserError(*([*found] or [f"a file of the configuration is not UTF-8: {error}"])) from error
     finally:
         GlobalHydra.instance().clear()
 
