@@ -55,7 +55,7 @@ def start(platform: str, cache_dir: str | None) -> str:
     UserError when this machine does not have it, or JAX cannot write to ``cache_dir`` from here.
     """
     scheme, remote, _ = (cache_dir or "").partition("://")
-    if remote and importlib.util.find_spec(REMOTE.get(scheme, "no_such_module")) is None:
+    if remote and not (scheme in REMOTE and importlib.util.find_spec(REMOTE[scheme])):
         raise UserError(f"jax_cache_dir={cache_dir}: expected a local directory, null, or gs://bucket/prefix where gcsfs is installed")
     if platform != "auto":
         jax.config.update("jax_platforms", PLATFORMS[platform])
