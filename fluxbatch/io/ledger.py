@@ -208,7 +208,8 @@ class Ledger:
     def _reject_line(self, reject: Reject) -> dict[str, object]:
         row = self._rows.get(reject.id) if reject.id is not None else None
         line = {"where": reject.where, "index": reject.index, "id": reject.id}
-        return {**line, **({"prompt": row.prompt} if row else {}), "reason": reject.reason}
+        prompt = row.prompt if row else reject.prompt
+        return {**line, **({"prompt": prompt} if prompt is not None else {}), "reason": reject.reason}
 
     def _compact_all(self, objects: Mapping[str, list[bytes]]) -> None:
         """Small objects into large ones, so that a million rows end in about a hundred."""
