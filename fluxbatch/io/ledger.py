@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
@@ -113,7 +114,8 @@ class Ledger:
         todo_ids = {row.id for row in todo}
         made = self._row_of
         taken = [file for key, file in self._files.items() if key not in made or made[key].id not in todo_ids]
-        return Namer(template, extension).assign(todo, taken)
+        encoding = "utf-8" if "://" in self._store.url else sys.getfilesystemencoding()
+        return Namer(template, extension, encoding).assign(todo, taken)
 
     def unmade(self, rows: Sequence[Row], starts: Iterable[str]) -> list[Row]:
         """Those of ``rows`` that no record of these starts (what their writer ids begin with) makes done."""

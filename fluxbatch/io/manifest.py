@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -285,7 +286,9 @@ def _text(given: Mapping[str, Any], key: str, problems: list[str], empty: bool =
     elif "\0" in value:
         problems.append(f"{key}: contains a NUL character")
     elif not value.isascii() and _SURROGATES.search(value):
-        problems.append(f"{key}: not UTF-8")  # bytes of the command line that are no text
+        encoding = sys.getfilesystemencoding()
+        why = "" if encoding == "utf-8" else f", or not read so, as the locale's encoding is {encoding}: set PYTHONUTF8=1"
+        problems.append(f"{key}: not UTF-8{why}")  # bytes of the command line that are no text
     return value
 
 
