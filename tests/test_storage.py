@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gzip
 import os
 import stat
 import subprocess
@@ -354,6 +355,36 @@ def test_a_name_that_was_taken_and_is_free_again_was_taken(gcs, monkeypatch):
 
     monkeypatch.setattr(store, "read", read)
     assert store.write("7.1", b"mine", if_absent=True) is False
+
+
+@pytest.mark.parametrize("packed", [gzip.compress(b'{"prompt": "a"}\n' * 1000) + gzip.compress(b'{"prompt": "b"}\n'), gzip.compress(os.urandom(9_000_000))])
+def test_an_object_that_is_stored_packed_is_read(gcs, packed):
+    _put(gcs, "packed.jsonl", packed, "gzip")
+    with open_stream("gs://bucket/packed.jsonl") as stream:
+        assert stream.readline(20) == gzip.decompress(packed).splitlines(keepends=True)[0][:20]
+        stream.peek(1)
+    assert read_bytes("gs://bucket/packed.jsonl") == gzip.decompress(packed)
+
+
+def test_an_object_that_cannot_be_unpacked_is_one_line_at_once(gcs):
+    packed = gzip.compress(os.urandom(1000))
+    for data, encoding, why in (
+        (packed[:-50], "gzip", "stored with Content-Encoding: gzip, but cannot be unpacked: Compressed file ended"),
+        (b"{}\n" + packed, "gzip", "stored with Content-Encoding: gzip, but cannot be unpacked: Not a gzipped file"),
+        (packed[:300] + packed[301:], "gzip", "stored with Content-Encoding: gzip, but cannot be unpacked: "),
+        (b"\x0b\x02", "br", "stored with Content-Encoding: br, expected gzip or none"),
+    ):
+        _put(gcs, "packed.jsonl", data, encoding)
+        with pytest.raises(StorageError, match=f"^gs://bucket/packed.jsonl: {why}"):
+            read_bytes("gs://bucket/packed.jsonl")
+
+
+def _put(gcs, name, data, encoding):
+    from google.cloud.storage import Client
+
+    blob = Client(project=None).bucket("bucket").blob(name)
+    blob.content_encoding = encoding
+    blob.upload_from_string(data)
 
 
 @pytest.mark.parametrize("fault", ["lost answer", *(pytest.param(k, marks=pytest.mark.slow) for k in SLOW)])
