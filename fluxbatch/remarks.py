@@ -76,25 +76,25 @@ def _meant(key: str) -> str | None:
 
 def odd(rows: Sequence[Row]) -> Iterator[str]:
     """Prompts that look as if something else was meant: of each kind how many, and the first."""
-    everywhere = [(kind, re.compile(pattern)) for kind, pattern in ODD.items()]
-    kinds = {False: everywhere, True: [*everywhere, *((kind, re.compile(pattern)) for kind, pattern in ODD_IN_LISTS.items())]}
+    compiled = {kind: re.compile(pattern) for kind, pattern in (ODD | ODD_IN_LISTS).items()}
     found: dict[str, dict[str, str]] = defaultdict(dict)  # kind → where → text
     for row in rows:
-        of_list = ".txt:" in row.where.lower()
+        kinds = [*ODD, *ODD_IN_LISTS] if ".txt:" in row.where.lower() else ODD
         for text in dict.fromkeys((row.prompt, row.prompt_2)):
-            if kind := next((kind for kind, pattern in kinds[of_list] if pattern.search(text)), None):
+            if kind := next((kind for kind in kinds if compiled[kind].search(text)), None):
                 found[kind].setdefault(row.where, text)
     for kind, lines in found.items():
         where, text = next(iter(lines.items()))
-        yield f"prompts that are {kind}, and drawn as they stand: {len(lines):,}; the first: {where.rpartition('/')[2]}: {shown(text)}"
+        first = f"{where.rpartition('/')[2]}: {shown(text)}"
+        yield f"prompts that are {kind}, and drawn as they stand: {len(lines):,}; the first: {first}"
 
 
 def strangers(count: int, overwrite: bool) -> Iterator[str]:
     """That the place holds records of other rows than the manifest's."""
-    if count and overwrite:
-        yield f"records of no row of this manifest: {count:,}; overwrite=true drops them with their images, unless the manifest has bad lines"
-    elif count:
-        yield f"records of no row of this manifest: {count:,}; they stay, in metadata.jsonl and with their images; overwrite=true drops them"
+    stay = "they stay, in metadata.jsonl and with their images; overwrite=true drops them"
+    drop = "overwrite=true drops them with their images, unless the manifest has bad lines"
+    if count:
+        yield f"records of no row of this manifest: {count:,}; {drop if overwrite else stay}"
 
 
 def cut(tokenizers: Tokenizers, rows: Sequence[Row]) -> Iterator[tuple[str, str | None]]:

@@ -420,7 +420,7 @@ hostile = st.one_of(
         lambda t: t[0][: t[1]] + bytes([t[2]]) + t[0][t[1] + 1 :]
     ),
     st.sampled_from([b"[" * 5000, b'{"prompt":' * 3000, b"\x00", b"\xef\xbb\xbf{}", b"\r", b'{"prompt": "a"}\r']),
-).map(lambda line: line.replace(b"\n", b"")).map(lambda line: line[:-1].replace(b"\r", b"") + line[-1:])  # one line each
+).map(lambda line: line.replace(b"\n", b"")).map(lambda line: line[:-1].replace(b"\r", b"") + line[-1:])
 
 
 def read_hostile(tmp_path, content: list[bytes]) -> None:

@@ -107,7 +107,8 @@ def test_a_name_that_the_locale_cannot_write_is_refused_before_anything_is_drawn
 def test_places_that_the_locale_cannot_write_are_one_line():
     script = r"""if True:
         from fluxbatch.io.storage import StorageError, LocalStore, open_stream
-        for act in (lambda: open_stream("\xe4.jsonl").__enter__(), lambda: LocalStore("\xe4").write("a", b""), lambda: LocalStore("\xe4").read("a")):
+        store = LocalStore("\xe4")
+        for act in (open_stream("\xe4.jsonl").__enter__, lambda: store.write("a", b""), lambda: store.read("a")):
             try:
                 act()
             except StorageError as error:
@@ -116,4 +117,5 @@ def test_places_that_the_locale_cannot_write_are_one_line():
     env = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0"}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, env=env)
     why = "file names are ascii by this locale: set PYTHONUTF8=1 or a UTF-8 locale"
-    assert done.stdout.decode().splitlines() == [f"{place}: {why}" for place in (r"\xe4.jsonl", r"\xe4/a", r"\xe4/a")], done.stderr
+    lines = [f"{place}: {why}" for place in (r"\xe4.jsonl", r"\xe4/a", r"\xe4/a")]
+    assert done.stdout.decode().splitlines() == lines, done.stderr

@@ -25,7 +25,8 @@ def said(tmp_path, content, name="m.jsonl"):
     [
         (["nan", "None", "NULL", "NaN", "N/A", "<NA>"], "a word for no value"),
         (["# comment", "// old", "#old", "/* x */", "<!-- x -->"], "a comment"),
-        (['--prompt "x"', "a fox --ar 16:9 --v 6", "a fox -s 20 -W512", "a fox Negative prompt: blur"], "with options of another tool"),
+        (['--prompt "x"', "a fox --ar 16:9 --v 6"], "with options of another tool"),
+        (["a fox -s 20 -W512", "a fox Negative prompt: blur"], "with options of another tool"),
         (["a fox <lora:anime:0.8>", "a (red:1.3) fox"], "with weights or adapters of another tool"),
         (["a {color} fox", "a {red|blue} fox", "a __color__ fox"], "with a placeholder"),
         (['{"prompt": "a fox"}', '["a fox",', "{'prompt': 'a fox'}"], "JSON"),
@@ -44,14 +45,15 @@ def test_prompts_that_are_hardly_meant_are_counted_in_every_format(tmp_path, pro
         ("m.csv", "\n".join(["prompt,seed", *(f"{cell},1" for cell in cells)]), 3),
         ("m.tsv", "\n".join(["prompt\tprompt_2", *(f"a\t{cell}" for cell in cells)]), 3),
     ):
-        start = f"prompts that are {kind}, and drawn as they stand: {len(prompts)}; the first: {name}:{first}: {json.dumps(prompts[0])[:10]}"
+        told = f"{len(prompts)}; the first: {name}:{first}: {json.dumps(prompts[0])[:10]}"
         (line,) = said(tmp_path, content, name)
-        assert line.startswith(start)
+        assert line.startswith(f"prompts that are {kind}, and drawn as they stand: {told}")
 
 
 def test_what_looks_like_a_table_is_told_of_a_list_alone(tmp_path):
     header, tab, quotes = said(tmp_path, 'prompt,seed\na fox\t7\n"a fox",\n"a cat"\n', "m.txt")
-    assert header.startswith("prompts that are a table's header (name the file .tsv or .csv), and drawn as they stand: 1;") and header.endswith('m.txt:1: "prompt,seed"')
+    assert header.startswith("prompts that are a table's header (name the file .tsv or .csv), and drawn as they stand: 1;")
+    assert header.endswith('m.txt:1: "prompt,seed"')
     assert "with a tab" in tab and "stand: 1;" in tab and "in quotes" in quotes and "stand: 2;" in quotes
     assert said(tmp_path, '{"prompt": "\\"a fox\\""}\n{"prompt": "prompt"}\n{"prompt": "a\\tb"}\n') == []
 
@@ -95,8 +97,8 @@ def test_rows_that_moved_are_no_strangers():
 
 def test_two_manifests_of_one_name_are_two_runs_and_one_that_grows_is_one(cli, golden, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    flags = [f"pretrained_model_name_or_path={golden / 'schnell'}", "max_sequence_length=24", "hardware=cpu", "output_dir=out", "resolution=32",
-             "num_inference_steps=1", "gallery=false"]  # fmt: skip
+    flags = [f"pretrained_model_name_or_path={golden / 'schnell'}", "max_sequence_length=24", "hardware=cpu"]
+    flags += ["output_dir=out", "resolution=32", "num_inference_steps=1", "gallery=false"]
     for name in "ab":
         (tmp_path / name).mkdir()
         (tmp_path / name / "prompts.jsonl").write_text(f'{{"prompt": "{name}"}}\n')

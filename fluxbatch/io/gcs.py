@@ -137,7 +137,8 @@ class GcsStore:
 
         encoding = blob.content_encoding or "identity"
         if encoding not in ("identity", "gzip"):
-            raise StorageError(f"{join(self.url, name)}: stored with Content-Encoding: {encoding}, expected gzip or none")
+            place = join(self.url, name)
+            raise StorageError(f"{place}: stored with Content-Encoding: {encoding}, expected gzip or none")
 
         def piece(start: int) -> bytes:
             end = min(start + _PIECE, blob.size) - 1

@@ -85,7 +85,9 @@ def prompt_lines(stream: BinaryIO) -> Iterator[Line]:
         yield Line(number, text if isinstance(text, BadLine) else {"prompt": text})
 
 
-def table_lines(stream: BinaryIO, delimiter: str, name: str, wanted: Callable[[list[str]], bool]) -> tuple[list[str], Iterator[Line]]:
+def table_lines(
+    stream: BinaryIO, delimiter: str, name: str, wanted: Callable[[list[str]], bool]
+) -> tuple[list[str], Iterator[Line]]:
     """The header's column names, and the lines as column → cell. Cells left out are ``""``.
 
     Where ``delimiter`` makes no ``wanted`` columns of the header and another usual one does, or a first line
@@ -201,8 +203,9 @@ def _object(text: str) -> dict[str, Any] | BadLine:
         if "\\u" in text:  # half of a surrogate pair cannot be written as UTF-8 again
             json.dumps(value, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
-        split = "; an object a line is expected (jq -c '.[]' of an array, jq -c . of objects)" if text.strip() in ("[", "{", "[{") else ""
-        return BadLine(f"not JSON: {error.msg} at column {error.colno}{split}")
+        over_lines = text.strip() in ("[", "{", "[{")
+        hint = "; an object a line is expected (jq -c '.[]' of an array, jq -c . of objects)" if over_lines else ""
+        return BadLine(f"not JSON: {error.msg} at column {error.colno}{hint}")
     except UnicodeEncodeError:
         return BadLine("half of a surrogate pair (\\ud800 to \\udfff), which is no character")
     except BadLine as error:
@@ -262,7 +265,8 @@ def _raw_lines(stream: BinaryIO) -> Iterator[_Raw]:
         text = text.removesuffix("\n").removeprefix(_BOM)  # editors on Windows begin files so, which may be joined
         if not text.isascii() and (bad := re.search("[\udc80-\udcff]", text)):
             byte, column = ord(bad[0]) & 0xFF, len(text[: bad.start()].encode()) + 1
-            yield number, BadLine(f"not UTF-8: byte 0x{byte:02x} at column {column}; is it Latin-1 or Windows-1252? Save the file as UTF-8")
+            hint = "is it Latin-1 or Windows-1252? Save the file as UTF-8"
+            yield number, BadLine(f"not UTF-8: byte 0x{byte:02x} at column {column}; {hint}")
         else:
             yield number, BadLine("contains a NUL byte") if "\0" in text else text
 

@@ -108,7 +108,8 @@ def _parsed(stream: Any, name: str, extension: str, prompt_column: str | None) -
                 raise UserError(f"{name}:1: columns {json.dumps(column)} and {json.dumps(other)} differ only in case, expected one of them")
         prompt = _prompt_column(columns, prompt_column)
         if prompt is None:
-            wanted = "prompt, caption or text (or name it: prompt_column=…)" if prompt_column is None else json.dumps(prompt_column)
+            found = "prompt, caption or text (or name it: prompt_column=…)"
+            wanted = found if prompt_column is None else json.dumps(prompt_column)
             raise UserError(f"{name}:1: got the columns {', '.join(map(json.dumps, columns))}, expected {wanted}")
         known = {column: field for column, field in known.items() if field != "prompt"}
         return map(_converted, _renamed(parsed, {**known, prompt: "prompt"}))
@@ -287,7 +288,8 @@ def _text(given: Mapping[str, Any], key: str, problems: list[str], empty: bool =
         problems.append(f"{key}: contains a NUL character")
     elif not value.isascii() and _SURROGATES.search(value):
         encoding = sys.getfilesystemencoding()
-        why = "" if encoding == "utf-8" else f", or not read so, as the locale's encoding is {encoding}: set PYTHONUTF8=1"
+        or_else = f", or not read so, as the locale's encoding is {encoding}: set PYTHONUTF8=1"
+        why = "" if encoding == "utf-8" else or_else
         problems.append(f"{key}: not UTF-8{why}")  # bytes of the command line that are no text
     return value
 

@@ -16,8 +16,9 @@ FIELDS = ("i", "thousand", "id", "seed")  # thousand: of i, for folders that hol
 
 
 class Namer:
-    """``template`` with ``extension`` (".png") added, unless it ends so already. ``encoding``: of names in the output place.
+    """``template`` with ``extension`` (".png") added, unless it ends so already.
 
+    ``encoding``: of names in the output place.
     Raises UserError when the template names anything but FIELDS, or leaves the output place.
     """
 
@@ -88,7 +89,7 @@ def _fault(name: str, encoding: str) -> str | None:
     try:
         name.encode(encoding)
     except UnicodeEncodeError:
-        return f"got {name!r}, expected {encoding}, in which file names are by this locale: set PYTHONUTF8=1 or a UTF-8 locale"
+        return f"got {name!r}, expected {encoding}, as file names are by this locale: set PYTHONUTF8=1 or a UTF-8 locale"
     folder, *rest = parts = name.split("/")
     if rest and _folded(folder) in RESERVED:
         return f"got {name!r}, expected another folder, as a run writes a file of that name"
