@@ -120,7 +120,8 @@ def _start(task: Task, schema: type[Job], rows: bool, about: str | None, argv: l
         elif args.multirun:
             # Named by its content, not by the clock: the same sweep finds its finished work again.
             words = [o for o in args.overrides if not o.startswith(("debug=", "overwrite="))]
-            label = config.digest([config.whereabouts(o[9:]) if o.startswith("manifest=") else o for o in words])
+            words = [config.whereabouts(o[9:].strip("'\"")) if o.startswith("manifest=") else o for o in words]
+            label = config.digest(words)
             words = [f"hydra.job.name=sweep-{label}", *args.overrides, "hydra.mode=MULTIRUN"]
             if about:  # the siblings of run leave nothing behind
                 words.append(f"hydra.sweep.dir={overrides.quote(_scratch())}")

@@ -116,3 +116,15 @@ def test_two_manifests_of_one_name_are_two_runs_and_one_that_grows_is_one(cli, g
     code, err = cli(*flags, "manifest=a/prompts.jsonl", "overwrite=true")
     assert code == 0 and "overwrite=true drops them" in err and [line["prompt"] for line in metadata(run_of_a)] == [""]
     assert len(list(run_of_a.glob("*.png"))) == 1
+
+
+def test_sweeps_over_two_manifests_of_one_name_are_two(cli, golden, tmp_path, monkeypatch):
+    flags = [f"pretrained_model_name_or_path={golden / 'schnell'}", "max_sequence_length=24", "hardware=cpu"]
+    flags += [f"output_dir={tmp_path / 'out'}", "resolution=32", "num_inference_steps=1", "gallery=false", "seed=1"]
+    for folder, manifest in (("a", "rows.jsonl"), ("b", "rows.jsonl"), ("b", f"{tmp_path}/a/rows.jsonl")):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / "rows.jsonl").write_text(f'{{"prompt": "{folder}"}}\n')
+        monkeypatch.chdir(tmp_path / folder)
+        assert cli("-m", *flags, f"manifest={manifest}")[0] == 0
+    prompts = [{metadata(run)[0]["prompt"] for run in sweep.iterdir() if run.is_dir()} for sweep in (tmp_path / "out").iterdir()]
+    assert sorted(map(sorted, prompts)) == [["a"], ["b"]]

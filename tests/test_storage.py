@@ -15,7 +15,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 import gcs_faults
+import plain
 from fluxbatch.io import storage
+from fluxbatch.io.manifest import read_rows
 from fluxbatch.io.storage import LocalStore, NotFound, StorageError, join, open_store, open_stream, read_bytes
 from fluxbatch.types import UserError
 
@@ -365,6 +367,15 @@ def test_an_object_that_is_stored_packed_is_read(gcs, parts):
         assert stream.readline(20) == gzip.decompress(packed).splitlines(keepends=True)[0][:20]
         stream.peek(1)
     assert read_bytes("gs://bucket/packed.jsonl") == gzip.decompress(packed)
+
+
+def test_a_manifest_that_is_stored_packed_is_read(gcs):
+    for name, text in (("packed.jsonl", '{"prompt": "a fox"}\n'), ("packed.csv", "prompt\na fox\n")):
+        _put(gcs, name, gzip.compress(text.encode()), "gzip")
+        assert [row.prompt for row in read_rows(plain.job(manifest=f"gs://bucket/{name}"))[0]] == ["a fox"]
+    _put(gcs, "twice.jsonl", gzip.compress(gzip.compress(b"{}\n")), "gzip")
+    with pytest.raises(UserError, match="twice.jsonl: the file is compressed with gzip"):
+        read_rows(plain.job(manifest="gs://bucket/twice.jsonl"))
 
 
 def test_an_object_that_cannot_be_unpacked_is_one_line_at_once(gcs):

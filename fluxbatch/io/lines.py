@@ -93,6 +93,7 @@ def table_lines(
     Where ``delimiter`` makes no ``wanted`` columns of the header and another usual one does, or a first line
     ``sep=;`` says so, that one is taken. Raises UserError when the header cannot be read; ``name`` is the file.
     """
+    csv.field_size_limit(MAX_LINE)
     lines, ahead = _raw_lines(stream), deque[_Raw]()
     filled = (line for line in lines if isinstance(line[1], BadLine) or line[1].strip())
     number, text = next(filled, (1, BadLine("no header line with the column names")))
@@ -150,7 +151,6 @@ def _record(lines: Iterator[_Raw], ahead: deque[_Raw], delimiter: str, columns: 
             yield (bare if bare.endswith('"') else text) + "\n"  # blanks after a closing quote are not strict CSV
 
     cells: list[str] | BadLine | None
-    csv.field_size_limit(MAX_LINE)
     try:
         cells = next(csv.reader(asked_for(), delimiter=delimiter, strict=True), None)
     except csv.Error as error:
@@ -163,13 +163,11 @@ def _record(lines: Iterator[_Raw], ahead: deque[_Raw], delimiter: str, columns: 
     if isinstance(cells, list) and cells and isinstance(last := taken[-1][1], str) and last.endswith(" "):
         cells[-1] = cells[-1].rstrip(" ")
     if delimiter == TAB and '"' in first and _is_plain(taken, cells, columns):
-        cells = _plain(first)
+        cells = _plain(first, columns)
     elif isinstance(cells, list):
         taken = taken[:1]
     ahead.extendleft(reversed(taken[1:]))
-    while isinstance(cells, list) and len(cells) > columns and not cells[-1].strip():
-        cells.pop()  # spreadsheets write a table's empty cells too
-    return number, cells
+    return number, cells if isinstance(cells, BadLine) else _trimmed(cells, columns)
 
 
 def _is_plain(taken: list[_Raw], cells: list[str] | BadLine, columns: int) -> bool:
@@ -178,13 +176,17 @@ def _is_plain(taken: list[_Raw], cells: list[str] | BadLine, columns: int) -> bo
         return False
     if len(taken) == 1:
         return isinstance(cells, BadLine)
-    whole = [isinstance(line, str) and len(_plain(line)) == columns for _, line in taken]
+    whole = [isinstance(line, str) and len(_plain(line, columns)) == columns for _, line in taken]
     return whole[0] and (isinstance(cells, BadLine) or len(cells) != columns or (columns > 1 and all(whole)))
 
 
-def _plain(line: str) -> list[str]:
-    cells = next(csv.reader([line.strip(" ")], delimiter=TAB, quoting=csv.QUOTE_NONE), [])
-    while cells and not cells[-1].strip():
+def _plain(line: str, columns: int) -> list[str]:
+    return _trimmed(next(csv.reader([line.strip(" ")], delimiter=TAB, quoting=csv.QUOTE_NONE), []), columns)
+
+
+def _trimmed(cells: list[str], columns: int) -> list[str]:
+    """Without the blank ones beyond ``columns``: spreadsheets write a table's empty cells too."""
+    while len(cells) > columns and not cells[-1].strip():
         cells.pop()
     return cells
 
