@@ -119,7 +119,9 @@ def _start(task: Task, schema: type[Job], rows: bool, about: str | None, argv: l
             hydra.show_info(args.info, name, args.overrides)
         elif args.multirun:
             # Named by its content, not by the clock: the same sweep finds its finished work again.
-            label = config.digest([o for o in args.overrides if not o.startswith(("debug=", "overwrite="))])
+            words = [o for o in args.overrides if not o.startswith(("debug=", "overwrite="))]
+            words = [config.whereabouts(o[9:].strip("'\"")) if o.startswith("manifest=") else o for o in words]
+            label = config.digest(words)
             words = [f"hydra.job.name=sweep-{label}", *args.overrides, "hydra.mode=MULTIRUN"]
             if about:  # the siblings of run leave nothing behind
                 words.append(f"hydra.sweep.dir={overrides.quote(_scratch())}")

@@ -157,17 +157,23 @@ FLASH_BLOCKS_BACKWARD = ("block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute", 
 
 
 def default_run_name(job: Job) -> str:
-    """The manifest's stem; for a single prompt its slug and a digest of all that decides the picture.
-
-    So the same command finds its finished work again, and another seed has another directory.
+    """The manifest's stem and a digest of its place; a prompt's slug and a digest of all that decides the picture:
+    so the same command finds its finished work again, and another manifest or seed has another directory.
     """
     if job.manifest is not None:
-        return slug(PurePosixPath(job.manifest.replace("\\", "/")).stem, "manifest")
+        stem = PurePosixPath(job.manifest.replace("\\", "/")).stem
+        return f"{slug(stem, 'manifest')}-{digest(whereabouts(job.manifest))}"
     dtypes = (job.hardware.weights_dtype, job.hardware.activations_dtype)
     text = (job.prompt, job.prompt_2, job.seed, job.num_images)
     parts = [job.model, job.sampler, job.output, job.lora_config, *job.lora.values()]
     parts = [*map(dataclasses.asdict, parts), list(job.lora), text, dtypes]
     return f"{slug(job.prompt or '', 'prompt')}-{digest(parts)}"
+
+
+def whereabouts(path: str) -> str:
+    """The address of a file from any directory; a link that is the file itself may come to lead elsewhere."""
+    folder, name = os.path.split(path)
+    return path if "://" in path else os.path.join(os.path.realpath(folder or "."), name)
 
 
 def digest(value: Any) -> str:

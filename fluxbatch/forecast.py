@@ -106,6 +106,7 @@ def _rows(job: Job, rows: Sequence[Row], rejects: Sequence[Reject]) -> Iterator[
         yield _line("rejects", f"{len(rejects):,} bad lines are set aside: {remarks.some([reject.where.rpartition('/')[2] for reject in rejects])}")
     if fields := remarks.unread(rows):
         yield _line("remark", fields)
+    yield from (_line("remark", remark) for remark in remarks.odd(rows))
 
 
 def _model(job: Job, engine: Engine, target: Target, rows: Sequence[Row]) -> Iterator[str]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter
+import re
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 
 from fluxbatch.config import Job
@@ -19,6 +20,24 @@ from fluxbatch.types import Row
 SHOWN = 3  # rows named in one line
 SHOWN_FIELDS = 8
 
+# Prompts that were hardly meant as they stand. What other tools read in a prompt nothing here does.
+ODD = {
+    "empty": r"\A\s*\Z",
+    "a word for no value": r"(?i)\A\s*(?:nan|none|null|n/?a|<na>|#n/a|undefined)\s*\Z",
+    "a comment": r"\A\s*(?:#|//|/\*|<!--)",
+    "JSON": r"""\A\s*[\[{]\s*["'{]""",
+    "with options of another tool": r"(?:\A|\s)(?:--[A-Za-z]|-[A-Za-z] ?\d)|(?i:\bnegative prompt:)",
+    "with weights or adapters of another tool": r"<(?:lora|lyco|hypernet):|\([^()]*:\d*\.\d+\)",
+    "with a placeholder": r"\{[^{}]*\}|__\w+__",
+    "with a character that is no text": "[\ufeff\ufffd\x01-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028\u2029]",
+}
+# Only in a list of prompts, where a line is nothing but text
+ODD_IN_LISTS = {
+    "a table's header (name the file .tsv or .csv)": r"(?i)\A(?:prompt|caption)s?(?:[\t,;|][\w\t,;|]*)?\Z",
+    "with a tab (name a table .tsv)": r"\t",
+    "in quotes, which are read as well": r"""\A(?:"[^"]*"|'[^']*'),?\Z""",
+}
+
 
 def lines(job: Job, engine: Engine, rows: Sequence[Row], todo: Sequence[Row], texts: TextCache | None) -> Iterator[str]:
     """Of ``rows``, which are the whole manifest, and of what is to be drawn; and what each adapter touches."""
@@ -27,6 +46,7 @@ def lines(job: Job, engine: Engine, rows: Sequence[Row], todo: Sequence[Row], te
     yield from left_out(rows, engine.record)
     if fields := unread(rows):
         yield fields
+    yield from odd(rows)
     yield from (f"{reads}: {hit}" for reads, hit in cut(engine.tokenizers, todo) if hit)
     if job.text_cache_dir and texts is None:
         yield f"text_cache_gigabytes={job.text_cache_gigabytes:g}: the prompts encode to {engine.text_bytes(todo) / 1e9:.3g} GB, none is kept"
@@ -52,6 +72,29 @@ def _meant(key: str) -> str | None:
     """The known field that ``key`` is a slip or a part of, as steps is of num_inference_steps."""
     part = (field for field in FIELDS if {*key.lower().split("_")} <= {*field.split("_")})
     return nearest(key, FIELDS) or next(part, None)
+
+
+def odd(rows: Sequence[Row]) -> Iterator[str]:
+    """Prompts that look as if something else was meant: of each kind how many, and the first."""
+    compiled = {kind: re.compile(pattern) for kind, pattern in (ODD | ODD_IN_LISTS).items()}
+    found: dict[str, dict[str, str]] = defaultdict(dict)  # kind → where → text
+    for row in rows:
+        kinds = [*ODD, *ODD_IN_LISTS] if ".txt:" in row.where.lower() else ODD
+        for text in dict.fromkeys((row.prompt, row.prompt_2)):
+            if kind := next((kind for kind in kinds if compiled[kind].search(text)), None):
+                found[kind].setdefault(row.where, text)
+    for kind, lines in found.items():
+        where, text = next(iter(lines.items()))
+        first = f"{where.rpartition('/')[2]}: {shown(text)}"
+        yield f"prompts that are {kind}, and drawn as they stand: {len(lines):,}; the first: {first}"
+
+
+def strangers(count: int, overwrite: bool) -> Iterator[str]:
+    """That the place holds records of other rows than the manifest's."""
+    stay = "they stay, in metadata.jsonl and with their images; overwrite=true drops them"
+    drop = "overwrite=true drops them with their images, unless the manifest has bad lines"
+    if count:
+        yield f"records of no row of this manifest: {count:,}; {drop if overwrite else stay}"
 
 
 def cut(tokenizers: Tokenizers, rows: Sequence[Row]) -> Iterator[tuple[str, str | None]]:

@@ -48,7 +48,8 @@ def run(job: Job) -> int:
                 ledger = Ledger(store, facts, writer_id=f"{start}-{hosts.index()}", overwrite=job.overwrite)
                 todo = ledger.remaining(rows, bad_lines)
             cached = job.text_cache_dir is not None and job.text_cache_gigabytes
-            hosts.agree("manifest or configuration", chain([replica, facts, cached], ((row.id, ledger.key(row)) for row in rows)))
+            alike = chain([replica, job.run_name, facts, cached], ((row.id, ledger.key(row)) for row in rows))
+            hosts.agree("manifest or configuration", alike)
             todo = hosts.as_first_sees(todo, rows)
             names = ledger.names(todo, job.output.filename, EXTENSIONS[job.output.format.name])
             hosts.agree("ledger", names.items())
@@ -58,7 +59,8 @@ def run(job: Job) -> int:
 
             outcome = finish.Outcome(job, engine, store, ledger, report, work, before=len(rows) - len(todo))
             outcome.started()
-            for line in remarks.lines(job, engine, rows, todo, texts) if hosts.is_first() else ():
+            strangers = remarks.strangers(ledger.strangers, job.overwrite)
+            for line in chain(remarks.lines(job, engine, rows, todo, texts), strangers) if hosts.is_first() else ():
                 report.say(line)
 
         drain.draws()

@@ -92,3 +92,4 @@ class Reject:
     reason: str
     id: str | None = None
     index: int | None = None
+    prompt: str | None = None  # of a line that has one

@@ -229,7 +229,27 @@ def test_home_is_expanded_and_buckets_are_left_alone(command, monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     job = command("manifest=gs://bucket/dir/my prompts.v2.jsonl", "output_dir=~/out")
     assert (job.manifest, job.output_dir) == ("gs://bucket/dir/my prompts.v2.jsonl", "/home/me/out")
-    assert job.run_name == "my-prompts-v2"
+    assert re.fullmatch("my-prompts-v2-[0-9a-f]{6}", job.run_name)
+
+
+def test_run_name_of_a_manifest_tells_its_place_apart_and_nothing_else(command, tmp_path, monkeypatch):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to("a")
+    name_of = lambda manifest: command(f"manifest={manifest}", f"seed={len(manifest)}").run_name  # noqa: E731
+    monkeypatch.chdir(tmp_path)
+    other, name = name_of("b/rows.jsonl"), name_of("a/rows.jsonl")
+    assert re.fullmatch("rows-[0-9a-f]{6}", name) and other != name
+    (tmp_path / "a/rows.jsonl").write_text("grown")
+    ways = ("./a/rows.jsonl", "b/../a/rows.jsonl", "link/rows.jsonl", f"{tmp_path}/a/rows.jsonl")
+    assert {name_of(each) for each in ways} == {name}
+    monkeypatch.chdir(tmp_path / "a")
+    assert name_of("rows.jsonl") == name
+    monkeypatch.chdir(tmp_path / "b")
+    assert name_of("rows.jsonl") == other
+    (tmp_path / "b/rows.jsonl").symlink_to("1.jsonl")
+    assert name_of("rows.jsonl") == other
+    assert len({name_of(each) for each in ("gs://a/rows.jsonl", "gs://b/rows.jsonl", "rows.csv", "rows.jsonl")}) == 4
 
 
 def test_run_name_of_a_prompt_tells_settings_apart(command):

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
 
 import plain
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fluxbatch.io.ledger import Ledger
 from fluxbatch.io.names import Namer
+from fluxbatch.io.storage import LocalStore
 from fluxbatch.types import UserError
 
 def names_of(template, rows, taken=()):
@@ -83,3 +88,34 @@ def test_names_do_not_change_while_rows_get_done(order, taken, done, template):
     assert names_of(template, sorted(rows, key=lambda row: row.index), taken) == names
     later = names_of(template, left, [*taken, *(names[k] for k in done)])
     assert later == {row.index: names[row.index] for row in left}
+
+
+def test_a_name_that_the_locale_cannot_write_is_refused_before_anything_is_drawn(tmp_path, monkeypatch):
+    rows = [plain.row(0), plain.row(1, id="äpfel")]
+    assert Namer("{id}", ".png", "ascii").assign(rows[:1], []) == {0: "0.png"}
+    with pytest.raises(UserError, match=r"m.jsonl:2: got 'äpfel.png', expected ascii, .*PYTHONUTF8=1"):
+        Namer("{id}", ".png", "ascii").assign(rows, [])
+    with pytest.raises(UserError, match="expected utf-8"):
+        Namer("\udcff_{i}", ".png").assign(rows, [])
+    monkeypatch.setattr(sys, "getfilesystemencoding", lambda: "ascii")
+    ledger = Ledger(LocalStore(str(tmp_path)), {}, writer_id="one")
+    assert ledger.names(rows, "{i}", ".png") == {0: "0.png", 1: "1.png"}
+    with pytest.raises(UserError, match="m.jsonl:2: got 'äpfel.png'"):
+        ledger.names(rows, "{id}", ".png")
+
+
+def test_places_that_the_locale_cannot_write_are_one_line():
+    script = r"""if True:
+        from fluxbatch.io.storage import StorageError, LocalStore, open_stream
+        store = LocalStore("\xe4")
+        for act in (open_stream("\xe4.jsonl").__enter__, lambda: store.write("a", b""), lambda: store.read("a")):
+            try:
+                act()
+            except StorageError as error:
+                print(str(error).encode("ascii", "backslashreplace").decode())
+    """
+    env = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, env=env)
+    why = "file names are ascii by this locale: set PYTHONUTF8=1 or a UTF-8 locale"
+    lines = [f"{place}: {why}" for place in (r"\xe4.jsonl", r"\xe4/a", r"\xe4/a")]
+    assert done.stdout.decode().splitlines() == lines, done.stderr

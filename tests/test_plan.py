@@ -328,10 +328,10 @@ def test_several_plans_leave_nothing_behind(planned, tmp_path):
 def test_a_place_that_is_not_this_jobs_is_planned_whole(planned, tmp_path):
     (tmp_path / "rows/.fluxbatch").mkdir(parents=True)
     (tmp_path / "rows/metadata.jsonl").write_text('{"file_name": "a.png", "text": "x"}\n')  # somebody's, who has no job there
-    assert "rows      1 of" in planned([{"prompt": "x"}], "target=h100")
+    assert "rows      1 of" in planned([{"prompt": "x"}], "target=h100", "run_name=rows")
     for text, why in (('{"format": "webp"}', f'{tmp_path}/rows holds a job with another configuration: '),
                       ('{"form', "what is done cannot be read: "), ("[]", "what is done cannot be read: ")):  # fmt: skip
         (tmp_path / "rows/.fluxbatch/job.json").write_text(text)
-        said = planned([{"prompt": "x"}], "target=h100")
+        said = planned([{"prompt": "x"}], "target=h100", "run_name=rows")
         assert f"fluxbatch: every row is planned, as {why}" in said and "rows      1 of" in said
         assert ('format: "webp" → "png"' in said) == ("webp" in text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gzip
 import os
 import stat
 import subprocess
@@ -14,7 +15,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 import gcs_faults
+import plain
 from fluxbatch.io import storage
+from fluxbatch.io.manifest import read_rows
 from fluxbatch.io.storage import LocalStore, NotFound, StorageError, join, open_store, open_stream, read_bytes
 from fluxbatch.types import UserError
 
@@ -354,6 +357,46 @@ def test_a_name_that_was_taken_and_is_free_again_was_taken(gcs, monkeypatch):
 
     monkeypatch.setattr(store, "read", read)
     assert store.write("7.1", b"mine", if_absent=True) is False
+
+
+@pytest.mark.parametrize("parts", [(b'{"prompt": "a"}\n' * 1000, b'{"prompt": "b"}\n'), (os.urandom(9_000_000),)], ids=len)
+def test_an_object_that_is_stored_packed_is_read(gcs, parts):
+    packed = b"".join(map(gzip.compress, parts))
+    _put(gcs, "packed.jsonl", packed, "gzip")
+    with open_stream("gs://bucket/packed.jsonl") as stream:
+        assert stream.readline(20) == gzip.decompress(packed).splitlines(keepends=True)[0][:20]
+        stream.peek(1)
+    assert read_bytes("gs://bucket/packed.jsonl") == gzip.decompress(packed)
+
+
+def test_a_manifest_that_is_stored_packed_is_read(gcs):
+    for name, text in (("packed.jsonl", '{"prompt": "a fox"}\n'), ("packed.csv", "prompt\na fox\n")):
+        _put(gcs, name, gzip.compress(text.encode()), "gzip")
+        assert [row.prompt for row in read_rows(plain.job(manifest=f"gs://bucket/{name}"))[0]] == ["a fox"]
+    _put(gcs, "twice.jsonl", gzip.compress(gzip.compress(b"{}\n")), "gzip")
+    with pytest.raises(UserError, match="twice.jsonl: the file is compressed with gzip"):
+        read_rows(plain.job(manifest="gs://bucket/twice.jsonl"))
+
+
+def test_an_object_that_cannot_be_unpacked_is_one_line_at_once(gcs):
+    packed = gzip.compress(os.urandom(1000))
+    for data, encoding, why in (
+        (packed[:-50], "gzip", "stored with Content-Encoding: gzip, but cannot be unpacked: Compressed file ended"),
+        (b"{}\n" + packed, "gzip", "stored with Content-Encoding: gzip, but cannot be unpacked: Not a gzipped file"),
+        (packed[:300] + packed[301:], "gzip", "stored with Content-Encoding: gzip, but cannot be unpacked: "),
+        (b"\x0b\x02", "br", "stored with Content-Encoding: br, expected gzip or none"),
+    ):
+        _put(gcs, "packed.jsonl", data, encoding)
+        with pytest.raises(StorageError, match=f"^gs://bucket/packed.jsonl: {why}"):
+            read_bytes("gs://bucket/packed.jsonl")
+
+
+def _put(gcs, name, data, encoding):
+    from google.cloud.storage import Client
+
+    blob = Client(project=None).bucket("bucket").blob(name)
+    blob.content_encoding = encoding
+    blob.upload_from_string(data)
 
 
 @pytest.mark.parametrize("fault", ["lost answer", *(pytest.param(k, marks=pytest.mark.slow) for k in SLOW)])

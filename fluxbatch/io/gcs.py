@@ -7,10 +7,12 @@ repeated: objects are written whole, so a doubled write leaves what a single one
 from __future__ import annotations
 
 import contextlib
+import gzip
 import io
 import re
+import zlib
 from collections.abc import Callable, Iterator
-from typing import BinaryIO, TypeVar
+from typing import BinaryIO, TypeVar, cast
 
 import requests
 import urllib3
@@ -128,9 +130,15 @@ class GcsStore:
         return contextlib.nullcontext()
 
     def stream(self, name: str) -> BinaryIO:
-        """The object as a buffered stream, always of the version that was there at the start."""
+        """The object as a buffered stream, always of the version that was there at the start; unpacked if it is
+        stored with ``Content-Encoding: gzip``. The stream raises what the gzip module does where it is not."""
         blob = self._blob(name)
         self._attempt(name, lambda: blob.reload(timeout=self._timeout, retry=None))
+
+        encoding = blob.content_encoding or "identity"
+        if encoding not in ("identity", "gzip"):
+            place = join(self.url, name)
+            raise StorageError(f"{place}: stored with Content-Encoding: {encoding}, expected gzip or none")
 
         def piece(start: int) -> bytes:
             end = min(start + _PIECE, blob.size) - 1
@@ -138,6 +146,7 @@ class GcsStore:
                 start=start,
                 end=end,
                 if_generation_match=blob.generation,
+                raw_download=True,  # as it is stored: a part of what is packed cannot be unpacked by itself
                 timeout=self._timeout,
                 checksum=None,
                 retry=None,
@@ -147,7 +156,8 @@ class GcsStore:
             return data
 
         reader = _PieceReader(blob.size, lambda start: self._attempt(name, lambda: piece(start)))
-        return io.BufferedReader(reader, _PIECE)
+        stream = io.BufferedReader(reader, _PIECE)
+        return cast(BinaryIO, gzip.GzipFile(fileobj=stream)) if encoding == "gzip" else stream
 
     def _blob(self, name: str) -> storage.Blob:
         check_name(name)
@@ -165,7 +175,10 @@ def open_object(url: str) -> Iterator[BinaryIO]:
     if place == "gs:/" or not name:
         raise UserError(f"{url}: expected gs://bucket/name")
     with GcsStore(place).stream(name) as stream:
-        yield stream
+        try:
+            yield stream
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise StorageError(f"{url}: stored with Content-Encoding: gzip, but cannot be unpacked: {error}") from None
 
 
 class _PieceReader(io.RawIOBase):

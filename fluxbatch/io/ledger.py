@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
@@ -63,6 +64,7 @@ class Ledger:
         self._bad_lines: tuple[Reject, ...] = ()
         self._row_of: dict[RecordId, Row] = {}  # record → the row that it makes done
         self._files: dict[RecordId, str] = {}  # as ``remaining`` saw them
+        self.strangers = 0  # records that belong to no row of the manifest, as ``remaining`` saw them
         self.compactions = 0  # calls of ``compact`` that are through
         self.committed = 0  # records of this process
         self._agree()
@@ -73,18 +75,18 @@ class Ledger:
         return key_under(row, self._facts_digest)
 
     def assign(
-        self, rows: Sequence[Row], bad_lines: Iterable[Reject] = (), *, template: str, extension: str
+        self, rows: Sequence[Row], bad_lines: Sequence[Reject] = (), *, template: str, extension: str
     ) -> tuple[list[Row], dict[int, str]]:
         """The rows that have no image yet, and the file name of each by its ``row.index``.
 
         The manifest may be in another order, longer or shorter than when the records were made.
-        The answer follows from rows and records alone. Records of rows that are gone are kept.
+        The answer follows from rows and records alone. Records of rows that are gone are kept, unless ``overwrite``.
         Raises UserError when a row was changed since its image was made, unless ``overwrite``.
         """
         todo = self.remaining(rows, bad_lines)
         return todo, self.names(todo, template, extension)
 
-    def remaining(self, rows: Sequence[Row], bad_lines: Iterable[Reject] = ()) -> list[Row]:
+    def remaining(self, rows: Sequence[Row], bad_lines: Sequence[Reject] = ()) -> list[Row]:
         """The first half of ``assign``."""
         files: dict[RecordId, str] = {}
         places: dict[RecordId, int] = {}
@@ -99,8 +101,12 @@ class Ledger:
         self._row_of, todo, changed = match(rows, self.key, places, self.records)
         if changed and not self._overwrite:
             raise UserError(*describe(changed), WAY_OUT)
-        if changed:
-            gone = {_id(record) for _, record in changed}
+        gone = {_id(record) for _, record in changed}
+        strangers = places.keys() - self._row_of.keys() - gone
+        self.strangers = len(strangers)
+        if self._overwrite and not bad_lines:  # a bad line may be that of a row which has its image
+            gone |= strangers
+        if gone:
             remove(self._store, self._records, lambda record: _id(record) in gone)
             files = {key: file for key, file in files.items() if key not in gone}
         self._rows = {row.id: row for row in rows}
@@ -113,7 +119,8 @@ class Ledger:
         todo_ids = {row.id for row in todo}
         made = self._row_of
         taken = [file for key, file in self._files.items() if key not in made or made[key].id not in todo_ids]
-        return Namer(template, extension).assign(todo, taken)
+        encoding = "utf-8" if "://" in self._store.url else sys.getfilesystemencoding()
+        return Namer(template, extension, encoding).assign(todo, taken)
 
     def unmade(self, rows: Sequence[Row], starts: Iterable[str]) -> list[Row]:
         """Those of ``rows`` that no record of these starts (what their writer ids begin with) makes done."""
@@ -208,7 +215,8 @@ class Ledger:
     def _reject_line(self, reject: Reject) -> dict[str, object]:
         row = self._rows.get(reject.id) if reject.id is not None else None
         line = {"where": reject.where, "index": reject.index, "id": reject.id}
-        return {**line, **({"prompt": row.prompt} if row else {}), "reason": reject.reason}
+        prompt = row.prompt if row else reject.prompt
+        return {**line, **({"prompt": prompt} if prompt is not None else {}), "reason": reject.reason}
 
     def _compact_all(self, objects: Mapping[str, list[bytes]]) -> None:
         """Small objects into large ones, so that a million rows end in about a hundred."""

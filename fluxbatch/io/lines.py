@@ -7,19 +7,42 @@ with its reason, and reading goes on with the next.
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
+import re
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from string import whitespace
 from typing import Any, BinaryIO, NamedTuple
 
 from fluxbatch.types import UserError
 
 TAB = "\t"
-MAX_LINE = 10_000_000  # bytes; longer lines are never held
-_MAX_QUOTED_LINES = 100  # physical lines that one quoted field may span
-_AROUND = "\r\n "  # means nothing before and after a line
+MAX_LINE = 10_000_000  # longer lines, and cells of a table, are never held
+_SEPARATORS = (",", ";", TAB, "|")
+_BOM = "\ufeff"
+
+# How files begin that are no text, or not the text that was meant.
+_KINDS = {
+    rb"\x1f\x8b\x08": "compressed with gzip; unpack it (gunzip)",
+    rb"BZh\d1AY&SY": "compressed with bzip2; unpack it (bunzip2)",
+    rb"\xfd7zXZ\0": "compressed with xz; unpack it (unxz)",
+    rb"\x28\xb5\x2f\xfd": "compressed with zstd; unpack it (unzstd)",
+    rb"PK\x03\x04": "a zip archive or a spreadsheet (.xlsx, .ods); unpack it, or save it as CSV",
+    rb"\xd0\xcf\x11\xe0": "an old spreadsheet (.xls); save it as CSV",
+    rb"PAR1": "a Parquet file; write it as JSONL (pandas: to_json(…, orient='records', lines=True))",
+    rb"ARROW1": "an Arrow file; write it as JSONL",
+    rb"SQLite format 3\0": "a SQLite database; write it as JSONL or CSV",
+    rb"\x93NUMPY": "a NumPy array; write it as JSONL",
+    rb"%PDF-": "a PDF; save its text",
+    rb"\{\\rtf": "rich text (RTF); save it as plain text",
+    rb"\x89PNG|\xff\xd8\xff": "a picture",
+    rb"version https://git-lfs": "a pointer of Git LFS, and not the file itself; fetch that (git lfs pull)",
+    rb"(?i)<!doctype html|<html": "a web page (HTML), perhaps of a download that needs a login",
+    rb"<\?xml": "XML; write it as JSONL or CSV",
+}
+_LETTERS = 4  # of UTF-16 or UTF-32, by which it is known without a mark
 
 
 class BadLine(ValueError):
@@ -29,6 +52,25 @@ class BadLine(ValueError):
 class Line(NamedTuple):
     number: int  # counted from 1, as editors do
     fields: dict[str, Any] | BadLine
+
+
+_Raw = tuple[int, str | BadLine]  # a line's number and text
+_Record = tuple[int, list[str] | BadLine]
+
+
+def kind(stream: io.BufferedReader) -> str | None:
+    """What the file is, as far as its first bytes tell, if it is no text in UTF-8 or another than was meant."""
+    head = stream.peek(512)[:512]
+    start = head.removeprefix(_BOM.encode()).lstrip()
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")) and b"\0" in head or _is_wide(head):
+        return "UTF-16 or UTF-32; save it as UTF-8"
+    return next((what for beginning, what in _KINDS.items() if re.match(beginning, start)), None)
+
+
+def _is_wide(head: bytes) -> bool:
+    """Whether every other byte, nearly, is the NUL of a Latin letter's two or four bytes."""
+    halves = [half for half in (head[::2], head[1::2]) if len(half) >= _LETTERS]
+    return any(half.count(0) > 0.8 * len(half) for half in halves)
 
 
 def json_lines(stream: BinaryIO) -> Iterator[Line]:
@@ -43,33 +85,46 @@ def prompt_lines(stream: BinaryIO) -> Iterator[Line]:
         yield Line(number, text if isinstance(text, BadLine) else {"prompt": text})
 
 
-def table_lines(stream: BinaryIO, delimiter: str, name: str) -> tuple[list[str], Iterator[Line]]:
+def table_lines(
+    stream: BinaryIO, delimiter: str, name: str, wanted: Callable[[list[str]], bool]
+) -> tuple[list[str], Iterator[Line]]:
     """The header's column names, and the lines as column → cell. Cells left out are ``""``.
 
-    Raises UserError when the header cannot be read; ``name`` is the file, for the message.
+    Where ``delimiter`` makes no ``wanted`` columns of the header and another usual one does, or a first line
+    ``sep=;`` says so, that one is taken. Raises UserError when the header cannot be read; ``name`` is the file.
     """
-    lines = _raw_lines(stream)
-    nothing = 1, BadLine("no header line with the column names")
-    number, text = next((line for line in lines if isinstance(line[1], BadLine) or line[1].strip()), nothing)
-    cells = text if isinstance(text, BadLine) else _cells(text, delimiter, 0)
+    csv.field_size_limit(MAX_LINE)
+    lines, ahead = _raw_lines(stream), deque[_Raw]()
+    filled = (line for line in lines if isinstance(line[1], BadLine) or line[1].strip())
+    number, text = next(filled, (1, BadLine("no header line with the column names")))
+    if isinstance(text, str) and (said := re.fullmatch(r'"?sep=(.)"?\s*', text, re.IGNORECASE)):
+        delimiter = said[1]
+        number, text = next(filled, (number, BadLine("no header line with the column names")))
+    if isinstance(text, str):
+        as_read = {each: _names(next(csv.reader([text], delimiter=each))) for each in (delimiter, *_SEPARATORS)}
+        delimiter = next((each for each, names in as_read.items() if wanted(names)), delimiter)
+    ahead.append((number, text))
+    _, cells = _record(lines, ahead, delimiter, 0) or (number, [])
     if isinstance(cells, BadLine):
         raise UserError(f"{name}:{number}: {cells}")
-    columns = [cell.strip() for cell in cells or []]
+    columns = _names(cells)
     doubled = sorted({c for c in columns if c and columns.count(c) > 1})
     if doubled:
         raise UserError(f"{name}:{number}: column {shown(doubled[0])} is there more than once")
-    return columns, _table(lines, columns, delimiter)
+    return columns, _table(lines, ahead, columns, delimiter)
 
 
-def _table(lines: Iterator[tuple[int, str | BadLine]], columns: list[str], delimiter: str) -> Iterator[Line]:
-    ahead: deque[tuple[int, str | BadLine]] = deque()  # read while looking for a closing quote
-    while ahead or (following := next(lines, None)) is not None:
-        number, text = ahead.popleft() if ahead else following
-        cells = text if isinstance(text, BadLine) else _cells(text, delimiter, len(columns))
-        if cells is None:
-            cells = _quoted_cells(text, len(columns), delimiter, lines, ahead)
+def _names(cells: list[str]) -> list[str]:
+    return [cell.strip() for cell in cells]
+
+
+def _table(lines: Iterator[_Raw], ahead: deque[_Raw], columns: list[str], delimiter: str) -> Iterator[Line]:
+    while record := _record(lines, ahead, delimiter, len(columns)):
+        number, cells = record
         if isinstance(cells, list) and len(cells) > len(columns):
             cells = BadLine(f"{len(cells)} cells, but the header names {len(columns)} columns")
+        if isinstance(cells, list) and _names(cells) == columns:
+            cells = BadLine("the header once more; are these two files in one?")
         if isinstance(cells, BadLine):
             yield Line(number, cells)
         elif any(cell.strip() for cell in cells):
@@ -77,59 +132,71 @@ def _table(lines: Iterator[tuple[int, str | BadLine]], columns: list[str], delim
             yield Line(number, {c: cell for c, cell in zip(columns, cells) if c})
 
 
-def _quoted_cells(
-    text: str, columns: int, delimiter: str, lines: Iterator[tuple[int, str | BadLine]], ahead: deque[tuple[int, str | BadLine]]
-) -> list[str] | BadLine | None:
-    """Cells of a record whose quoted field goes on over the following lines.
+def _record(lines: Iterator[_Raw], ahead: deque[_Raw], delimiter: str, columns: int) -> _Record | None:
+    """The next record as the csv module reads it, with the number of its first line.
 
-    A quote that is never closed costs only its own line: what was read ahead stays to be read. In TSV
-    it is a character then, and also where the record that it would make has not one cell a column, or
-    each of its lines has so many by itself.
+    ``ahead``: lines that were read already. A quote that is never closed costs only its own line: what was
+    read while looking for its end stays to be read. In TSV, where many write without quoting, it is a
+    character on a line that is a record by itself, unless that and the following make one together.
     """
-    plain = lambda line: _cells(line, TAB, columns, csv.QUOTE_NONE)  # noqa: E731
-    complete = lambda line: isinstance(cells := plain(line), list) and len(cells) == columns > 1  # noqa: E731
-    first, alone = text, complete(text)
-    for count in range(_MAX_QUOTED_LINES):
-        if count == len(ahead):
-            following = next(lines, None)
-            if following is None:
-                break
-            ahead.append(following)
-        line = ahead[count][1]
-        if isinstance(line, BadLine):
-            break
-        text = f"{text}\n{line}"
-        alone = alone and complete(line)
-        if '"' not in line or (cells := _cells(text, delimiter, columns)) is None:
-            continue
-        if delimiter == TAB and (alone or isinstance(cells, BadLine) or len(cells) != columns):
-            break
-        if isinstance(cells, list):
-            for _ in range(count + 1):
-                ahead.popleft()
-        return cells
-    if delimiter == TAB:
-        return plain(first)
-    return BadLine("a quote is opened and never closed")
+    taken: list[_Raw] = []
 
+    def asked_for() -> Iterator[str]:
+        while (line := ahead.popleft() if ahead else next(lines, None)) is not None:
+            taken.append(line)
+            if isinstance(line[1], BadLine):
+                return
+            text = line[1] if len(taken) > 1 else line[1].lstrip(" ")
+            bare = text.rstrip(" ")
+            yield (bare if bare.endswith('"') else text) + "\n"  # blanks after a closing quote are not strict CSV
 
-def _cells(text: str, delimiter: str, columns: int, quoting: int = csv.QUOTE_MINIMAL) -> list[str] | BadLine | None:
-    """The cells of one record, or None while a quote is still open.
-
-    Blank ones at the end count only up to ``columns``: spreadsheets write a table's empty cells too.
-    """
-    text = text.strip(_AROUND)
+    cells: list[str] | BadLine | None
     try:
-        cells = next(csv.reader([text], delimiter=delimiter, strict=True, quoting=quoting))
+        cells = next(csv.reader(asked_for(), delimiter=delimiter, strict=True), None)
     except csv.Error as error:
-        if "unexpected end of data" in str(error):
-            return None
-        if delimiter == TAB and "expected after" in str(error) and "\n" not in text:
-            return _cells(text, TAB, columns, csv.QUOTE_NONE)
-        return BadLine(f"not {'TSV' if delimiter == TAB else 'CSV'}: {error}")
+        cells = _explained(str(error), delimiter)
+    if not taken:
+        return None
+    number, first = taken[0]
+    if isinstance(first, BadLine) or cells is None:
+        return number, first if isinstance(first, BadLine) else []
+    if isinstance(cells, list) and cells and isinstance(last := taken[-1][1], str) and last.endswith(" "):
+        cells[-1] = cells[-1].rstrip(" ")
+    if delimiter == TAB and '"' in first and _is_plain(taken, cells, columns):
+        cells = _plain(first, columns)
+    elif isinstance(cells, list):
+        taken = taken[:1]
+    ahead.extendleft(reversed(taken[1:]))
+    return number, cells if isinstance(cells, BadLine) else _trimmed(cells, columns)
+
+
+def _is_plain(taken: list[_Raw], cells: list[str] | BadLine, columns: int) -> bool:
+    """Whether the quotes of a TSV's line are characters. ``taken``: the lines of the record that they would make."""
+    if isinstance(cells, BadLine) and "longer" in str(cells):
+        return False
+    if len(taken) == 1:
+        return isinstance(cells, BadLine)
+    whole = [isinstance(line, str) and len(_plain(line, columns)) == columns for _, line in taken]
+    return whole[0] and (isinstance(cells, BadLine) or len(cells) != columns or (columns > 1 and all(whole)))
+
+
+def _plain(line: str, columns: int) -> list[str]:
+    return _trimmed(next(csv.reader([line.strip(" ")], delimiter=TAB, quoting=csv.QUOTE_NONE), []), columns)
+
+
+def _trimmed(cells: list[str], columns: int) -> list[str]:
+    """Without the blank ones beyond ``columns``: spreadsheets write a table's empty cells too."""
     while len(cells) > columns and not cells[-1].strip():
         cells.pop()
     return cells
+
+
+def _explained(error: str, delimiter: str) -> BadLine:
+    if "unexpected end of data" in error:
+        return BadLine("a quote is opened and never closed")
+    if "field limit" in error:
+        return BadLine(f"a cell is longer than {MAX_LINE // 1_000_000} MB, or a quote is never closed")
+    return BadLine(f"not {'TSV' if delimiter == TAB else 'CSV'}: {error}")
 
 
 def _object(text: str) -> dict[str, Any] | BadLine:
@@ -138,7 +205,9 @@ def _object(text: str) -> dict[str, Any] | BadLine:
         if "\\u" in text:  # half of a surrogate pair cannot be written as UTF-8 again
             json.dumps(value, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
-        return BadLine(f"not JSON: {error.msg} at column {error.colno}")
+        over_lines = text.strip() in ("[", "{", "[{")
+        hint = "; an object a line is expected (jq -c '.[]' of an array, jq -c . of objects)" if over_lines else ""
+        return BadLine(f"not JSON: {error.msg} at column {error.colno}{hint}")
     except UnicodeEncodeError:
         return BadLine("half of a surrogate pair (\\ud800 to \\udfff), which is no character")
     except BadLine as error:
@@ -148,7 +217,8 @@ def _object(text: str) -> dict[str, Any] | BadLine:
     except RecursionError:
         return BadLine("nested too deeply")
     if not isinstance(value, dict):
-        return BadLine(f'got {described(value)}, expected an object like {{"prompt": "a red apple"}}')
+        array = "; of an array, jq -c '.[]' makes them" if isinstance(value, list) else ""
+        return BadLine(f'got {described(value)}, expected an object like {{"prompt": "a red apple"}}{array}')
     return value
 
 
@@ -174,35 +244,33 @@ def _no_constant(name: str) -> Any:
 _DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_float=_finite, parse_constant=_no_constant)
 
 
-def _text_lines(stream: BinaryIO) -> Iterator[tuple[int, str | BadLine]]:
+def _text_lines(stream: BinaryIO) -> Iterator[_Raw]:
     """(number, text) of the lines that are not blank, without what stands around them."""
     for number, text in _raw_lines(stream):
         if isinstance(text, BadLine):
             yield number, text
         elif text.strip(whitespace):
-            yield number, text.strip(_AROUND)
+            yield number, text.strip(" ")
 
 
-def _raw_lines(stream: BinaryIO) -> Iterator[tuple[int, str | BadLine]]:
-    """(number, text) of every line, without its end."""
+def _raw_lines(stream: BinaryIO) -> Iterator[_Raw]:
+    """(number, text) of every line, without its end: LF, CR LF, or CR."""
+    decoded = io.TextIOWrapper(stream, "utf-8", errors="surrogateescape")
     number = 0
-    while data := stream.readline(MAX_LINE + 1):
+    while text := decoded.readline(MAX_LINE + 1):
         number += 1
-        if len(data) > MAX_LINE and not data.endswith(b"\n"):
-            while (rest := stream.readline(1 << 20)) and not rest.endswith(b"\n"):
+        if len(text) > MAX_LINE and not text.endswith("\n"):
+            while (rest := decoded.readline(1 << 20)) and not rest.endswith("\n"):
                 pass
             yield number, BadLine(f"longer than {MAX_LINE // 1_000_000} MB")
             continue
-        if number == 1:
-            data = data.removeprefix(b"\xef\xbb\xbf")  # editors on Windows begin files so
-        try:
-            text = data.decode().rstrip("\r\n")
-        except UnicodeDecodeError as error:
-            utf_16 = number == 1 and data.startswith((b"\xff\xfe", b"\xfe\xff"))
-            hint = "; is the file UTF-16? Save it as UTF-8" if utf_16 else ""
-            yield number, BadLine(f"not UTF-8: byte 0x{data[error.start]:02x} at column {error.start + 1}{hint}")
-            continue
-        yield number, BadLine("contains a NUL byte") if "\0" in text else text
+        text = text.removesuffix("\n").removeprefix(_BOM)  # editors on Windows begin files so, which may be joined
+        if not text.isascii() and (bad := re.search("[\udc80-\udcff]", text)):
+            byte, column = ord(bad[0]) & 0xFF, len(text[: bad.start()].encode()) + 1
+            hint = "is it Latin-1 or Windows-1252? Save the file as UTF-8"
+            yield number, BadLine(f"not UTF-8: byte 0x{byte:02x} at column {column}; {hint}")
+        else:
+            yield number, BadLine("contains a NUL byte") if "\0" in text else text
 
 
 def described(value: Any) -> str:

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -25,7 +26,9 @@ _MAX_IMAGES = 100_000  # per row
 _MAX_ID = 200  # bytes: with its extension it must fit a file name
 _SHOWN = 50  # bad lines in one message
 _PROMPT_COLUMNS = ("prompt", "caption", "text")
+_JSON = ("jsonl", "ndjson")
 _INTEGERS = ("seed", "height", "width", "num_inference_steps", "num_images")
+_SURROGATES = re.compile("[\ud800-\udfff]")
 FIELDS = ("prompt", "prompt_2", "id", "guidance_scale", "lora", *_INTEGERS)
 
 
@@ -38,7 +41,8 @@ def read_rows(job: Job, *, multiple: int = 16) -> tuple[list[Row], list[Reject]]
 
     Raises UserError naming every bad line otherwise; also when there is no row at all.
     """
-    resolve = _Resolver(job, multiple)
+    extension = (job.manifest or "").rpartition(".")[2].lower()
+    resolve = _Resolver(job, multiple, empty=extension in _JSON)
     if job.manifest is None:
         if job.prompt is None:
             raise UserError("nothing to do: give manifest=FILE or prompt=TEXT")
@@ -49,7 +53,7 @@ def read_rows(job: Job, *, multiple: int = 16) -> tuple[list[Row], list[Reject]]
     name = job.manifest.encode("utf-8", "backslashreplace").decode()  # a path may be no UTF-8, and rejects.jsonl is
     try:
         with open_stream(job.manifest) as stream:
-            parsed = _parsed(stream, job.manifest, job.prompt_column)
+            parsed = _parsed(stream, name, extension, job.prompt_column)
             rows, rejects = _collect(parsed, resolve, lambda n: f"{name}:{n}", quarantine)
     except StorageError as error:
         mistake = UserError(f"manifest: {error}")
@@ -72,7 +76,7 @@ def _collect(
             rows += made
             index += len(made)
         except BadLine as error:
-            rejects.append(Reject(where(number), str(error), index=index))
+            rejects.append(Reject(where(number), str(error), index=index, prompt=_prompt_of(fields)))
             index += 1
     if rejects and not quarantine:
         more = len(rejects) - _SHOWN
@@ -81,32 +85,44 @@ def _collect(
     return rows, rejects
 
 
-def _parsed(stream: Any, name: str, prompt_column: str | None) -> Iterator[Line]:
+def _prompt_of(fields: dict[str, Any] | BadLine) -> str | None:
+    """The prompt of a line that is bad for another reason, if it can be written."""
+    prompt = None if isinstance(fields, BadLine) else fields.get("prompt")
+    return prompt if isinstance(prompt, str) and not _SURROGATES.search(prompt) else None
+
+
+def _parsed(stream: Any, name: str, extension: str, prompt_column: str | None) -> Iterator[Line]:
     """The file's lines, whatever its format, with the prompt under ``prompt``."""
-    extension = name.rpartition(".")[2].lower()
-    if extension in ("jsonl", "ndjson"):
+    if kind := lines.kind(stream):
+        raise UserError(f"{name}: the file is {kind}")
+    if extension in _JSON:
         return _renamed(lines.json_lines(stream), {prompt_column or "prompt": "prompt"})
     if extension == "txt":
         return lines.prompt_lines(stream)
     if extension in ("tsv", "csv"):
-        columns, parsed = lines.table_lines(stream, TAB if extension == "tsv" else ",", name)
+        has_prompt = lambda columns: _prompt_column(columns, prompt_column) is not None  # noqa: E731
+        columns, parsed = lines.table_lines(stream, TAB if extension == "tsv" else ",", name, has_prompt)
         known = {column: column.lower() for column in columns if column.lower() in FIELDS}
         for column, other in itertools.combinations(known, 2):
             if known[column] == known[other]:
                 raise UserError(f"{name}:1: columns {json.dumps(column)} and {json.dumps(other)} differ only in case, expected one of them")
-        prompt = _prompt_column(columns, prompt_column, name)
+        prompt = _prompt_column(columns, prompt_column)
+        if prompt is None:
+            found = "prompt, caption or text (or name it: prompt_column=…)"
+            wanted = found if prompt_column is None else json.dumps(prompt_column)
+            raise UserError(f"{name}:1: got the columns {', '.join(map(json.dumps, columns))}, expected {wanted}")
         known = {column: field for column, field in known.items() if field != "prompt"}
         return map(_converted, _renamed(parsed, {**known, prompt: "prompt"}))
-    raise UserError(f"{name}: expected a manifest that ends in .jsonl, .txt, .tsv or .csv")
+    hint = " (of a JSON array, jq -c '.[]' makes JSONL)" if extension == "json" else ""
+    raise UserError(f"{name}: expected a manifest that ends in .jsonl, .txt, .tsv or .csv{hint}")
 
 
-def _prompt_column(columns: list[str], wanted: str | None, name: str) -> str:
+def _prompt_column(columns: list[str], wanted: str | None) -> str | None:
     by_lower = {column.lower(): column for column in reversed(columns)}
     for candidate in _PROMPT_COLUMNS if wanted is None else (wanted,):
         if candidate in columns or candidate.lower() in by_lower:
             return candidate if candidate in columns else by_lower[candidate.lower()]
-    expected = "prompt, caption or text (or name it: prompt_column=…)" if wanted is None else json.dumps(wanted)
-    raise UserError(f"{name}:1: got the columns {', '.join(map(json.dumps, columns))}, expected {expected}")
+    return None
 
 
 def _renamed(parsed: Iterator[Line], names: Mapping[str, str]) -> Iterator[Line]:
@@ -134,6 +150,8 @@ def _converted(line: Line) -> Line:
     for key in _INTEGERS:
         if key in fields and re.fullmatch(r"\s*[+-]?[0-9]{1,30}(\.0*)?\s*", fields[key]):
             fields[key] = int(fields[key].partition(".")[0])  # pandas writes 28.0 where another row has none
+    if "id" in fields and (whole := re.fullmatch(r"\s*(-?(?:0|[1-9][0-9]{0,30}))\.0*\s*", fields["id"])):
+        fields["id"] = whole[1]
     with contextlib.suppress(KeyError, ValueError):
         fields["guidance_scale"] = float(fields["guidance_scale"])
     with contextlib.suppress(KeyError, ValueError, RecursionError):
@@ -144,8 +162,9 @@ def _converted(line: Line) -> Line:
 class _Resolver:
     """Named values of one line → its rows, with the job's settings where the line is silent."""
 
-    def __init__(self, job: Job, multiple: int):
+    def __init__(self, job: Job, multiple: int, empty: bool):
         sampler = job.sampler
+        self._empty = empty  # whether an empty prompt is meant, as it is where it is written out
         self._multiple = multiple
         self._seed = job.seed
         self._prompt_2 = job.prompt_2
@@ -174,7 +193,7 @@ class _Resolver:
             raise fields
         given = {key: value for key, value in fields.items() if value is not None}
         problems: list[str] = []
-        prompt = _text(given, "prompt", problems)
+        prompt = _text(given, "prompt", problems, empty=self._empty)
         if "prompt" not in given:
             texts = [shown(key) for key, value in given.items() if key not in FIELDS and isinstance(value, str)]
             hint = f" (prompt_column=… takes another field for it, of {', '.join(texts)})" if texts else ""
@@ -259,16 +278,19 @@ class _Resolver:
         return tuple(sorted(scales))
 
 
-def _text(given: Mapping[str, Any], key: str, problems: list[str]) -> str:
+def _text(given: Mapping[str, Any], key: str, problems: list[str], empty: bool = False) -> str:
     value = given.get(key, " ")
     if not isinstance(value, str):
         problems.append(f"{key}: got {described(value)}, expected a string")
-    elif key in given and not value.strip():
+    elif key in given and not value.strip() and not empty:
         problems.append(f"{key}: empty")
     elif "\0" in value:
         problems.append(f"{key}: contains a NUL character")
-    elif not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
-        problems.append(f"{key}: not UTF-8")  # bytes of the command line that are no text
+    elif not value.isascii() and _SURROGATES.search(value):
+        encoding = sys.getfilesystemencoding()
+        or_else = f", or not read so, as the locale's encoding is {encoding}: set PYTHONUTF8=1"
+        why = "" if encoding == "utf-8" else or_else
+        problems.append(f"{key}: not UTF-8{why}")  # bytes of the command line that are no text
     return value
 
 
@@ -277,6 +299,8 @@ def _id(given: Mapping[str, Any], problems: list[str]) -> str | None:
     value = given.get("id")
     if value is None:
         return None
+    if type(value) is float and value.is_integer() and abs(value) <= _WHOLE:
+        value = int(value)
     if type(value) is int and abs(value) <= MAX_SEED:
         value = str(value)
     if not isinstance(value, str):

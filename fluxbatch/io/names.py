@@ -18,10 +18,12 @@ FIELDS = ("i", "thousand", "id", "seed")  # thousand: of i, for folders that hol
 class Namer:
     """``template`` with ``extension`` (".png") added, unless it ends so already.
 
+    ``encoding``: of names in the output place.
     Raises UserError when the template names anything but FIELDS, or leaves the output place.
     """
 
-    def __init__(self, template: str, extension: str):
+    def __init__(self, template: str, extension: str, encoding: str = "utf-8"):
+        self._encoding = encoding
         self._template = template if template.endswith(extension) else template + extension
         try:
             fields = [(field, spec) for _, field, spec, _ in string.Formatter().parse(template) if field is not None]
@@ -63,7 +65,7 @@ class Namer:
             used.add(_folded(name))
             names[row.index] = name
         for row in rows:
-            if fault := _fault(names[row.index]):
+            if fault := _fault(names[row.index], self._encoding):
                 raise UserError(f"output.filename={self._template}: {row.where or row.id}: {fault}")
         return names
 
@@ -82,8 +84,12 @@ def _folded(name: str) -> str:
     return unicodedata.normalize("NFC", name).casefold()
 
 
-def _fault(name: str) -> str | None:
+def _fault(name: str, encoding: str) -> str | None:
     """Why a file cannot have the name."""
+    try:
+        name.encode(encoding)
+    except UnicodeEncodeError:
+        return f"got {name!r}, expected {encoding}, as file names are by this locale: set PYTHONUTF8=1 or a UTF-8 locale"
     folder, *rest = parts = name.split("/")
     if rest and _folded(folder) in RESERVED:
         return f"got {name!r}, expected another folder, as a run writes a file of that name"

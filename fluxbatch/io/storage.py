@@ -238,6 +238,9 @@ def _translated(place: str) -> Iterator[None]:
     except OSError as error:
         reason = (error.strerror or type(error).__name__).lower()
         raise StorageError(f"{place}: {reason}", fatal=error.errno in _FATAL_ERRNOS, unforeseen=error.errno in _UNFORESEEN) from error
+    except UnicodeEncodeError as error:
+        reason = f"file names are {error.encoding} by this locale: set PYTHONUTF8=1 or a UTF-8 locale"
+        raise StorageError(f"{place}: {reason}", fatal=True) from None
 
 
 def _make_directory(path: Path) -> None:
