@@ -18,7 +18,7 @@ from types import NoneType
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Glob, Override, Quote, QuotedString
+from hydra.core.override_parser.types import Glob, IntervalSweep, Override, Quote, QuotedString
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -29,9 +29,10 @@ from fluxbatch.types import UserError
 # The headings under which the parameters are documented are accepted as groups of bare names.
 HEADINGS = ("generation", "flow_matching", "performance", "parallelism", "system")
 PROMPTS = ("prompt", "prompt_2")  # a comma or a ${ in these is text
+PLUGINS = {"sweeper": ("optuna", "ax", "nevergrad"), "launcher": ("joblib", "submitit", "ray", "rq")}  # that Hydra's authors publish
 QUOTED = r"""(?:'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*")"""
 QUOTED_SWEEP = rf"{QUOTED}(?:\s*,\s*{QUOTED})*"
-SWEEP_FUNCTION = r"(?:choice|shuffle|sort|tag)\(.*\)"
+SWEEP_FUNCTION = r"(?:choice|shuffle|sort|tag|range|interval|glob)\(.*\)"
 
 
 def read(
@@ -55,15 +56,17 @@ def read(
             override = vocabulary.translate(word, multirun)
             parsed = parser.parse_override(override)
             key, sweeps = parsed.key_or_group, parsed.is_sweep_override()
+            is_choice = key in groups and not isinstance(parsed.value(), dict)
             if sweeps and not multirun:
                 hint = "; several adapters go in brackets" if key == "lora" else ""
-                raise UserError(f"{shown(word)}: a comma asks for a sweep, which needs --multirun{hint}")
-            if key not in groups and not parsed.is_delete() and kind_of(schema, key)[0] is not None:
+                asks = f"{call[1]}(…)" if (call := re.match(r"[^=]*=(\w+)\(", override)) else "a comma"
+                raise UserError(f"{shown(word)}: {asks} asks for a sweep, which needs --multirun{hint}")
+            if not is_choice and not parsed.is_delete() and kind_of(schema, key)[0] is not None:
                 _try(scratch, schema, parsed, parser)
-            if key in groups and not parsed.is_delete() and not isinstance(parsed.value(), Glob):
+            if is_choice and not parsed.is_delete() and not isinstance(parsed.value(), Glob):
                 _check_options(parsed, parser, groups[key])
             overrides.append(override)
-            (fixed.discard if sweeps else fixed.add)(key)
+            (fixed.discard if sweeps else fixed.add)(full_key(parsed))
         except UserError as error:
             problems += error.lines
         except OmegaConfBaseException:
@@ -90,10 +93,10 @@ def _try(scratch: DictConfig, schema: type, override: Override, parser: Override
 
 
 def _check_options(override: Override, parser: OverridesParser, known: Sequence[str]) -> None:
-    """UserError unless a group's choices are there. (Those in folders of the user's own are left to Hydra.)"""
+    """UserError unless a group's choices are there."""
     for value in _values(override, parser):
         for option in value if isinstance(value, list) else [value]:
-            if not (isinstance(option, str) and ("/" in option or option.removesuffix(".yaml") in known)):
+            if not (isinstance(option, str) and option.removesuffix(".yaml") in known):
                 raise UserError(no_option(override.key_or_group, shown(option), known))
 
 
@@ -101,11 +104,29 @@ def no_option(group: str, option: str, known: Sequence[str]) -> str:
     """That a group has no such choice, and what it has."""
     near = nearest(option, known)
     hint = f"; did you mean {near}?" if near else ""
+    plugin, kind = option.partition("_")[0], group.removeprefix("hydra/")
+    if not near and plugin in PLUGINS.get(kind, ()):
+        hint = f"; pip install hydra-{plugin}-{kind}"
     return f"{group}={option}: expected one of {', '.join(known)}{hint}"
 
 
+def full_key(override: Override) -> str:
+    """What an override is about, without its sign; of a group with the package, if it has one."""
+    return override.get_key_element().lstrip("+~")
+
+
+def group_of(word: str) -> str:
+    """The group that a word is about, if it is about one."""
+    return re.split("[@=]", word.lstrip("+~"))[0]
+
+
 def _values(override: Override, parser: OverridesParser) -> list[Any]:
-    """The value of an override, or all that it sweeps over."""
+    """The value of an override, or all that it sweeps over; of an interval, its ends."""
+    value = override.value()
+    if isinstance(value, IntervalSweep):  # Hydra makes floats of its ends, and a sweeper may make whole numbers of those
+        return [int(end) if end.is_integer() else end for end in (float(value.start), float(value.end))]
+    if isinstance(value, Glob):
+        raise UserError(f"{override.input_line}: glob(…) is for the choices of a group, {override.key_or_group} is none")
     swept = override.sweep_string_iterator() if override.is_discrete_sweep() else [override.get_value_element_as_str()]
     return [parser.parse_override(f"x={text}").value() for text in swept]
 
@@ -189,11 +210,12 @@ class _Vocabulary:
     def translate(self, word: str, multirun: bool) -> str:
         """One word as an override of Hydra's, its key in full and its text quoted."""
         prefix, typed, equals, value = re.fullmatch(r"(\+\+|\+|~|)([^=]*)(=?)(.*)", word, re.DOTALL).groups()
-        group = re.split("[/@]", typed)[0]
-        if typed.startswith(("hydra.", "hydra/")) or (equals and group in self.groups and "/" not in typed):
+        if typed.startswith(("hydra.", "hydra/")) or typed == "hydra":
             return word
-        if "/" in typed:
-            raise UserError(f"{shown(word)}: there is no key {typed}{self._nearest(typed.replace('/', '.'))}")
+        if (equals or prefix == "~") and group_of(typed) in self.groups and not value.startswith("{"):  # else a table of its keys
+            return word
+        if "/" in typed or "@" in typed:
+            raise UserError(f"{shown(word)}: there is no key or group {group_of(typed)}{self._nearest(group_of(typed))}")
         if not equals and prefix != "~":
             raise UserError(f"{shown(word)}: expected key=value{self._nearest(typed)}")
         head, dot, tail = typed.partition(".")
@@ -220,7 +242,7 @@ class _Vocabulary:
         if near := nearest(typed, known) or nearest(name or typed, self.full):
             return f"; did you mean {options.get(near, near)}?"
         siblings = [key.partition(".")[2] for key in self.keys if dot and key.startswith(f"{group}.")]
-        return f"; {group} has {', '.join(siblings)}" if siblings else "; --cfg job lists them all"
+        return f"; {group} has {', '.join(siblings)}" if siblings else "; python -m fluxbatch.keys lists them all"
 
 
 def _text(value: str, prompt: bool, multirun: bool) -> str:
