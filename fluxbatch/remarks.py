@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from fluxbatch.config import Job
 from fluxbatch.engine import Engine
@@ -18,12 +20,17 @@ from fluxbatch.types import Row
 
 SHOWN = 3  # rows named in one line
 SHOWN_FIELDS = 8
+# A job's key → the fields of a row that are used instead
+DECIDED_BY = {key: (key,) for key in ("seed", "prompt_2", "num_images")}
+DECIDED_BY |= {f"sampler.{key}": (key,) for key in ("num_inference_steps", "guidance_scale", "height", "width")}
+DECIDED_BY["sampler.resolution"] = ("height", "width")
 
 
 def lines(job: Job, engine: Engine, rows: Sequence[Row], todo: Sequence[Row], texts: TextCache | None) -> Iterator[str]:
     """Of ``rows``, which are the whole manifest, and of what is to be drawn; and what each adapter touches."""
     yield from engine.remarks
     yield from unguided(engine, rows)
+    yield from overridden(job.sweep, rows)
     yield from left_out(rows, engine.record)
     if fields := unread(rows):
         yield fields
@@ -38,6 +45,16 @@ def unguided(engine: Engine, rows: Sequence[Row]) -> Iterator[str]:
     count = sum(row.guidance_scale != 0 for row in rows)
     if count and not engine.remarks and not engine.checkpoint.components["transformer"].config.guidance_embeds:
         yield f"guidance_scale decides nothing ({count:,} rows have one): the checkpoint has no guidance embedding"
+
+
+def overridden(sweep: Mapping[str, Any], rows: Sequence[Row]) -> Iterator[str]:
+    """Keys of a sweep that rows decide for themselves."""
+    for key in sweep:
+        fields = DECIDED_BY.get(key) or (("lora",) if re.fullmatch(r"lora|lora\..+\.scale|lora_config\.scale", key) else ())
+        count = sum(row.given.issuperset(fields) for row in rows) if fields else 0
+        if count:
+            own = f"{'a ' if len(fields) == 1 else ''}{' and '.join(fields)} of their own"
+            yield f"{key} is swept, and decides nothing for {count:,} of {len(rows):,} rows, which have {own}: the same pictures in every job"
 
 
 def unread(rows: Sequence[Row]) -> str | None:
