@@ -39,6 +39,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from fluxbatch import __version__, composition, config, overrides, reference
 from fluxbatch.config import Job
 from fluxbatch.reference import CONF
+from fluxbatch.streams import whoever_reads
 from fluxbatch.types import Exit, UserError
 
 Task = Callable[[Any], int]  # a Job (or the schema given to `main`) → exit code
@@ -248,52 +249,6 @@ atexit.register(gc.freeze)  # a third of a second goes into looking through what
 OmegaConf.register_new_resolver("fluxbatch_sweep", _sweep_dir, replace=True)
 
 
-class _Stream:
-    """Standard output or error, which may be a pipe that nobody reads any more: what cannot be written is dropped."""
-
-    def __init__(self, stream: TextIO):
-        self._stream = stream
-
-    def write(self, text: str) -> int:
-        try:
-            return self._stream.write(text)
-        except OSError:
-            self._drop()
-            return len(text)
-
-    def flush(self) -> None:
-        try:
-            self._stream.flush()
-        except OSError:
-            self._drop()
-
-    def _drop(self) -> None:
-        with contextlib.suppress(OSError):  # nor does what is left in the buffer, and what others write, reach anyone
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self._stream.fileno())
-            os.close(nowhere)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-
-@contextlib.contextmanager
-def whoever_reads() -> Iterator[None]:
-    """Within, no print fails: neither for who reads it, nor for a character that the terminal does not know."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
-    # For those that are closed, in this order: each open takes the least free number, so no picture's file gets one that compilers write to
-    if sys.stdin is None:
-        os.open(os.devnull, os.O_RDONLY)
-    out, err = (_Stream(stream or open(os.devnull, "w", encoding="utf-8")) for stream in (sys.stdout, sys.stderr))
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            yield
-        finally:
-            for stream in (out, err):
-                stream.flush()
-
-
 def _severity(code: int) -> int:
     """Order of exit codes within a sweep: jobs that were cut off want another start, so they win."""
     order = [Exit.OK, Exit.REJECTED_ROWS, Exit.BAD_INPUT, 1, Exit.PREEMPTED, Exit.PEER_LOST]
@@ -301,7 +256,12 @@ def _severity(code: int) -> int:
 
 
 def _usage(message: str) -> NoReturn:
-    hint = "; keys have no dashes, as in seed=3" if "unrecognized" in message else ""
+    hint = ""
+    if "unrecognized" in message:
+        named = re.findall(r"(?<!\S)--?([A-Za-z][\w-]*)", message)
+        keys = [key.rpartition(".")[2] for key in overrides.leaves(Job)]
+        near = next(filter(None, (overrides.meant(name.replace("-", "_"), keys) for name in named)), None)
+        hint = f"; keys have no dashes, as in {f'{near}=…' if near else 'seed=3'}"
     raise UserError(message + hint)
 
 
@@ -339,6 +299,6 @@ def _explain(error: BaseException, schema: type[Job]) -> str:
     if key is None:
         return " ".join(text.split())
     kind = overrides.kind_of(schema, key[1])
-    near = overrides.nearest(key[1], overrides.leaves(schema))
+    near = overrides.nearest_key(schema, key[1])
     hint = f"; expected {overrides.expected(*kind)}" if kind[0] else f"; did you mean {near}?" if near else ""
     return f"{key[1]}: {' '.join(text.split())}{hint}"

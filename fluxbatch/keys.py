@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from fluxbatch import reference
-from fluxbatch.cli import whoever_reads
+from fluxbatch.streams import whoever_reads
 from fluxbatch.types import Exit
 
 

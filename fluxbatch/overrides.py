@@ -30,6 +30,43 @@ from fluxbatch.types import UserError
 HEADINGS = ("generation", "flow_matching", "performance", "parallelism", "system")
 PROMPTS = ("prompt", "prompt_2")  # a comma or a ${ in these is text
 PLUGINS = {"sweeper": ("optuna", "ax", "nevergrad"), "launcher": ("joblib", "submitit", "ray", "rq")}  # that Hydra's authors publish
+# What keys are called elsewhere, by hand and in other tools
+USUAL = {
+    name: key
+    for key, names in {
+        "num_inference_steps": "steps step num_steps n_steps sampling_steps inference_steps denoising_steps diffusion_steps iterations",
+        "guidance_scale": "guidance cfg cfg_scale guidance_weight distilled_guidance true_cfg_scale",
+        "resolution": "size res image_size img_size dim pixels",
+        "width": "w",
+        "height": "h",
+        "per_device_batch_size": "batch_size batch batchsize bs b",
+        "num_images": "n num count samples num_samples n_samples n_images images n_iter batch_count num_images_per_prompt images_per_prompt",
+        "seed": "random_seed manual_seed rng_seed generator",
+        "prompt": "p text caption query",
+        "manifest": "prompts input inputs file files prompt_file prompts_file from_file input_file csv tsv jsonl dataset data",
+        "output_dir": "out o outdir out_dir output_path output_folder outputs save_dir save_path dest destination",
+        "run_name": "name run run_id exp exp_name experiment_name job_name",
+        "filename": "file_name outname template",
+        "format": "ext extension image_format img_format fmt file_format",
+        "overwrite": "force clobber",
+        "pretrained_model_name_or_path": "ckpt checkpoint ckpt_path model_path model_dir model_id model_name base_model weights repo repo_id",
+        "vae_model_name_or_path": "vae vae_path ae",
+        "clip_model_name_or_path": "clip clip_path clip_l text_encoder",
+        "t5xxl_model_name_or_path": "t5 t5_path t5xxl text_encoder_2",
+        "weights_dtype": "dtype precision torch_dtype",
+        "hardware": "device backend accelerator",
+        "sharding": "devices gpus num_gpus ngpus num_devices mesh strategy parallelism",
+        "ici_tensor_parallelism": "tp tensor_parallel tp_size",
+        "ici_context_parallelism": "cp sp context_parallel sequence_parallel",
+        "ici_data_parallelism": "dp data_parallel",
+        "max_sequence_length": "max_length max_len seq_len max_tokens",
+        "jax_cache_dir": "cache cache_dir compilation_cache_dir",
+        "offload_encoders": "offload cpu_offload",
+        "stream_blocks": "lowvram low_vram sequential_offload",
+        "lora": "loras adapter adapters lora_name lora_path lora_file",
+    }.items()
+    for name in names.split()
+}
 QUOTED = r"""(?:'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*")"""
 QUOTED_SWEEP = rf"{QUOTED}(?:\s*,\s*{QUOTED})*"
 SWEEP_FUNCTION = r"(?:choice|shuffle|sort|tag|range|interval|glob)\(.*\)"
@@ -200,6 +237,21 @@ def nearest(typed: str, known: Iterable[str]) -> str | None:
     return next(iter(difflib.get_close_matches(typed, known, 1, cutoff=0.7)), None)
 
 
+def meant(typed: str, known: Iterable[str]) -> str | None:
+    """The known word that was probably meant: of the usual names for it, or one that looks like it."""
+    known = [*known]
+    usual = USUAL.get(typed.lower().replace("-", "_"))
+    return usual if usual in known else nearest(typed, known)
+
+
+def nearest_key(schema: type, typed: str) -> str | None:
+    """The full key that was probably meant by a full key that is none."""
+    keys = [*leaves(schema)]
+    by_name = {key.rpartition(".")[2]: key for key in keys}
+    last = typed.rpartition(".")[2]
+    return by_name.get(USUAL.get(last, "")) or nearest(typed, keys) or by_name.get(nearest(last, by_name) or "")
+
+
 class _Vocabulary:
     def __init__(self, schema: type, groups: Mapping[str, Sequence[str]]):
         self.schema, self.groups = schema, groups
@@ -239,7 +291,11 @@ class _Vocabulary:
         group, dot, name = typed.partition(".")
         options = {option: f"{group}={option}" for group, names in self.groups.items() for option in names}
         known = self.keys if dot else [*self.keys, *self.full, *self.groups, *options]
-        if near := nearest(typed, known) or nearest(name or typed, self.full):
+        last = typed.rpartition(".")[2].lower().replace("-", "_")
+        if (usual := USUAL.get(last)) and dot:
+            usual = self.full.get(usual)
+        slip = USUAL.get(nearest(last, (word for word in USUAL if len(word) > 4)) or "")
+        if near := usual or nearest(typed, known) or nearest(name or typed, self.full) or slip:
             return f"; did you mean {options.get(near, near)}?"
         siblings = [key.partition(".")[2] for key in self.keys if dot and key.startswith(f"{group}.")]
         return f"; {group} has {', '.join(siblings)}" if siblings else "; python -m fluxbatch.keys lists them all"

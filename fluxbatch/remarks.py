@@ -13,7 +13,7 @@ from fluxbatch.engine import Engine
 from fluxbatch.io.lines import shown
 from fluxbatch.io.manifest import FIELDS
 from fluxbatch.io.match import left_out
-from fluxbatch.overrides import nearest
+from fluxbatch.overrides import meant
 from fluxbatch.text import TextCache
 from fluxbatch.tokens import Tokenizers
 from fluxbatch.types import Row
@@ -68,7 +68,7 @@ def unread(rows: Sequence[Row]) -> str | None:
 def _meant(key: str) -> str | None:
     """The known field that ``key`` is a slip or a part of, as steps is of num_inference_steps."""
     part = (field for field in FIELDS if {*key.lower().split("_")} <= {*field.split("_")})
-    return nearest(key, FIELDS) or next(part, None)
+    return meant(key, FIELDS) or next(part, None)
 
 
 def cut(tokenizers: Tokenizers, rows: Sequence[Row]) -> Iterator[tuple[str, str | None]]:

@@ -64,3 +64,11 @@ def test_run_and_plan_say_it(cli, golden, tmp_path):
     assert code == 0 and err.count(said) == 2
     code, err = cli("guidance_scale=3", *words, "run_name=alone")
     assert code == 0 and "is swept" not in err
+
+
+def test_fields_by_their_usual_names_are_named_with_what_was_meant(rows):
+    [made] = rows({"steps": 8, "cfg": 3, "n": 2, "guidance": 3, "note": 1, "size": 512})
+    said = remarks.unread([made])
+    for field, near in {"steps": "num_inference_steps", "cfg": "guidance_scale", "n": "num_images", "guidance": "guidance_scale"}.items():
+        assert f"{field} (1 rows; did you mean {near}?)" in said
+    assert "note (1 rows)" in said and "size (1 rows)" in said  # a row has none

@@ -264,7 +264,7 @@ def test_groups_of_a_package_on_the_search_path(command, tmp_path, monkeypatch, 
         ("+experiment/finale=a", "there is no key or group experiment/finale; did you mean experiment/final?"),
         ("experiment/final=a", "use +experiment/final=a"),
         ("~experiment/final", "Could not delete 'experiment/final'"),
-        ("+outputs=a", "there is no key outputs; did you mean output?"),
+        ("+outputs=a", "there is no key outputs; did you mean output_dir?"),
         ("+nest/deep=glob(*)", "nest/deep=glob(*): glob(…) asks for a sweep, which needs --multirun"),
     ],
 )
