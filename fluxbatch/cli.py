@@ -114,19 +114,22 @@ def _start(task: Task, schema: type[Job], rows: bool, about: str | None, argv: l
             return hydra.run(name, _HydraTask(task, schema, rows), [*args.overrides, "hydra.mode=RUN"]).return_value
         return 0
     except UnicodeDecodeError as error:  # which does not say of which file
-        found = filter(None, map(_not_utf8, sorted(path for root in (CONF, own) if root for path in root.rglob("*.yaml"))))
+        paths = sorted(path for root in (CONF, own) if root for path in root.rglob("*.yaml"))
+        found = filter(None, map(_not_utf8, paths))
         raise UserError(*([*found] or [f"a file of the configuration is not UTF-8: {error}"])) from error
     finally:
         GlobalHydra.instance().clear()
 
 
 def _sweep(
-    hydra: Hydra, name: str, words: list[str], fixed: frozenset[str], groups: composition.Groups, job: _HydraTask, traceless: bool
-) -> int:
+    hydra: Hydra, name: str, words: list[str], fixed: frozenset[str], groups: composition.Groups, job: _HydraTask,
+    traceless: bool,
+) -> int:  # fmt: skip
     """The worst exit code of the sweep's jobs. ``traceless``: whether the sweep itself is to leave nothing behind."""
     words = [*words, "hydra.mode=MULTIRUN"]
     try:
-        params, still = composition.sweeper_params(hydra, name, words, lambda given: overrides.read(given, job.schema, groups, True))
+        read = functools.partial(overrides.read, schema=job.schema, groups=groups, multirun=True)
+        params, still = composition.sweeper_params(hydra, name, words, read)
     except UserError as error:
         raise UserError(*(f"hydra.sweeper.params: {line}" for line in error.lines)) from error
     swept = {word.partition("=")[0].lstrip("+~") for word in words[:-1]} - fixed
@@ -288,7 +291,7 @@ def _explain(error: BaseException, schema: type[Job]) -> str:
     if isinstance(error, MissingMandatoryValue):
         text = "a value is missing"
     if "BasicSweeper does not support" in text:
-        text = "interval(…) is for sweepers that propose values, as hydra/sweeper=optuna does; without one: values, choice(…) or range(…)"
+        text = "interval(…) is for sweepers that propose values, as hydra/sweeper=optuna does; else give values or range(…)"
     if key and key[1].startswith("hydra.sweeper.params.") and "KeyValidationError" in text:
         text += '; a value with commas is quoted within braces: params: {seed: "1,2"}'
     if key is None and (merged := re.search(r"Merge error: \w+ is not a subclass of (\w+)\. value: (.*)", text)):  # which has no key

@@ -1,4 +1,4 @@
-"""Hydra's part: which groups there are, whether the configuration asks for a sweep, and the sweep by any sweeper and launcher."""
+"""Hydra's part: which groups there are, who asks for a sweep, and the sweep by any sweeper and launcher."""
 
 from __future__ import annotations
 
@@ -80,8 +80,10 @@ class Groups(Mapping[str, Sequence[str]]):
 
 
 def asks_for_sweep(hydra: Hydra, config_name: str, words: Sequence[str], groups: Groups) -> bool:
-    """Whether the user's files or words set hydra.mode=MULTIRUN. False where they cannot be composed, which the run will say."""
-    if not any(map(_is_hydra_s, words)) and all(path.provider in OURS for path in hydra.config_loader.get_search_path().get_path()):
+    """Whether files or words set hydra.mode=MULTIRUN. False where they cannot be composed, which the run will say."""
+    if not any(map(_is_hydra_s, words)) and all(
+        path.provider in OURS for path in hydra.config_loader.get_search_path().get_path()
+    ):
         return False  # 0.1 s less
     about = [word for word in words if _is_hydra_s(word) or overrides.group_of(word) in groups]
     return hydra.get_mode(config_name, about) == RunMode.MULTIRUN
@@ -94,8 +96,10 @@ def _is_hydra_s(word: str) -> bool:
 def sweep(
     hydra: Hydra, config_name: str, task: TaskFunction, words: Sequence[str], params: Sequence[str], codes: list[int]
 ) -> None:
-    """As Hydra's own multirun, with ``params`` for hydra.sweeper.params; every job's exit code goes to ``codes`` as soon as it
-    is known, since sweepers need not return any."""
+    """As Hydra's own multirun, with ``params`` for hydra.sweeper.params.
+
+    Every job's exit code goes to ``codes`` as soon as it is known, since sweepers need not return any.
+    """
     cfg = hydra.compose_config(config_name, [*words], RunMode.MULTIRUN, with_log_configuration=True)
     if params:
         with open_dict(cfg.hydra.sweeper):
@@ -104,22 +108,32 @@ def sweep(
     callbacks.on_multirun_start(config=cfg, config_name=config_name)
     with _watched(codes):
         sweeper = Plugins.instance().instantiate_sweeper(
-            config=cfg, hydra_context=HydraContext(config_loader=hydra.config_loader, callbacks=callbacks), task_function=task
+            config=cfg,
+            hydra_context=HydraContext(config_loader=hydra.config_loader, callbacks=callbacks),
+            task_function=task,
         )
         sweeper.sweep(arguments=OmegaConf.to_container(cfg.hydra.overrides.task, resolve=False))
     callbacks.on_multirun_end(config=cfg, config_name=config_name)
 
 
 def sweeper_params(
-    hydra: Hydra, config_name: str, words: Sequence[str], read: Callable[[Sequence[str]], tuple[list[str], frozenset[str]]]
+    hydra: Hydra,
+    config_name: str,
+    words: Sequence[str],
+    read: Callable[[Sequence[str]], tuple[list[str], frozenset[str]]],
 ) -> tuple[list[str], frozenset[str]]:
-    """hydra.sweeper.params through ``read``, which reads a command line: as the overrides that they are, and the full keys of
-    them that hold still. A sweeper that is not Hydra's own may know values that are no overrides: these stay as they are."""
+    """hydra.sweeper.params through ``read``, which reads a command line: as overrides, and the full keys that hold still.
+
+    A sweeper that is not Hydra's own may know values that are no overrides: these stay as they are.
+    """
     cfg = hydra.compose_config(config_name, [*words], RunMode.MULTIRUN, with_log_configuration=False)
     params = OmegaConf.select(cfg, "hydra.sweeper.params")
     if not isinstance(params, DictConfig):
         return [], frozenset()
-    given = [f"{key}={'null' if value is None else value}" for key, value in OmegaConf.to_container(params, resolve=True).items()]
+    given = [
+        f"{key}={'null' if value is None else value}"
+        for key, value in OmegaConf.to_container(params, resolve=True).items()
+    ]
     if cfg.hydra.sweeper._target_.endswith(".BasicSweeper"):
         return read(given)
     words, fixed = [], set()
@@ -160,7 +174,8 @@ def _watched(codes: list[int]) -> Iterator[None]:
     """Within, the launchers that sweepers get are watched: this process sees a job's code nowhere else."""
     instantiate = Plugins.instantiate_launcher
     # of the class: launchers send the instance to other processes
-    Plugins.instantiate_launcher = lambda *args, **words: _Watched(instantiate(*args, **words), codes)  # type: ignore[method-assign]
+    watched = lambda *args, **words: _Watched(instantiate(*args, **words), codes)  # noqa: E731
+    Plugins.instantiate_launcher = watched  # type: ignore[method-assign]
     try:
         yield
     finally:

@@ -1,4 +1,7 @@
-"""``python -m fluxbatch.keys [WORD …]``: what each key does, and its default; with words, the keys that speak of one of them."""
+"""``python -m fluxbatch.keys [WORD …]``: what each key does, and its default.
+
+With words: of the keys that have one of them in name or text.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,10 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         elif lines := [*reference.page(words)]:
             print("\n".join(lines).rstrip())
         else:
-            print(f"fluxbatch: error: {' '.join(words)}: expected a word that a key has in its name or its text", file=sys.stderr)
+            print(
+                f"fluxbatch: error: {' '.join(words)}: expected a word that a key has in its name or its text",
+                file=sys.stderr,
+            )
             code = Exit.BAD_INPUT
     sys.exit(code)
 

@@ -29,27 +29,28 @@ from fluxbatch.types import UserError
 # The headings under which the parameters are documented are accepted as groups of bare names.
 HEADINGS = ("generation", "flow_matching", "performance", "parallelism", "system")
 PROMPTS = ("prompt", "prompt_2")  # a comma or a ${ in these is text
-PLUGINS = {"sweeper": ("optuna", "ax", "nevergrad"), "launcher": ("joblib", "submitit", "ray", "rq")}  # that Hydra's authors publish
+# What Hydra's authors publish besides
+PLUGINS = {"sweeper": ("optuna", "ax", "nevergrad"), "launcher": ("joblib", "submitit", "ray", "rq")}
 # What keys are called elsewhere, by hand and in other tools
 USUAL = {
     name: key
     for key, names in {
-        "num_inference_steps": "steps step num_steps n_steps sampling_steps inference_steps denoising_steps diffusion_steps iterations",
+        "num_inference_steps": "steps step num_steps n_steps sampling_steps inference_steps denoising_steps iterations",
         "guidance_scale": "guidance cfg cfg_scale guidance_weight distilled_guidance true_cfg_scale",
         "resolution": "size res image_size img_size dim pixels",
         "width": "w",
         "height": "h",
         "per_device_batch_size": "batch_size batch batchsize bs b",
-        "num_images": "n num count samples num_samples n_samples n_images images n_iter batch_count num_images_per_prompt images_per_prompt",
+        "num_images": "n num count samples num_samples n_samples n_images images n_iter num_images_per_prompt",
         "seed": "random_seed manual_seed rng_seed generator",
         "prompt": "p text caption query",
-        "manifest": "prompts input inputs file files prompt_file prompts_file from_file input_file csv tsv jsonl dataset data",
+        "manifest": "prompts input inputs file files prompt_file prompts_file from_file csv tsv jsonl dataset",
         "output_dir": "out o outdir out_dir output_path output_folder outputs save_dir save_path dest destination",
         "run_name": "name run run_id exp exp_name experiment_name job_name",
         "filename": "file_name outname template",
         "format": "ext extension image_format img_format fmt file_format",
         "overwrite": "force clobber",
-        "pretrained_model_name_or_path": "ckpt checkpoint ckpt_path model_path model_dir model_id model_name base_model weights repo repo_id",
+        "pretrained_model_name_or_path": "ckpt checkpoint model_path model_dir model_id model_name base_model weights repo",
         "vae_model_name_or_path": "vae vae_path ae",
         "clip_model_name_or_path": "clip clip_path clip_l text_encoder",
         "t5xxl_model_name_or_path": "t5 t5_path t5xxl text_encoder_2",
@@ -160,10 +161,10 @@ def group_of(word: str) -> str:
 def _values(override: Override, parser: OverridesParser) -> list[Any]:
     """The value of an override, or all that it sweeps over; of an interval, its ends."""
     value = override.value()
-    if isinstance(value, IntervalSweep):  # Hydra makes floats of its ends, and a sweeper may make whole numbers of those
+    if isinstance(value, IntervalSweep):  # Hydra makes floats of the ends, and a sweeper may make whole numbers of those
         return [int(end) if end.is_integer() else end for end in (float(value.start), float(value.end))]
     if isinstance(value, Glob):
-        raise UserError(f"{override.input_line}: glob(…) is for the choices of a group, {override.key_or_group} is none")
+        raise UserError(f"{override.input_line}: glob(…) is for the choices of a group, which {full_key(override)} is not")
     swept = override.sweep_string_iterator() if override.is_discrete_sweep() else [override.get_value_element_as_str()]
     return [parser.parse_override(f"x={text}").value() for text in swept]
 
@@ -264,10 +265,12 @@ class _Vocabulary:
         prefix, typed, equals, value = re.fullmatch(r"(\+\+|\+|~|)([^=]*)(=?)(.*)", word, re.DOTALL).groups()
         if typed.startswith(("hydra.", "hydra/")) or typed == "hydra":
             return word
-        if (equals or prefix == "~") and group_of(typed) in self.groups and not value.startswith("{"):  # else a table of its keys
+        a_table = value.startswith("{")  # of the group's keys
+        if (equals or prefix == "~") and group_of(typed) in self.groups and not a_table:
             return word
         if "/" in typed or "@" in typed:
-            raise UserError(f"{shown(word)}: there is no key or group {group_of(typed)}{self._nearest(group_of(typed))}")
+            group = group_of(typed)
+            raise UserError(f"{shown(word)}: there is no key or group {group}{self._nearest(group)}")
         if not equals and prefix != "~":
             raise UserError(f"{shown(word)}: expected key=value{self._nearest(typed)}")
         head, dot, tail = typed.partition(".")

@@ -26,7 +26,11 @@ KEY = re.compile(r"( *)([a-z]\w*):(?: +([^#]+?))?(?: +# (.*))?")
 def page(words: Sequence[str] = ()) -> Iterator[str]:
     """The lines of the reference: all keys, or those in whose name or text one of the words is."""
     for title, entries in _parts():
-        said = [(key, text) for key, text in entries if not words or any(word.lower() in f"{key} {text}".lower() for word in words)]
+        said = [
+            (key, text)
+            for key, text in entries
+            if not words or any(word.lower() in f"{key} {text}".lower() for word in words)
+        ]
         if said:
             yield from (title, *(f"  {key:38} {text}".rstrip() for key, text in said), "")
 
@@ -36,13 +40,23 @@ def _parts() -> Iterator[tuple[str, list[tuple[str, str]]]]:
     yield "Keys", _keys(CONF / "config.yaml")
     for folder in sorted(path for path in CONF.iterdir() if path.is_dir()):
         files = sorted(folder.glob("*.yaml"))
-        yield f"Group {folder.name}: files that set several keys", [(f"{folder.name}={path.stem}", _about(path)) for path in files]
+        yield (
+            f"Group {folder.name}: files that set several keys",
+            [(f"{folder.name}={path.stem}", _about(path)) for path in files],
+        )
         if folder.name in Job.__dataclass_fields__ and folder.name != "lora":  # whose keys are the adapters' names
             base = max(files, key=lambda path: len(_keys(path)))  # the others only say what differs
-            yield f"Keys of {folder.name}, as {folder.name}={base.stem} has them", [(f"{folder.name}.{key}", text) for key, text in _keys(base)]
+            yield (
+                f"Keys of {folder.name}, as {folder.name}={base.stem} has them",
+                [(f"{folder.name}.{key}", text) for key, text in _keys(base)],
+            )
     for command in COMMANDS:
         module = importlib.import_module(f"fluxbatch.{command}")
-        [schema] = (kind for kind in vars(module).values() if isinstance(kind, type) and issubclass(kind, Job) and kind.__module__ == module.__name__)
+        [schema] = (
+            kind
+            for kind in vars(module).values()
+            if isinstance(kind, type) and issubclass(kind, Job) and kind.__module__ == module.__name__
+        )
         yield f"Keys of fluxbatch.{command}, besides all others", own(schema)
 
 
@@ -74,7 +88,12 @@ def own(schema: type[Job]) -> list[tuple[str, str]]:
         default = field.default.name if isinstance(field.default, Enum) else config.shown(field.default)
         word = "…" if default == MISSING else default.lower() if isinstance(field.default, bool) else default
         comment = re.search(rf"^    {field.name}: .*?  # (.*)$", inspect.getsource(schema), re.MULTILINE)
-        found.append((f"{field.name}={word}", comment[1] if comment else overrides.expected(*overrides.kind_of(schema, field.name))))
+        found.append(
+            (
+                f"{field.name}={word}",
+                comment[1] if comment else overrides.expected(*overrides.kind_of(schema, field.name)),
+            )
+        )
     return found
 
 
@@ -84,5 +103,10 @@ def header(about: str, task: Callable[..., int], schema: type[Job]) -> str:
     command = f"-m {module.name}" if module else sys.argv[0]  # else a script's
     lines = [about, "", f"Usage: python {command} [option] [key=value …] [group=name …]"]
     if keys := own(schema):
-        lines += ["", "Keys of its own, besides all of fluxbatch.run's:", "", *(f"  {key:25} {text}" for key, text in keys)]
+        lines += [
+            "",
+            "Keys of its own, besides all of fluxbatch.run's:",
+            "",
+            *(f"  {key:25} {text}" for key, text in keys),
+        ]
     return "\n".join(lines)

@@ -50,11 +50,13 @@ def unguided(engine: Engine, rows: Sequence[Row]) -> Iterator[str]:
 def overridden(sweep: Mapping[str, Any], rows: Sequence[Row]) -> Iterator[str]:
     """Keys of a sweep that rows decide for themselves."""
     for key in sweep:
-        fields = DECIDED_BY.get(key) or (("lora",) if re.fullmatch(r"lora|lora\..+\.scale|lora_config\.scale", key) else ())
+        of_lora = ("lora",) if re.fullmatch(r"lora|lora\..+\.scale|lora_config\.scale", key) else ()
+        fields = DECIDED_BY.get(key, of_lora)
         count = sum(row.given.issuperset(fields) for row in rows) if fields else 0
         if count:
             own = f"{'a ' if len(fields) == 1 else ''}{' and '.join(fields)} of their own"
-            yield f"{key} is swept, and decides nothing for {count:,} of {len(rows):,} rows, which have {own}: the same pictures in every job"
+            those = f"{count:,} of {len(rows):,} rows, which have {own}"
+            yield f"{key} is swept, and decides nothing for {those}: the same pictures in every job"
 
 
 def unread(rows: Sequence[Row]) -> str | None:

@@ -44,7 +44,8 @@ def whoever_reads() -> Iterator[None]:
     """Within, no print fails: neither for who reads it, nor for a character that the terminal does not know."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
-    # For those that are closed, in this order: each open takes the least free number, so no picture's file gets one that compilers write to
+    # For those that are closed, in this order: each open takes the least free number, so no picture's file gets one
+    # that compilers write to
     if sys.stdin is None:
         os.open(os.devnull, os.O_RDONLY)
     out, err = (_Stream(stream or open(os.devnull, "w", encoding="utf-8")) for stream in (sys.stdout, sys.stderr))

@@ -101,7 +101,8 @@ def test_a_side_that_the_format_cannot_hold_is_refused_before_anything_is_drawn(
     for format in ("png", "jpeg"):
         assert sides(format, width=16384) == [(64, 16384)]
     for side in ("height", "width"):
-        assert sides("webp", **{side: 16384}) == f"{side}: got 16384, expected a multiple of 16 from 16 to 16368, as output=webp holds 16,383 at most"
+        wanted = "expected a multiple of 16 from 16 to 16368, as output=webp holds 16,383 at most"
+        assert sides("webp", **{side: 16384}) == f"{side}: got 16384, {wanted}"
     assert sides("webp", height=16368) == [(16368, 64)]
     job = plain.job(prompt="a")
     job.output.format, job.sampler.resolution = ImageFormat.webp, 16384

@@ -41,7 +41,8 @@ def rows(tmp_path):
 def test_a_swept_key_that_rows_override_is_named(rows, key, fields, own):
     made = rows({}, fields, fields, {name: None for name in fields})
     assert [*remarks.overridden({"hardware.attention": "flash", key: 1}, made)] == [
-        f"{key} is swept, and decides nothing for 2 of 4 rows, which have {own} of their own: the same pictures in every job"]  # fmt: skip
+        f"{key} is swept, and decides nothing for 2 of 4 rows, which have {own} of their own: "
+        "the same pictures in every job"]  # fmt: skip
     assert [*remarks.overridden({key: 1}, rows({}, {}))] == []
     assert [*remarks.overridden({}, made)] == []
 
@@ -55,9 +56,12 @@ def test_what_a_row_has_in_part_a_swept_key_still_decides(rows):
 def test_run_and_plan_say_it(cli, golden, tmp_path):
     manifest = tmp_path / "m.jsonl"
     manifest.write_text('{"prompt": "a", "guidance_scale": 2}\n{"prompt": "b"}\n')
-    words = [f"pretrained_model_name_or_path={golden / 'dev'}", "max_sequence_length=24", "resolution=16", "hardware=cpu", f"manifest={manifest}",
+    words = [f"pretrained_model_name_or_path={golden / 'dev'}", "max_sequence_length=24", "resolution=16", "hardware=cpu",
+             f"manifest={manifest}",
              f"output_dir={tmp_path}", "run_name=s", "num_inference_steps=1"]  # fmt: skip
-    said = "sampler.guidance_scale is swept, and decides nothing for 1 of 2 rows, which have a guidance_scale of their own"
+    said = (
+        "sampler.guidance_scale is swept, and decides nothing for 1 of 2 rows, which have a guidance_scale of their own"
+    )
     code, err = cli("-m", "guidance_scale=1,3", *words)
     assert code == 0 and err.count(said) == 2
     code, err = cli("-m", "guidance_scale=1,3", *words, entry="plan")
@@ -69,6 +73,11 @@ def test_run_and_plan_say_it(cli, golden, tmp_path):
 def test_fields_by_their_usual_names_are_named_with_what_was_meant(rows):
     [made] = rows({"steps": 8, "cfg": 3, "n": 2, "guidance": 3, "note": 1, "size": 512})
     said = remarks.unread([made])
-    for field, near in {"steps": "num_inference_steps", "cfg": "guidance_scale", "n": "num_images", "guidance": "guidance_scale"}.items():
+    for field, near in {
+        "steps": "num_inference_steps",
+        "cfg": "guidance_scale",
+        "n": "num_images",
+        "guidance": "guidance_scale",
+    }.items():
         assert f"{field} (1 rows; did you mean {near}?)" in said
     assert "note (1 rows)" in said and "size (1 rows)" in said  # a row has none

@@ -1,4 +1,4 @@
-"""Sweeps that the configuration asks for, sweepers that are not Hydra's own, and config groups wherever Hydra finds them."""
+"""Sweeps that the configuration asks for, sweepers of others, and config groups wherever Hydra finds them."""
 
 import importlib
 import sys
@@ -37,7 +37,10 @@ def seeds(jobs):
 def test_a_configuration_asks_for_a_sweep(command, write):
     own = write("mine.yaml", f"defaults: [config, _self_]\n{ASKS}      seed: 1,2\n")
     jobs = command(own, "--config-name=mine", "prompt=x", "run_name=s")
-    assert [(job.seed, job.sweep, job.run_name) for job in jobs] == [(1, {"seed": 1}, "s/seed=1"), (2, {"seed": 2}, "s/seed=2")]
+    assert [(job.seed, job.sweep, job.run_name) for job in jobs] == [
+        (1, {"seed": 1}, "s/seed=1"),
+        (2, {"seed": 2}, "s/seed=2"),
+    ]
     assert seeds(command(own, "--config-name=mine", "prompt=x", "-m")) == [1, 2]
     assert seeds(command(own, "--config-name=mine", "prompt=x", "seed=3,4,5")) == [3, 4, 5]  # the command line wins
     assert seeds(command(own, "--config-name=mine", "prompt=x", "hydra.mode=RUN")) == 0
@@ -60,7 +63,11 @@ def test_a_word_asks_for_a_sweep(command):
 
 
 def test_keys_of_a_configured_sweep_are_those_of_the_command_line(command, write):
-    own = write("mine.yaml", f"defaults: [config, _self_]\n{ASKS}      num_inference_steps: 2,3\n      prompt: \"'a, b','c'\"\n      height: 64\n")
+    own = write(
+        "mine.yaml",
+        f"defaults: [config, _self_]\n{ASKS}      num_inference_steps: 2,3\n"
+        "      prompt: \"'a, b','c'\"\n      height: 64\n",
+    )
     jobs = command(own, "--config-name=mine")
     assert [(job.sampler.num_inference_steps, job.prompt, job.sampler.height) for job in jobs] == [
         (2, "a, b", 64), (2, "c", 64), (3, "a, b", 64), (3, "c", 64)]  # fmt: skip
@@ -83,11 +90,16 @@ def test_sweeps_by_configuration_are_named_by_their_content(command, write):
         ("      seed: 1,x\n", "hydra.sweeper.params: seed=1,x: expected a whole number"),
         ("      sede: 1,2\n", "hydra.sweeper.params: sede=1,2: there is no key sede; did you mean seed?"),
         ("      {seed: 1,2}\n", 'a value with commas is quoted within braces: params: {seed: "1,2"}'),
-        ("      seed: interval(1,2)\n", "interval(…) is for sweepers that propose values, as hydra/sweeper=optuna does"),
+        (
+            "      seed: interval(1,2)\n",
+            "interval(…) is for sweepers that propose values, as hydra/sweeper=optuna does",
+        ),
     ],
 )
 def test_mistakes_in_a_configured_sweep_are_one_line(command, write, params, named):
-    command(write("mine.yaml", f"defaults: [config, _self_]\n{ASKS}{params}"), "--config-name=mine", "prompt=x", expect=2)
+    command(
+        write("mine.yaml", f"defaults: [config, _self_]\n{ASKS}{params}"), "--config-name=mine", "prompt=x", expect=2
+    )
     assert command.jobs == [] and len(command.lines) == 1 and named in command.err
 
 
@@ -108,7 +120,8 @@ class Stepper(Sweeper):
         self.params, self.fail_after = params or {}, fail_after
 
     def setup(self, *, hydra_context, task_function, config):
-        self.launcher = Plugins.instance().instantiate_launcher(hydra_context=hydra_context, task_function=task_function, config=config)
+        words = {"hydra_context": hydra_context, "task_function": task_function, "config": config}
+        self.launcher = Plugins.instance().instantiate_launcher(**words)
 
     def sweep(self, arguments):
         words = OverridesParser.create().parse_overrides([f"{k}={v}" for k, v in self.params.items()] + arguments)
@@ -158,7 +171,13 @@ def test_the_exit_code_of_any_sweeper_is_the_worst_job_s(command, stepper, codes
 
 
 def test_a_sweeper_that_fails_after_jobs_were_made(command, stepper):
-    command(*stepper, "guidance_scale=interval(1,9)", "hydra.sweeper.fail_after=1", task=lambda job: Exit.PREEMPTED, expect=75)
+    command(
+        *stepper,
+        "guidance_scale=interval(1,9)",
+        "hydra.sweeper.fail_after=1",
+        task=lambda job: Exit.PREEMPTED,
+        expect=75,
+    )
     command(*stepper, "guidance_scale=interval(1,9)", "hydra.sweeper.fail_after=1", expect=2)
     assert command.lines[-1] == "fluxbatch: error: no further value is known" and "Traceback" not in command.err
 
@@ -166,18 +185,30 @@ def test_a_sweeper_that_fails_after_jobs_were_made(command, stepper):
 def test_values_that_only_another_sweeper_knows_are_left_to_it(command, write, stepper):
     own = write("mine.yaml", f"defaults: [config, _self_]\n{ASKS}      guidance_scale: interval(1,2)\n      seed: 3\n")
     jobs = command(own, "--config-name=mine", *stepper[1:])
-    assert [(job.sampler.guidance_scale, job.seed, job.sweep) for job in jobs] == [(n, 3, {"sampler.guidance_scale": n}) for n in (1, 2)]
+    assert [(job.sampler.guidance_scale, job.seed, job.sweep) for job in jobs] == [
+        (n, 3, {"sampler.guidance_scale": n}) for n in (1, 2)
+    ]
 
 
-@pytest.mark.parametrize("value", ["interval(1,4)", "tag(log,interval(1,4))", "int(interval(1,4))", "range(1,4)", "shuffle(range(1,4))", "choice(1,2)",
-                                   "sort(2,1)", "shuffle(1,2,3)"])  # fmt: skip
+@pytest.mark.parametrize(
+    "value",
+    ["interval(1,4)", "tag(log,interval(1,4))", "int(interval(1,4))", "range(1,4)", "shuffle(range(1,4))", "choice(1,2)"]
+    + ["sort(2,1)", "shuffle(1,2,3)"],
+)
 def test_what_sweepers_understand_is_taken(value):
     for key in ("guidance_scale", "num_inference_steps"):
         assert overrides.read([f"{key}={value}"], Job, {}, True)[0] == [f"sampler.{key}={value}"]
 
 
-@pytest.mark.parametrize(("word", "said"), [("num_inference_steps=interval(1.5,4)", "expected a whole number"), ("overwrite=interval(0,4)", "true or false"),
-                                            ("seed=glob(*)", "for the choices of a group"), ("guidance_scale=choice(1,x)", "a number")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("num_inference_steps=interval(1.5,4)", "expected a whole number"),
+        ("overwrite=interval(0,4)", "true or false"),
+        ("seed=glob(*)", "for the choices of a group"),
+        ("guidance_scale=choice(1,x)", "a number"),
+    ],
+)
 def test_ends_and_values_of_another_type_are_not(word, said):
     with pytest.raises(UserError, match=said):
         overrides.read([word], Job, {}, True)
@@ -196,9 +227,17 @@ def test_a_sweeper_that_is_not_installed_is_named(command):
 def test_optuna(command):
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
     codes = iter([0, 3, 0])
-    words = ("-m", "hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", "guidance_scale=interval(1,4)", "prompt='a, b','c'")
+    words = (
+        "-m",
+        "hydra/sweeper=optuna",
+        "hydra.sweeper.n_trials=3",
+        "guidance_scale=interval(1,4)",
+        "prompt='a, b','c'",
+    )
     command(*words, task=lambda job: command.jobs.append(job) or next(codes), expect=3)
-    assert len(command.jobs) == 3 and all(1 <= job.sampler.guidance_scale <= 4 and job.prompt in ("a, b", "c") for job in command.jobs)
+    assert len(command.jobs) == 3 and all(
+        1 <= job.sampler.guidance_scale <= 4 and job.prompt in ("a, b", "c") for job in command.jobs
+    )
 
 
 # ---- groups
@@ -278,6 +317,17 @@ def test_a_sweep_over_groups_within_groups(command, nested):
     assert [(job.seed, job.sweep, job.run_name) for job in jobs] == [
         (7, {"experiment/final": "a"}, "s/final=a"), (8, {"experiment/final": "b"}, "s/final=b")]  # fmt: skip
     assert seeds(command(nested, "-m", "prompt=x", "+experiment/final=glob(*)")) == [7, 8]
-    assert seeds(command(nested, "-m", "prompt=x", "+nest=deep/one,deep/er/two", "experiment/final=null", expect=2)) == []
-    jobs = command(nested, "-m", "prompt=x", "run_name=s", "+experiment/final=a,b", "+nest/deep=one", "+lora/styles@lora=ink", "seed=1,2")
+    assert (
+        seeds(command(nested, "-m", "prompt=x", "+nest=deep/one,deep/er/two", "experiment/final=null", expect=2)) == []
+    )
+    jobs = command(
+        nested,
+        "-m",
+        "prompt=x",
+        "run_name=s",
+        "+experiment/final=a,b",
+        "+nest/deep=one",
+        "+lora/styles@lora=ink",
+        "seed=1,2",
+    )
     assert {job.run_name for job in jobs} == {f"s/final={option},seed={n}" for option in "ab" for n in (1, 2)}

@@ -244,7 +244,8 @@ class _Resolver:
             elif not low <= value <= high or value % step:
                 kind = "an integer" if step == 1 else f"a multiple of {step}"
                 limit = "2**64 - 1" if high == MAX_SEED else high
-                why = f", as output={self._format} holds {largest:,} at most" if key in ("height", "width") and largest < MAX_SIDE else ""
+                held = key in ("height", "width") and largest < MAX_SIDE
+                why = f", as output={self._format} holds {largest:,} at most" if held else ""
                 problems.append(f"{key}: got {shown(value)}, expected {kind} from {low} to {limit}{why}")
             numbers[key] = value
         if "guidance_scale" in given:
