@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import argparse
 import atexit
-import contextlib
 import functools
 import gc
-import io
 import os
 import re
 import shutil
@@ -19,10 +17,10 @@ import sys
 import tempfile
 import traceback
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn
 
 from hydra import version as hydra_version
 from hydra._internal.hydra import Hydra
