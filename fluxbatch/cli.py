@@ -8,12 +8,8 @@ from __future__ import annotations
 
 import argparse
 import atexit
-import contextlib
-import dataclasses
 import functools
 import gc
-import inspect
-import io
 import os
 import re
 import shutil
@@ -21,34 +17,32 @@ import sys
 import tempfile
 import traceback
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn
 
 from hydra import version as hydra_version
 from hydra._internal.hydra import Hydra
-from hydra._internal.utils import create_config_search_path, get_args_parser
-from hydra.core.config_search_path import SearchPathQuery
+from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
-from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from fluxbatch import __version__, config, overrides
+from fluxbatch import __version__, composition, config, overrides, reference
 from fluxbatch.config import Job
+from fluxbatch.reference import CONF
+from fluxbatch.streams import whoever_reads
 from fluxbatch.types import Exit, UserError
 
 Task = Callable[[Any], int]  # a Job (or the schema given to `main`) → exit code
 
 RANKS = ("JAX_PROCESS_ID", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")  # a process's number in its replica
-
-# A wheel carries conf/ inside the package, a checkout beside it.
-CONF = next(d for d in (Path(__file__).parent / "conf", Path(__file__).parents[1] / "conf") if d.is_dir())
 
 
 def main(
@@ -68,7 +62,7 @@ def main(
     argv = sys.argv[1:] if argv is None else list(argv)
     sys.setswitchinterval(0.001)  # what feeds the device waits this long, and not 5 ms, for a thread that traces or writes
     gc.set_threshold(100_000, 50, 50)  # by default a tenth of the start goes into looking through imported modules for cycles
-    with _whoever_reads():
+    with whoever_reads():
         try:
             code = _start(task, schema, rows, about, argv)
         except KeyboardInterrupt:
@@ -88,26 +82,21 @@ def _start(task: Task, schema: type[Job], rows: bool, about: str | None, argv: l
         raise UserError("--experimental-rerun, --config-path: not supported; --config-dir DIR adds a directory")
     if args.config_dir and not Path(args.config_dir).is_dir():
         raise UserError(f"--config-dir {args.config_dir}: expected a directory")
-    roots = [CONF, *([Path(args.config_dir).absolute()] if args.config_dir else [])]
-    groups: dict[str, list[str]] = {}
-    for path in sorted(path for root in roots for path in root.glob("*/*.yaml")):
-        groups.setdefault(path.parent.name, []).append(path.stem)
-    fixed: frozenset[str] = frozenset()
-    if not args.shell_completion:
-        args.overrides, fixed = overrides.read(args.overrides, schema, groups, args.multirun)
-    job = _HydraTask(task, schema, rows, fixed)
-
+    own = Path(args.config_dir).absolute() if args.config_dir else None
     hydra_version.setbase("1.3")
     ConfigStore.instance().store("schema", schema)
-    search_path = create_config_search_path(f"file://{CONF}")
-    for root in roots[1:]:
-        search_path.prepend("command-line", f"file://{root}", SearchPathQuery(provider="schema"))
-    hydra = Hydra.create_main_hydra2("fluxbatch", search_path)
     name = args.config_name or "config"
+    hydra = composition.open_hydra(CONF, own)
     try:
+        groups = composition.Groups(hydra, name, args.overrides)
+        if not (args.help or args.hydra_help or args.cfg or args.info or args.multirun or args.shell_completion):
+            args.multirun = composition.asks_for_sweep(hydra, name, args.overrides, groups)
+        fixed: frozenset[str] = frozenset()
+        if not args.shell_completion:
+            args.overrides, fixed = overrides.read(args.overrides, schema, groups, args.multirun)
         if args.help:
             if about:
-                args.overrides.append(f"hydra.help.header={overrides.quote(_header(about, task, schema))}")
+                args.overrides.append(f"hydra.help.header={overrides.quote(reference.header(about, task, schema))}")
             hydra.app_help(name, parser, args)
         elif args.hydra_help:
             hydra.hydra_help(name, parser, args)
@@ -118,23 +107,48 @@ def _start(task: Task, schema: type[Job], rows: bool, about: str | None, argv: l
         elif args.info:
             hydra.show_info(args.info, name, args.overrides)
         elif args.multirun:
-            # Named by its content, not by the clock: the same sweep finds its finished work again.
-            words = [o for o in args.overrides if not o.startswith(("debug=", "overwrite="))]
-            words = [config.whereabouts(o[9:].strip("'\"")) if o.startswith("manifest=") else o for o in words]
-            label = config.digest(words)
-            words = [f"hydra.job.name=sweep-{label}", *args.overrides, "hydra.mode=MULTIRUN"]
-            if about:  # the siblings of run leave nothing behind
-                words.append(f"hydra.sweep.dir={overrides.quote(_scratch())}")
-            batches = hydra.multirun(name, job, words)
-            return max((result.return_value for batch in batches for result in batch), key=_severity)
+            return _sweep(hydra, name, args.overrides, fixed, groups, _HydraTask(task, schema, rows), about is not None)
         else:
-            return hydra.run(name, job, [*args.overrides, "hydra.mode=RUN"]).return_value
+            return hydra.run(name, _HydraTask(task, schema, rows), [*args.overrides, "hydra.mode=RUN"]).return_value
         return 0
     except UnicodeDecodeError as error:  # which does not say of which file
-        found = filter(None, map(_not_utf8, sorted(path for root in roots for path in root.rglob("*.yaml"))))
+        paths = sorted(path for root in (CONF, own) if root for path in root.rglob("*.yaml"))
+        found = filter(None, map(_not_utf8, paths))
         raise UserError(*([*found] or [f"a file of the configuration is not UTF-8: {error}"])) from error
     finally:
         GlobalHydra.instance().clear()
+
+
+def _sweep(
+    hydra: Hydra, name: str, words: list[str], fixed: frozenset[str], groups: composition.Groups, job: _HydraTask,
+    traceless: bool,
+) -> int:  # fmt: skip
+    """The worst exit code of the sweep's jobs. ``traceless``: whether the sweep itself is to leave nothing behind."""
+    words = [*words, "hydra.mode=MULTIRUN"]
+    try:
+        read = functools.partial(overrides.read, schema=job.schema, groups=groups, multirun=True)
+        params, still = composition.sweeper_params(hydra, name, words, read)
+    except UserError as error:
+        raise UserError(*(f"hydra.sweeper.params: {line}" for line in error.lines)) from error
+    swept = {word.partition("=")[0].lstrip("+~") for word in words[:-1]} - fixed
+    job.fixed = fixed | (still - swept)
+    # Named by its content, not by the clock: the same sweep finds its finished work again.
+    naming = [o for o in [*params, *words[:-1]] if not o.startswith(("debug=", "overwrite="))]
+    naming = [config.whereabouts(o[9:].strip("'\"")) if o.startswith("manifest=") else o for o in naming]
+    label = config.digest(naming)
+    words.insert(0, f"hydra.job.name=sweep-{label}")
+    if traceless:
+        words.append(f"hydra.sweep.dir={overrides.quote(_scratch())}")
+    codes: list[int] = []
+    try:
+        composition.sweep(hydra, name, job, words, params, codes)
+    except Exception as error:
+        if not codes:
+            raise
+        codes.append(_report(error, job.schema, debug=bool({"debug=true", "debug=True"} & {*words})))
+    if not codes:
+        raise UserError("the sweep has no jobs: expected values that its sweeper can propose")
+    return max(codes, key=_severity)
 
 
 def _not_utf8(path: Path) -> str | None:
@@ -145,26 +159,10 @@ def _not_utf8(path: Path) -> str | None:
     return None
 
 
-def _header(about: str, task: Task, schema: type[Job]) -> str:
-    """How --help begins: how the command is called, and the keys that it has for itself, with the comments they have there."""
-    module = sys.modules[task.__module__].__spec__
-    command = f"-m {module.name}" if module else sys.argv[0]  # else a script's
-    lines = [about, "", f"Usage: python {command} [option] [key=value …] [group=name …]"]
-    own = [field for field in dataclasses.fields(schema) if field.name not in Job.__dataclass_fields__]
-    if own:
-        lines += ["", "Keys of its own, besides all of fluxbatch.run's:", ""]
-    for field in own:
-        default = field.default.name if isinstance(field.default, Enum) else config.shown(field.default)
-        word = f"{field.name}={'…' if default == MISSING else default.lower() if isinstance(field.default, bool) else default}"
-        comment = re.search(rf"^    {field.name}: .*?  # (.*)$", inspect.getsource(schema), re.MULTILINE)
-        lines.append(f"  {word:25} {comment[1] if comment else overrides.expected(*overrides.kind_of(schema, field.name))}")
-    return "\n".join(lines)
-
-
 class _HydraTask:
     """What Hydra calls with each composed config; plain enough for a launcher to send elsewhere."""
 
-    def __init__(self, task: Task, schema: type[Job], rows: bool, fixed: frozenset[str]):
+    def __init__(self, task: Task, schema: type[Job], rows: bool, fixed: frozenset[str] = frozenset()):
         self.task, self.schema, self.rows, self.fixed = task, schema, rows, fixed
         self.stopped: int | None = None  # the code of a job that was cut off, and the sweep with it
 
@@ -209,23 +207,26 @@ def _swept(cfg: DictConfig, words: Sequence[str], fixed: frozenset[str]) -> dict
     """Full key (or group) → plain value, of what this job of a multirun has for itself."""
     swept = {}
     for override in OverridesParser.create().parse_overrides(list(words)):
-        if override.key_or_group not in fixed:
+        if (key := overrides.full_key(override)) not in fixed:
             value = OmegaConf.select(cfg, override.key_or_group)
             if isinstance(value, DictConfig | ListConfig | None):  # None: of a group whose files are about the whole job, as experiment
                 value = override.value()  # a group's choice, or a list as it was given
-            swept[override.key_or_group] = value.name if isinstance(value, Enum) else value
+            swept[key] = value.name if isinstance(value, Enum) else value
     return swept
 
 
 def _place(swept: dict[str, Any]) -> str:
     """A job's directory within its sweep: its values and not its number, which others get when a sweep is extended."""
-    lasts = [key.rpartition(".")[2] for key in swept]
+    def last_part(key: str) -> str:  # of experiment/final@package: final
+        return re.split("[./]", key.partition("@")[0])[-1]
+
+    lasts = [last_part(key) for key in swept]
     parts = []
     for key, value in sorted(swept.items()):
-        last, text = key.rpartition(".")[2], config.shown(value)
+        last, text = last_part(key), config.shown(value)
         safe = re.sub(r"[^\w.+-]+", "-", text, flags=re.ASCII)[:40]
         exact = text if text == safe else f"{safe}-{config.digest(value)}"
-        parts.append(f"{last if lasts.count(last) == 1 else key}={exact}")
+        parts.append(f"{last if lasts.count(last) == 1 else key.replace('/', '.')}={exact}")
     name = ",".join(parts) or "0"
     return name if len(name) <= 150 else f"{name[:150]}-{config.digest(swept)}"
 
@@ -251,52 +252,6 @@ atexit.register(gc.freeze)  # a third of a second goes into looking through what
 OmegaConf.register_new_resolver("fluxbatch_sweep", _sweep_dir, replace=True)
 
 
-class _Stream:
-    """Standard output or error, which may be a pipe that nobody reads any more: what cannot be written is dropped."""
-
-    def __init__(self, stream: TextIO):
-        self._stream = stream
-
-    def write(self, text: str) -> int:
-        try:
-            return self._stream.write(text)
-        except OSError:
-            self._drop()
-            return len(text)
-
-    def flush(self) -> None:
-        try:
-            self._stream.flush()
-        except OSError:
-            self._drop()
-
-    def _drop(self) -> None:
-        with contextlib.suppress(OSError):  # nor does what is left in the buffer, and what others write, reach anyone
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self._stream.fileno())
-            os.close(nowhere)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-
-@contextlib.contextmanager
-def _whoever_reads() -> Iterator[None]:
-    """Within, no print fails: neither for who reads it, nor for a character that the terminal does not know."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
-    # For those that are closed, in this order: each open takes the least free number, so no picture's file gets one that compilers write to
-    if sys.stdin is None:
-        os.open(os.devnull, os.O_RDONLY)
-    out, err = (_Stream(stream or open(os.devnull, "w", encoding="utf-8")) for stream in (sys.stdout, sys.stderr))
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            yield
-        finally:
-            for stream in (out, err):
-                stream.flush()
-
-
 def _severity(code: int) -> int:
     """Order of exit codes within a sweep: jobs that were cut off want another start, so they win."""
     order = [Exit.OK, Exit.REJECTED_ROWS, Exit.BAD_INPUT, 1, Exit.PREEMPTED, Exit.PEER_LOST]
@@ -304,7 +259,12 @@ def _severity(code: int) -> int:
 
 
 def _usage(message: str) -> NoReturn:
-    hint = "; keys have no dashes, as in seed=3" if "unrecognized" in message else ""
+    hint = ""
+    if "unrecognized" in message:
+        named = re.findall(r"(?<!\S)--?([A-Za-z][\w-]*)", message)
+        keys = [key.rpartition(".")[2] for key in overrides.leaves(Job)]
+        near = next(filter(None, (overrides.meant(name.replace("-", "_"), keys) for name in named)), None)
+        hint = f"; keys have no dashes, as in {f'{near}=…' if near else 'seed=3'}"
     raise UserError(message + hint)
 
 
@@ -330,6 +290,10 @@ def _explain(error: BaseException, schema: type[Job]) -> str:
         text = "no such adapter is chosen; lora=NAME chooses one, the arrays of lora_config name files"
     if isinstance(error, MissingMandatoryValue):
         text = "a value is missing"
+    if "BasicSweeper does not support" in text:
+        text = "interval(…) is for sweepers that propose values, as hydra/sweeper=optuna does; else give values or range(…)"
+    if key and key[1].startswith("hydra.sweeper.params.") and "KeyValidationError" in text:
+        text += '; a value with commas is quoted within braces: params: {seed: "1,2"}'
     if key is None and (merged := re.search(r"Merge error: \w+ is not a subclass of (\w+)\. value: (.*)", text)):  # which has no key
         key = next(name for name, kind in typing.get_type_hints(schema).items() if getattr(kind, "__name__", "") == merged[1])
         wanted = overrides.expected(*overrides.kind_of(schema, key))
@@ -338,6 +302,6 @@ def _explain(error: BaseException, schema: type[Job]) -> str:
     if key is None:
         return " ".join(text.split())
     kind = overrides.kind_of(schema, key[1])
-    near = overrides.nearest(key[1], overrides.leaves(schema))
+    near = overrides.nearest_key(schema, key[1])
     hint = f"; expected {overrides.expected(*kind)}" if kind[0] else f"; did you mean {near}?" if near else ""
     return f"{key[1]}: {' '.join(text.split())}{hint}"

@@ -18,7 +18,7 @@ from types import NoneType
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Glob, Override, Quote, QuotedString
+from hydra.core.override_parser.types import Glob, IntervalSweep, Override, Quote, QuotedString
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -29,9 +29,48 @@ from fluxbatch.types import UserError
 # The headings under which the parameters are documented are accepted as groups of bare names.
 HEADINGS = ("generation", "flow_matching", "performance", "parallelism", "system")
 PROMPTS = ("prompt", "prompt_2")  # a comma or a ${ in these is text
+# What Hydra's authors publish besides
+PLUGINS = {"sweeper": ("optuna", "ax", "nevergrad"), "launcher": ("joblib", "submitit", "ray", "rq")}
+# What keys are called elsewhere, by hand and in other tools
+USUAL = {
+    name: key
+    for key, names in {
+        "num_inference_steps": "steps step num_steps n_steps sampling_steps inference_steps denoising_steps iterations",
+        "guidance_scale": "guidance cfg cfg_scale guidance_weight distilled_guidance true_cfg_scale",
+        "resolution": "size res image_size img_size dim pixels",
+        "width": "w",
+        "height": "h",
+        "per_device_batch_size": "batch_size batch batchsize bs b",
+        "num_images": "n num count samples num_samples n_samples n_images images n_iter num_images_per_prompt",
+        "seed": "random_seed manual_seed rng_seed generator",
+        "prompt": "p text caption query",
+        "manifest": "prompts input inputs file files prompt_file prompts_file from_file csv tsv jsonl dataset",
+        "output_dir": "out o outdir out_dir output_path output_folder outputs save_dir save_path dest destination",
+        "run_name": "name run run_id exp exp_name experiment_name job_name",
+        "filename": "file_name outname template",
+        "format": "ext extension image_format img_format fmt file_format",
+        "overwrite": "force clobber",
+        "pretrained_model_name_or_path": "ckpt checkpoint model_path model_dir model_id model_name base_model weights repo",
+        "vae_model_name_or_path": "vae vae_path ae",
+        "clip_model_name_or_path": "clip clip_path clip_l text_encoder",
+        "t5xxl_model_name_or_path": "t5 t5_path t5xxl text_encoder_2",
+        "weights_dtype": "dtype precision torch_dtype",
+        "hardware": "device backend accelerator",
+        "sharding": "devices gpus num_gpus ngpus num_devices mesh strategy parallelism",
+        "ici_tensor_parallelism": "tp tensor_parallel tp_size",
+        "ici_context_parallelism": "cp sp context_parallel sequence_parallel",
+        "ici_data_parallelism": "dp data_parallel",
+        "max_sequence_length": "max_length max_len seq_len max_tokens",
+        "jax_cache_dir": "cache cache_dir compilation_cache_dir",
+        "offload_encoders": "offload cpu_offload",
+        "stream_blocks": "lowvram low_vram sequential_offload",
+        "lora": "loras adapter adapters lora_name lora_path lora_file",
+    }.items()
+    for name in names.split()
+}
 QUOTED = r"""(?:'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*")"""
 QUOTED_SWEEP = rf"{QUOTED}(?:\s*,\s*{QUOTED})*"
-SWEEP_FUNCTION = r"(?:choice|shuffle|sort|tag)\(.*\)"
+SWEEP_FUNCTION = r"(?:choice|shuffle|sort|tag|range|interval|glob)\(.*\)"
 
 
 def read(
@@ -55,15 +94,17 @@ def read(
             override = vocabulary.translate(word, multirun)
             parsed = parser.parse_override(override)
             key, sweeps = parsed.key_or_group, parsed.is_sweep_override()
+            is_choice = key in groups and not isinstance(parsed.value(), dict)
             if sweeps and not multirun:
                 hint = "; several adapters go in brackets" if key == "lora" else ""
-                raise UserError(f"{shown(word)}: a comma asks for a sweep, which needs --multirun{hint}")
-            if key not in groups and not parsed.is_delete() and kind_of(schema, key)[0] is not None:
+                asks = f"{call[1]}(…)" if (call := re.match(r"[^=]*=(\w+)\(", override)) else "a comma"
+                raise UserError(f"{shown(word)}: {asks} asks for a sweep, which needs --multirun{hint}")
+            if not is_choice and not parsed.is_delete() and kind_of(schema, key)[0] is not None:
                 _try(scratch, schema, parsed, parser)
-            if key in groups and not parsed.is_delete() and not isinstance(parsed.value(), Glob):
+            if is_choice and not parsed.is_delete() and not isinstance(parsed.value(), Glob):
                 _check_options(parsed, parser, groups[key])
             overrides.append(override)
-            (fixed.discard if sweeps else fixed.add)(key)
+            (fixed.discard if sweeps else fixed.add)(full_key(parsed))
         except UserError as error:
             problems += error.lines
         except OmegaConfBaseException:
@@ -90,10 +131,10 @@ def _try(scratch: DictConfig, schema: type, override: Override, parser: Override
 
 
 def _check_options(override: Override, parser: OverridesParser, known: Sequence[str]) -> None:
-    """UserError unless a group's choices are there. (Those in folders of the user's own are left to Hydra.)"""
+    """UserError unless a group's choices are there."""
     for value in _values(override, parser):
         for option in value if isinstance(value, list) else [value]:
-            if not (isinstance(option, str) and ("/" in option or option.removesuffix(".yaml") in known)):
+            if not (isinstance(option, str) and option.removesuffix(".yaml") in known):
                 raise UserError(no_option(override.key_or_group, shown(option), known))
 
 
@@ -101,11 +142,29 @@ def no_option(group: str, option: str, known: Sequence[str]) -> str:
     """That a group has no such choice, and what it has."""
     near = nearest(option, known)
     hint = f"; did you mean {near}?" if near else ""
+    plugin, kind = option.partition("_")[0], group.removeprefix("hydra/")
+    if not near and plugin in PLUGINS.get(kind, ()):
+        hint = f"; pip install hydra-{plugin}-{kind}"
     return f"{group}={option}: expected one of {', '.join(known)}{hint}"
 
 
+def full_key(override: Override) -> str:
+    """What an override is about, without its sign; of a group with the package, if it has one."""
+    return override.get_key_element().lstrip("+~")
+
+
+def group_of(word: str) -> str:
+    """The group that a word is about, if it is about one."""
+    return re.split("[@=]", word.lstrip("+~"))[0]
+
+
 def _values(override: Override, parser: OverridesParser) -> list[Any]:
-    """The value of an override, or all that it sweeps over."""
+    """The value of an override, or all that it sweeps over; of an interval, its ends."""
+    value = override.value()
+    if isinstance(value, IntervalSweep):  # Hydra makes floats of the ends, and a sweeper may make whole numbers of those
+        return [int(end) if end.is_integer() else end for end in (float(value.start), float(value.end))]
+    if isinstance(value, Glob):
+        raise UserError(f"{override.input_line}: glob(…) is for the choices of a group, which {full_key(override)} is not")
     swept = override.sweep_string_iterator() if override.is_discrete_sweep() else [override.get_value_element_as_str()]
     return [parser.parse_override(f"x={text}").value() for text in swept]
 
@@ -179,6 +238,21 @@ def nearest(typed: str, known: Iterable[str]) -> str | None:
     return next(iter(difflib.get_close_matches(typed, known, 1, cutoff=0.7)), None)
 
 
+def meant(typed: str, known: Iterable[str]) -> str | None:
+    """The known word that was probably meant: of the usual names for it, or one that looks like it."""
+    known = [*known]
+    usual = USUAL.get(typed.lower().replace("-", "_"))
+    return usual if usual in known else nearest(typed, known)
+
+
+def nearest_key(schema: type, typed: str) -> str | None:
+    """The full key that was probably meant by a full key that is none."""
+    keys = [*leaves(schema)]
+    by_name = {key.rpartition(".")[2]: key for key in keys}
+    last = typed.rpartition(".")[2]
+    return by_name.get(USUAL.get(last, "")) or nearest(typed, keys) or by_name.get(nearest(last, by_name) or "")
+
+
 class _Vocabulary:
     def __init__(self, schema: type, groups: Mapping[str, Sequence[str]]):
         self.schema, self.groups = schema, groups
@@ -189,11 +263,14 @@ class _Vocabulary:
     def translate(self, word: str, multirun: bool) -> str:
         """One word as an override of Hydra's, its key in full and its text quoted."""
         prefix, typed, equals, value = re.fullmatch(r"(\+\+|\+|~|)([^=]*)(=?)(.*)", word, re.DOTALL).groups()
-        group = re.split("[/@]", typed)[0]
-        if typed.startswith(("hydra.", "hydra/")) or (equals and group in self.groups and "/" not in typed):
+        if typed.startswith(("hydra.", "hydra/")) or typed == "hydra":
             return word
-        if "/" in typed:
-            raise UserError(f"{shown(word)}: there is no key {typed}{self._nearest(typed.replace('/', '.'))}")
+        a_table = value.startswith("{")  # of the group's keys
+        if (equals or prefix == "~") and group_of(typed) in self.groups and not a_table:
+            return word
+        if "/" in typed or "@" in typed:
+            group = group_of(typed)
+            raise UserError(f"{shown(word)}: there is no key or group {group}{self._nearest(group)}")
         if not equals and prefix != "~":
             raise UserError(f"{shown(word)}: expected key=value{self._nearest(typed)}")
         head, dot, tail = typed.partition(".")
@@ -217,10 +294,14 @@ class _Vocabulary:
         group, dot, name = typed.partition(".")
         options = {option: f"{group}={option}" for group, names in self.groups.items() for option in names}
         known = self.keys if dot else [*self.keys, *self.full, *self.groups, *options]
-        if near := nearest(typed, known) or nearest(name or typed, self.full):
+        last = typed.rpartition(".")[2].lower().replace("-", "_")
+        if (usual := USUAL.get(last)) and dot:
+            usual = self.full.get(usual)
+        slip = USUAL.get(nearest(last, (word for word in USUAL if len(word) > 4)) or "")
+        if near := usual or nearest(typed, known) or nearest(name or typed, self.full) or slip:
             return f"; did you mean {options.get(near, near)}?"
         siblings = [key.partition(".")[2] for key in self.keys if dot and key.startswith(f"{group}.")]
-        return f"; {group} has {', '.join(siblings)}" if siblings else "; --cfg job lists them all"
+        return f"; {group} has {', '.join(siblings)}" if siblings else "; python -m fluxbatch.keys lists them all"
 
 
 def _text(value: str, prompt: bool, multirun: bool) -> str:

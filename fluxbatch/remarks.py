@@ -5,20 +5,25 @@ from __future__ import annotations
 import itertools
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from fluxbatch.config import Job
 from fluxbatch.engine import Engine
 from fluxbatch.io.lines import shown
 from fluxbatch.io.manifest import FIELDS
 from fluxbatch.io.match import left_out
-from fluxbatch.overrides import nearest
+from fluxbatch.overrides import meant
 from fluxbatch.text import TextCache
 from fluxbatch.tokens import Tokenizers
 from fluxbatch.types import Row
 
 SHOWN = 3  # rows named in one line
 SHOWN_FIELDS = 8
+# A job's key → the fields of a row that are used instead
+DECIDED_BY = {key: (key,) for key in ("seed", "prompt_2", "num_images")}
+DECIDED_BY |= {f"sampler.{key}": (key,) for key in ("num_inference_steps", "guidance_scale", "height", "width")}
+DECIDED_BY["sampler.resolution"] = ("height", "width")
 
 # Prompts that were hardly meant as they stand. What other tools read in a prompt nothing here does.
 ODD = {
@@ -43,6 +48,7 @@ def lines(job: Job, engine: Engine, rows: Sequence[Row], todo: Sequence[Row], te
     """Of ``rows``, which are the whole manifest, and of what is to be drawn; and what each adapter touches."""
     yield from engine.remarks
     yield from unguided(engine, rows)
+    yield from overridden(job.sweep, rows)
     yield from left_out(rows, engine.record)
     if fields := unread(rows):
         yield fields
@@ -60,6 +66,18 @@ def unguided(engine: Engine, rows: Sequence[Row]) -> Iterator[str]:
         yield f"guidance_scale decides nothing ({count:,} rows have one): the checkpoint has no guidance embedding"
 
 
+def overridden(sweep: Mapping[str, Any], rows: Sequence[Row]) -> Iterator[str]:
+    """Keys of a sweep that rows decide for themselves."""
+    for key in sweep:
+        of_lora = ("lora",) if re.fullmatch(r"lora|lora\..+\.scale|lora_config\.scale", key) else ()
+        fields = DECIDED_BY.get(key, of_lora)
+        count = sum(row.given.issuperset(fields) for row in rows) if fields else 0
+        if count:
+            own = f"{'a ' if len(fields) == 1 else ''}{' and '.join(fields)} of their own"
+            those = f"{count:,} of {len(rows):,} rows, which have {own}"
+            yield f"{key} is swept, and decides nothing for {those}: the same pictures in every job"
+
+
 def unread(rows: Sequence[Row]) -> str | None:
     """Fields of the manifest that decide nothing, first those that look like one that does."""
     counts = Counter(key for row in rows for key in row.extra)
@@ -71,7 +89,7 @@ def unread(rows: Sequence[Row]) -> str | None:
 def _meant(key: str) -> str | None:
     """The known field that ``key`` is a slip or a part of, as steps is of num_inference_steps."""
     part = (field for field in FIELDS if {*key.lower().split("_")} <= {*field.split("_")})
-    return nearest(key, FIELDS) or next(part, None)
+    return meant(key, FIELDS) or next(part, None)
 
 
 def odd(rows: Sequence[Row]) -> Iterator[str]:

@@ -58,6 +58,7 @@ class Row:
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # unknown fields, kept
     named: bool = True  # whether the manifest gave the id (else it is the index)
     where: str = ""  # "prompts.jsonl:12", for messages
+    given: frozenset[str] = frozenset()  # the fields that the manifest gave, which no setting of the job decides
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

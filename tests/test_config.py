@@ -280,6 +280,8 @@ def own(tmp_path):
         "model/bare.yaml": "flux_name: bare\npretrained_model_name_or_path: /m",
         "nightly.yaml": "defaults: [config, _self_]\nseed: 5\nprompt: night\nsampler: {resolution: 64}",
         "extra.yaml": "defaults: [config, _self_]\nresolutoin: 5",
+        "short.yaml": "defaults: [config, _self_]\nsteps: 5",
+        "inner.yaml": "defaults: [config, _self_]\nsampler: {cfg: 5}",
         "choice.yaml": "defaults: [config, _self_]\nmodel: flux-dev",
         "number.yaml": "defaults: [config, _self_]\nlora_config: 3",
         "latin.yaml": "defaults: [config, _self_]\nprompt: café",
@@ -308,7 +310,9 @@ def test_own_config_directory(command, own):
         (["lora=pathless"], ["lora.ink.path", "missing"]),
         (["lora=animee"], ["lora=animee", "did you mean anime?"]),
         (["model=bare"], ["sampler"]),
-        (["--config-name=extra"], ["resolutoin", "extra"]),
+        (["--config-name=extra"], ["resolutoin", "extra", "did you mean sampler.resolution?"]),
+        (["--config-name=short"], ["steps", "short", "did you mean sampler.num_inference_steps?"]),
+        (["--config-name=inner"], ["sampler.cfg", "inner", "did you mean sampler.guidance_scale?"]),
         (["--config-name=nothing"], ["nothing"]),
         (["--config-name=choice"], ["model: In 'choice'", "got flux-dev, expected {flux_name, ", "defaults: override model"]),
         (["--config-name=latin"], ["own/latin.yaml: not UTF-8: byte 0xe9 at 39"]),
@@ -353,7 +357,27 @@ WRONG = [
     ("+seed=3", "seed", "already"),
     ("sweep.x=1", "sweep.x", "no key"),
     ("flux-schnell", "flux-schnell", "did you mean model=flux-schnell?"),
-    ("--seed=3", "--seed=3", "no dashes"),
+    ("--seed=3", "--seed=3", "no dashes, as in seed=…"),
+    ("--steps=8", "--steps=8", "no dashes, as in num_inference_steps=…"),
+    ("--batch-size=8", "--batch-size=8", "no dashes, as in per_device_batch_size=…"),
+    ("--nothing=8", "--nothing=8", "no dashes, as in seed=3"),
+    ("steps=8", "steps", "did you mean num_inference_steps?"),
+    ("guidance=3", "guidance", "did you mean guidance_scale?"),
+    ("cfg=3", "cfg", "did you mean guidance_scale?"),
+    ("size=512", "size", "did you mean resolution?"),
+    ("batch_size=4", "batch_size", "did you mean per_device_batch_size?"),
+    ("out=x", "out", "did you mean output_dir?"),
+    ("n=4", "n", "did you mean num_images?"),
+    ("N=4", "N", "did you mean num_images?"),
+    ("sampler.steps=8", "sampler.steps", "did you mean sampler.num_inference_steps?"),
+    ("gudance=8", "gudance", "did you mean guidance_scale?"),
+    ("dtype=bfloat16", "dtype", "did you mean weights_dtype?"),
+    ("device=gpu", "device", "did you mean hardware?"),
+    ("name=first", "name", "did you mean run_name?"),
+    ("prompts=a.jsonl", "prompts", "did you mean manifest?"),
+    ("checkpoint=/m", "checkpoint", "did you mean pretrained_model_name_or_path?"),
+    ("gpus=8", "gpus", "did you mean sharding?"),
+    ("sharding.tp=8", "sharding.tp", "did you mean sharding.ici_tensor_parallelism?"),
     ("model=flux-shnell", "model=flux-shnell", "did you mean flux-schnell?"),
     ("flux_name=flux2", "model=flux2", "one of flux-dev"),
     ("hardware=npu", "hardware=npu", "auto, cpu, gpu, tpu"),
@@ -421,6 +445,12 @@ WRONG = [
     ("lora=[outline,outlin]", "lora=outlin", "did you mean outline?"),
     ("adapter_name=[a,b]", "lora_config.lora_model_name_or_path", "equal length"),
 ]  # fmt: skip
+
+
+def test_usual_names_lead_to_keys_that_are_there():
+    known = {*GROUPS, *(key.rpartition(".")[2] for key in overrides.leaves(Job))}
+    assert {*overrides.USUAL.values()} <= known
+    assert not {*overrides.USUAL} & known  # a name that is a key is none for another
 
 
 @pytest.mark.parametrize(("word", "named", "hint"), WRONG, ids=[w[0] for w in WRONG])

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import io
 import json
+import struct
+import zlib
 
 import numpy as np
+import plain
 import pytest
 from PIL import Image
 
-from fluxbatch.io.images import decode, encode, is_flat, pixel_sha256
+from fluxbatch.config import ImageFormat
+from fluxbatch.io.images import MAX_SIDE, SIDES, decode, encode, is_flat, pixel_sha256
+from fluxbatch.io.manifest import read_rows
+from fluxbatch.types import UserError
 
 OPTIONS = {"png_level": 6, "quality": 90}
 TEXT = {"parameters": json.dumps({"prompt": 'ein <b>Bär</b> 🐻 "x"\n', "seed": 2**64 - 1}, ensure_ascii=False)}
@@ -80,3 +86,43 @@ def test_other_arrays_are_refused(pixels):
         encode(pixels, "png", text={}, **OPTIONS)
     with pytest.raises(ValueError, match="format: got 'gif'"):
         encode(noise(), "gif", text={}, **OPTIONS)
+
+
+def test_a_side_that_the_format_cannot_hold_is_refused_before_anything_is_drawn(tmp_path):
+    def sides(format, **row):
+        job = plain.job(manifest=str(tmp_path / "m.jsonl"))
+        job.output.format = ImageFormat[format]
+        (tmp_path / "m.jsonl").write_text(json.dumps({"prompt": "a", **row}))
+        try:
+            return [(row.height, row.width) for row in read_rows(job)[0]]
+        except UserError as error:
+            return str(error).partition("m.jsonl:1: ")[2]
+
+    for format in ("png", "jpeg"):
+        assert sides(format, width=16384) == [(64, 16384)]
+    for side in ("height", "width"):
+        wanted = "expected a multiple of 16 from 16 to 16368, as output=webp holds 16,383 at most"
+        assert sides("webp", **{side: 16384}) == f"{side}: got 16384, {wanted}"
+    assert sides("webp", height=16368) == [(16368, 64)]
+    job = plain.job(prompt="a")
+    job.output.format, job.sampler.resolution = ImageFormat.webp, 16384
+    with pytest.raises(UserError, match="^sampler.resolution: got 16384, .* as output=webp holds"):
+        read_rows(job)
+
+
+@pytest.mark.parametrize("format", ["jpeg", "webp"])
+def test_what_a_format_holds(format):
+    """A picture of the largest side is a file, one that is larger is none."""
+    pixels = np.zeros((1, SIDES[format], 3), np.uint8)
+    assert decode(encode(pixels, format, text={}, **OPTIONS)).shape == pixels.shape
+    with pytest.raises((OSError, ValueError)):
+        encode(np.zeros((1, SIDES[format] + 1, 3), np.uint8), format, text={}, **OPTIONS)
+
+
+@pytest.mark.parametrize("side", [10_000, 14_000, MAX_SIDE])
+def test_a_large_picture_is_no_attack(side):
+    data = bytearray(encode(smooth(), "png", text={}, **OPTIONS))
+    data[16:24] = struct.pack(">II", side, side)
+    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    with Image.open(io.BytesIO(data)) as image:  # where Pillow would refuse it, or warn, which is an error here
+        assert image.size == (side, side)

@@ -245,8 +245,10 @@ def math_of(name):
 
 @pytest.mark.parametrize(("words", "named"), [
     (["target=v6e-9"], "v6e-16"),
-    (["target=v6e-8", "sharding=single"], "8 chips of target=v6e-8"),
-    (["target=v6e-8", "ici_fsdp_parallelism=16"], "ici_fsdp_parallelism=16"),
+    (["target=v6e-8", "sharding=single"], "sharding=single: expected all 8 chips of target=v6e-8 in use: sharding=ddp (each has its own pictures) or sharding=fsdp"),
+    (["target=h100-8", "kind=slurm", "sharding=single"], "sharding=single: expected all 8 chips of target=h100-8 in use: sharding=ddp"),
+    (["target=v6e-8", "ici_fsdp_parallelism=16"], "ici_fsdp_parallelism=16: expected all 8 chips"),
+    (["target=v6e-8", "sharding=single", "ici_tensor_parallelism=3"], "ici_tensor_parallelism=3: expected all 8 chips of target=v6e-8 in use: sharding=ddp"),
     (["target=v6e-8", "hardware=gpu"], "hardware=gpu: expected tpu"),
     (["target=v6e-16", "kind=cronjob"], "one host"), (["target=v6e-4", "kind=batch"], "expected a GPU"),
     (["target=v6e-8", "output_dir=outputs"], "output_dir=outputs: expected gs://"),

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from test_config import command, own  # noqa: F401
 
-from fluxbatch import __version__, cli
+from fluxbatch import __version__, cli, keys, overrides
 from fluxbatch.config import Job
 from fluxbatch.types import Exit, UserError
 
@@ -142,3 +142,21 @@ def test_help_is_of_the_command(monkeypatch, capsys, entry, own):
     said = capsys.readouterr().out
     assert not stop.value.code and said.count("Usage:") == said.count(f"Usage: python -m fluxbatch.{entry} ") == 1
     assert f"\n  {own} " in said
+
+
+def test_keys_are_explained_by_a_command(capsys):
+    def said(*words, code=0):
+        with pytest.raises(SystemExit) as stop:
+            keys.main(words)
+        assert stop.value.code == code
+        return capsys.readouterr()
+
+    page = said().out
+    assert [key for key in overrides.leaves(Job) if f"\n  {key}=" not in page] == []
+    assert "\n  seed=0                                 a row without a seed of its own gets this plus its index\n" in page
+    assert "\n  sharding=ddp                           Every device holds the whole model\n" in page
+    assert all(f"\n  {key}=" in page for key in ("target", "repair", "id", "to"))  # of the siblings
+    assert [line for line in page.splitlines() if line.startswith("  ") and len(line.split(None, 1)) < 2] == []
+    assert said("num_inference_steps=8").out.splitlines() == ["Keys of sampler, as sampler=dev has them",
+                                                              "  sampler.num_inference_steps=28         28 to 50"]  # fmt: skip
+    assert said("nothing-speaks-of-this", code=2).err.startswith("fluxbatch: error: nothing-speaks-of-this: expected a word")

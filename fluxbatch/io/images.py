@@ -12,6 +12,9 @@ import numpy as np
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 EXTENSIONS = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
+SIDES = {"png": 2**31 - 1, "jpeg": 65_500, "webp": 16_383}  # the most pixels of a file's width or height
+MAX_SIDE = 16_384  # pixels that a row may ask for
+Image.MAX_IMAGE_PIXELS = MAX_SIDE**2  # what was written is read again; by default Pillow takes the larger ones for an attack
 
 _IMAGE_DESCRIPTION = 0x010E
 _JPEG_SEGMENT = 65_000  # a JPEG segment holds less than 64 KiB, and EXIF must fit into one

@@ -13,12 +13,12 @@ from typing import Any
 
 from fluxbatch.config import Job
 from fluxbatch.io import lines
+from fluxbatch.io.images import MAX_SIDE, SIDES
 from fluxbatch.io.lines import TAB, BadLine, Line, described, shown
 from fluxbatch.io.storage import StorageError, open_stream
 from fluxbatch.types import Reject, Row, UserError
 
 MAX_SEED = 2**64 - 1
-_MAX_SIDE = 16_384  # pixels
 _MAX_STEPS = 1_000
 _WHOLE = 2**53  # up to it a float that is whole is the integer that was meant
 _MAX_FLOAT = 1e4  # of guidance and LoRA scales: beyond it bfloat16 only makes NaN
@@ -30,6 +30,7 @@ _JSON = ("jsonl", "ndjson")
 _INTEGERS = ("seed", "height", "width", "num_inference_steps", "num_images")
 _SURROGATES = re.compile("[\ud800-\udfff]")
 FIELDS = ("prompt", "prompt_2", "id", "guidance_scale", "lora", *_INTEGERS)
+_FIELDS = frozenset(FIELDS)
 
 
 def read_rows(job: Job, *, multiple: int = 16) -> tuple[list[Row], list[Reject]]:
@@ -166,10 +167,12 @@ class _Resolver:
         sampler = job.sampler
         self._empty = empty  # whether an empty prompt is meant, as it is where it is written out
         self._multiple = multiple
+        self._format = job.output.format.name
         self._seed = job.seed
         self._prompt_2 = job.prompt_2
         self._adapters = {*job.lora, *job.lora_config.adapter_name}
         self._seen: dict[str, str] = {}  # id → where
+        self._given: dict[frozenset[str], frozenset[str]] = {}
         self._defaults = {
             "height": sampler.resolution if sampler.height is None else sampler.height,
             "width": sampler.resolution if sampler.width is None else sampler.width,
@@ -218,6 +221,8 @@ class _Resolver:
                 raise BadLine(f"id: {json.dumps(id)}{by_default} is already that of {self._seen[id]}")
         self._seen.update(dict.fromkeys(ids, where))
         extra = {key: value for key, value in fields.items() if key not in FIELDS}
+        known = frozenset(given) & _FIELDS
+        known = self._given.setdefault(known, known)  # one set for all rows that have the same fields
         return [
             Row(
                 index=index + k,
@@ -233,16 +238,18 @@ class _Resolver:
                 extra=extra,
                 named=base is not None,
                 where=where,
+                given=known,
             )
             for k, id in enumerate(ids)
         ]
 
     def _numbers(self, given: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
         numbers: dict[str, Any] = {}
+        largest = min(MAX_SIDE, SIDES[self._format])
         for key, low, high, step in (
             ("seed", 0, MAX_SEED, 1),
-            ("height", self._multiple, _MAX_SIDE, self._multiple),
-            ("width", self._multiple, _MAX_SIDE, self._multiple),
+            ("height", self._multiple, largest - largest % self._multiple, self._multiple),
+            ("width", self._multiple, largest - largest % self._multiple, self._multiple),
             ("num_inference_steps", 1, _MAX_STEPS, 1),
             ("num_images", 1, _MAX_IMAGES, 1),
         ):
@@ -256,7 +263,9 @@ class _Resolver:
             elif not low <= value <= high or value % step:
                 kind = "an integer" if step == 1 else f"a multiple of {step}"
                 limit = "2**64 - 1" if high == MAX_SEED else high
-                problems.append(f"{key}: got {shown(value)}, expected {kind} from {low} to {limit}")
+                held = key in ("height", "width") and largest < MAX_SIDE
+                why = f", as output={self._format} holds {largest:,} at most" if held else ""
+                problems.append(f"{key}: got {shown(value)}, expected {kind} from {low} to {limit}{why}")
             numbers[key] = value
         if "guidance_scale" in given:
             numbers["guidance_scale"] = _float("guidance_scale", given["guidance_scale"], problems, low=0.0)

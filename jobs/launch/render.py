@@ -130,8 +130,10 @@ def _check(job: Launch, target: Target) -> None:
     chips, fixed = target.hosts * target.chips, math.prod(value for value in axes.values() if value > 0)
     grows = any(value == -1 and key.startswith("ici_") for key, value in axes.items())  # a target is one slice
     if chips % fixed or (fixed != chips and not grows):
-        shape = ", ".join(f"{key}={value}" for key, value in axes.items())
-        problems.append(f"{shape}: expected a mesh over the {chips} chips of target={job.target}, such as sharding=ddp or fsdp")
+        set_ones = {key: value for key, value in axes.items() if value != 1 and (key, value) != ("dcn_data_parallelism", -1)}
+        got = ", ".join(f"{key}={value}" for key, value in set_ones.items()) or "sharding=single"
+        way_out = "sharding=ddp (each has its own pictures) or sharding=fsdp (they divide the weights)"
+        problems.append(f"{got}: expected all {chips} chips of target={job.target} in use: {way_out}")
     if job.kind.name in ("cronjob", "batch", "scheduler") and target.hosts > 1:
         problems.append(f"target={job.target}: expected a target of one host, as kind={job.kind.name} has no processes that find each other")
     if job.kind.name in ("slurm", "batch", "scheduler") and target.hardware == "tpu":
