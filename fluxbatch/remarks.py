@@ -8,11 +8,11 @@ from collections.abc import Iterator, Sequence
 
 from fluxbatch.config import Job
 from fluxbatch.engine import Engine
+from fluxbatch.io import cache
 from fluxbatch.io.lines import shown
 from fluxbatch.io.manifest import FIELDS
 from fluxbatch.io.match import left_out
 from fluxbatch.overrides import nearest
-from fluxbatch.text import TextCache
 from fluxbatch.tokens import Tokenizers
 from fluxbatch.types import Row
 
@@ -20,7 +20,7 @@ SHOWN = 3  # rows named in one line
 SHOWN_FIELDS = 8
 
 
-def lines(job: Job, engine: Engine, rows: Sequence[Row], todo: Sequence[Row], texts: TextCache | None) -> Iterator[str]:
+def lines(job: Job, engine: Engine, rows: Sequence[Row], todo: Sequence[Row]) -> Iterator[str]:
     """Of ``rows``, which are the whole manifest, and of what is to be drawn; and what each adapter touches."""
     yield from engine.remarks
     yield from unguided(engine, rows)
@@ -28,9 +28,20 @@ def lines(job: Job, engine: Engine, rows: Sequence[Row], todo: Sequence[Row], te
     if fields := unread(rows):
         yield fields
     yield from (f"{reads}: {hit}" for reads, hit in cut(engine.tokenizers, todo) if hit)
-    if job.text_cache_dir and texts is None:
-        yield f"text_cache_gigabytes={job.text_cache_gigabytes:g}: the prompts encode to {engine.text_bytes(todo) / 1e9:.3g} GB, none is kept"
+    yield from caches(job, engine, todo)
     yield from engine.lora.table()
+
+
+def caches(job: Job, engine: Engine, todo: Sequence[Row]) -> Iterator[str]:
+    """What is not kept for the next start, and why."""
+    if remark := cache.find("jax_cache_dir", job.jax_cache_dir).remark:
+        yield remark
+    if job.text_cache_dir is None:
+        return
+    if (size := engine.text_bytes(todo)) > job.text_cache_gigabytes * 1e9:
+        yield f"text_cache_gigabytes={job.text_cache_gigabytes:g}: the prompts encode to {size / 1e9:.3g} GB, none is kept"
+    elif remark := cache.find("text_cache_dir", job.text_cache_dir).remark:
+        yield remark
 
 
 def unguided(engine: Engine, rows: Sequence[Row]) -> Iterator[str]:

@@ -21,6 +21,7 @@ def run(job: Job) -> int:
     from fluxbatch import batching, dealing, finish, remarks, text
     from fluxbatch.dist import hosts
     from fluxbatch.engine import open_engine
+    from fluxbatch.io import cache
     from fluxbatch.io.images import EXTENSIONS
     from fluxbatch.io.ledger import Ledger
     from fluxbatch.io.manifest import read_rows
@@ -32,10 +33,13 @@ def run(job: Job) -> int:
 
     replica = dealing.replica(job)
     hosts.tell_compiler(job.hardware.xla_flags, job.hardware.libtpu_init_args)
-    platform = hosts.start(job.hardware.platform.name, job.jax_cache_dir)
+    programs = cache.find("jax_cache_dir", job.jax_cache_dir)
+    platform = hosts.start(job.hardware.platform.name, programs.path, programs.writable)
     report = Report(quiet=not hosts.is_first())
     with hosts.drain_on_signals() as drain, contextlib.ExitStack() as until_end:
         with report.stage("open"), hosts.together():  # whatever can be wrong, before a weight is read
+            if programs.error:
+                raise programs.error
             engine = open_engine(job, platform)
             rows, bad_lines = read_rows(job, multiple=engine.multiple)
             rows = engine.resolve(rows)  # each row with its mix of LoRA adapters
@@ -58,7 +62,7 @@ def run(job: Job) -> int:
 
             outcome = finish.Outcome(job, engine, store, ledger, report, work, before=len(rows) - len(todo))
             outcome.started()
-            for line in remarks.lines(job, engine, rows, todo, texts) if hosts.is_first() else ():
+            for line in remarks.lines(job, engine, rows, todo) if hosts.is_first() else ():
                 report.say(line)
 
         drain.draws()
