@@ -13,7 +13,9 @@ from typing import Any
 
 from tqdm import tqdm
 
+from fluxbatch import progress
 from fluxbatch.pipeline import Watcher
+from fluxbatch.progress import Lines
 
 
 class Devices:
@@ -58,7 +60,7 @@ class Devices:
 
 
 class Report(Watcher):
-    """Bars on standard error, seconds by stage, and the closing lines on standard output."""
+    """Bars (or lines) on standard error, seconds by stage, and the closing lines on standard output."""
 
     def __init__(self, quiet: bool = False) -> None:
         """``quiet``: for all but one process of a replica."""
@@ -73,7 +75,7 @@ class Report(Watcher):
         self.peak: float | None = None  # FLOP/s of all devices together, where it is known
         self._streamed = 0.0  # seconds of reading that went on beside the stages
         self._within = 0.0  # seconds of stages inside the current one
-        self._bars: list[tqdm] = []
+        self._bars: list[tqdm | Lines] = []
         self._thread = threading.get_ident()
         self._watch_compiler()
 
@@ -102,8 +104,8 @@ class Report(Watcher):
         self._within += seconds
 
     @contextlib.contextmanager
-    def bar(self, total: int | None, what: str, unit: str, **options: object) -> Iterator[tqdm]:
-        with tqdm(total=total, desc=what, unit=unit, dynamic_ncols=True, leave=True, smoothing=0.1, disable=self.quiet, **options) as bar:
+    def bar(self, total: int | None, what: str, unit: str, unit_scale: bool = False) -> Iterator[tqdm | Lines]:
+        with progress.bar(total, what, unit, self.quiet, unit_scale) as bar:
             self._bars.append(bar)
             try:
                 yield bar

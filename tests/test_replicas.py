@@ -352,19 +352,25 @@ def test_every_row_once_whoever_dies(seed):
 
 
 def test_a_replica_that_works_says_how_far_it_is(monkeypatch):
-    """With its sign of life, which is written anyway."""
+    """With its sign of life, which is written anyway, and at once when the first batch is through."""
     monkeypatch.setattr(progress, "EVERY", 0.0)
     store, rows = MemoryStore(), mixed_rows(40)
     ledger = Ledger(store, FACTS, writer_id="start-0")
-    work = dealing.Shared(Replica(0, 2), store, ledger, "start", batching.portions(rows, 2, 16), ledger.remaining(rows), 2, 0.04)
+    work = dealing.Shared(Replica(0, 2), store, ledger, "start", batching.portions(rows, 2, 16), ledger.remaining(rows), 2, 1e3)
     work.started()
+    assert json.loads(store.objects[".fluxbatch/replicas/0.json"])["counts"] == {"made": 0, "before": 0, "rejected": 0}
+    next(work.shards(Never()))
+    status = json.loads(store.objects["status.json"])
+    assert (status["exit_code"], status["counts"]) == (None, {"before": 0, "left": 40}) and ".fluxbatch/replicas/" in status["reason"]
     for row in rows[:3]:
+        work.progress.beside(row, 0)
         work.progress.through(row, True)
     end = time.monotonic() + 10
-    while "counts" not in (sign := json.loads(store.objects[".fluxbatch/replicas/0.json"])):
+    while (sign := json.loads(store.objects[".fluxbatch/replicas/0.json"]))["counts"]["made"] < 3:
         assert time.monotonic() < end
         time.sleep(0.01)
-    assert sign["counts"] == {"made": 2, "before": 0, "rejected": 0} and sign["speed"]["images_per_second"] > 0 and sign["beat"] > 0
+    assert sign["counts"] == {"made": 3, "before": 0, "rejected": 0} and sign["speed"]["images_per_second"] > 0 and sign["beat"] > 0
+    assert sign["reason"].startswith("running, or killed after 20")
     work.ended(75, "drained", {})
     sign = json.loads(store.objects[".fluxbatch/replicas/0.json"])
     assert (sign["exit_code"], sign["counts"]["made"]) == (75, 3)

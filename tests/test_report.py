@@ -7,7 +7,7 @@ import time
 import plain
 import pytest
 
-from fluxbatch import report
+from fluxbatch import progress, report
 from fluxbatch.progress import EVERY, Progress
 
 
@@ -84,13 +84,14 @@ def test_what_a_replica_made_is_told_apart(capsys, monkeypatch):
 def test_progress_is_told_now_and_then(clock):
     """Batches of two rows here and one in another process, every ten seconds; the second one's first row fails."""
     told = []
-    progress = Progress(5, 40, lambda counts, speed: told.append((counts, speed["images_per_second"])))
-    assert progress.counts == {"made": 0, "before": 5, "rejected": 0, "left": 40}
+    counted = Progress(5, 40, lambda counts, speed: told.append((counts, speed.get("images_per_second"))))
+    assert counted.counts == {"made": 0, "before": 5, "rejected": 0, "left": 40}
     for batch in range(9):
         rows = [plain.row(2 * batch), plain.row(2 * batch + 1)]
-        progress.beside(rows[1], 1)
-        assert [progress.through(row, row.index != 2) for row in rows] == [1, 2]
+        counted.beside(rows[1], 1)
+        assert [counted.through(row, row.index != 2) for row in rows] == [1, 2]
         clock(EVERY / 3)
+    assert told.pop(0) == ({"made": 3, "before": 5, "rejected": 0, "left": 37}, None)  # the first batch
     assert told == [({"made": 8, "before": 5, "rejected": 1, "left": 31}, 0.3), ({"made": 17, "before": 5, "rejected": 1, "left": 22}, 0.3)]
     assert Progress(5, None, lambda *_: None).counts == {"made": 0, "before": 5, "rejected": 0}
 
@@ -134,3 +135,74 @@ def test_the_devices_time_for_a_batch_is_without_their_waits(monkeypatch):
             seen.launched(since, Until(end), pictures)
         taken.append(seen.drawing(1, 0.0))
     assert [each.result() for each in taken] == [4, 9]
+
+
+# ---- bars, and lines where nobody watches
+
+
+def test_where_no_terminal_is_there_are_lines(clock, capsys):
+    """Each 5 %, but not twice in five seconds, and the last; 1,000 updates in two minutes are 20 lines and not 1,000."""
+    with progress.bar(1000, "images", "img") as bar:
+        for _ in range(1000):
+            clock(0.125)
+            bar.update()
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "images:   5% 50/1000 [00:06<01:58,  8.00img/s]" and lines[-1] == "images: 100% 1000/1000 [02:05<00:00,  8.00img/s]"
+    assert len(lines) == 20
+
+
+@pytest.mark.parametrize(("updates", "seconds", "expected"), [(20, 0.01, 1), (3, 0.5, 1), (40, 0.5, 4)])
+def test_what_is_quick_has_few_lines(clock, capsys, updates, seconds, expected):
+    with progress.bar(updates * 1000, "loading", "B", unit_scale=True) as bar:
+        for _ in range(updates):
+            clock(seconds)
+            bar.update(1000)
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == expected and "\r" not in said and "\x1b" not in said and said.endswith("B/s]\n")
+
+
+@pytest.mark.parametrize("total", [10, None])
+def test_there_is_a_line_each_minute_whatever_happens(capsys, monkeypatch, total):
+    monkeypatch.setattr(progress, "MINUTE", 0.2)
+    with progress.bar(total, "images", "img"):
+        time.sleep(0.7)
+        said = capsys.readouterr().err.splitlines()
+    assert 1 <= len(said) <= 4 and all(line.startswith("images: ") and "0" in line for line in said)
+
+
+def test_lines_leave_out_the_time_that_was_not_their_own(clock, capsys):
+    with progress.bar(4, "images", "img") as bar:
+        clock(100)
+        bar.unpause()
+        for _ in range(4):
+            clock(1)
+            bar.update()
+    assert capsys.readouterr().err.splitlines()[-1] == "images: 100% 4/4 [01:44<00:00,  1.00img/s]"
+
+
+def test_what_is_said_meanwhile_is_a_line_of_its_own(capsys):
+    seen = report.Report()
+    with seen.bar(4, "images", "img") as bar:
+        bar.update()
+        seen.say("a word")
+        bar.update()
+    assert capsys.readouterr().err.splitlines()[0] == "fluxbatch: a word"
+
+
+def test_a_terminal_has_its_bar_and_a_quiet_process_neither(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    with progress.bar(4, "images", "img") as bar:
+        bar.update(4)
+    assert "\rimages: 100%|" in capsys.readouterr().err
+    with progress.bar(4, "images", "img", quiet=True) as bar:
+        bar.update(4)
+    monkeypatch.undo()
+    with progress.bar(4, "images", "img", quiet=True) as bar:
+        bar.update(4)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_run_that_nobody_watches_writes_no_carriage_return(cli, golden, tmp_path):
+    code, err = cli(f"pretrained_model_name_or_path={golden / 'dev'}", "hardware=cpu", "prompt=x", "num_images=30", "resolution=16",
+                    "num_inference_steps=1", f"output_dir={tmp_path}", "max_sequence_length=24")  # fmt: skip
+    assert code == 0 and "\r" not in err and "\x1b" not in err and "images: 100% 30/30" in err and len(err.splitlines()) < 8

@@ -19,7 +19,7 @@ from conftest import images, metadata, pixels, psnr
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from fluxbatch import __version__, dealing, progress
+from fluxbatch import __version__
 from fluxbatch.io.images import pixel_sha256
 from fluxbatch.io.place import LOCK
 from fluxbatch.io.storage import LocalStore, StorageError, open_store
@@ -201,26 +201,6 @@ def test_what_was_probably_not_meant_is_said_in_a_line(cli, golden, tmp_path):
         "fields that decide nothing: guidence_scale (1 rows; did you mean guidance_scale?), negative_prompt (1 rows)",
         "CLIP reads 24 tokens: 1 rows are cut: rows.jsonl:2 has 162",
     ]
-
-
-def test_the_status_says_how_far_a_run_is(cli, golden, tmp_path, mixed, monkeypatch):
-    """And where it cannot be written for a while, the run goes on."""
-    said, write = [], dealing.write_status
-
-    def told(store, code, reason, counts, **more):
-        said.append((code, counts, more["speed"]))
-        if len(said) == 2:
-            raise StorageError("the bucket is away")
-        write(store, code, reason, counts, **more)
-        assert json.loads((tmp_path / "run" / "status.json").read_text())["counts"] == counts
-
-    monkeypatch.setattr(dealing, "write_status", told)
-    monkeypatch.setattr(progress, "EVERY", 0.0)
-    assert cli(*flags(golden, tmp_path, manifest=mixed, per_device_batch_size=4))[0] == 0
-    codes, counts, speeds = zip(*said, strict=True)
-    assert codes == (None,) * 22 + (0,)  # with every row but the first
-    assert [each["made"] for each in counts[:-1]] == [*range(1, 23)] and all(each["made"] + each["left"] == 23 for each in counts)
-    assert all(speed["images_per_second"] > 0 for speed in speeds)
 
 
 def test_an_unforeseen_error_leaves_word(cli, golden, tmp_path, monkeypatch):
