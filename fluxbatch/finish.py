@@ -40,7 +40,8 @@ class Outcome:
     ledger: Ledger
     report: Report
     work: Work
-    before: int  # rows that were done when it started
+    rows: int  # of the manifest, bad lines not counted
+    before: int  # of these, done when it started
 
     def started(self) -> None:
         """Leaves the resolved configuration with the output, for whoever finds it there later."""
@@ -143,7 +144,9 @@ class Outcome:
     def _left_to_others(self, cut: Exit | None) -> int:
         """The end of a replica while others go on, or after another has merged."""
         code = cut or (Exit.REJECTED_ROWS if self.store.exists(REJECTS) else Exit.OK)
-        self.report.summary(self.work.progress.counts, join(self.store.url, METADATA))
+        own = self.work.progress.counts
+        counts = own | {"rows": self.rows, "made": self.rows - own["before"] - own["rejected"]}
+        self.report.summary(counts, join(self.store.url, METADATA), own["made"], "left to others" if cut else "made or rejected by others")
         self.work.ended(code, REASONS[code], self.work.progress.counts, **self.report.measured())
         self.report.say(REASONS[code] if cut else f"{REASONS[code]}; another replica has merged the metadata")
         return code

@@ -20,9 +20,11 @@ SHOWN = 3  # rows named in one line
 SHOWN_FIELDS = 8
 
 
-def lines(job: Job, engine: Engine, rows: Sequence[Row], todo: Sequence[Row]) -> Iterator[str]:
-    """Of ``rows``, which are the whole manifest, and of what is to be drawn; and what each adapter touches."""
+def lines(job: Job, engine: Engine, given: Sequence[Row], rows: Sequence[Row], todo: Sequence[Row]) -> Iterator[str]:
+    """Of ``rows``, which are the whole manifest, as they were ``given`` and with their mixes of adapters, and of what is
+    to be drawn; and what each adapter touches."""
     yield from engine.remarks
+    yield from mixed(engine, given)
     yield from unguided(engine, rows)
     yield from left_out(rows, engine.record)
     if fields := unread(rows):
@@ -30,6 +32,15 @@ def lines(job: Job, engine: Engine, rows: Sequence[Row], todo: Sequence[Row]) ->
     yield from (f"{reads}: {hit}" for reads, hit in cut(engine.tokenizers, todo) if hit)
     yield from caches(job, engine, todo)
     yield from engine.lora.table()
+
+
+def mixed(engine: Engine, given: Sequence[Row]) -> Iterator[str]:
+    """That rows without a mix of their own get every adapter, where others have one: not all who leave it out mean that."""
+    own = [f"{name} {scale:g}" for name, scale in engine.lora.own if scale]
+    without = [row for row in given if row.lora is None]
+    if own and 0 < len(without) < len(given):
+        counted, first = f"{len(without):,} of {len(given):,} rows have none", without[0].where.rpartition("/")[2]
+        yield f'lora: {counted} (the first is {first}) and get {", ".join(own)}; "lora": {{}} in a row is for none'
 
 
 def caches(job: Job, engine: Engine, todo: Sequence[Row]) -> Iterator[str]:

@@ -41,8 +41,8 @@ def run(job: Job) -> int:
             if programs.error:
                 raise programs.error
             engine = open_engine(job, platform)
-            rows, bad_lines = read_rows(job, multiple=engine.multiple)
-            rows = engine.resolve(rows)  # each row with its mix of LoRA adapters
+            given, bad_lines = read_rows(job, multiple=engine.multiple)
+            rows = engine.resolve(given)  # each row with its mix of LoRA adapters
             store = open_place(job)
             facts = engine.facts | job.output.facts()
             start = hosts.start_id()
@@ -60,9 +60,9 @@ def run(job: Job) -> int:
             batch_size = job.sharding.per_device_batch_size * engine.ways
             work = dealing.open_work(job, replica, store, ledger, start, rows, todo, batch_size)
 
-            outcome = finish.Outcome(job, engine, store, ledger, report, work, before=len(rows) - len(todo))
+            outcome = finish.Outcome(job, engine, store, ledger, report, work, rows=len(rows), before=len(rows) - len(todo))
             outcome.started()
-            for line in remarks.lines(job, engine, rows, todo) if hosts.is_first() else ():
+            for line in remarks.lines(job, engine, given, rows, todo) if hosts.is_first() else ():
                 report.say(line)
 
         drain.draws()
@@ -80,7 +80,7 @@ def run(job: Job) -> int:
                 ):
                     for shard in chain([first], shards):
                         states = text.encode(shard.rows, engine.tokenizers, pipeline, batch_size, texts)
-                        report.texts.update(states.counts)
+                        report.encoded(states)
                         pipeline.encoders_out(again=engine.keep or not work.ends_with(shard))
                         for batch in shard.batches:
                             if drain.asked():

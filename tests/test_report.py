@@ -9,6 +9,7 @@ import pytest
 
 from fluxbatch import progress, report
 from fluxbatch.progress import EVERY, Progress
+from fluxbatch.text import TextStates
 
 
 @pytest.fixture
@@ -76,8 +77,8 @@ def test_what_a_replica_made_is_told_apart(capsys, monkeypatch):
     assert seen.figures(counts, own=3) | {"seconds": 0} == {
         "images": 9, "made now": 8, "rejected": 3, "speed": None, "weights": None, "seconds": 0}  # fmt: skip
     assert "rows       12: 3 made by this replica, 5 by others, 1 done before, 3 rejected\n" in capsys.readouterr().out
-    seen.summary({"made": 3, "before": 1, "rejected": 0}, "there")
-    assert "rows       3 made, 1 done before, 0 rejected\n" in capsys.readouterr().out
+    seen.summary(counts, "there", own=3, others="left to others")
+    assert "rows       12: 3 made by this replica, 5 left to others, 1 done before, 3 rejected\n" in capsys.readouterr().out
     assert report.Report(quiet=True).measured() == {}
 
 
@@ -121,7 +122,9 @@ def test_how_busy_the_devices_were(monkeypatch, capsys):
     # from 4 to 24; without work from 14 to 15 and from 16 to 17
     assert seen.speed() == {"images_per_second": 0.3, "seconds_per_image": 3.333, "device_busy": 0.9, "mfu": 0.3, "floor_ratio": 3.333}
     seen.summary({"rows": 6, "made": 6, "before": 0, "rejected": 0}, "there")
-    assert "busy 90.0% of that time; 30% of their peak, 3.33 × the floor" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "6 images in 20.0 s, from the launch of the first batch to the end of the last: 0.30 images/s, 3.33 s an image; " in said
+    assert "devices    computing 90.0% of these 20.0 s, else they waited for " in said and "; 30% of their peak, 3.33 × the time at it\n" in said
 
 
 def test_the_devices_time_for_a_batch_is_without_their_waits(monkeypatch):
@@ -137,6 +140,14 @@ def test_the_devices_time_for_a_batch_is_without_their_waits(monkeypatch):
     assert [each.result() for each in taken] == [4, 9]
 
 
+def test_a_text_counts_once_however_many_shards_have_it(capsys):
+    seen = report.Report(quiet=True)
+    for keys, encoded in (("abc", "a"), ("abd", "d"), ("ab", "a")):
+        seen.encoded(TextStates(dict.fromkeys(keys), str, frozenset(encoded)))
+    seen.summary({"rows": 1, "made": 1, "before": 0, "rejected": 0}, "there")
+    assert "texts      4 distinct: 2 encoded, 2 from the cache; 1 encoded once more for later shards\n" in capsys.readouterr().out
+
+
 # ---- bars, and lines where nobody watches
 
 
@@ -147,7 +158,8 @@ def test_where_no_terminal_is_there_are_lines(clock, capsys):
             clock(0.125)
             bar.update()
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "images:   5% 50/1000 [00:06<01:58,  8.00img/s]" and lines[-1] == "images: 100% 1000/1000 [02:05<00:00,  8.00img/s]"
+    assert lines[0] == "images:   5% 50/1000 [00:06<01:58,  8.00img/s]"
+    assert lines[-1] == "images: 100% 1000/1000 [02:05<00:00,  8.00img/s]"
     assert len(lines) == 20
 
 
