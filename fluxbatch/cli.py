@@ -232,7 +232,8 @@ def _sweep_dir(output_dir: str, run_name: str | None, label: str) -> str:
     """Where Hydra keeps a sweep's own files: with the output, unless that is not on this machine. Of several
     processes the first one's are enough."""
     base = os.path.expanduser(output_dir)
-    if any(os.environ.get(name, "0") not in ("", "0") for name in RANKS) or "://" in base or base.startswith("~") or config.lost_slash(base):
+    first = all(os.environ.get(name, "0") in ("", "0") for name in RANKS)
+    if not first or "://" in base or base.startswith("~") or config.lost_slash(base):
         return _scratch()
     return str(Path(base, run_name if run_name and config.stays_inside(run_name) else label))
 

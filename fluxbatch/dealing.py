@@ -75,7 +75,7 @@ class Work(Protocol):
 
 
 class Whole:
-    """The work of the only replica. From its first shard to its end a thread renews the status, whatever the devices do."""
+    """The work of the only replica. From its first shard to its end a thread renews the status, whatever devices do."""
 
     alone = merges = True
 
@@ -108,7 +108,8 @@ class Whole:
             if self._over:
                 return
             with contextlib.suppress(StorageError):  # what matters will be tried again, and say so
-                write_status(self._store, None, running(), self.progress.counts, **({"speed": self._speed} if self._speed else {}))
+                speed = {"speed": self._speed} if self._speed else {}
+                write_status(self._store, None, running(), self.progress.counts, **speed)
 
     def ended(self, code: int, reason: str, counts: Mapping[str, int], **more: Mapping[str, float]) -> None:
         self._over = True
@@ -156,10 +157,11 @@ class Shared:
         self._life.begin()
 
     def _say(self) -> None:
-        """Of the place, with the first rows to make: who has none would write over the status of who has merged them."""
+        """Of the place, with the first rows to make: who has none would write over the status of who merged them."""
         counts = {"before": self.progress.counts["before"], "left": self._lacking}
         with contextlib.suppress(StorageError):
-            write_status(self._store, None, f"{running()}: how far each replica is, and when it said so, is in {REPLICAS}", counts)
+            reason = f"{running()}: how far each replica is, and when it said so, is in {REPLICAS}"
+            write_status(self._store, None, reason, counts)
 
     def _tell(self, counts: Mapping[str, int], speed: Mapping[str, float]) -> None:
         self._speed = speed

@@ -146,7 +146,8 @@ class Outcome:
         code = cut or (Exit.REJECTED_ROWS if self.store.exists(REJECTS) else Exit.OK)
         own = self.work.progress.counts
         counts = own | {"rows": self.rows, "made": self.rows - own["before"] - own["rejected"]}
-        self.report.summary(counts, join(self.store.url, METADATA), own["made"], "left to others" if cut else "made or rejected by others")
+        others = "left to others" if cut else "made or rejected by others"
+        self.report.summary(counts, join(self.store.url, METADATA), own["made"], others)
         self.work.ended(code, REASONS[code], self.work.progress.counts, **self.report.measured())
         self.report.say(REASONS[code] if cut else f"{REASONS[code]}; another replica has merged the metadata")
         return code

@@ -13,7 +13,8 @@ from tqdm import tqdm
 from fluxbatch.types import Row
 
 EVERY = 30.0  # seconds from one word in the status to the next
-MINUTE, STEP, LEAST = 60.0, 0.05, 5.0  # a line at each step, no sooner than so many seconds after the last one, and each minute
+# A line at each step, at the least so many seconds after the last one, and each minute
+MINUTE, STEP, LEAST = 60.0, 0.05, 5.0
 Tell = Callable[[Mapping[str, int], Mapping[str, float]], None]  # counts, and the speed since the last time
 
 
@@ -36,7 +37,8 @@ class Progress:
         return counts if self.rows is None else counts | {"left": self.rows - self.made - self.rejected}
 
     def beside(self, row: Row, count: int) -> None:
-        """``row`` is the last one of a batch here, and so many of it are recorded by other processes; they count when it is, as made."""
+        """``row`` is the last one of a batch here, and so many of it are recorded by other processes; they count when
+        it is, as made."""
         self._beside[row.index] = count
 
     def through(self, row: Row, ok: bool) -> int:
@@ -74,7 +76,8 @@ class Lines:
             now = time.monotonic()
             self._worked, self._worked_at = self._worked + now - self._worked_at, now
             self._count += count
-            if self._total and self._count - self._said >= STEP * self._total and now - self._at >= LEAST and self._count < self._total:
+            goes_on = self._total is not None and self._count < self._total
+            if goes_on and self._count - self._said >= STEP * self._total and now - self._at >= LEAST:
                 self._say()
 
     def unpause(self) -> None:
@@ -102,12 +105,15 @@ class Lines:
             self._at, self._said = time.monotonic(), self._count
             rate = self._count / self._worked if self._worked else None
             line = tqdm.format_meter(
-                self._count, self._total, self._at - self._begun, ncols=0, prefix=self._what, unit=self._unit, unit_scale=self._scale, rate=rate)  # fmt: skip
+                self._count, self._total, self._at - self._begun, ncols=0, prefix=self._what, unit=self._unit,
+                unit_scale=self._scale, rate=rate)  # fmt: skip
             print(line.strip(), file=sys.stderr, flush=True)
 
 
 def bar(total: int | None, what: str, unit: str, quiet: bool = False, unit_scale: bool = False) -> tqdm | Lines:
     """A context manager that is told of what is done, and shows it on standard error."""
     if quiet or sys.stderr.isatty():
-        return tqdm(total=total, desc=what, unit=unit, unit_scale=unit_scale, dynamic_ncols=True, leave=True, smoothing=0.1, disable=quiet)
+        return tqdm(
+            total=total, desc=what, unit=unit, unit_scale=unit_scale, dynamic_ncols=True, leave=True, smoothing=0.1,
+            disable=quiet)  # fmt: skip
     return Lines(total, what, unit, unit_scale)

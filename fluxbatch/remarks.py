@@ -35,7 +35,7 @@ def lines(job: Job, engine: Engine, given: Sequence[Row], rows: Sequence[Row], t
 
 
 def mixed(engine: Engine, given: Sequence[Row]) -> Iterator[str]:
-    """That rows without a mix of their own get every adapter, where others have one: not all who leave it out mean that."""
+    """That rows without a mix of their own get every adapter, where others have one: few who leave it out mean that."""
     own = [f"{name} {scale:g}" for name, scale in engine.lora.own if scale]
     without = [row for row in given if row.lora is None]
     if own and 0 < len(without) < len(given):
@@ -50,7 +50,8 @@ def caches(job: Job, engine: Engine, todo: Sequence[Row]) -> Iterator[str]:
     if job.text_cache_dir is None:
         return
     if (size := engine.text_bytes(todo)) > job.text_cache_gigabytes * 1e9:
-        yield f"text_cache_gigabytes={job.text_cache_gigabytes:g}: the prompts encode to {size / 1e9:.3g} GB, none is kept"
+        limit = f"text_cache_gigabytes={job.text_cache_gigabytes:g}"
+        yield f"{limit}: the prompts encode to {size / 1e9:.3g} GB, none is kept"
     elif remark := cache.find("text_cache_dir", job.text_cache_dir).remark:
         yield remark
 

@@ -68,7 +68,7 @@ class Report(Watcher):
         self.quiet = quiet
         self.started = time.monotonic()
         self.seconds: dict[str, float] = {}
-        self.texts: Counter[str] = Counter()  # distinct ones: first encoded, or first from the cache; and encoded once more
+        self.texts: Counter[str] = Counter()  # first encoded, or first from the cache; and encoded once more
         self._texts: set[int] = set()  # hashes of these
         self.loaded = 0  # bytes of weights that this process has read
         self.devices = Devices()
@@ -203,19 +203,23 @@ class Report(Watcher):
         made, speed, total = counts["made"] if own is None else own, self.speed(), time.monotonic() - self.started
         by = f" by this replica, {max(0, counts['made'] - own):,} {others}" if own is not None else ""
         stages = {name: round(value, 2) for name, value in self.seconds.items()} | {"total": round(total, 2)}
-        print(f"rows       {counts['rows']:,}: {made:,} made{by}, {counts['before']:,} done before, {counts['rejected']:,} rejected")
+        rest = f"{counts['before']:,} done before, {counts['rejected']:,} rejected"
+        print(f"rows       {counts['rows']:,}: {made:,} made{by}, {rest}")
         if weights := self._weights():
             print(f"weights    {weights}")
         if self.texts:
             again = f"; {self.texts['again']:,} encoded once more for later shards" if self.texts["again"] else ""
-            print(f"texts      {len(self._texts):,} distinct: {self.texts['encoded']:,} encoded, {self.texts['cached']:,} from the cache{again}")
+            first = f"{self.texts['encoded']:,} encoded, {self.texts['cached']:,} from the cache"
+            print(f"texts      {len(self._texts):,} distinct: {first}{again}")
         print("seconds    " + ", ".join(f"{name} {value:,.1f}" for name, value in stages.items()))
         if speed:
             took = self.images * speed["seconds_per_image"]
             span = f"{self.images:,} images in {took:,.1f} s, from the launch of the first batch to the end of the last"
             rates = f"{speed['images_per_second']:,.2f} images/s, {speed['seconds_per_image']:.3g} s an image"
             print(f"speed      {span}: {rates}; {made / total:,.2f} images/s over the total of {total:,.1f} s")
-            peak = f"; {speed['mfu']:.0%} of their peak, {speed['floor_ratio']:.2f} × the time at it" if "mfu" in speed else ""
+            peak = ""
+            if "mfu" in speed:
+                peak = f"; {speed['mfu']:.0%} of their peak, {speed['floor_ratio']:.2f} × the time at it"
             waits = "else they waited for programs, weights, texts or the writing of files"
             print(f"devices    computing {speed['device_busy']:.1%} of these {took:,.1f} s, {waits}{peak}")
         print(f"output     {place}")

@@ -60,7 +60,8 @@ def run(job: Job) -> int:
             batch_size = job.sharding.per_device_batch_size * engine.ways
             work = dealing.open_work(job, replica, store, ledger, start, rows, todo, batch_size)
 
-            outcome = finish.Outcome(job, engine, store, ledger, report, work, rows=len(rows), before=len(rows) - len(todo))
+            counted = {"rows": len(rows), "before": len(rows) - len(todo)}
+            outcome = finish.Outcome(job, engine, store, ledger, report, work, **counted)
             outcome.started()
             for line in remarks.lines(job, engine, given, rows, todo) if hosts.is_first() else ():
                 report.say(line)

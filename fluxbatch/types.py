@@ -39,13 +39,15 @@ def public(text: str) -> str:
 
 
 def at_home(key: str, path: str) -> str:
-    """``path`` with the home directory in place of its ``~``. UserError where there is none: nobody means a directory called ``~``."""
+    """``path`` with the home directory in place of its ``~``. UserError where there is none: nobody means a directory
+    called ``~``."""
     full = os.path.expanduser(path)
     first = full.partition("/")[0]
     if first == "~":
         raise UserError(f"{key}={path}: no home directory is known (HOME is not set): expected a path without ~")
     if first.startswith("~") and not os.path.lexists(first):
-        raise UserError(f"{key}={path}: no user {first[1:]} is known: expected another path, or ./{path} for what is called so")
+        wanted = f"another path, or ./{path} for what is called so"
+        raise UserError(f"{key}={path}: no user {first[1:]} is known: expected {wanted}")
     return full
 
 

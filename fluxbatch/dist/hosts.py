@@ -51,8 +51,8 @@ def gpu_share() -> float:
 
 
 def start(platform: str, cache_dir: str | None, writable: bool = True) -> str:
-    """Brings JAX up on ``platform`` (``auto``: the best there is) and returns its name: cpu, gpu or tpu. ``writable``: whether
-    compiled programs may be added to ``cache_dir``.
+    """Brings JAX up on ``platform`` (``auto``: the best there is) and returns its name: cpu, gpu or tpu.
+    ``writable``: whether compiled programs may be added to ``cache_dir``.
 
     UserError when this machine does not have it, or JAX cannot write to ``cache_dir`` from here.
     """
@@ -74,7 +74,8 @@ def start(platform: str, cache_dir: str | None, writable: bool = True) -> str:
         raise UserError(f"hardware={platform}: this process already runs on {found}")
     if found == "gpu" and cache_dir and not remote:
         tuning = os.path.join(cache_dir, XLA_TUNING)
-        if not (writable and (os.access(tuning, os.W_OK) or not os.path.exists(tuning))):  # a write that fails ends XLA's compiling
+        if not (writable and (os.access(tuning, os.W_OK) or not os.path.exists(tuning))):
+            # a write that fails would end XLA's compiling
             jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
     return found
 

@@ -30,7 +30,8 @@ _DEFAULTS = {"jax_cache_dir": "~/.cache/fluxbatch/xla", "text_cache_dir": "~/.ca
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where a cache is. ``path`` None: nowhere. ``remark``: what a start says of it. ``error``: it was named and cannot be used."""
+    """Where a cache is. ``path`` None: nowhere. ``remark``: what a start says of it. ``error``: it was named and
+    cannot be used."""
 
     path: str | None = None
     writable: bool = True

@@ -41,7 +41,9 @@ class Life:
     """A replica's sign of life, renewed by a thread from ``begin`` to ``end``. ``plan``: as of `Claims`.
     ``words``: what each sign says besides."""
 
-    def __init__(self, store: Store, holder: Holder, expiry: float, plan: str, words: Callable[[], Mapping[str, object]] = dict):
+    def __init__(
+        self, store: Store, holder: Holder, expiry: float, plan: str, words: Callable[[], Mapping[str, object]] = dict
+    ):
         self._store, self._holder, self._expiry, self._plan = store, holder, expiry, plan
         self._predecessor: str | None = None
         self._doubtful: dict[int, bytes] = {}  # signs of other plans: of replicas that were killed, unless they change
