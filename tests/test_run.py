@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -340,6 +341,15 @@ def test_replay_looks_at_the_image_too(cli, golden, tmp_path):
     file.unlink()
     code, said = cli(f"output_dir={tmp_path}", "run_name=run", "id=0", entry="replay")
     assert code == 3 and "flux_0.png is not there" in said
+
+
+def test_replay_does_without_the_other_machines_cache(cli, golden, tmp_path):
+    cli(*flags(golden, tmp_path, prompt="x", resolution=16, num_inference_steps=1))
+    config, here = tmp_path / "run" / "config.yaml", [f"output_dir={tmp_path}", "run_name=run", "id=0"]
+    config.write_text(re.sub("jax_cache_dir: .*", "jax_cache_dir: /dev/null/xla", config.read_text()))
+    assert cli(*here, entry="replay")[0] == 0
+    code, said = cli(*here, "jax_cache_dir=/dev/null/here", entry="replay")
+    assert code == 2 and "jax_cache_dir=/dev/null/here: not a directory" in said
 
 
 def test_replay_is_told_where_things_are_now_and_nothing_else(cli, golden, tmp_path):
