@@ -38,7 +38,7 @@ from fluxbatch import __version__, composition, config, overrides, reference
 from fluxbatch.config import Job
 from fluxbatch.reference import CONF
 from fluxbatch.streams import whoever_reads
-from fluxbatch.types import Exit, UserError
+from fluxbatch.types import Exit, UserError, at_home
 
 Task = Callable[[Any], int]  # a Job (or the schema given to `main`) → exit code
 
@@ -192,7 +192,7 @@ class _HydraTask:
             raise UserError(*problems)
         for key in ("output_dir", "manifest", "jax_cache_dir", "text_cache_dir"):
             if (path := getattr(job, key)) is not None:
-                setattr(job, key, os.path.expanduser(path))
+                setattr(job, key, at_home(key, path))
         hydra = HydraConfig.get()
         if hydra.mode == RunMode.MULTIRUN:
             job.sweep = _swept(cfg, hydra.overrides.task, self.fixed)
@@ -234,10 +234,11 @@ def _place(swept: dict[str, Any]) -> str:
 def _sweep_dir(output_dir: str, run_name: str | None, label: str) -> str:
     """Where Hydra keeps a sweep's own files: with the output, unless that is not on this machine. Of several
     processes the first one's are enough."""
-    if any(os.environ.get(name, "0") not in ("", "0") for name in RANKS):
+    base = os.path.expanduser(output_dir)
+    first = all(os.environ.get(name, "0") in ("", "0") for name in RANKS)
+    if not first or "://" in base or base.startswith("~") or config.lost_slash(base):
         return _scratch()
-    base = Path(tempfile.gettempdir(), "fluxbatch") if "://" in output_dir or config.lost_slash(output_dir) else Path(output_dir).expanduser()
-    return str(base / (run_name if run_name and config.stays_inside(run_name) else label))
+    return str(Path(base, run_name if run_name and config.stays_inside(run_name) else label))
 
 
 @functools.cache

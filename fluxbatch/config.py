@@ -225,7 +225,7 @@ def _offenders(job: Job, rows: bool) -> Iterator[tuple[str, Any, str]]:
     if job.text_cache_dir is not None and (not job.text_cache_dir.strip() or "://" in job.text_cache_dir or "\0" in job.text_cache_dir):
         yield "text_cache_dir", job.text_cache_dir, "a local directory, or null"
     for key in ("text_cache_dir", "jax_cache_dir"):
-        if (value := getattr(job, key)) is not None and os.path.exists(value) and not os.path.isdir(value):
+        if (value := getattr(job, key)) not in (None, "auto") and os.path.exists(value) and not os.path.isdir(value):
             yield key, value, "a directory, found a file"
     if not 0 < job.text_cache_gigabytes <= 1e6:
         yield "text_cache_gigabytes", job.text_cache_gigabytes, "a number above 0; text_cache_dir=null keeps nothing"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 from typing import NoReturn
 
@@ -11,7 +10,7 @@ from omegaconf import MISSING
 
 from fluxbatch import cli
 from fluxbatch.config import Job, shown
-from fluxbatch.types import Exit, UserError
+from fluxbatch.types import Exit, UserError, at_home
 
 
 @dataclasses.dataclass
@@ -29,7 +28,7 @@ def convert(job: Convert) -> int:
 
     if adapters := specs(job):
         raise UserError(f"{adapters[0].key}: {adapters[0].path!r}: expected no adapter: a copy is of the checkpoint alone, and is used with any adapter")
-    to = os.path.expanduser(job.to)
+    to = at_home("to", job.to)
     if not to.strip() or "\0" in to or re.match(r"(?!gs://[^/]|file://)\w+://", to):
         raise UserError(f"to={shown(job.to)}: expected a directory or gs://bucket/prefix")
     checkpoint = open_checkpoint(job.model)

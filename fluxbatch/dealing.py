@@ -10,26 +10,31 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
 
-from fluxbatch import batching
+from fluxbatch import batching, progress
 from fluxbatch.config import Job
 from fluxbatch.dist import hosts
 from fluxbatch.dist.replica import Replica, find
-from fluxbatch.io.claims import Claims, Holder, Life
-from fluxbatch.io.ledger import Ledger, write_status
+from fluxbatch.io.claims import REPLICAS, Claims, Holder, Life
+from fluxbatch.io.ledger import Ledger, utc_now, write_status
 from fluxbatch.io.storage import StorageError, Store
 from fluxbatch.progress import Progress
 from fluxbatch.types import Exit, Row, Shard, UserError
 
 _END, _WAIT, _FAILED = -1, -2, -3
 _MERGE = "merge"  # the last task
-RUNNING = "running, or killed"
 _PAUSE = 0.25  # seconds until the first look for work that others may leave
+
+
+def running() -> str:
+    """The reason in the status of a run that goes on, or of one that was killed and could not say so."""
+    return f"running, or killed after {utc_now().partition('.')[0]} UTC"
 
 
 def replica(job: Job) -> Replica:
@@ -63,36 +68,54 @@ class Work(Protocol):
         """Whether no other is known to follow."""
 
     def started(self) -> None:
-        """To be called by the first process, before it asks for shards."""
+        """To be called by the first process, before it asks for shards: leaves the first word that it is at work."""
 
     def ended(self, code: int, reason: str, counts: Mapping[str, int], **more: Mapping[str, float]) -> None:
         """Leaves the status, last of all. ``counts``: of the whole place, where this replica merges; ``more``: of this replica."""
 
 
 class Whole:
-    """The work of the only replica."""
+    """The work of the only replica. From its first shard to its end a thread renews the status, whatever devices do."""
 
     alone = merges = True
 
     def __init__(self, store: Store, shards: Sequence[Shard], before: int):
         self._store, self._shards = store, shards
+        self._speed: Mapping[str, float] = {}
+        self._news, self._over = threading.Event(), False
+        self._thread = threading.Thread(target=self._live, name="sign of life", daemon=True)
         self.progress = Progress(before, sum(len(batch.rows) for shard in shards for batch in shard.batches), self._tell)
 
     def shards(self, drain: hosts.Drain) -> Iterator[Shard]:
+        if hosts.is_first():
+            self._thread.start()
         return iter(self._shards)
 
     def ends_with(self, shard: Shard) -> bool:
         return shard is self._shards[-1]
 
     def started(self) -> None:
-        pass
+        write_status(self._store, None, running(), self.progress.counts)
 
     def _tell(self, counts: Mapping[str, int], speed: Mapping[str, float]) -> None:
-        if hosts.is_first():
+        self._speed = speed
+        self._news.set()
+
+    def _live(self) -> None:
+        while True:
+            self._news.wait(progress.EVERY)
+            self._news.clear()
+            if self._over:
+                return
             with contextlib.suppress(StorageError):  # what matters will be tried again, and say so
-                write_status(self._store, None, RUNNING, counts, speed=speed)
+                speed = {"speed": self._speed} if self._speed else {}
+                write_status(self._store, None, running(), self.progress.counts, **speed)
 
     def ended(self, code: int, reason: str, counts: Mapping[str, int], **more: Mapping[str, float]) -> None:
+        self._over = True
+        self._news.set()
+        if self._thread.is_alive():
+            self._thread.join()
         write_status(self._store, code, reason, counts, **more)
 
 
@@ -109,7 +132,9 @@ class Shared:
         batch_size: int, expiry: float,
     ):  # fmt: skip
         self.merges = False
-        self.progress = Progress(sum(map(len, portions)) - len(todo), None, self._tell)
+        rows = sum(map(len, portions))
+        self.progress, self._lacking = Progress(rows - len(todo), None, self._tell), len(todo)
+        self._speed: Mapping[str, float] = {}
         self._replica, self._store, self._ledger, self._batch_size, self._patience = replica, store, ledger, batch_size, expiry / 4
         lacking = {row.id for row in todo}
         self._left = [[row for row in portion if row.id in lacking] for portion in portions]
@@ -117,7 +142,7 @@ class Shared:
         if hosts.is_first():
             holder = Holder(replica.index, start)
             plan = _digest(portions, ledger.key)
-            self._life = Life(store, holder, expiry, plan)
+            self._life = Life(store, holder, expiry, plan, self._words)
             self._claims = Claims(store, plan, holder, expiry)
             self._hand = batching.deal(self._costs, replica.count)[replica.index]
             self._dealt = True  # whether the hand is this replica's own
@@ -131,9 +156,20 @@ class Shared:
     def started(self) -> None:
         self._life.begin()
 
+    def _say(self) -> None:
+        """Of the place, with the first rows to make: who has none would write over the status of who merged them."""
+        counts = {"before": self.progress.counts["before"], "left": self._lacking}
+        with contextlib.suppress(StorageError):
+            reason = f"{running()}: how far each replica is, and when it said so, is in {REPLICAS}"
+            write_status(self._store, None, reason, counts)
+
     def _tell(self, counts: Mapping[str, int], speed: Mapping[str, float]) -> None:
+        self._speed = speed
         if hosts.is_first():
-            self._life.words = {"reason": RUNNING, "counts": counts, "speed": speed}
+            self._life.renew()
+
+    def _words(self) -> Mapping[str, object]:
+        return {"reason": running(), "counts": self.progress.counts, **({"speed": self._speed} if self._speed else {})}
 
     def ended(self, code: int, reason: str, counts: Mapping[str, int], **more: Mapping[str, float]) -> None:
         if not hosts.is_first():
@@ -165,6 +201,8 @@ class Shared:
                     return
                 continue
             pause = _PAUSE
+            if not self._given and hosts.is_first():
+                self._say()
             self._given.append(number)
             rows = [row for row, is_left in zip(self._left[number], left, strict=False) if is_left]
             yield Shard(number, tuple(batching.batches(rows, self._batch_size)))

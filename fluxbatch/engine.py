@@ -14,7 +14,7 @@ from fluxbatch import __version__, chips, flops
 from fluxbatch.config import Job
 from fluxbatch.dist import hosts
 from fluxbatch.dist.mesh import Layout, batch_ways, open_mesh
-from fluxbatch.io.cache import Cache
+from fluxbatch.io import cache
 from fluxbatch.models import attention
 from fluxbatch.models.vae import TPU_BANDS
 from fluxbatch.pipeline import Pipeline, Watcher
@@ -118,13 +118,15 @@ class Engine:
 
     def text_cache(self, folder: str | None, gigabytes: float, rows: Sequence[Row]) -> TextCache | None:
         """The cache of encoded prompts in ``folder``; None also where all of ``rows``' would not fit into it, as then
-        none would be there when it is wanted again."""
+        none would be there when it is wanted again, or where a process cannot use the default."""
         if folder is None or self.text_bytes(rows) > gigabytes * 1e9:
             return None
-        try:
-            entries = Cache(folder, int(gigabytes * 1e9))
-        except UserError as error:
-            raise UserError(f"text_cache_dir={error}") from error
+        place = cache.find("text_cache_dir", folder)
+        if place.error:
+            raise place.error
+        if not hosts.all_say(place.path is not None):
+            return None
+        entries = cache.Cache(place.path or "", int(gigabytes * 1e9))
         device = self.mesh.devices.flat[0].device_kind
         program = (__version__, jax.__version__, device, *self.mesh.shape.items(), self.weights_dtype, self.activations_dtype)
         facts = (self.checkpoint.text_digest(), *program)

@@ -12,11 +12,11 @@ import yaml
 from omegaconf import OmegaConf
 
 from fluxbatch.config import Job
-from fluxbatch.dealing import RUNNING, Work
+from fluxbatch.dealing import Work
 from fluxbatch.dist import hosts
 from fluxbatch.engine import Engine
 from fluxbatch.io.gallery import write_contact_sheet, write_gallery, write_grid
-from fluxbatch.io.ledger import Ledger, Tally, write_status
+from fluxbatch.io.ledger import Ledger, Tally
 from fluxbatch.io.place import CONFIG, JOB, METADATA, REJECTS
 from fluxbatch.io.storage import StorageError, Store, join, open_store
 from fluxbatch.report import Report
@@ -40,15 +40,14 @@ class Outcome:
     ledger: Ledger
     report: Report
     work: Work
-    before: int  # rows that were done when it started
+    rows: int  # of the manifest, bad lines not counted
+    before: int  # of these, done when it started
 
     def started(self) -> None:
-        """Leaves the resolved configuration with the output, for whoever finds it there later; a process
-        that is killed leaves its status as it is here."""
+        """Leaves the resolved configuration with the output, for whoever finds it there later."""
         if not hosts.is_first():
             return
         self.store.write(CONFIG, self._config())
-        write_status(self.store, None, RUNNING, {"before": self.before})
         self.work.started()
 
     @contextlib.contextmanager
@@ -78,7 +77,7 @@ class Outcome:
     def _cut_off(self, code: int, reason: str) -> None:
         """Merges what is recorded and leaves the status, each as far as the place allows: the error that ended the run is
         the one to tell of."""
-        counts = {"before": self.before}
+        counts = self.work.progress.counts
         if self.work.merges and hosts.is_first():
             with contextlib.suppress(Exception):
                 counts = self._counts(self.ledger.merge())
@@ -88,7 +87,7 @@ class Outcome:
     def _lost_a_peer(self, error: Exception) -> NoReturn:
         """What this process has made is recorded; a regular exit would wait for the peer that is gone."""
         with contextlib.suppress(StorageError):
-            self.work.ended(Exit.PEER_LOST, REASONS[Exit.PEER_LOST], {"before": self.before})
+            self.work.ended(Exit.PEER_LOST, REASONS[Exit.PEER_LOST], self.work.progress.counts)
         hosts.lost(error)
 
     def finished(self, cut: Exit | None) -> int:
@@ -145,8 +144,11 @@ class Outcome:
     def _left_to_others(self, cut: Exit | None) -> int:
         """The end of a replica while others go on, or after another has merged."""
         code = cut or (Exit.REJECTED_ROWS if self.store.exists(REJECTS) else Exit.OK)
-        self.report.summary(self.work.progress.counts, join(self.store.url, METADATA))
-        self.work.ended(code, REASONS[code], {"before": self.before}, **self.report.measured())
+        own = self.work.progress.counts
+        counts = own | {"rows": self.rows, "made": self.rows - own["before"] - own["rejected"]}
+        others = "left to others" if cut else "made or rejected by others"
+        self.report.summary(counts, join(self.store.url, METADATA), own["made"], others)
+        self.work.ended(code, REASONS[code], self.work.progress.counts, **self.report.measured())
         self.report.say(REASONS[code] if cut else f"{REASONS[code]}; another replica has merged the metadata")
         return code
 

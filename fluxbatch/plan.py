@@ -36,7 +36,7 @@ class PlanJob(Job):
 
 def plan(job: PlanJob) -> int:
     """Prints the plan."""
-    from fluxbatch import forecast
+    from fluxbatch import forecast, remarks
     from fluxbatch.engine import open_engine
     from fluxbatch.io.manifest import read_rows
 
@@ -44,8 +44,10 @@ def plan(job: PlanJob) -> int:
         raise UserError(f"price_per_chip_hour={job.price_per_chip_hour}: expected a number from 0")
     target, devices = _machine(job)
     engine = open_engine(job, target.platform, devices, target.hosts)
-    rows, rejects = read_rows(job, multiple=engine.multiple)
-    rows = engine.resolve(rows)
+    given, rejects = read_rows(job, multiple=engine.multiple)
+    rows = engine.resolve(given)
+    for line in remarks.mixed(engine, given):
+        print(f"fluxbatch: {line}", file=sys.stderr)
     for line in forecast.lines(job, engine, target, rows, _todo(job, engine, rows), rejects, job.price_per_chip_hour, _ahead(job, target)):
         print(line, flush=True)
     return Exit.OK

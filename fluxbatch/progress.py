@@ -1,13 +1,20 @@
-"""How far a replica has come: for the bar at once, for its status now and then."""
+"""How far a replica has come: for whoever watches at once, for its status now and then."""
 
 from __future__ import annotations
 
+import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
+from typing import Self
+
+from tqdm import tqdm
 
 from fluxbatch.types import Row
 
-EVERY = 30.0  # seconds at least from one word in the status to the next
+EVERY = 30.0  # seconds from one word in the status to the next
+# A line at each step, at the least so many seconds after the last one, and each minute
+MINUTE, STEP, LEAST = 60.0, 0.05, 5.0
 Tell = Callable[[Mapping[str, int], Mapping[str, float]], None]  # counts, and the speed since the last time
 
 
@@ -22,6 +29,7 @@ class Progress:
         self._beside: dict[int, int] = {}
         self._since: float | None = None
         self._lately = 0  # rows since then
+        self._told = False  # of the first batch
 
     @property
     def counts(self) -> dict[str, int]:
@@ -29,7 +37,8 @@ class Progress:
         return counts if self.rows is None else counts | {"left": self.rows - self.made - self.rejected}
 
     def beside(self, row: Row, count: int) -> None:
-        """So many rows of the same batch are recorded by other processes; they count when ``row`` is, as made."""
+        """``row`` is the last one of a batch here, and so many of it are recorded by other processes; they count when
+        it is, as made."""
         self._beside[row.index] = count
 
     def through(self, row: Row, ok: bool) -> int:
@@ -40,8 +49,71 @@ class Progress:
         elif now - self._since >= EVERY:  # before the row counts, so that it is whole batches in whole spans
             self._tell(self.counts, {"images_per_second": float(f"{self._lately / (now - self._since):.4g}")})
             self._since, self._lately = now, 0
-        others = self._beside.pop(row.index, 0)
+        last, others = row.index in self._beside, self._beside.pop(row.index, 0)
         self.made += others + ok
         self.rejected += not ok
         self._lately += others + 1
+        if last and not self._told:  # the first batch
+            self._told = True
+            self._tell(self.counts, {})
         return others + 1
+
+
+class Lines:
+    """A bar's place where standard error is no terminal: plain lines, a few of them."""
+
+    def __init__(self, total: int | None, what: str, unit: str, unit_scale: bool = False):
+        self._total, self._what, self._unit, self._scale = total, what, unit, unit_scale
+        self._count = self._said = 0
+        self._begun = self._at = self._worked_at = time.monotonic()
+        self._worked = 0.0  # seconds, without the time that ``unpause`` leaves out
+        self._lock = threading.RLock()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._each_minute, name="lines", daemon=True)
+
+    def update(self, count: int = 1) -> None:
+        with self._lock:
+            now = time.monotonic()
+            self._worked, self._worked_at = self._worked + now - self._worked_at, now
+            self._count += count
+            goes_on = self._total is not None and self._count < self._total
+            if goes_on and self._count - self._said >= STEP * self._total and now - self._at >= LEAST:
+                self._say()
+
+    def unpause(self) -> None:
+        """The time since the last update was not its own."""
+        with self._lock:
+            self._worked_at = time.monotonic()
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+        self._say()
+
+    def _each_minute(self) -> None:
+        while not self._over.wait(max(0.1, MINUTE - (time.monotonic() - self._at))):
+            with self._lock:
+                if time.monotonic() - self._at >= MINUTE:
+                    self._say()
+
+    def _say(self) -> None:
+        with self._lock:
+            self._at, self._said = time.monotonic(), self._count
+            rate = self._count / self._worked if self._worked else None
+            line = tqdm.format_meter(
+                self._count, self._total, self._at - self._begun, ncols=0, prefix=self._what, unit=self._unit,
+                unit_scale=self._scale, rate=rate)  # fmt: skip
+            print(line.strip(), file=sys.stderr, flush=True)
+
+
+def bar(total: int | None, what: str, unit: str, quiet: bool = False, unit_scale: bool = False) -> tqdm | Lines:
+    """A context manager that is told of what is done, and shows it on standard error."""
+    if quiet or sys.stderr.isatty():
+        return tqdm(
+            total=total, desc=what, unit=unit, unit_scale=unit_scale, dynamic_ncols=True, leave=True, smoothing=0.1,
+            disable=quiet)  # fmt: skip
+    return Lines(total, what, unit, unit_scale)

@@ -10,11 +10,11 @@ from typing import Any
 
 from fluxbatch.config import Job
 from fluxbatch.engine import Engine
+from fluxbatch.io import cache
 from fluxbatch.io.lines import shown
 from fluxbatch.io.manifest import FIELDS
 from fluxbatch.io.match import left_out
 from fluxbatch.overrides import meant
-from fluxbatch.text import TextCache
 from fluxbatch.tokens import Tokenizers
 from fluxbatch.types import Row
 
@@ -44,9 +44,11 @@ ODD_IN_LISTS = {
 }
 
 
-def lines(job: Job, engine: Engine, rows: Sequence[Row], todo: Sequence[Row], texts: TextCache | None) -> Iterator[str]:
-    """Of ``rows``, which are the whole manifest, and of what is to be drawn; and what each adapter touches."""
+def lines(job: Job, engine: Engine, given: Sequence[Row], rows: Sequence[Row], todo: Sequence[Row]) -> Iterator[str]:
+    """Of ``rows``, which are the whole manifest, as they were ``given`` and with their mixes of adapters, and of what is
+    to be drawn; and what each adapter touches."""
     yield from engine.remarks
+    yield from mixed(engine, given)
     yield from unguided(engine, rows)
     yield from overridden(job.sweep, rows)
     yield from left_out(rows, engine.record)
@@ -54,9 +56,30 @@ def lines(job: Job, engine: Engine, rows: Sequence[Row], todo: Sequence[Row], te
         yield fields
     yield from odd(rows)
     yield from (f"{reads}: {hit}" for reads, hit in cut(engine.tokenizers, todo) if hit)
-    if job.text_cache_dir and texts is None:
-        yield f"text_cache_gigabytes={job.text_cache_gigabytes:g}: the prompts encode to {engine.text_bytes(todo) / 1e9:.3g} GB, none is kept"
+    yield from caches(job, engine, todo)
     yield from engine.lora.table()
+
+
+def mixed(engine: Engine, given: Sequence[Row]) -> Iterator[str]:
+    """That rows without a mix of their own get every adapter, where others have one: few who leave it out mean that."""
+    own = [f"{name} {scale:g}" for name, scale in engine.lora.own if scale]
+    without = [row for row in given if row.lora is None]
+    if own and 0 < len(without) < len(given):
+        counted, first = f"{len(without):,} of {len(given):,} rows have none", without[0].where.rpartition("/")[2]
+        yield f'lora: {counted} (the first is {first}) and get {", ".join(own)}; "lora": {{}} in a row is for none'
+
+
+def caches(job: Job, engine: Engine, todo: Sequence[Row]) -> Iterator[str]:
+    """What is not kept for the next start, and why."""
+    if remark := cache.find("jax_cache_dir", job.jax_cache_dir).remark:
+        yield remark
+    if job.text_cache_dir is None:
+        return
+    if (size := engine.text_bytes(todo)) > job.text_cache_gigabytes * 1e9:
+        limit = f"text_cache_gigabytes={job.text_cache_gigabytes:g}"
+        yield f"{limit}: the prompts encode to {size / 1e9:.3g} GB, none is kept"
+    elif remark := cache.find("text_cache_dir", job.text_cache_dir).remark:
+        yield remark
 
 
 def unguided(engine: Engine, rows: Sequence[Row]) -> Iterator[str]:

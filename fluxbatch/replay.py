@@ -44,6 +44,7 @@ def replay(job: ReplayJob) -> int:
     from fluxbatch.dist import hosts
     from fluxbatch.engine import open_engine
     from fluxbatch.finish import CONFIG
+    from fluxbatch.io import cache
     from fluxbatch.io.images import decode, pixel_sha256
     from fluxbatch.io.ledger import METADATA, read_records
     from fluxbatch.io.log import object_of
@@ -70,7 +71,10 @@ def replay(job: ReplayJob) -> int:
     recorded = _recorded(job, found, facts, record, anew)
 
     hosts.tell_compiler(recorded.hardware.xla_flags, recorded.hardware.libtpu_init_args)
-    engine = open_engine(recorded, hosts.start(recorded.hardware.platform.name, recorded.jax_cache_dir))
+    programs = cache.find("jax_cache_dir", recorded.jax_cache_dir)
+    if programs.error and "jax_cache_dir" in anew:
+        raise programs.error  # else the directory was another machine's
+    engine = open_engine(recorded, hosts.start(recorded.hardware.platform.name, programs.path, programs.writable))
     for line in difference(facts, engine.facts):
         print(f"changed since: {line}")
     # all rows decide how adapters are applied, as they did then

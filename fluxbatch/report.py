@@ -13,7 +13,10 @@ from typing import Any
 
 from tqdm import tqdm
 
+from fluxbatch import progress
 from fluxbatch.pipeline import Watcher
+from fluxbatch.progress import Lines
+from fluxbatch.text import TextStates
 
 
 class Devices:
@@ -58,14 +61,15 @@ class Devices:
 
 
 class Report(Watcher):
-    """Bars on standard error, seconds by stage, and the closing lines on standard output."""
+    """Bars (or lines) on standard error, seconds by stage, and the closing lines on standard output."""
 
     def __init__(self, quiet: bool = False) -> None:
         """``quiet``: for all but one process of a replica."""
         self.quiet = quiet
         self.started = time.monotonic()
         self.seconds: dict[str, float] = {}
-        self.texts: Counter[str] = Counter()  # prompts that were encoded, and that came from the cache
+        self.texts: Counter[str] = Counter()  # first encoded, or first from the cache; and encoded once more
+        self._texts: set[int] = set()  # hashes of these
         self.loaded = 0  # bytes of weights that this process has read
         self.devices = Devices()
         self.images = 0  # handed to the devices, padding not counted
@@ -73,7 +77,7 @@ class Report(Watcher):
         self.peak: float | None = None  # FLOP/s of all devices together, where it is known
         self._streamed = 0.0  # seconds of reading that went on beside the stages
         self._within = 0.0  # seconds of stages inside the current one
-        self._bars: list[tqdm] = []
+        self._bars: list[tqdm | Lines] = []
         self._thread = threading.get_ident()
         self._watch_compiler()
 
@@ -102,8 +106,8 @@ class Report(Watcher):
         self._within += seconds
 
     @contextlib.contextmanager
-    def bar(self, total: int | None, what: str, unit: str, **options: object) -> Iterator[tqdm]:
-        with tqdm(total=total, desc=what, unit=unit, dynamic_ncols=True, leave=True, smoothing=0.1, disable=self.quiet, **options) as bar:
+    def bar(self, total: int | None, what: str, unit: str, unit_scale: bool = False) -> Iterator[tqdm | Lines]:
+        with progress.bar(total, what, unit, self.quiet, unit_scale) as bar:
             self._bars.append(bar)
             try:
                 yield bar
@@ -141,6 +145,15 @@ class Report(Watcher):
     def launched(self, since: float, outputs: Any, pictures: bool) -> None:
         self.devices.launched(since, outputs, pictures)
 
+    def encoded(self, states: TextStates) -> None:
+        """A shard's texts are there; those of an earlier shard count once."""
+        for key in states.states:
+            if hash(key) not in self._texts:
+                self.texts["encoded" if key in states.encoded else "cached"] += 1
+            elif key in states.encoded:
+                self.texts["again"] += 1
+        self._texts.update(map(hash, states.states))
+
     def drawing(self, images: int, flops: float) -> Future[float]:
         """A batch is on its way; the devices' seconds for it, without their waits for programs, texts or weights."""
         self.images, self.flops = self.images + images, self.flops + flops
@@ -176,31 +189,39 @@ class Report(Watcher):
 
     def figures(self, counts: Mapping[str, int], own: int | None = None) -> dict[str, object]:
         """What the page says of the run. ``own``: what this replica made, where there are others."""
-        rate = f"{speed['images_per_second']:,.2f} images/s" if own is None and (speed := self.speed()) else None
+        speed = self.speed() if own is None else {}
+        rate = f"{speed['images_per_second']:,.2f} images/s from the first batch to the last" if speed else None
         return {"images": counts["before"] + counts["made"], "made now": counts["made"], "rejected": counts["rejected"], "speed": rate,
                 "weights": self._weights(), "seconds": round(time.monotonic() - self.started, 2)}  # fmt: skip
 
     def _weights(self) -> str | None:
         return f"{_size(self.loaded)} at {_size(1e9 * self.load()['gigabytes_per_second'])}/s" if self.loaded else None
 
-    def summary(self, counts: Mapping[str, int], place: str, own: int | None = None) -> None:
-        """Prints the closing lines. ``counts``: of the whole place, if it has ``rows``. ``own``: what this
-        replica made of it, where there are others; speed and seconds are its own."""
+    def summary(self, counts: Mapping[str, int], place: str, own: int | None = None, others: str = "by others") -> None:
+        """Prints the closing lines. ``counts``: of the whole place. ``own``: what this replica made of it, where there
+        are ``others``, who did the rest; speed and seconds are its own."""
         made, speed, total = counts["made"] if own is None else own, self.speed(), time.monotonic() - self.started
-        rows = f"{counts['rows']:,}: " if "rows" in counts else ""
-        by = f" by this replica, {max(0, counts['made'] - own):,} by others" if own is not None else ""
+        by = f" by this replica, {max(0, counts['made'] - own):,} {others}" if own is not None else ""
         stages = {name: round(value, 2) for name, value in self.seconds.items()} | {"total": round(total, 2)}
-        print(f"rows       {rows}{made:,} made{by}, {counts['before']:,} done before, {counts['rejected']:,} rejected")
+        rest = f"{counts['before']:,} done before, {counts['rejected']:,} rejected"
+        print(f"rows       {counts['rows']:,}: {made:,} made{by}, {rest}")
         if weights := self._weights():
             print(f"weights    {weights}")
         if self.texts:
-            print(f"texts      {self.texts['encoded']:,} encoded, {self.texts['cached']:,} from the cache")
+            again = f"; {self.texts['again']:,} encoded once more for later shards" if self.texts["again"] else ""
+            first = f"{self.texts['encoded']:,} encoded, {self.texts['cached']:,} from the cache"
+            print(f"texts      {len(self._texts):,} distinct: {first}{again}")
         print("seconds    " + ", ".join(f"{name} {value:,.1f}" for name, value in stages.items()))
         if speed:
-            steady = f"{speed['images_per_second']:,.2f} images/s, {speed['seconds_per_image']:.3g} s an image from the first batch to the last"
-            print(f"speed      {steady}; {made / total:,.2f} images/s in all")
-            peak = f"; {speed['mfu']:.0%} of their peak, {speed['floor_ratio']:.2f} × the floor" if "mfu" in speed else ""
-            print(f"devices    busy {speed['device_busy']:.1%} of that time{peak}")
+            took = self.images * speed["seconds_per_image"]
+            span = f"{self.images:,} images in {took:,.1f} s, from the launch of the first batch to the end of the last"
+            rates = f"{speed['images_per_second']:,.2f} images/s, {speed['seconds_per_image']:.3g} s an image"
+            print(f"speed      {span}: {rates}; {made / total:,.2f} images/s over the total of {total:,.1f} s")
+            peak = ""
+            if "mfu" in speed:
+                peak = f"; {speed['mfu']:.0%} of their peak, {speed['floor_ratio']:.2f} × the time at it"
+            waits = "else they waited for programs, weights, texts or the writing of files"
+            print(f"devices    computing {speed['device_busy']:.1%} of these {took:,.1f} s, {waits}{peak}")
         print(f"output     {place}")
 
 

@@ -21,6 +21,7 @@ def run(job: Job) -> int:
     from fluxbatch import batching, dealing, finish, remarks, text
     from fluxbatch.dist import hosts
     from fluxbatch.engine import open_engine
+    from fluxbatch.io import cache
     from fluxbatch.io.images import EXTENSIONS
     from fluxbatch.io.ledger import Ledger
     from fluxbatch.io.manifest import read_rows
@@ -32,13 +33,16 @@ def run(job: Job) -> int:
 
     replica = dealing.replica(job)
     hosts.tell_compiler(job.hardware.xla_flags, job.hardware.libtpu_init_args)
-    platform = hosts.start(job.hardware.platform.name, job.jax_cache_dir)
+    programs = cache.find("jax_cache_dir", job.jax_cache_dir)
+    platform = hosts.start(job.hardware.platform.name, programs.path, programs.writable)
     report = Report(quiet=not hosts.is_first())
     with hosts.drain_on_signals() as drain, contextlib.ExitStack() as until_end:
         with report.stage("open"), hosts.together():  # whatever can be wrong, before a weight is read
+            if programs.error:
+                raise programs.error
             engine = open_engine(job, platform)
-            rows, bad_lines = read_rows(job, multiple=engine.multiple)
-            rows = engine.resolve(rows)  # each row with its mix of LoRA adapters
+            given, bad_lines = read_rows(job, multiple=engine.multiple)
+            rows = engine.resolve(given)  # each row with its mix of LoRA adapters
             store = open_place(job)
             facts = engine.facts | job.output.facts()
             start = hosts.start_id()
@@ -57,10 +61,11 @@ def run(job: Job) -> int:
             batch_size = job.sharding.per_device_batch_size * engine.ways
             work = dealing.open_work(job, replica, store, ledger, start, rows, todo, batch_size)
 
-            outcome = finish.Outcome(job, engine, store, ledger, report, work, before=len(rows) - len(todo))
+            counted = {"rows": len(rows), "before": len(rows) - len(todo)}
+            outcome = finish.Outcome(job, engine, store, ledger, report, work, **counted)
             outcome.started()
             strangers = remarks.strangers(ledger.strangers, job.overwrite)
-            for line in chain(remarks.lines(job, engine, rows, todo, texts), strangers) if hosts.is_first() else ():
+            for line in chain(remarks.lines(job, engine, given, rows, todo), strangers) if hosts.is_first() else ():
                 report.say(line)
 
         drain.draws()
@@ -78,7 +83,7 @@ def run(job: Job) -> int:
                 ):
                     for shard in chain([first], shards):
                         states = text.encode(shard.rows, engine.tokenizers, pipeline, batch_size, texts)
-                        report.texts.update(states.counts)
+                        report.encoded(states)
                         pipeline.encoders_out(again=engine.keep or not work.ends_with(shard))
                         for batch in shard.batches:
                             if drain.asked():

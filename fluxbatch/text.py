@@ -35,7 +35,7 @@ class TextStates:
 
     states: dict[Hashable, State]
     key: Callable[[Row], Hashable]
-    counts: dict[str, int]  # how many of them were encoded, and how many cached
+    encoded: frozenset[Hashable]  # the keys of those that were not in the cache
 
     def batch(self, rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray]:
         """T5 states ``[B, T, D]`` and pooled CLIP vectors ``[B, P]``."""
@@ -116,4 +116,4 @@ def encode(rows: Iterable[Row], tokenize: Tokenize, encoders: Encoders, batch_si
         collect(*before)
         if cache:
             cache.entries.trim()
-    return TextStates(states, key, {"encoded": len(lacking), "cached": len(keys) - len(lacking)})
+    return TextStates(states, key, frozenset(keys[i] for i in lacking))

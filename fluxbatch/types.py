@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import os
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -35,6 +36,19 @@ class UserError(Exception):
 def public(text: str) -> str:
     """The text without users and passwords in its addresses."""
     return re.sub(r"(?<=://)[^/@\s]+@", "", text)
+
+
+def at_home(key: str, path: str) -> str:
+    """``path`` with the home directory in place of its ``~``. UserError where there is none: nobody means a directory
+    called ``~``."""
+    full = os.path.expanduser(path)
+    first = full.partition("/")[0]
+    if first == "~":
+        raise UserError(f"{key}={path}: no home directory is known (HOME is not set): expected a path without ~")
+    if first.startswith("~") and not os.path.lexists(first):
+        wanted = f"another path, or ./{path} for what is called so"
+        raise UserError(f"{key}={path}: no user {first[1:]} is known: expected {wanted}")
+    return full
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

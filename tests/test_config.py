@@ -15,7 +15,7 @@ from omegaconf import MISSING, OmegaConf
 
 from fluxbatch import cli, config, overrides
 from fluxbatch.config import Job
-from fluxbatch.convert import Convert
+from fluxbatch.convert import Convert, convert
 from fluxbatch.types import UserError
 
 GROUPS = {d.name: sorted(f.stem for f in d.glob("*.yaml")) for d in cli.CONF.iterdir() if d.is_dir()}
@@ -252,6 +252,29 @@ def test_run_name_of_a_manifest_tells_its_place_apart_and_nothing_else(command, 
     assert len({name_of(each) for each in ("gs://a/rows.jsonl", "gs://b/rows.jsonl", "rows.csv", "rows.jsonl")}) == 4
 
 
+@pytest.mark.parametrize("key", ["output_dir", "manifest", "text_cache_dir", "jax_cache_dir", "to"])
+def test_no_directory_is_called_tilde(command, monkeypatch, tmp_path, key):
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])
+    more, options = {"to": ([], {"task": convert, "schema": Convert, "rows": False}), "manifest": ([], {})}.get(key, (["prompt=x"], {}))
+    for word, expected in (
+        ("~/x", "no home directory is known (HOME is not set): expected a path without ~"),
+        ("~nobody-here/x", "no user nobody-here is known: expected another path, or ./~nobody-here/x for what is called so"),
+    ):
+        command(*more, f"{key}={word}", expect=2, **options)
+        assert command.lines == [f"fluxbatch: error: {key}={word}: {expected}"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sweep_without_a_home_makes_no_tilde_either(command, monkeypatch, tmp_path):
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])
+    command("-m", "prompt=x", "seed=0,1", "output_dir=~/out", expect=2)
+    assert len(command.lines) == 2 and list(tmp_path.iterdir()) == []
+    (tmp_path / "~old").mkdir()
+    assert command("prompt=x", "output_dir=~old/x").output_dir == "~old/x"
+
+
 def test_run_name_of_a_prompt_tells_settings_apart(command):
     names = [
         command("prompt=A red apple!", *more).run_name
@@ -462,7 +485,9 @@ def test_a_wrong_word_is_one_line(command, word, named, hint):
 
 
 def test_an_address_that_has_lost_a_slash_makes_no_directory(command, tmp_path, monkeypatch):
+    (tmp_path / "temporary").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    monkeypatch.setattr(cli, "_scratch", cli._scratch.__wrapped__)
     command("manifest=gs:/bucket/a.jsonl", expect=2)
     assert command.lines == ["fluxbatch: error: manifest=gs:/bucket/a.jsonl: expected gs://bucket/a.jsonl"]
     command("to=gs:/bucket/copy", schema=Convert, rows=False, expect=2)

@@ -447,9 +447,15 @@ def test_a_run_says_which_adapters_it_used(cli, golden, tmp_path, adapters):
     assert config["resolved"]["lora"].keys() == two.keys()
 
     assert "double_blocks.img" in err and "2 of 2" in err
+    warned = 'lora: 1 of 3 rows have none (the first is rows.jsonl:1) and get loha 0.5, peft 0.5; "lora": {} in a row is for none\n'
+    assert f"fluxbatch: {warned}" in err and warned in cli(*common, "run_name=a", *arrays(two, 0.5), entry="plan")[1]
     for row in "012":
         code, said = cli(f"output_dir={tmp_path}", "run_name=a", f"id={row}", entry="replay")
         assert code == 0, said
+
+    for text in ('{"prompt": "x"}\n', '{"prompt": "x", "lora": {}}\n{"prompt": "y", "lora": {"peft": 1}}\n'):  # no row differs in that
+        manifest.write_text(text)
+        assert "rows have none" not in cli(*common, "run_name=plain", "overwrite=true", *arrays(two, 0.5))[1]
 
     manifest.write_text('{"prompt": "x", "lora": {"pift": 1}}\n')
     code, err = cli(*common, "run_name=b", *arrays(two))

@@ -352,19 +352,25 @@ def test_every_row_once_whoever_dies(seed):
 
 
 def test_a_replica_that_works_says_how_far_it_is(monkeypatch):
-    """With its sign of life, which is written anyway."""
+    """With its sign of life, which is written anyway, and at once when the first batch is through."""
     monkeypatch.setattr(progress, "EVERY", 0.0)
     store, rows = MemoryStore(), mixed_rows(40)
     ledger = Ledger(store, FACTS, writer_id="start-0")
-    work = dealing.Shared(Replica(0, 2), store, ledger, "start", batching.portions(rows, 2, 16), ledger.remaining(rows), 2, 0.04)
+    work = dealing.Shared(Replica(0, 2), store, ledger, "start", batching.portions(rows, 2, 16), ledger.remaining(rows), 2, 1e3)
     work.started()
+    assert json.loads(store.objects[".fluxbatch/replicas/0.json"])["counts"] == {"made": 0, "before": 0, "rejected": 0}
+    next(work.shards(Never()))
+    status = json.loads(store.objects["status.json"])
+    assert (status["exit_code"], status["counts"]) == (None, {"before": 0, "left": 40}) and ".fluxbatch/replicas/" in status["reason"]
     for row in rows[:3]:
+        work.progress.beside(row, 0)
         work.progress.through(row, True)
     end = time.monotonic() + 10
-    while "counts" not in (sign := json.loads(store.objects[".fluxbatch/replicas/0.json"])):
+    while (sign := json.loads(store.objects[".fluxbatch/replicas/0.json"]))["counts"]["made"] < 3:
         assert time.monotonic() < end
         time.sleep(0.01)
-    assert sign["counts"] == {"made": 2, "before": 0, "rejected": 0} and sign["speed"]["images_per_second"] > 0 and sign["beat"] > 0
+    assert sign["counts"] == {"made": 3, "before": 0, "rejected": 0} and sign["speed"]["images_per_second"] > 0 and sign["beat"] > 0
+    assert sign["reason"].startswith("running, or killed after 20")
     work.ended(75, "drained", {})
     sign = json.loads(store.objects[".fluxbatch/replicas/0.json"])
     assert (sign["exit_code"], sign["counts"]["made"]) == (75, 3)
@@ -499,7 +505,8 @@ def test_replicas_make_the_pictures_of_one(tmp_path, cache):
     assert sum(sign["counts"]["made"] for sign in signs) == ROWS and all(sign["speed"] and sign["load"] for sign in signs)
     logs = [(tmp_path / f"replica{n}.0.log").read_text() for n in range(2)]
     assert sorted(f"{sign['counts']['made']} made" in log for sign, log in zip(signs, logs, strict=True)) == [True, True]
-    assert sum("by this replica" in log for log in logs) == 1 and all("%" not in log.rpartition("images: ")[2].partition("img")[0] for log in logs)
+    assert all(f"rows       {ROWS}: " in log and " by this replica, " in log for log in logs)
+    assert all("%" not in log.rpartition("images: ")[2].partition("img")[0] for log in logs)
     alone = replica(tmp_path, cache, 1, name="alone", **more)
     assert alone[0].wait(timeout=240) == 0, said(tmp_path, "alone")
     one, two = images(tmp_path / "alone"), images(tmp_path / "run")

@@ -7,8 +7,9 @@ import time
 import plain
 import pytest
 
-from fluxbatch import report
+from fluxbatch import progress, report
 from fluxbatch.progress import EVERY, Progress
+from fluxbatch.text import TextStates
 
 
 @pytest.fixture
@@ -76,21 +77,22 @@ def test_what_a_replica_made_is_told_apart(capsys, monkeypatch):
     assert seen.figures(counts, own=3) | {"seconds": 0} == {
         "images": 9, "made now": 8, "rejected": 3, "speed": None, "weights": None, "seconds": 0}  # fmt: skip
     assert "rows       12: 3 made by this replica, 5 by others, 1 done before, 3 rejected\n" in capsys.readouterr().out
-    seen.summary({"made": 3, "before": 1, "rejected": 0}, "there")
-    assert "rows       3 made, 1 done before, 0 rejected\n" in capsys.readouterr().out
+    seen.summary(counts, "there", own=3, others="left to others")
+    assert "rows       12: 3 made by this replica, 5 left to others, 1 done before, 3 rejected\n" in capsys.readouterr().out
     assert report.Report(quiet=True).measured() == {}
 
 
 def test_progress_is_told_now_and_then(clock):
     """Batches of two rows here and one in another process, every ten seconds; the second one's first row fails."""
     told = []
-    progress = Progress(5, 40, lambda counts, speed: told.append((counts, speed["images_per_second"])))
-    assert progress.counts == {"made": 0, "before": 5, "rejected": 0, "left": 40}
+    counted = Progress(5, 40, lambda counts, speed: told.append((counts, speed.get("images_per_second"))))
+    assert counted.counts == {"made": 0, "before": 5, "rejected": 0, "left": 40}
     for batch in range(9):
         rows = [plain.row(2 * batch), plain.row(2 * batch + 1)]
-        progress.beside(rows[1], 1)
-        assert [progress.through(row, row.index != 2) for row in rows] == [1, 2]
+        counted.beside(rows[1], 1)
+        assert [counted.through(row, row.index != 2) for row in rows] == [1, 2]
         clock(EVERY / 3)
+    assert told.pop(0) == ({"made": 3, "before": 5, "rejected": 0, "left": 37}, None)  # the first batch
     assert told == [({"made": 8, "before": 5, "rejected": 1, "left": 31}, 0.3), ({"made": 17, "before": 5, "rejected": 1, "left": 22}, 0.3)]
     assert Progress(5, None, lambda *_: None).counts == {"made": 0, "before": 5, "rejected": 0}
 
@@ -120,7 +122,9 @@ def test_how_busy_the_devices_were(monkeypatch, capsys):
     # from 4 to 24; without work from 14 to 15 and from 16 to 17
     assert seen.speed() == {"images_per_second": 0.3, "seconds_per_image": 3.333, "device_busy": 0.9, "mfu": 0.3, "floor_ratio": 3.333}
     seen.summary({"rows": 6, "made": 6, "before": 0, "rejected": 0}, "there")
-    assert "busy 90.0% of that time; 30% of their peak, 3.33 × the floor" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "6 images in 20.0 s, from the launch of the first batch to the end of the last: 0.30 images/s, 3.33 s an image; " in said
+    assert "devices    computing 90.0% of these 20.0 s, else they waited for " in said and "; 30% of their peak, 3.33 × the time at it\n" in said
 
 
 def test_the_devices_time_for_a_batch_is_without_their_waits(monkeypatch):
@@ -134,3 +138,83 @@ def test_the_devices_time_for_a_batch_is_without_their_waits(monkeypatch):
             seen.launched(since, Until(end), pictures)
         taken.append(seen.drawing(1, 0.0))
     assert [each.result() for each in taken] == [4, 9]
+
+
+def test_a_text_counts_once_however_many_shards_have_it(capsys):
+    seen = report.Report(quiet=True)
+    for keys, encoded in (("abc", "a"), ("abd", "d"), ("ab", "a")):
+        seen.encoded(TextStates(dict.fromkeys(keys), str, frozenset(encoded)))
+    seen.summary({"rows": 1, "made": 1, "before": 0, "rejected": 0}, "there")
+    assert "texts      4 distinct: 2 encoded, 2 from the cache; 1 encoded once more for later shards\n" in capsys.readouterr().out
+
+
+# ---- bars, and lines where nobody watches
+
+
+def test_where_no_terminal_is_there_are_lines(clock, capsys):
+    """Each 5 %, but not twice in five seconds, and the last; 1,000 updates in two minutes are 20 lines and not 1,000."""
+    with progress.bar(1000, "images", "img") as bar:
+        for _ in range(1000):
+            clock(0.125)
+            bar.update()
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "images:   5% 50/1000 [00:06<01:58,  8.00img/s]"
+    assert lines[-1] == "images: 100% 1000/1000 [02:05<00:00,  8.00img/s]"
+    assert len(lines) == 20
+
+
+@pytest.mark.parametrize(("updates", "seconds", "expected"), [(20, 0.01, 1), (3, 0.5, 1), (40, 0.5, 4)])
+def test_what_is_quick_has_few_lines(clock, capsys, updates, seconds, expected):
+    with progress.bar(updates * 1000, "loading", "B", unit_scale=True) as bar:
+        for _ in range(updates):
+            clock(seconds)
+            bar.update(1000)
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == expected and "\r" not in said and "\x1b" not in said and said.endswith("B/s]\n")
+
+
+@pytest.mark.parametrize("total", [10, None])
+def test_there_is_a_line_each_minute_whatever_happens(capsys, monkeypatch, total):
+    monkeypatch.setattr(progress, "MINUTE", 0.2)
+    with progress.bar(total, "images", "img"):
+        time.sleep(0.7)
+        said = capsys.readouterr().err.splitlines()
+    assert 1 <= len(said) <= 4 and all(line.startswith("images: ") and "0" in line for line in said)
+
+
+def test_lines_leave_out_the_time_that_was_not_their_own(clock, capsys):
+    with progress.bar(4, "images", "img") as bar:
+        clock(100)
+        bar.unpause()
+        for _ in range(4):
+            clock(1)
+            bar.update()
+    assert capsys.readouterr().err.splitlines()[-1] == "images: 100% 4/4 [01:44<00:00,  1.00img/s]"
+
+
+def test_what_is_said_meanwhile_is_a_line_of_its_own(capsys):
+    seen = report.Report()
+    with seen.bar(4, "images", "img") as bar:
+        bar.update()
+        seen.say("a word")
+        bar.update()
+    assert capsys.readouterr().err.splitlines()[0] == "fluxbatch: a word"
+
+
+def test_a_terminal_has_its_bar_and_a_quiet_process_neither(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    with progress.bar(4, "images", "img") as bar:
+        bar.update(4)
+    assert "\rimages: 100%|" in capsys.readouterr().err
+    with progress.bar(4, "images", "img", quiet=True) as bar:
+        bar.update(4)
+    monkeypatch.undo()
+    with progress.bar(4, "images", "img", quiet=True) as bar:
+        bar.update(4)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_run_that_nobody_watches_writes_no_carriage_return(cli, golden, tmp_path):
+    code, err = cli(f"pretrained_model_name_or_path={golden / 'dev'}", "hardware=cpu", "prompt=x", "num_images=30", "resolution=16",
+                    "num_inference_steps=1", f"output_dir={tmp_path}", "max_sequence_length=24")  # fmt: skip
+    assert code == 0 and "\r" not in err and "\x1b" not in err and "images: 100% 30/30" in err and len(err.splitlines()) < 8

@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,7 +20,7 @@ from conftest import images, metadata, pixels, psnr
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from fluxbatch import __version__, dealing, progress
+from fluxbatch import __version__
 from fluxbatch.io.images import pixel_sha256
 from fluxbatch.io.place import LOCK
 from fluxbatch.io.storage import LocalStore, StorageError, open_store
@@ -203,26 +204,6 @@ def test_what_was_probably_not_meant_is_said_in_a_line(cli, golden, tmp_path):
     ]
 
 
-def test_the_status_says_how_far_a_run_is(cli, golden, tmp_path, mixed, monkeypatch):
-    """And where it cannot be written for a while, the run goes on."""
-    said, write = [], dealing.write_status
-
-    def told(store, code, reason, counts, **more):
-        said.append((code, counts, more["speed"]))
-        if len(said) == 2:
-            raise StorageError("the bucket is away")
-        write(store, code, reason, counts, **more)
-        assert json.loads((tmp_path / "run" / "status.json").read_text())["counts"] == counts
-
-    monkeypatch.setattr(dealing, "write_status", told)
-    monkeypatch.setattr(progress, "EVERY", 0.0)
-    assert cli(*flags(golden, tmp_path, manifest=mixed, per_device_batch_size=4))[0] == 0
-    codes, counts, speeds = zip(*said, strict=True)
-    assert codes == (None,) * 22 + (0,)  # with every row but the first
-    assert [each["made"] for each in counts[:-1]] == [*range(1, 23)] and all(each["made"] + each["left"] == 23 for each in counts)
-    assert all(speed["images_per_second"] > 0 for speed in speeds)
-
-
 def test_an_unforeseen_error_leaves_word(cli, golden, tmp_path, monkeypatch):
     def breaks(self, *_):
         status = json.loads((tmp_path / "run" / "status.json").read_text())
@@ -360,6 +341,15 @@ def test_replay_looks_at_the_image_too(cli, golden, tmp_path):
     file.unlink()
     code, said = cli(f"output_dir={tmp_path}", "run_name=run", "id=0", entry="replay")
     assert code == 3 and "flux_0.png is not there" in said
+
+
+def test_replay_does_without_the_other_machines_cache(cli, golden, tmp_path):
+    cli(*flags(golden, tmp_path, prompt="x", resolution=16, num_inference_steps=1))
+    config, here = tmp_path / "run" / "config.yaml", [f"output_dir={tmp_path}", "run_name=run", "id=0"]
+    config.write_text(re.sub("jax_cache_dir: .*", "jax_cache_dir: /dev/null/xla", config.read_text()))
+    assert cli(*here, entry="replay")[0] == 0
+    code, said = cli(*here, "jax_cache_dir=/dev/null/here", entry="replay")
+    assert code == 2 and "jax_cache_dir=/dev/null/here: not a directory" in said
 
 
 def test_replay_is_told_where_things_are_now_and_nothing_else(cli, golden, tmp_path):

@@ -118,10 +118,15 @@ def test_a_sweep_s_exit_code_is_its_worst(command):
 
 
 def test_a_sweep_into_a_bucket_makes_no_directory_here(command, tmp_path, monkeypatch):
+    """But one that goes with the process: another user's ``fluxbatch`` among the temporary files is in nobody's way."""
+    (tmp_path / "temporary").mkdir()
+    (tmp_path / "temporary" / "fluxbatch").write_text("another user's")
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    monkeypatch.setattr(cli, "_scratch", cli._scratch.__wrapped__)
     jobs = command("-m", "prompt=x", "seed=0,1", "output_dir=gs://bucket/out", "run_name=r")
     assert [f"{job.output_dir}/{job.run_name}" for job in jobs] == ["gs://bucket/out/r/seed=0", "gs://bucket/out/r/seed=1"]
     assert [p.name for p in tmp_path.iterdir()] == ["temporary"]
+    assert all(p.name == "fluxbatch" or p.name.startswith("fluxbatch-") for p in (tmp_path / "temporary").iterdir())
 
 
 def test_launchers_can_send_the_task_elsewhere():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -16,7 +17,8 @@ from safetensors.numpy import load_file, save_file
 from test_lora import SMALL, opened  # noqa: F401 (a fixture)
 
 from fluxbatch import engine, pipeline
-from fluxbatch.io.cache import Cache
+from fluxbatch.dist import hosts
+from fluxbatch.io.cache import Cache, Place, find
 from fluxbatch.types import UserError
 
 # ---- bytes by name
@@ -27,7 +29,7 @@ def names(folder):
 
 
 def test_an_entry_comes_back_or_is_missing(tmp_path):
-    cache = Cache(str(tmp_path / "new" / "folder"), 1000)
+    cache = Cache(find("text_cache_dir", str(tmp_path / "new" / "folder")).path, 1000)
     assert cache.get("a") is None
     cache.put("a", b"bytes\n\0")
     cache.put("a", b"of another process, which were the same")
@@ -66,13 +68,128 @@ def test_the_longest_unused_go_first(tmp_path):
 
 def test_a_cache_that_cannot_be_is_told_and_one_that_fails_later_is_not(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="file/cache: not a directory"):
-        Cache(str(tmp_path / "file" / "cache"), 1000)
-    cache = Cache(str(tmp_path / "gone"), 1000)
+    with pytest.raises(UserError, match="text_cache_dir=.*file/cache: not a directory; expected"):
+        raise find("text_cache_dir", str(tmp_path / "file" / "cache")).error
+    cache = Cache(find("text_cache_dir", str(tmp_path / "gone")).path, 1000)
     (tmp_path / "gone").rmdir()
     cache.put("a", b"x")
     cache.trim()
     assert cache.get("a") is None
+
+
+def denied(*_, **__):
+    raise PermissionError(13, "Permission denied")
+
+
+def test_an_entry_of_another_user_is_a_hit(tmp_path, monkeypatch):
+    cache = Cache(str(tmp_path), 1000)
+    cache.put("a", b"x")
+    monkeypatch.setattr(os, "utime", denied)
+    assert cache.get("a") == b"x"
+
+
+def test_what_another_user_keeps_is_in_nobodys_way(tmp_path, monkeypatch):
+    """Where each removes his own files only: the others' stay, as many of one's own go."""
+    cache, unlink = Cache(str(tmp_path), 2 * 132), os.unlink
+    for n in range(4):
+        cache.put(str(n), bytes(100))
+        os.utime(tmp_path / f"{n}.entry", (1000 + n, 1000 + n))
+    monkeypatch.setattr(os, "unlink", lambda path: denied() if path.endswith("0.entry") else unlink(path))
+    cache.trim()
+    assert names(tmp_path) == ["0", "3"]
+
+
+def test_one_that_only_its_owner_can_read_is_replaced(tmp_path, monkeypatch):
+    cache, access = Cache(str(tmp_path), 1000), os.access
+    cache.put("a", b"x")
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.R_OK and access(path, mode))
+    before = (tmp_path / "a.entry").stat().st_ino
+    cache.put("a", b"x")
+    assert (tmp_path / "a.entry").stat().st_ino != before and names(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize(("directory", "entry"), [(0o700, 0o600), (0o755, 0o600), (0o770, 0o640), (0o2775, 0o644), (0o1777, 0o644)])
+def test_who_shares_a_directory_shares_its_entries(tmp_path, directory, entry):
+    tmp_path.chmod(directory)
+    before = os.umask(0o077)
+    try:
+        Cache(str(tmp_path), 1000).put("a", b"x")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.entry").stat().st_mode & 0o777 == entry
+
+
+# ---- where caches are
+
+
+@pytest.fixture
+def home(monkeypatch):
+    """Makes another one the user's; None: a user without one."""
+
+    def call(place):
+        if place is None:
+            monkeypatch.delenv("HOME")
+            monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])
+        else:
+            monkeypatch.setenv("HOME", str(place))
+
+    return call
+
+
+def test_the_default_is_below_the_home_directory(home, tmp_path):
+    home(tmp_path)
+    for key, name in (("text_cache_dir", "text"), ("jax_cache_dir", "xla")):
+        assert find(key, "auto") == Place(str(tmp_path / ".cache/fluxbatch" / name)) and (tmp_path / ".cache/fluxbatch" / name).is_dir()
+        assert find(key, None) == Place(None)
+    assert find("jax_cache_dir", "gs://bucket/x") == Place("gs://bucket/x")
+
+
+UNUSABLE = [
+    (None, "~/.cache/fluxbatch/text: no home directory is known"),
+    ("relative", "relative/.cache/fluxbatch/text: no home directory is known"),
+    ("/dev/null", "/dev/null/.cache/fluxbatch/text: not a directory"),
+]
+
+
+@pytest.mark.parametrize(("place", "reason"), UNUSABLE)
+def test_a_default_that_cannot_be_used_is_left_out(home, tmp_path, monkeypatch, place, reason):
+    monkeypatch.chdir(tmp_path)
+    home(place)
+    assert find("text_cache_dir", "auto") == Place(
+        remark=f"text_cache_dir=auto: {reason}: nothing is kept there; text_cache_dir=DIR names another place, null none")  # fmt: skip
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("error", [errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT])
+def test_a_directory_that_cannot_be_made(home, tmp_path, monkeypatch, error):
+    def fails(*_, **__):
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(os, "mkdir", fails)
+    home(tmp_path)
+    reason = os.strerror(error).lower()
+    assert reason in find("jax_cache_dir", "auto").remark and not find("jax_cache_dir", "auto").path
+    with pytest.raises(UserError, match=f"jax_cache_dir={tmp_path}/x: {reason}; expected a directory that can be used, or null"):
+        raise find("jax_cache_dir", str(tmp_path / "x")).error
+
+
+def test_a_directory_that_can_only_be_read_is_read(tmp_path, monkeypatch):
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK and access(path, mode))
+    assert find("text_cache_dir", str(tmp_path)) == Place(
+        str(tmp_path), False, f"text_cache_dir={tmp_path}: can only be read: nothing new is kept there")  # fmt: skip
+
+
+def test_programs_are_not_added_to_what_can_only_be_read(tmp_path, monkeypatch):
+    said = {}
+    monkeypatch.setattr("jax.config.update", said.__setitem__)
+    hosts.start("auto", str(tmp_path), writable=False)
+    assert said == {"jax_compilation_cache_dir": str(tmp_path), "jax_persistent_cache_min_compile_time_secs": 1e9}
+    monkeypatch.setattr("jax.default_backend", lambda: "gpu")
+    hosts.start("auto", str(tmp_path), writable=False)
+    assert said.pop("jax_persistent_cache_enable_xla_caches") == "none"  # XLA would write there as well
+    hosts.start("auto", str(tmp_path))
+    assert "jax_persistent_cache_enable_xla_caches" not in said and said["jax_persistent_cache_min_compile_time_secs"] == 0.2
 
 
 # ---- whole runs
@@ -193,6 +310,36 @@ def test_the_bound(run, tmp_path):
     time.sleep(0.01)
     assert run("b", "text_cache_gigabytes=11e-6") == 2 and len(names(tmp_path / "cache")) == 3
     assert run("c", "text_cache_gigabytes=11e-6") == 0
+
+
+@pytest.mark.parametrize(("place", "reason"), UNUSABLE[::2])
+def test_a_run_does_without_defaults_that_cannot_be_used(run, home, tmp_path, monkeypatch, place, reason):
+    monkeypatch.chdir(tmp_path)
+    home(place)
+    before = {path.name for path in tmp_path.iterdir()}
+    assert run("first", "text_cache_dir=auto", "jax_cache_dir=auto") == 3
+    for key, there in (("text_cache_dir", reason), ("jax_cache_dir", reason.replace("text", "xla"))):
+        assert f"fluxbatch: {key}=auto: {there}: nothing is kept there" in run.said
+    assert {path.name for path in tmp_path.iterdir()} - before == {"first"}
+
+
+def test_a_cache_that_can_only_be_read_hits(run, tmp_path, monkeypatch):
+    assert run("first") == 3
+    entries, access, replace = names(tmp_path / "cache"), os.access, os.replace
+    with open(tmp_path / "rows.jsonl", "a") as file:
+        file.write('{"prompt": "another"}\n')
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK and access(path, mode))
+    monkeypatch.setattr(os, "replace", lambda old, new: denied() if new.parent.name == "cache" else replace(old, new))
+    monkeypatch.setattr(os, "utime", denied)
+    assert run("second") == 1 and names(tmp_path / "cache") == entries
+    assert f"text_cache_dir={tmp_path / 'cache'}: can only be read: nothing new is kept there\n" in run.said
+    assert "jax_cache_dir" in run.said
+
+
+@pytest.mark.parametrize("key", ["text_cache_dir", "jax_cache_dir"])
+def test_what_was_named_and_cannot_be_used_ends_the_run(run, tmp_path, key):
+    err = run("x", f"{key}=/dev/null/x", expect=2)
+    assert err == f"fluxbatch: error: {key}=/dev/null/x: not a directory; expected a directory that can be used, or null\n"
 
 
 @pytest.mark.parametrize("word", ["text_cache_gigabytes=0", "text_cache_gigabytes=inf", "text_cache_dir=gs://b/c", "text_cache_dir=FILE"])

@@ -26,6 +26,7 @@ from fluxbatch.types import Exit, Row, UserError
 
 PLATFORMS = {"cpu": "cpu", "gpu": "cuda", "tpu": "tpu"}
 REMOTE = {"gs": "gcsfs", "s3": "s3fs"}  # through what JAX writes its cache where
+XLA_TUNING = "xla_gpu_per_fusion_autotune_cache_dir"  # XLA's own cache within JAX's
 GPU_SHARES = "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"  # JAX's names for it; it refuses to be told both
 HEARTBEAT, SHUTDOWN = 30, 15  # seconds until a silent peer counts as lost, and that an exit waits for peers
 # How schedulers whose processes JAX finds by itself say how many there are.
@@ -49,8 +50,9 @@ def gpu_share() -> float:
     return float(next(filter(None, map(os.environ.get, GPU_SHARES)), 0.9))
 
 
-def start(platform: str, cache_dir: str | None) -> str:
+def start(platform: str, cache_dir: str | None, writable: bool = True) -> str:
     """Brings JAX up on ``platform`` (``auto``: the best there is) and returns its name: cpu, gpu or tpu.
+    ``writable``: whether compiled programs may be added to ``cache_dir``.
 
     UserError when this machine does not have it, or JAX cannot write to ``cache_dir`` from here.
     """
@@ -60,8 +62,8 @@ def start(platform: str, cache_dir: str | None) -> str:
     if platform != "auto":
         jax.config.update("jax_platforms", PLATFORMS[platform])
     if cache_dir:
-        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(cache_dir))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+        jax.config.update("jax_compilation_cache_dir", cache_dir)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2 if writable else 1e9)
     _join()
     try:
         found = jax.default_backend()
@@ -70,6 +72,11 @@ def start(platform: str, cache_dir: str | None) -> str:
         raise UserError(f"hardware={platform}: JAX finds none here: {reason}") from error
     if platform not in ("auto", found):
         raise UserError(f"hardware={platform}: this process already runs on {found}")
+    if found == "gpu" and cache_dir and not remote:
+        tuning = os.path.join(cache_dir, XLA_TUNING)
+        if not (writable and (os.access(tuning, os.W_OK) or not os.path.exists(tuning))):
+            # a write that fails would end XLA's compiling
+            jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
     return found
 
 

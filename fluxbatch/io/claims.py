@@ -15,6 +15,7 @@ that is alive all the same (frozen, cut off) costs a row drawn twice; it is reco
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import threading
 import time
@@ -25,7 +26,7 @@ from fluxbatch.io.ledger import HIDDEN, utc_now
 from fluxbatch.io.log import in_parallel
 from fluxbatch.io.storage import NotFound, StorageError, Store
 
-_CLAIMS, _REPLICAS = HIDDEN + "claims/", HIDDEN + "replicas/"
+_CLAIMS, REPLICAS = HIDDEN + "claims/", HIDDEN + "replicas/"
 _FINISHED, _DONE = "finished", "done"
 
 
@@ -37,40 +38,50 @@ class Holder(NamedTuple):
 
 
 class Life:
-    """A replica's sign of life, renewed by a thread from ``begin`` to ``end``. ``plan``: as of `Claims`."""
+    """A replica's sign of life, renewed by a thread from ``begin`` to ``end``. ``plan``: as of `Claims`.
+    ``words``: what each sign says besides."""
 
-    def __init__(self, store: Store, holder: Holder, expiry: float, plan: str):
+    def __init__(
+        self, store: Store, holder: Holder, expiry: float, plan: str, words: Callable[[], Mapping[str, object]] = dict
+    ):
         self._store, self._holder, self._expiry, self._plan = store, holder, expiry, plan
         self._predecessor: str | None = None
         self._doubtful: dict[int, bytes] = {}  # signs of other plans: of replicas that were killed, unless they change
-        self.words: Mapping[str, object] = {}  # what its sign says besides, from the next one on
-        self._over = threading.Event()
+        self._words = words
+        self._over, self._soon = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._beat, name="sign of life", daemon=True)
         self.replaced = False  # a later start of the same replica has taken this one's place
         self.stranger: int | None = None  # a replica that lives and works at another plan in the same place
 
     def begin(self) -> None:
         self._predecessor = self._written()
-        self._write(0)
-        self._doubtful = {n: sign for name in self._store.list(_REPLICAS) if (n := _number(name)) is not None and (sign := self._of_another_plan(n))}
+        self._write(0, **self._words())
+        self._doubtful = {n: sign for name in self._store.list(REPLICAS) if (n := _number(name)) is not None and (sign := self._of_another_plan(n))}
         self._thread.start()
 
     def end(self, exit_code: int, reason: str, more: Mapping[str, object]) -> None:
         """Leaves the replica's status; what it holds is free from now on."""
         self._over.set()
+        self._soon.set()
         self._thread.join()
         if not self._is_replaced():
             self._write(None, exit_code=exit_code, reason=reason, **more)
 
+    def renew(self) -> None:
+        """There is something new to say."""
+        self._soon.set()
+
     def _beat(self) -> None:
-        number = 0
-        while not self._over.wait(self._expiry / 4):
-            number += 1
+        for number in itertools.count(1):
+            self._soon.wait(self._expiry / 4)
+            self._soon.clear()
+            if self._over.is_set():
+                return
             try:
                 self.replaced = self._is_replaced()
                 if self.replaced:
                     return
-                self._write(number, **self.words)
+                self._write(number, **self._words())
                 changed = (n for n, sign in self._doubtful.items() if self._of_another_plan(n) not in (sign, None))
                 self.stranger = next(changed, None)
             except StorageError:
@@ -197,9 +208,9 @@ class Claims:
 
 
 def _sign(replica: int) -> str:
-    return f"{_REPLICAS}{replica}.json"
+    return f"{REPLICAS}{replica}.json"
 
 
 def _number(sign: str) -> int | None:
-    number = sign.removeprefix(_REPLICAS).removesuffix(".json")
+    number = sign.removeprefix(REPLICAS).removesuffix(".json")
     return int(number) if number.isdecimal() else None
