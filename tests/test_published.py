@@ -24,7 +24,7 @@ from fluxbatch.weights.checkpoint import KINDS, open_checkpoint
 from fluxbatch.weights.find import EMBEDDED
 
 ROOT = pathlib.Path(__file__).parent.parent
-UNSEEN = ("is not here, or not all of it: this goes by the sizes of it that come with fluxbatch, "
+UNSEEN = (": not here, or not all of it, so this goes by the sizes that come with fluxbatch; "
           "the checkpoint itself was not looked at")  # fmt: skip
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -66,7 +66,7 @@ def test_every_model_of_the_configuration_can_be_planned():
 @pytest.mark.parametrize(("name", "flux"), [("dev", 11_901_408_320), ("schnell", 11_891_178_560)])
 def test_published_sizes(name, flux, cache):
     found = published.open_or_known(model(f"black-forest-labs/FLUX.1-{name}"))
-    assert found.unseen == f"black-forest-labs/FLUX.1-{name} {UNSEEN}" and found.tokenizer == found.tokenizer_2 == ""
+    assert found.unseen == f"black-forest-labs/FLUX.1-{name}{UNSEEN}" and found.tokenizer == found.tokenizer_2 == ""
     configs = [found.components[part].config for part in ("transformer", "text_encoder_2", "text_encoder", "vae")]
     assert configs == [dataclasses.replace(DEV, guidance_embeds=name == "dev"), T5XXL, CLIP_L, VAE]
     sizes = {"transformer": flux, "text_encoder_2": 4_762_310_656, "text_encoder": 123_060_480, "vae": 49_545_475}
@@ -110,6 +110,7 @@ def test_what_is_not_known_stays_an_error(planned, golden):
     for word, said in (
         ("pretrained_model_name_or_path=/models/FLUX.1-dev", "'/models/FLUX.1-dev' is not there"),
         ("pretrained_model_name_or_path=./black-forest-labs/FLUX.1-dev", "is not there"),
+        ("pretrained_model_name_or_path=black-forest-labs/FLUX.1-dev/", "is not there"),
         ("pretrained_model_name_or_path=black-forest-labs/FLUX.1-deb", "Hugging Face cannot be reached"),
         ("pretrained_model_name_or_path=black-forest-labs/FLUX.1-dev/ae.safetensors", "cannot be reached"),
         ("t5xxl_model_name_or_path=/models/t5.safetensors", "model.t5xxl_model_name_or_path: '/models/t5.safetensors'"),
@@ -140,6 +141,15 @@ def download(cache, golden, without=()):
     shutil.copytree(golden / "dev", home / "snapshots" / COMMIT, ignore=shutil.ignore_patterns(*without))
     (home / "refs").mkdir()
     (home / "refs/main").write_text(COMMIT)
+
+
+def test_a_component_of_another_known_repository(planned, golden, cache, small):
+    words = "pretrained_model_name_or_path=bfl/small", "t5xxl_model_name_or_path=bfl/small", *small, "target=h100"
+    assert UNSEEN in planned(*words)
+    download(cache, golden, without=("vae",))
+    found = published.open_or_known(model("bfl/small", t5="bfl/small", clip=str(golden / "dev")))
+    assert found.unseen == f"bfl/small{UNSEEN}" and found.tokenizer == str(golden / "dev/tokenizer")
+    assert [isinstance(part.source, published.Named) for part in found.components.values()] == [True, False, False, True]
 
 
 @pytest.mark.parametrize("mesh", [(1, 1), (1, 4), (4, 1)])

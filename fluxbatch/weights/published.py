@@ -54,7 +54,7 @@ def open_or_known(model: Model) -> Checkpoint:
 
     UserError as ``open_checkpoint`` has it, for what is not such a one or is named apart from it.
     """
-    if (found := _named(model)) is None:
+    if (found := _named(model.pretrained_model_name_or_path, model.revision)) is None:
         return open_checkpoint(model)
     known, repo, file, revision = found
     folder = _cached(repo, "model_index.json", revision)
@@ -72,10 +72,11 @@ def published() -> dict[str, Known]:
     return {known["repository"].lower(): known for known in read}
 
 
-def component(name: str, config: Mapping[str, Any], dtype: str, where: str) -> Component:
-    """One of this configuration, with a tensor for each layer of each parameter of the model that it describes."""
-    kind, parsed, kept = KINDS[name], KINDS[name].config.from_json(config), dtype_of(dtype)
-    assert kept is not None, dtype
+def component(name: str, known: Known, where: str) -> Component:
+    """What is known of one, with a tensor for each layer of each parameter of the model that it describes."""
+    kind, kept = KINDS[name], dtype_of(known["dtype"])
+    parsed = kind.config.from_json(known["components"][name])
+    assert kept is not None, known["dtype"]
     tensors = {}
     for keys, leaf in nnx.to_flat_state(nnx.split(kind.module(parsed, rngs=None), nnx.Param, ...)[1]):
         shape, path = tuple(leaf.get_value().shape), path_of(keys)
@@ -86,13 +87,12 @@ def component(name: str, config: Mapping[str, Any], dtype: str, where: str) -> C
     return Component(kind, Named(where), parsed, tensors, tables.NATIVE, where)
 
 
-def _named(model: Model) -> tuple[Known, str, str | None, str | None] | None:
-    """What is known of the base model, its repository, the file that is named of it and the revision; or None."""
-    name, revision = model.pretrained_model_name_or_path, model.revision
+def _named(name: str, revision: str | None = None) -> tuple[Known, str, str | None, str | None] | None:
+    """What is known of a model, its repository, the file that is named of it and the revision; or None."""
     if page := PAGE.fullmatch(name):
         name = unquote(page["repo"] + (page["file"] or ""))
         revision = unquote(page["revision"]) if page["revision"] else revision
-    elif os.path.exists(os.path.expanduser(name)):
+    elif os.path.exists(os.path.expanduser(name)) or name.endswith("/"):
         return None
     repo, file = "/".join(name.split("/")[:2]), "/".join(name.split("/")[2:]) or None
     known = published().get(repo.lower())
@@ -131,15 +131,24 @@ def _has_all(home: Source, stems: tuple[str, ...]) -> bool:
     return False
 
 
+def _apart(name: str, model: Model, base: str) -> tuple[Component, Source | None] | None:
+    """A component that the configuration names apart; of a known repository by its sizes too. None if it does not."""
+    kind = KINDS[name]
+    if not (kind.key and (given := getattr(model, kind.key))):
+        return None
+    if (found := _named(given)) and not found[2]:
+        known, repo, _, revision = found
+        folder = _cached(repo, f"{name}/config.json", revision)
+        if not folder or not _has_all(Source(folder), kind.stems):
+            return component(name, known, known["repository"]), None
+        model = dataclasses.replace(model, **{kind.key: os.path.dirname(folder)})
+    return open_component(name, model, Named(base), None, {}, None)
+
+
 def _by_sizes(model: Model, known: Known, downloaded: Source | None) -> Published:
     """``downloaded``: the part of it that is here, which may have the tokenizers."""
-    name, repo = model.pretrained_model_name_or_path, known["repository"]
-    opened: dict[str, tuple[Component, Source | None]] = {}
-    for part, kind in KINDS.items():
-        if kind.key and getattr(model, kind.key):
-            opened[part] = open_component(part, model, Named(repo), None, {}, None)
-        else:
-            opened[part] = component(part, known["components"][part], known["dtype"], repo), None
+    repo = known["repository"]
+    opened = {part: _apart(part, model, repo) or (component(part, known, repo), None) for part in KINDS}
     components = {part: found for part, (found, _) in opened.items()}
     agree(components)
     tokenizers = {}
@@ -151,6 +160,8 @@ def _by_sizes(model: Model, known: Known, downloaded: Source | None) -> Publishe
             tokenizers[part] = _tokenizer(places or [Named(repo)], public if same else None)
         except UserError:
             tokenizers[part] = ""
-    unseen = (f"{shown(name)} is not here, or not all of it: this goes by the sizes of it that come with fluxbatch, "
+    named = [part.where for part in components.values() if isinstance(part.source, Named)]
+    named = dict.fromkeys([shown(model.pretrained_model_name_or_path), *named[1:]])
+    unseen = (f"{', '.join(named)}: not here, or not all of it, so this goes by the sizes that come with fluxbatch; "
               "the checkpoint itself was not looked at")  # fmt: skip
     return Published(components, **tokenizers, scheduler=known["scheduler"], revision=None, unseen=unseen)
