@@ -108,10 +108,11 @@ def main() -> None:
     """The subprocess's part."""
     from fluxbatch.dist import hosts
     from fluxbatch.engine import open_engine
+    from fluxbatch.weights.published import open_or_known
 
     job, target, height, width = pickle.load(sys.stdin.buffer)
     hosts.tell_compiler(job.hardware.xla_flags, job.hardware.libtpu_init_args)
-    engine = open_engine(job, target.platform, devices(target), target.hosts)
+    engine = open_engine(job, target.platform, devices(target), target.hosts, open_or_known)
     batch = job.sharding.per_device_batch_size * engine.ways
     texts = engine.tokenizers.lengths
     for need in needs(engine, batch, texts, height, width, parts=("denoise", "decode")):

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from fluxbatch import __version__, chips, flops
-from fluxbatch.config import Job
+from fluxbatch.config import Job, Model
 from fluxbatch.dist import hosts
 from fluxbatch.dist.mesh import Layout, batch_ways, open_mesh
 from fluxbatch.io import cache
@@ -160,9 +160,12 @@ _kept: list[Kept] = []  # at most one
 PARTS = {"t5": "text_encoder_2", "clip": "text_encoder", "flux": "transformer", "vae": "vae"}
 
 
-def open_engine(job: Job, platform: str, devices: Sequence[jax.Device] | None = None, processes: int | None = None) -> Engine:
+def open_engine(
+    job: Job, platform: str, devices: Sequence[jax.Device] | None = None, processes: int | None = None,
+    opened: Callable[[Model], Checkpoint] = open_checkpoint,
+) -> Engine:  # fmt: skip
     """Opens the checkpoint and checks it against the job; UserError for anything that cannot work. ``devices``:
-    those to use instead of all, as if they belonged to so many ``processes``."""
+    those to use instead of all, as if they belonged to so many ``processes``. ``opened``: how a plan opens it."""
     processes = processes or jax.process_count()
     hardware, sampler, sharding = job.hardware, job.sampler, job.sharding
     default = "float32" if platform == "cpu" else "bfloat16"
@@ -173,7 +176,7 @@ def open_engine(job: Job, platform: str, devices: Sequence[jax.Device] | None = 
         attend = attention.by_name(hardware.attention.name, platform, activations, hardware.flash_block_sizes, mesh.devices.flat[0].device_kind)
     except ValueError as error:
         raise UserError(str(error)) from error
-    checkpoint = open_checkpoint(job.model)
+    checkpoint = opened(job.model)
     tensor, heads = mesh.shape["tensor"], checkpoint.components["transformer"].config.num_attention_heads
     if heads % tensor:
         raise UserError(f"sharding.ici_tensor_parallelism={tensor}: expected a divisor of the transformer's {heads} attention heads")
@@ -183,8 +186,9 @@ def open_engine(job: Job, platform: str, devices: Sequence[jax.Device] | None = 
         "vae": {"bands": TPU_BANDS if platform == "tpu" else 1},
     }
     plans = _collect({name: lambda c=c, o=options.get(name, {}): c.plan(layout=layout, **o) for name, c in checkpoint.components.items()})
-    tokenizers = Tokenizers(checkpoint.tokenizer, checkpoint.tokenizer_2, sampler.max_sequence_length)
-    places, length = checkpoint.components["text_encoder"].config.max_position_embeddings, tokenizers.lengths[0]
+    places = checkpoint.components["text_encoder"].config.max_position_embeddings
+    tokenizers = Tokenizers(checkpoint.tokenizer, checkpoint.tokenizer_2, sampler.max_sequence_length, places)
+    length = tokenizers.lengths[0]
     if type(length) is not int or not 1 < length <= places:  # beyond them JAX would take the last place again and again
         got = f"{length:,}" if type(length) is int else repr(length)
         raise UserError(f"{checkpoint.tokenizer}: model_max_length is {got}, expected from 2 (start and end) to CLIP's {places} positions")

@@ -117,7 +117,8 @@ def _model(job: Job, engine: Engine, target: Target, rows: Sequence[Row]) -> Ite
         mesh += f", {idle} idle (sharding=ddp or fsdp takes all)"
     replicas = f", {job.replica_count} replicas of it" if (job.replica_count or 1) > 1 else ""
     yield _line("machine", f"{target}; {mesh}{replicas}")
-    for remark in (*engine.remarks, *remarks.unguided(engine, rows), *remarks.overridden(job.sweep, rows)):
+    unseen = filter(None, [engine.checkpoint.unseen])
+    for remark in (*unseen, *engine.remarks, *remarks.unguided(engine, rows), *remarks.overridden(job.sweep, rows)):
         yield _line("remark", remark)
 
 

@@ -287,7 +287,7 @@ class _Vocabulary:
         elif value.startswith(("{", "[")):
             value = _from_json(value)
             if kind == list[str]:  # of flags, the dashes are text
-                value = re.sub(r"(?<=[\[,])\s*(--[^,\]'\"]+)", lambda flag: quote(flag[1].strip()), value)
+                value = re.sub(r"(?<=[\[,])\s*(--?[a-zA-Z][^,\]'\"]*)", lambda flag: quote(flag[1].strip()), value)
         return f"{prefix}{key}{equals}{value}"
 
     def _nearest(self, typed: str) -> str:

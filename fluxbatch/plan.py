@@ -1,6 +1,7 @@
 """``python -m fluxbatch.plan``: what a run with the same command line would do, need and cost; draws nothing.
 
 Reads the manifest, the records of what is done and the checkpoint's headers, no weights, and needs no accelerator: ``target`` names the machine.
+Nor does it fetch a checkpoint whose sizes come with the package.
 """
 
 from __future__ import annotations
@@ -39,11 +40,12 @@ def plan(job: PlanJob) -> int:
     from fluxbatch import forecast, remarks
     from fluxbatch.engine import open_engine
     from fluxbatch.io.manifest import read_rows
+    from fluxbatch.weights.published import open_or_known
 
     if job.price_per_chip_hour is not None and not 0 <= job.price_per_chip_hour < float("inf"):
         raise UserError(f"price_per_chip_hour={job.price_per_chip_hour}: expected a number from 0")
     target, devices = _machine(job)
-    engine = open_engine(job, target.platform, devices, target.hosts)
+    engine = open_engine(job, target.platform, devices, target.hosts, open_or_known)
     given, rejects = read_rows(job, multiple=engine.multiple)
     rows = engine.resolve(given)
     for line in remarks.mixed(engine, given):
@@ -63,7 +65,10 @@ def _todo(job: PlanJob, engine: Engine, rows: Sequence[Row]) -> Sequence[Row]:
     facts = json.loads(json.dumps(engine.facts | job.output.facts()))  # as the place has them
     try:
         store = open_store(join(job.output_dir, *([job.run_name] if job.run_name else [])))
-        if changed := difference(json.loads(store.read(JOB)), facts):
+        there = json.loads(store.read(JOB))
+        if engine.checkpoint.unseen:  # whether it is the one that drew them cannot be told
+            facts["model_digest"] = there.get("model_digest")
+        if changed := difference(there, facts):
             print(f"fluxbatch: every row is planned, as {store.url} holds a job with another configuration: {'; '.join(changed)}", file=sys.stderr)
             return rows
         places = {(record["id"], record["key"]): record["index"] for record in read_records(store)}

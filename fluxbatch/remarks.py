@@ -15,7 +15,7 @@ from fluxbatch.io.lines import shown
 from fluxbatch.io.manifest import FIELDS
 from fluxbatch.io.match import left_out
 from fluxbatch.overrides import meant
-from fluxbatch.tokens import Tokenizers
+from fluxbatch.tokens import Absent, Tokenizers
 from fluxbatch.types import Row
 
 SHOWN = 3  # rows named in one line
@@ -147,9 +147,15 @@ def cut(tokenizers: Tokenizers, rows: Sequence[Row]) -> Iterator[tuple[str, str 
     ):
         hit = [row for row in rows if of(row) in texts] if texts else []
         lines = {row.where: of(row) for row in hit}
-        first = dict(itertools.islice(lines.items(), SHOWN))
-        named = [f"{where.rpartition('/')[2]} has {tokens}" for where, tokens in zip(first, tokenizer.count([*first.values()]), strict=True)]
-        yield f"{name} reads {limit} tokens", f"{len(hit):,} rows are cut: {some(named, count=len(lines))}" if hit else None
+        first, unit = dict(itertools.islice(lines.items(), SHOWN)), " words" if isinstance(tokenizer, Absent) else ""
+        sizes = zip(first, tokenizer.count([*first.values()]), strict=True)
+        named = [f"{where.rpartition('/')[2]} has {size}{unit}" for where, size in sizes]
+        said = [f"{len(hit):,} rows are cut: {some(named, count=len(lines))}"] if hit else []
+        if isinstance(tokenizer, Absent) and (doubtful := tokenizer.doubtful(map(of, rows), limit)):
+            count = sum(of(row) in doubtful for row in rows)
+            others = f"{count:,} more" if hit else f"{count:,}"
+            said.append(f"whether {others} rows are cut cannot be told, as its tokenizer is not here")
+        yield f"{name} reads {limit} tokens", "; ".join(said) or None
 
 
 def some(items: Sequence[str], shown: int = SHOWN, count: int | None = None) -> str:

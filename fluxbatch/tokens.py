@@ -88,11 +88,34 @@ def _open(folder: Path) -> tuple[Backend, int, dict[str, object], str]:
     return backend, length, {"pad_id": number, "pad_token": pad, "direction": sides[0]}, sides[1]
 
 
-class Tokenizers:
-    """CLIP's and T5's; prompts become fixed-length, padded, truncated ids."""
+class Absent:
+    """In the place of a tokenizer that is not here: what words and characters tell without one."""
 
-    def __init__(self, clip: str, t5: str, max_sequence_length: int):
-        self.clip, self.t5, self.max_sequence_length = Tokenizer(clip), Tokenizer(t5), max_sequence_length
+    def __init__(self, max_length: int):
+        self.max_length = max_length
+
+    def count(self, texts: Sequence[str]) -> list[int]:
+        """Their words, of at least a token each."""
+        return [len(text.split()) for text in texts]
+
+    def longer(self, texts: Iterable[str], limit: int) -> set[str]:
+        """Those of ``texts`` that certainly have more than ``limit`` tokens: words and an end."""
+        return {text for text in texts if text.isascii() and text.isprintable() and len(text.split()) >= limit}
+
+    def doubtful(self, texts: Iterable[str], limit: int) -> set[str]:
+        """Those that may have more: of others each character is a token at most, as ``Tokenizer.longer`` has it."""
+        texts = {text for text in texts if len(text) > limit - 3 or not text.isascii()}
+        return texts - self.longer(texts, limit)
+
+
+class Tokenizers:
+    """CLIP's and T5's; prompts become fixed-length, padded, truncated ids. In a plan they may be absent."""
+
+    def __init__(self, clip: str, t5: str, max_sequence_length: int, clip_length: int = 77):
+        """``clip_length``: of CLIP's ids, if it has no tokenizer to say so."""
+        self.clip = Tokenizer(clip) if clip else Absent(clip_length)
+        self.t5 = Tokenizer(t5) if t5 else Absent(max_sequence_length)
+        self.max_sequence_length = max_sequence_length
 
     @property
     def lengths(self) -> tuple[int, int]:

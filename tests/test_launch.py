@@ -158,7 +158,7 @@ def check_batch(spec, target, replicas):
     task = group["taskSpec"]
     assert 1 <= task["maxRetryCount"] <= 10
     retry, fail = task["lifecyclePolicies"]
-    assert retry["action"] == "RETRY_TASK" and {75, 76, 50001} <= {*at(retry, "actionCondition", "exitCodes")}
+    assert retry["action"] == "RETRY_TASK" and {1, 75, 76, 134, 50001} <= {*at(retry, "actionCondition", "exitCodes")}
     assert fail["action"] == "FAIL_TASK" and at(fail, "actionCondition", "exitCodes") == [2, 3]
     instance, = at(spec, "allocationPolicy", "instances")
     assert instance["installGpuDrivers"] is True and instance["policy"]["machineType"] == target.machine
@@ -303,6 +303,91 @@ def test_slurm_has_a_task_for_each_gpu_and_an_array_of_replicas(render, tmp_path
         said = (tmp_path / "said").read_text().splitlines()
         assert done.returncode == code and ("scontrol requeue 9_3" in said) == requeued
         assert said[1:4] == ["python", "-m", "fluxbatch.run"] and "hardware=gpu" in said
+
+
+def test_words_are_written_as_people_write_them(render):
+    words = ["model=flux-dev", "manifest=/data/p.jsonl", "output_dir=/data/out put", "run_name=it's", "lora=[]", "seed=8",
+             "prompt_2="]  # fmt: skip
+    text, code = render("kind=slurm", "target=h100", defaults=words)
+    assert code == 0, text
+    assert ("python -m fluxbatch.run hardware=gpu model=flux-dev manifest=/data/p.jsonl output_dir=\"/data/out put\" "
+            "run_name=\"it's\" lora=\"[]\" seed=8 prompt_2=\n") in text  # fmt: skip
+    assert "#SBATCH --job-name=\"it's\"\n" in text
+    text, _ = render("prompt=a fox, (red)", "manifest=null")
+    assert "- prompt=a fox, (red)\n" in text and "- output_dir=gs://bucket/out\n" in text
+
+
+# As they are typed, and what a run reads there.
+NASTY = [(text, text) for text in (
+    "a fox, sitting", "it's", 'a "fox"', """both ' and \"""", "$HOME costs $5", "${HOME} ${oc.env:HOME} \\\\${x}",
+    "`id` $(id)", "a\\b \\", "!! wow!", "it's!", "{a: 1}", "[a, b]", "*?~ #1 & | ; < >", "line\nbreak", "tab\there", "日本語　fox",
+    "a=b", "--flag", "$(REPLICA_INDEX) $$")]  # fmt: skip
+NASTY += [("'quoted'", "quoted"), ('"a, b"', "a, b"), ("'null'", "null")]
+
+
+@pytest.mark.parametrize(("first", "second"), zip(NASTY[::2], NASTY[1::2], strict=True), ids=lambda pair: pair[1][:12])
+def test_a_text_goes_through_the_shell_and_through_kubernetes_as_it_is(render, tmp_path, first, second):
+    words = [f"prompt={first[0]}", f"prompt_2={second[0]}", "target=h100-1"]
+    script, code = render("kind=slurm", "output_dir=out", defaults=words)
+    assert code == 0, script
+    srun = tmp_path / "srun"
+    srun.write_text("#!/bin/sh\nprintf '%s\\0' \"$@\" > said\n")
+    srun.chmod(0o755)
+    env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    assert subprocess.run(["bash"], input=script, text=True, cwd=tmp_path, env=env).returncode == 0
+    said = (tmp_path / "said").read_text().split("\0")[4:-1]
+    assert said[0] == "hardware=gpu" and job_of(said) == (first[1], second[1])
+    spec = yaml.safe_load(render("kind=jobset", "image=a/b", "output_dir=gs://b/o", defaults=words)[0])
+    args = at(spec, "spec", "replicatedJobs", 0, "template", "spec", "template", "spec", "containers", 0, "args")
+    assert args[0] == "replica_index=$(REPLICA_INDEX)"
+    known = {"$": "$", "(REPLICA_INDEX)": "3"}
+    read = [re.sub(r"\$(\$|\(REPLICA_INDEX\))", lambda found: known[found[1]], arg) for arg in args]
+    assert read[2:5] == said[:3] and read[0] == "replica_index=3"  # as the kubelet puts variables into it
+
+
+def job_of(words):
+    """What a run would draw, of these words."""
+    found = []
+    with pytest.raises(SystemExit) as stop:
+        module.cli.main(lambda job: found.append(job) or 0, argv=[*words])
+    assert stop.value.code == 0
+    return found[0].prompt, found[0].prompt_2
+
+
+def test_slurms_own_options(render, tmp_path):
+    words = ["hf_token_secret=null", "kind=slurm", "target=h100-8", "partition=gpu,low", "account=lab",
+             "time_limit=1-12:30", 'sbatch=[--qos=high, -C ib, "--comment=two words"]']  # fmt: skip
+    text, code = render(*words)
+    assert code == 0, text
+    head = [line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH")]
+    assert {"--partition=gpu,low", "--account=lab", "--time=1-12:30", "--signal=TERM@120"} <= {*head}
+    assert head[-3:] == ["--qos=high", "-C ib", '--comment="two words"']  # the last one of an option wins
+    assert not any(word in text for word in (" partition=", " account=", "time_limit", "sbatch="))  # not the run's
+    plain, _ = render(*words[:3])
+    assert not re.search("--(partition|account|time|signal)=", plain)
+
+
+def test_a_time_limit_is_of_every_kind(render):
+    for kind in ("jobset", "cronjob"):
+        text, code = render(f"kind={kind}", "target=h100-1", "time_limit=2:00:00")
+        assert code == 0 and "activeDeadlineSeconds: 7200\n" in text
+        check(kind, text, module.TARGETS["h100-1"])
+    text, _ = render("kind=batch", "target=h100-1", "time_limit=2:00:00")
+    assert '"maxRunDuration": "7200s"' in text
+    check("batch", text, module.TARGETS["h100-1"])
+    limits = {"90": 5400, "2:30": 150, "1-12": 129_600, "1-12:30": 131_400, "1-0:0:1": 86_401, "1:1:1:1": 0}
+    assert {limit: module._seconds(limit) for limit in limits} == limits
+
+
+def test_what_is_slurms_alone_is_refused_elsewhere(render):
+    text, code = render("partition=gpu", "account=a", "sbatch=[--qos=high]", "time_limit=1-")
+    assert code == Exit.BAD_INPUT
+    for named in ("partition=gpu: expected null, as only kind=slurm has it", "account=a: expected null",
+                  "sbatch=['--qos=high']: expected null", "time_limit=1-: expected minutes"):  # fmt: skip
+        assert named in text
+    text, code = render("kind=slurm", "target=h100", "hf_token_secret=null", "sbatch=[qos]", "time_limit=0")
+    assert code == Exit.BAD_INPUT and "time_limit=0: expected" in text
+    assert "sbatch=qos: expected options of sbatch's" in text
 
 
 def test_help_names_the_script_and_all_its_keys():

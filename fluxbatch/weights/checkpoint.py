@@ -88,11 +88,12 @@ class Component:
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
     components: Mapping[str, Component]
-    tokenizer: str  # local directory of CLIP's tokenizer
+    tokenizer: str  # local directory of CLIP's tokenizer; empty in a plan that has none
     tokenizer_2: str  # and of T5's
     scheduler: Mapping[str, Any]
     revision: str | None  # commit of a Hugging Face snapshot
     converted_from: str | None = None  # digest of what a converted copy was made from
+    unseen: str = ""  # of one that a plan knows by its sizes alone: that it was not looked at
 
     def digest(self) -> str:
         """16 hex digits over configs, tokenizers and the weights' bytes (large files: samples); of a
@@ -152,22 +153,15 @@ def open_checkpoint(model: Model) -> Checkpoint:
     file = file or (_only_file(root) if marker is None else None)
     whole = _read_file(root, file) if file else {}
 
-    opened = {name: _open(name, model, root, file, whole, marker) for name in KINDS}
+    opened = {name: open_component(name, model, root, file, whole, marker) for name in KINDS}
     components = {name: component for name, (component, _) in opened.items()}
     if file:
         prefixes = {found[2] for name in KINDS if (found := single.recognise(name, whole))}
         single.check_whole(whole, list(prefixes), root.path(file))
     if model.verify.name == "digest" and marker is None:  # a converted copy has checksums of its own
         verify(files(components))
+    agree(components)
     flux = components["transformer"]
-    for key, got, expected, of in (
-        ("in_channels", flux.config.in_channels, 4 * components["vae"].config.latent_channels, "4 × the VAE's latent_channels"),
-        ("joint_attention_dim", flux.config.joint_attention_dim, components["text_encoder_2"].config.d_model, "T5's d_model"),
-        ("pooled_projection_dim", flux.config.pooled_projection_dim, components["text_encoder"].config.hidden_size, "CLIP's hidden_size"),
-    ):
-        if got != expected:
-            raise UserError(f"{flux.where}: {key} is {got}, expected {expected} ({of})")
-
     tokenizers = {}
     for name, (encoder, vocabulary, repo) in TOKENIZERS.items():
         known = repo if components[encoder].config.vocab_size == vocabulary else None
@@ -181,6 +175,18 @@ def open_checkpoint(model: Model) -> Checkpoint:
                       converted_from=(marker or {}).get("digest"))  # fmt: skip
 
 
+def agree(components: Mapping[str, Component]) -> None:
+    """UserError where the transformer is not made for the other components."""
+    flux, vae, t5, clip = (components[name] for name in ("transformer", "vae", "text_encoder_2", "text_encoder"))
+    for key, expected, of in (
+        ("in_channels", 4 * vae.config.latent_channels, "4 × the VAE's latent_channels"),
+        ("joint_attention_dim", t5.config.d_model, "T5's d_model"),
+        ("pooled_projection_dim", clip.config.hidden_size, "CLIP's hidden_size"),
+    ):
+        if (got := getattr(flux.config, key)) != expected:
+            raise UserError(f"{flux.where}: {key} is {got}, expected {expected} ({of})")
+
+
 def _wanted(model: Model) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """What to fetch of the base model's repository; and with a transformer that is a file of it. No weights of what
     the configuration names apart."""
@@ -189,7 +195,7 @@ def _wanted(model: Model) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return (*SMALL, *(f"{name}/*" for name in weights)), (*SMALL, *beside)
 
 
-def _open(
+def open_component(
     name: str, model: Model, root: Source, file: str | None, whole: Mapping[str, Tensor], marker: Mapping[str, Any] | None
 ) -> tuple[Component, Source | None]:
     """A component, and the directory of a text encoder that the configuration names apart."""

@@ -22,8 +22,10 @@ from typing import Any
 
 import yaml
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
 
-from fluxbatch import chips, cli
+from fluxbatch import chips, cli, overrides
 from fluxbatch.config import Job, shown
 from fluxbatch.types import Exit, UserError
 
@@ -43,6 +45,10 @@ class Launch(Job):
     project: str | None = None  # of kind=scheduler, with the two below, and of a secret for kind=batch
     location: str = "us-central1"  # of the scheduler and its jobs
     service_account: str | None = None  # null: fluxbatch@ the project
+    partition: str | None = None  # of Slurm, and the two below; null: the cluster's own
+    account: str | None = None  # that pays
+    sbatch: list[str] | None = None  # further options, which win: "[--qos=high, -C ib]"
+    time_limit: str | None = None  # as Slurm writes it: 90 (minutes), 2:00:00, 1-12; of a start, in Kubernetes of all
 
 
 @dataclass(frozen=True)
@@ -80,9 +86,11 @@ TARGETS = {
 }
 FLAVORS = {"cpu": "cpu", "gpu": "cuda", "tpu": "tpu"}  # of the image, by hardware: which JAX is in it
 AGAIN = (Exit.PREEMPTED.value, Exit.PEER_LOST.value)  # run the same command again
+UNFORESEEN = 1  # a full disk, say; worth a few more starts where the scheduler counts them
 FINAL = (Exit.BAD_INPUT.value, Exit.REJECTED_ROWS.value)  # another start would end the same way
 KILLED = (134, 137, 143)  # SIGABRT (JAX has lost a peer), SIGKILL, SIGTERM before there was anything to drain
 SPOT_TAKEN = 50001  # Google Cloud Batch's code for it
+DRAIN = 120  # seconds before Slurm's time limit at which a replica is asked to end
 PORT = 8476  # of the processes' coordinator
 
 
@@ -91,11 +99,19 @@ def render(job: Launch) -> int:
     target = _target(job)
     _check(job, target)
     words = _words(target)
+    if job.kind.name in ("jobset", "cronjob"):
+        words = [word.replace("$", "$$") for word in words]  # Kubernetes puts variables in place of $(NAME)
     if job.model.pretrained_model_name_or_path.startswith("black-forest-labs/") and job.hf_token_secret is None and job.kind.name != "slurm":
         print(f"fluxbatch: {job.model.pretrained_model_name_or_path} is gated, and the hosts get no token: hf_token_secret=… names a secret", file=sys.stderr)
     spec = {"slurm": slurm, "jobset": jobset, "cronjob": cronjob, "batch": batch, "scheduler": scheduler}[job.kind.name](job, target, words)
-    print(spec if isinstance(spec, str) else json.dumps(spec, indent=2) if job.kind.name in ("batch", "scheduler") else yaml.safe_dump(spec, sort_keys=False))
+    print(spec if isinstance(spec, str) else _written(spec, job.kind.name))
     return 0
+
+
+def _written(spec: dict[str, Any], kind: str) -> str:
+    if kind in ("batch", "scheduler"):
+        return json.dumps(spec, indent=2, ensure_ascii=False)
+    return yaml.safe_dump(spec, sort_keys=False, allow_unicode=True, width=math.inf)
 
 
 def _target(job: Launch) -> Target:
@@ -126,6 +142,15 @@ def _check(job: Launch, target: Target) -> None:
     if job.hf_token_secret is not None and (kind == "slurm" or not re.fullmatch(r"[\w.-]+", job.hf_token_secret)):
         wanted = "null, as Slurm's jobs get HF_TOKEN from the environment of sbatch" if kind == "slurm" else "the name of a secret"
         problems.append(f"hf_token_secret={shown(job.hf_token_secret)}: expected {wanted}")
+    for key in ("partition", "account", "sbatch"):
+        if (value := getattr(job, key)) is not None and kind != "slurm":
+            problems.append(f"{key}={shown(value)}: expected null, as only kind=slurm has it")
+    for option in job.sbatch or ():
+        if not re.fullmatch(r"--?\w[^\r\n]*", option):
+            problems.append(f"sbatch={shown(option)}: expected options of sbatch's, such as --qos=high")
+    if job.time_limit is not None and not _seconds(job.time_limit):
+        wanted = "minutes, or a time as Slurm writes it, such as 90, 2:00:00 (hours) or 1-12 (days and hours)"
+        problems.append(f"time_limit={shown(job.time_limit)}: expected {wanted}")
     axes = {key: value for key, value in vars(job.sharding).items() if key.endswith("_parallelism")}
     chips, fixed = target.hosts * target.chips, math.prod(value for value in axes.values() if value > 0)
     grows = any(value == -1 and key.startswith("ici_") for key, value in axes.items())  # a target is one slice
@@ -149,21 +174,64 @@ def _check(job: Launch, target: Target) -> None:
 def _words(target: Target) -> list[str]:
     """What ``fluxbatch.run`` is told: the words of this command that are not about launching."""
     own = {*Launch.__annotations__, "replica_index", "replica_count"}
-    words = [word for word in HydraConfig.get().overrides.task if word.partition("=")[0].lstrip("+~") not in own]
+    given = HydraConfig.get().overrides.task
+    raw = OmegaConf.to_container(given, resolve=False)  # a ${ is text in a prompt, elsewhere what it says here and now
+    keys = [word.partition("=")[0].lstrip("+~") for word in raw]
+    words = [_plain(raw[i] if key in overrides.PROMPTS else given[i]) for i, key in enumerate(keys) if key not in own]
     return words if any(word.startswith("hardware=") for word in words) else [f"hardware={target.hardware}", *words]
+
+
+def _plain(word: str) -> str:
+    """A word as people type it: without the quotes and escapes that the command line itself gives a text."""
+    key, _, value = word.partition("=")
+    if value.startswith("'"):
+        text = OverridesParser.create().parse_override(word).value()
+        for typed in (text, re.sub(r"(\\*)\$\{", lambda found: found[1][: len(found[1]) // 2] + "${", text)):
+            if overrides.read([f"{key}={typed}"], Launch, {}, multirun=False)[0] == [word]:
+                return f"{key}={typed}"
+    return word
+
+
+def _shell(word: str) -> str:
+    """A word for the shell as people write it: quoted only if it must be, and then only what follows the ``=``."""
+    if re.fullmatch(r"[\w@%+=:,./-]+", word, re.ASCII):
+        return word
+    head = re.match(r"[\w@%+:,./-]+=|", word, re.ASCII)[0]  # type: ignore[index]
+    value = word.removeprefix(head)
+    if re.search(r'["$`\\!]', value):  # which double quotes do not keep
+        return head + shlex.quote(value)
+    return f'{head}"{value}"'
+
+
+def _option(line: str) -> str:
+    """An option of sbatch's, which reads it as a shell does; what has quotes or is two words stays as it is."""
+    return _shell(line) if re.match(r"--[\w-]+=[^\"]*$", line) else line
+
+
+def _seconds(limit: str) -> int:
+    """Of one of Slurm's six ways to write a time; 0 for anything else."""
+    if found := re.fullmatch(r"(\d+)-(\d+)(?::(\d+))?(?::(\d+))?", limit, re.ASCII):
+        days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
+    elif found := re.fullmatch(r"(?:(\d+):(?=\d+:))?(\d+)(?::(\d+))?", limit, re.ASCII):
+        days, (hours, minutes, seconds) = 0, (int(part or 0) for part in found.groups())
+    else:
+        return 0
+    return ((24 * days + hours) * 60 + minutes) * 60 + seconds
 
 
 def slurm(job: Launch, target: Target, words: list[str]) -> str:
     """A job array with a task for each replica; one process a GPU, which JAX finds by itself."""
-    command = shlex.join(["python", "-m", "fluxbatch.run", *words])
+    command = " ".join(map(_shell, ["python", "-m", "fluxbatch.run", *words]))
+    options = {
+        "job-name": re.sub(r"[\r\n]+", " ", job.run_name or "fluxbatch"), "partition": job.partition,
+        "account": job.account, "array": f"0-{_replicas(job) - 1}", "nodes": target.hosts,
+        "ntasks-per-node": target.chips, "gpus-per-node": target.chips,
+        "time": job.time_limit, "signal": f"TERM@{DRAIN}" if job.time_limit else None}  # fmt: skip
+    lines = [f"--{key}={value}" for key, value in options.items() if value is not None]
+    lines += ["--requeue", "--open-mode=append", *(job.sbatch or ())]
+    directives = "\n".join(f"#SBATCH {_option(line)}" for line in lines)
     return f"""#!/bin/bash
-#SBATCH --job-name={shlex.quote(job.run_name or "fluxbatch")}
-#SBATCH --array=0-{_replicas(job) - 1}
-#SBATCH --nodes={target.hosts}
-#SBATCH --ntasks-per-node={target.chips}
-#SBATCH --gpus-per-node={target.chips}
-#SBATCH --requeue
-#SBATCH --open-mode=append
+{directives}
 # Replica index and count come from the array. A drained or broken replica is put back into the queue.
 srun --kill-on-bad-exit=0 {command}
 code=$?
@@ -217,7 +285,7 @@ def cronjob(job: Launch, target: Target, words: list[str]) -> dict[str, Any]:
 
 def batch(job: Launch, target: Target, words: list[str]) -> dict[str, Any]:
     """A task group with a task for each replica, whose index and count Batch tells it."""
-    count = _replicas(job)
+    count, again = _replicas(job), [UNFORESEEN, *AGAIN, *KILLED, SPOT_TAKEN]
     runnable: dict[str, Any] = {"container": {"imageUri": _image(job, target), "commands": words, "options": "--ipc=host"}}
     if job.hf_token_secret:
         secret = f"projects/{job.project}/secrets/{job.hf_token_secret}/versions/latest"
@@ -230,8 +298,9 @@ def batch(job: Launch, target: Target, words: list[str]) -> dict[str, Any]:
             "taskSpec": {
                 "runnables": [runnable],
                 "maxRetryCount": 10,
+                **({"maxRunDuration": f"{_seconds(job.time_limit)}s"} if job.time_limit else {}),
                 "lifecyclePolicies": [
-                    {"action": "RETRY_TASK", "actionCondition": {"exitCodes": [*AGAIN, *KILLED, SPOT_TAKEN]}},
+                    {"action": "RETRY_TASK", "actionCondition": {"exitCodes": again}},
                     {"action": "FAIL_TASK", "actionCondition": {"exitCodes": list(FINAL)}},
                 ],
             },
@@ -275,6 +344,7 @@ def _job_spec(job: Launch, target: Target, words: list[str], env: list[dict[str,
     container = {"name": "fluxbatch", "image": _image(job, target), "args": words, "env": env, "resources": {"limits": resource}}
     return {
         "completionMode": "Indexed",
+        **({"activeDeadlineSeconds": _seconds(job.time_limit)} if job.time_limit else {}),
         "podFailurePolicy": {"rules": [
             {"action": "FailJob", "onExitCodes": {"operator": "In", "values": sorted(FINAL)}},
             {"action": "Ignore", "onExitCodes": {"operator": "In", "values": sorted((*AGAIN, *KILLED))}},
