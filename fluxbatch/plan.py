@@ -64,7 +64,10 @@ def _todo(job: PlanJob, engine: Engine, rows: Sequence[Row]) -> Sequence[Row]:
         if changed := difference(json.loads(store.read(JOB)), facts):
             print(f"fluxbatch: every row is planned, as {store.url} holds a job with another configuration: {'; '.join(changed)}", file=sys.stderr)
             return rows
-        places = {(record["id"], record["key"]): record["index"] for record in read_records(store)}
+        lost = store.missing({record["file_name"] for record in read_records(store)})
+        if lost:
+            print(f"fluxbatch: {len(lost):,} images that were made before are not there, or empty: they are planned again", file=sys.stderr)
+        places = {(record["id"], record["key"]): record["index"] for record in read_records(store) if record["file_name"] not in lost}
         return match(rows, functools.partial(key_under, facts_digest=digest(facts)), places, lambda: read_records(store)).todo
     except NotFound:  # no start has been there
         return rows

@@ -33,6 +33,12 @@ def lines(job: Job, engine: Engine, rows: Sequence[Row], todo: Sequence[Row], te
     yield from engine.lora.table()
 
 
+def lost(files: Sequence[str]) -> Iterator[str]:
+    """That images of earlier starts are gone."""
+    if files:
+        yield f"images that were made before and are not there, or empty: {len(files):,} are made again ({some(files)})"
+
+
 def unguided(engine: Engine, rows: Sequence[Row]) -> Iterator[str]:
     """That rows have guidance, and the checkpoint has nothing that reads it."""
     count = sum(row.guidance_scale != 0 for row in rows)

@@ -46,7 +46,7 @@ def run(job: Job) -> int:
                 if hosts.is_first():
                     until_end.enter_context(store.hold(LOCK, shared=replica.count > 1))
                 ledger = Ledger(store, facts, writer_id=f"{start}-{hosts.index()}", overwrite=job.overwrite)
-                todo = ledger.remaining(rows, bad_lines)
+                todo = ledger.remaining(rows, bad_lines, look=hosts.is_first())
             cached = job.text_cache_dir is not None and job.text_cache_gigabytes
             hosts.agree("manifest or configuration", chain([replica, facts, cached], ((row.id, ledger.key(row)) for row in rows)))
             todo = hosts.as_first_sees(todo, rows)
@@ -58,7 +58,7 @@ def run(job: Job) -> int:
 
             outcome = finish.Outcome(job, engine, store, ledger, report, work, before=len(rows) - len(todo))
             outcome.started()
-            for line in remarks.lines(job, engine, rows, todo, texts) if hosts.is_first() else ():
+            for line in chain(remarks.lost(ledger.lost), remarks.lines(job, engine, rows, todo, texts)) if hosts.is_first() else ():
                 report.say(line)
 
         drain.draws()

@@ -71,6 +71,10 @@ class MemoryStore:
     def exists(self, name):
         return name in self.objects
 
+    def missing(self, names):
+        self._step()
+        return {name for name in names if not self.objects.get(name)}
+
     def sweep(self):
         pass
 
