@@ -6,6 +6,7 @@ import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
+from fluxbatch import columns
 from fluxbatch.config import Job
 from fluxbatch.engine import Engine
 from fluxbatch.io.lines import shown
@@ -25,6 +26,7 @@ def lines(job: Job, engine: Engine, rows: Sequence[Row], todo: Sequence[Row], te
     yield from engine.remarks
     yield from unguided(engine, rows)
     yield from left_out(rows, engine.record)
+    yield from columns.lines(rows)
     if fields := unread(rows):
         yield fields
     yield from (f"{reads}: {hit}" for reads, hit in cut(engine.tokenizers, todo) if hit)

@@ -17,6 +17,7 @@ from omegaconf import MISSING, OmegaConf
 
 from fluxbatch import cli
 from fluxbatch.config import DType, Job, shown
+from fluxbatch.io.match import mix
 from fluxbatch.types import Exit, Row, UserError
 
 # Where things are, and how they are computed here: may be another than when the row was made
@@ -61,7 +62,7 @@ def replay(job: ReplayJob) -> int:
         raise UserError(f"{join(store.url, CONFIG)}: expected what a run writes there; another start of the same job restores it") from None
     # as of the last merge, which knows ids and places of rows that have moved; a run that was killed made more
     lines = store.read(METADATA).splitlines() if store.exists(METADATA) else []
-    records = [object_of(line, f"{join(store.url, METADATA)}:{number}", {*OF_A_ROW, "file_name", "sha256"}) for number, line in enumerate(lines, 1)]
+    records = [object_of(line, f"{join(store.url, METADATA)}:{number}", {*OF_A_ROW, "lora", "file_name", "sha256"}) for number, line in enumerate(lines, 1)]
     merged = {record["file_name"] for record in records}
     records += (record for record in read_records(store) if record["file_name"] not in merged)
     record = next((record for record in records if record["id"] == job.id), None)
@@ -133,8 +134,7 @@ def _recorded(job: ReplayJob, found: dict[str, Any], facts: dict[str, Any], reco
 
 
 def _row(record: dict[str, Any]) -> Row:
-    lora = record.get("lora")
-    return Row(**{key: record[key] for key in OF_A_ROW}, lora=None if lora is None else tuple(sorted(lora.items())))
+    return Row(**{key: record[key] for key in OF_A_ROW}, lora=tuple(sorted(mix(record).items())))
 
 
 def main() -> NoReturn:
