@@ -1,6 +1,8 @@
-"""What readers that give each column of metadata.jsonl one type make of the manifest's own fields. They are carried as they are, so all
-that is done about it is a word at the start: Hugging Face's `datasets` refuses a column of two types, reads whole numbers of more
-than 64 bits as float64, and takes the types from the first 10 MB of the file."""
+"""What readers that give each column of metadata.jsonl one type make of the manifest's own fields.
+
+They are carried as they are, so all that is done about it is a word at the start: Hugging Face's `datasets` refuses a
+column of two types, reads whole numbers of more than 2**63 - 1 as float64, and takes types from the first 10 MB.
+"""
 
 from __future__ import annotations
 
@@ -57,14 +59,21 @@ def lines(rows: Sequence[Row]) -> Iterator[str]:
         if len(of) > 1:
             mixed[path] = ", ".join(f"{kind} at {where.rpartition('/')[2]}" for kind, where in reversed(of.items()))
     if mixed:
-        yield f"fields of more than one type, which `datasets` refuses to load: {'; '.join(f'{shown(path)[1:-1]} ({of})' for path, of in mixed.items())}"
+        said = "; ".join(f"{shown(path)[1:-1]} ({of})" for path, of in mixed.items())
+        yield f"fields of more than one type, which `datasets` refuses to load: {said}"
     if late := {field: where for field, where in late.items() if not any(_is_of(path, field) for path in mixed)}:
         said = ", ".join(f"{shown(field)[1:-1]} ({where.rpartition('/')[2]})" for field, where in late.items())
-        yield f"fields that `datasets` loses or refuses, as it takes types from the first 10 MB of metadata.jsonl and these have another later: {said}"
+        yield (
+            "fields that `datasets` loses or refuses, as it takes types from the first 10 MB of metadata.jsonl "
+            f"and these have another later: {said}"
+        )
     if large := +large:
         said = ", ".join(f"{shown(field)[1:-1]} ({count:,} rows)" for field, count in large.items())
         exact = "; seed_text has every digit of a seed" if large["seed"] else ""
-        yield f"numbers of more than 2**63 - 1, which `datasets` rounds to float64, with all others of the column: {said}{exact}"
+        yield (
+            "whole numbers of more than 2**63 - 1, which `datasets` rounds to float64, with their whole column, "
+            f"or refuses beside a run without: {said}{exact}"
+        )
 
 
 def _values(path: str, value: Any) -> Iterator[tuple[str, str, Any]]:

@@ -117,7 +117,8 @@ def _model(job: Job, engine: Engine, target: Target, rows: Sequence[Row]) -> Ite
         mesh += f", {idle} idle (sharding=ddp or fsdp takes all)"
     replicas = f", {job.replica_count} replicas of it" if (job.replica_count or 1) > 1 else ""
     yield _line("machine", f"{target}; {mesh}{replicas}")
-    for remark in (*engine.remarks, *remarks.unguided(engine, rows), *left_out(rows, engine.record), *columns.lines(rows)):
+    said = (*engine.remarks, *remarks.unguided(engine, rows), *left_out(rows, engine.record), *columns.lines(rows))
+    for remark in said:
         yield _line("remark", remark)
 
 

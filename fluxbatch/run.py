@@ -58,8 +58,9 @@ def run(job: Job) -> int:
 
             outcome = finish.Outcome(job, engine, store, ledger, report, work, before=len(rows) - len(todo))
             outcome.started()
-            for line in chain(remarks.lost(ledger.lost), remarks.lines(job, engine, rows, todo, texts)) if hosts.is_first() else ():
-                report.say(line)
+            if hosts.is_first():
+                for line in chain(remarks.lost(ledger.lost), remarks.lines(job, engine, rows, todo, texts)):
+                    report.say(line)
 
         drain.draws()
         until_end.enter_context(outcome.unforeseen())

@@ -97,10 +97,12 @@ def test_what_all_images_share_is_said_once_and_nothing_is_lost(store):
 
 def test_adapters_are_told_as_such_and_what_is_not_known_is_not_told(store):
     unsaid = {"mfu": 0.0, "seed_text": "7"}
-    gallery.write_gallery(store, [record(0, lora='{"anime": 0.8}', **unsaid), record(1, **unsaid), record(2, mfu=0.25)], [], "demo", {})
+    records = [record(0, lora='{"anime": 0.8}', **unsaid), record(1, **unsaid), record(2, mfu=0.25)]
+    gallery.write_gallery(store, records, [], "demo", {})
     page = page_of(store)
     assert [at_fields(page, row)["lora"] for row in range(3)] == [{"anime": 0.8}, {}, {}]
-    assert [at_fields(page, row)["mfu"] for row in range(3)] == [None, None, 0.25] and "seed_text" not in page.data["fields"]
+    assert [at_fields(page, row)["mfu"] for row in range(3)] == [None, None, 0.25]
+    assert "seed_text" not in page.data["fields"]
 
 
 def test_summary_is_told_in_order_and_the_model_comes_from_the_records(store):

@@ -352,7 +352,9 @@ def test_a_configuration_may_change_while_nothing_is_made_yet():
     assert json.loads(store.objects[".fluxbatch/job.json"]) == {"a": 2}
 
 
-@pytest.mark.parametrize("name", ["flux_0.png", "metadata.jsonl", "rejects.jsonl", "status.json", "config.yaml", "index.html"])
+@pytest.mark.parametrize(
+    "name", ["flux_0.png", "metadata.jsonl", "rejects.jsonl", "status.json", "config.yaml", "index.html"]
+)
 def test_files_of_unknown_origin_are_not_written_over(name):
     store = MemoryStore({name: b"somebody's"})
     store.sweep = lambda: pytest.fail("the place is somebody else's")

@@ -38,9 +38,10 @@ def documented():
 
 @pytest.fixture
 def runs(cli, golden, tmp_path):
-    """A folder of two runs that differ in all that may: adapters row by row, the format, seeds beyond 63 bits, an image of one colour."""
-    adapter = lora_files.save(tmp_path / "peft.safetensors", lora_files.FORMATS["diffusers"](SMALL, lora_files.Maker(0, size=0.12)))
-    rows = [{"prompt": "a fox"}, {"prompt": "a cat", "seed": LARGE, "lora": {}}, {"prompt": "a dog", "lora": {"peft": 0.5}}]
+    """A folder of two runs that differ in all that may: adapters row by row, and the format."""
+    tensors = lora_files.FORMATS["diffusers"](SMALL, lora_files.Maker(0, size=0.12))
+    adapter = lora_files.save(tmp_path / "peft.safetensors", tensors)
+    rows = [{"prompt": "a fox"}, {"prompt": "a cat", "lora": {}}, {"prompt": "a dog", "lora": {"peft": 0.5}}]
     common = {"resolution": 32, "num_inference_steps": 1, "gallery": "true"}
     out = tmp_path / "out"
     for name, few, more in (("plain", rows[:1], []), ("styled", rows, ["output=webp", *arrays({"peft": adapter})])):
@@ -57,11 +58,17 @@ def test_a_field_has_one_type_in_every_row_of_every_run(runs):
     for record in records:
         assert {name: type(value) for name, value in record.items()} == documented()
     assert [json.loads(record["lora"]) for record in records] == [{}, {"peft": 1.0}, {}, {"peft": 0.5}]
-    assert records[2]["seed"] == int(records[2]["seed_text"]) == LARGE
     assert [record["quality"] for record in records] == [100, 95, 95, 95]
     for name in ("plain", "styled"):
-        shown = {path.relative_to(runs / name).as_posix() for path in (runs / name).rglob("*.*") if path.suffix in (".png", ".webp")}
+        images = (path for path in (runs / name).rglob("*.*") if path.suffix in (".png", ".webp"))
+        shown = {path.relative_to(runs / name).as_posix() for path in images}
         assert shown == {record["file_name"] for record in metadata(runs / name)} | {SHEET}
+
+
+def test_the_largest_seed_is_exact_in_a_number_and_a_text(tmp_path):
+    start(open_store(str(tmp_path)), [plain.row(0, seed=LARGE)])
+    assert '"seed": 18446744073709551615, ' in (tmp_path / "metadata.jsonl").read_text()
+    assert metadata(tmp_path)[0]["seed_text"] == str(LARGE)
 
 
 def test_replay_and_verify_read_it(cli, runs):
@@ -81,7 +88,7 @@ def test_a_start_reads_it(tmp_path):
     ledger = Ledger(store, {"model_digest": "abc"}, writer_id="next")
     assert ledger.remaining(moved) == moved[:1]
     changed = [rows[0], dataclasses.replace(rows[1], lora=(("anime", 0.75),)), rows[2]]
-    with pytest.raises(UserError, match=r"m.jsonl:2: lora.anime: 0.5 → 0.75, lora.ink: 1.0 → null since flux_1.png was made"):
+    with pytest.raises(UserError, match=r"m.jsonl:2: lora.anime: 0.5 → 0.75, lora.ink: 1.0 → null since flux_1.png"):
         ledger.remaining(changed)
 
 
@@ -92,7 +99,8 @@ def test_older_records_are_read_too():
 def test_sha256_is_computed_as_documented(cli, golden, tmp_path, monkeypatch, capsys):
     (code,) = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)
     assert code.count("\n") == 3
-    assert cli(*flags(golden, tmp_path / "outputs", "demo", prompt="a fox", height=32, width=48, num_inference_steps=1))[0] == 0
+    more = {"height": 32, "width": 48, "num_inference_steps": 1}
+    assert cli(*flags(golden, tmp_path / "outputs", "demo", prompt="a fox", **more))[0] == 0
     monkeypatch.chdir(tmp_path)
     exec(code, {})  # noqa: S102 (as a reader would)
     (record,) = metadata(tmp_path / "outputs/demo")
@@ -105,10 +113,13 @@ def test_sha256_is_computed_as_documented(cli, golden, tmp_path, monkeypatch, ca
 @pytest.mark.parametrize(
     ("field", "value", "carried"),
     [
-        ("image", "ref.png", False), ("image", 3, False), ("file_names", ["a.png"], False), ("ref_file_name", "a.png", False), ("ref_file_names", ["a.png"], False),
-        ("_file_name", "a.png", False), ("a\nb_file_name", "a.png", False), ("seed_text", "7", False), ("quality", 3, False),
+        ("image", "ref.png", False), ("image", 3, False), ("file_names", ["a.png"], False),
+        ("ref_file_name", "a.png", False), ("ref_file_names", ["a.png"], False),
+        ("_file_name", "a.png", False), ("a\nb_file_name", "a.png", False),
+        ("seed_text", "7", False), ("quality", 3, False),
         ("source", {"ref_file_name": "a.png"}, False), ("source", [{"a": [{"file_name": "a.png"}]}], False),
-        ("image_url", "a.png", True), ("images", ["a.png"], True), ("filename", "a.png", True), ("source", {"image": "a.png"}, True), ("File_Name", "a.png", True),
+        ("image_url", "a.png", True), ("images", ["a.png"], True), ("filename", "a.png", True),
+        ("source", {"image": "a.png"}, True), ("File_Name", "a.png", True),
         ("file_name_old", "a.png", True), ("source", [["file_name"]], True),
     ],
 )  # fmt: skip
@@ -141,7 +152,7 @@ def test_a_field_of_more_than_one_type_is_named(values, said):
     assert line == f"fields of more than one type, which `datasets` refuses to load: {said}"
 
 
-@pytest.mark.parametrize("values", [["x", None, "2024-01-01"], [1, 2.5], [[], ["x"]], [{"a": 1}, {"b": "x"}], [None, {}]])
+@pytest.mark.parametrize("values", [["x", None, "2024-01-01"], [1, 2.5], [[], ["x"]], [{"a": 1}, {"b": "x"}]])
 def test_what_a_short_file_may_hold_is_no_matter(values):
     assert remarks(*({"category": value} for value in values), {}) == []
 
@@ -149,8 +160,8 @@ def test_what_a_short_file_may_hold_is_no_matter(values):
 @pytest.mark.parametrize(
     ("first", "last", "lost"),
     [
-        (None, "x", True), ([], ["x"], True), ({"a": 1}, {"b": 1}, True), (1, 1.5, True), ("2024-01-01", "x", True), (None, {}, True),
-        (1.5, 1, False), ("x", None, False), ("x", "2024-01-01", False), (["x"], [], False),
+        (None, "x", True), ([], ["x"], True), ({"a": 1}, {"b": 1}, True), (1, 1.5, True), ("2024-01-01", "x", True),
+        (None, {}, True), (1.5, 1, False), ("x", None, False), ("x", "2024-01-01", False), (["x"], [], False),
     ],
 )  # fmt: skip
 def test_of_a_long_file_the_first_part_gives_the_types(first, last, lost):
@@ -168,9 +179,11 @@ def test_whole_numbers_of_more_than_63_bits_are_told():
 
 def test_a_start_and_the_plan_say_so(cli, golden, tmp_path):
     manifest = tmp_path / "rows.jsonl"
-    manifest.write_text('{"prompt": "a", "category": "x", "image": "a"}\n{"prompt": "b", "category": 3, "seed": 18446744073709551615}\n')
+    rows = {"prompt": "a", "category": "x", "image": "a"}, {"prompt": "b", "category": 3, "seed": LARGE}
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
     args = flags(golden, tmp_path, manifest=manifest, resolution=32, num_inference_steps=1)
     for said in (cli(*args, "aot=false", entry="plan"), cli(*args)):
         assert said[0] == 0 and "category (text at rows.jsonl:1, number at rows.jsonl:2)" in said[1]
-        assert 'not carried into the metadata: "image", which ImageFolder takes' in said[1] and "seed (1 rows)" in said[1]
+        assert 'not carried into the metadata: "image", which ImageFolder takes' in said[1]
+        assert "seed (1 rows)" in said[1]
     assert [record.get("image") for record in metadata(tmp_path / "run")] == [None, None]

@@ -48,7 +48,7 @@ def parameters(row: Row) -> dict[str, Any]:
     take a column's type from its first rows."""
     given = decisive(row)
     lora = json.dumps(given.pop("lora") or {}, ensure_ascii=False)
-    return given | {"lora": lora, "seed_text": str(row.seed)}  # as text: 64 bits of a seed are more than a signed number has
+    return given | {"lora": lora, "seed_text": str(row.seed)}  # the number may be more than 63 bits
 
 
 def mix(record: Mapping[str, Any]) -> dict[str, float]:
@@ -61,7 +61,9 @@ def with_extra(record: Mapping[str, Any], row: Row) -> Record:
     """The record's own fields, the last of which is ``key``, and then those of the row that it has no field for."""
     keys = list(record)
     own = {key: record[key] for key in keys[: keys.index("key") + 1]}
-    return own | {key: value for key, value in row.extra.items() if key not in own and key not in _OWN and not _names_pictures(key, value)}
+    taken = {*own, *_OWN}
+    extra = row.extra.items()
+    return own | {key: value for key, value in extra if key not in taken and not _names_pictures(key, value)}
 
 
 def left_out(rows: Iterable[Row], model: Mapping[str, Any]) -> list[str]:
@@ -73,24 +75,21 @@ def left_out(rows: Iterable[Row], model: Mapping[str, Any]) -> list[str]:
                 own[key] = None
             elif key not in pictures and _names_pictures(key, value):
                 pictures[key] = None
-    because = ((own, "every record has for itself"), (pictures, "ImageFolder takes for pictures, in place of the row's own or beside it"))
-    return [
-        f"not carried into the metadata: {', '.join(map(json.dumps, fields))}, which {why}; rename them and start again, no picture is made twice"
-        for fields, why in because
-        if fields
-    ]
+    because = (own, "every record has for itself"), (pictures, "ImageFolder takes for pictures, as it does file_name")
+    way_out = "rename them and start again, no picture is made twice"
+    said = ((", ".join(map(json.dumps, fields)), why) for fields, why in because if fields)
+    return [f"not carried into the metadata: {names}, which {why}; {way_out}" for names, why in said]
 
 
 def _names_pictures(key: str, value: Any) -> bool:
     """Whether Hugging Face's ImageFolder would put pictures where the field is, at any depth."""
     if key == "image" or re.fullmatch("(.*_)?file_names?", key, re.DOTALL):
         return True
-    inner = value if isinstance(value, list) else [value]
-    return any(_names_pictures(name, each) for item in inner if isinstance(item, dict | list) for name, each in _items(item) if name != "image")
-
-
-def _items(value: dict[str, Any] | list[Any]) -> Iterable[tuple[str, Any]]:
-    return value.items() if isinstance(value, dict) else (("", each) for each in value)
+    if isinstance(value, list):
+        return any(_names_pictures("", each) for each in value)
+    if isinstance(value, dict):  # where an "image" is in nobody's place
+        return any(name != "image" and _names_pictures(name, each) for name, each in value.items())
+    return False
 
 
 def digest(value: Any) -> str:

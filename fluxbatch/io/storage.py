@@ -171,7 +171,8 @@ class LocalStore:
                 yield name
 
     def missing(self, names: Set[str]) -> set[str]:
-        return {name for name in names if not self._size(name)}  # a listing spells some names otherwise, and passes over linked folders
+        # a listing would spell some names otherwise, and pass over linked folders
+        return {name for name in names if not self._size(name)}
 
     def _size(self, name: str) -> int:
         with _translated(self._place(name)), contextlib.suppress(FileNotFoundError, NotADirectoryError):
