@@ -123,8 +123,12 @@ def test_a_bucket_is_listed_once(gcs, monkeypatch):
 
     monkeypatch.setattr(Client, "list_blobs", list_blobs)
     monkeypatch.setattr(type(store), "exists", None)
-    started(store)
+    ledger, _, _ = started(store)
     assert [prefix for prefix in listed if "records" not in prefix] == [store._prefix]
+    ledger._records.drop(lambda record: True, set(ledger._records.names()))
+    listed.clear()
+    assert started(store)[1] == ROWS
+    assert store._prefix not in listed  # where nothing is recorded nothing is missing
 
 
 def test_images_in_a_linked_folder_are_there(tmp_path):

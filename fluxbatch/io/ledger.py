@@ -99,7 +99,7 @@ class Ledger:
             remove(self._store, self._records, lambda record: record["file_name"] in names.twice)
             return self.remaining(rows, bad_lines, look=look)
         # asked after the scan: an image is there before its record
-        if look and (lost := self._store.missing(names.all)):
+        if look and names.all and (lost := self._store.missing(names.all)):
             # another replica may have made some again, and recorded them in an object of its own
             self._records.drop(lambda record: record["file_name"] in lost, scanned)
             self.lost = sorted(lost)
