@@ -200,11 +200,12 @@ def open_engine(
         "max_sequence_length": sampler.max_sequence_length,
         "schedule": dataclasses.asdict(schedule),
     }
-    record = {"model": public(_name(job.model.pretrained_model_name_or_path)), "model_digest": facts["model_digest"], "model_revision": checkpoint.revision}
+    record = {"model": public(_name(job.model.pretrained_model_name_or_path)), "model_digest": facts["model_digest"]}
+    record |= {"model_revision": checkpoint.revision or ""}
     record |= {key: facts[key] for key in ("max_sequence_length", "weights_dtype", "activations_dtype")}
     record |= {"fluxbatch_version": __version__, "jax_version": jax.__version__, "device_kind": mesh.devices.flat[0].device_kind}
     record |= {"device_count": mesh.size, "per_device_batch_size": sharding.per_device_batch_size}
-    record |= {f"{name}_quality": job.output.quality for name in ("jpeg", "webp") if name == job.output.format.name}
+    record |= {"quality": 100 if job.output.format.name == "png" else job.output.quality}
     adapters = lora_apply.read(job, plans)
     if adapters.adapters:
         facts["lora"] = adapters.facts

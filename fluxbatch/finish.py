@@ -17,7 +17,7 @@ from fluxbatch.dist import hosts
 from fluxbatch.engine import Engine
 from fluxbatch.io.gallery import write_contact_sheet, write_gallery, write_grid
 from fluxbatch.io.ledger import Ledger, Tally
-from fluxbatch.io.place import CONFIG, JOB, METADATA, REJECTS
+from fluxbatch.io.place import CONFIG, JOB, METADATA, REJECTS, SHEET
 from fluxbatch.io.storage import StorageError, Store, join, open_store
 from fluxbatch.report import Report
 from fluxbatch.types import Exit, UserError
@@ -119,7 +119,7 @@ class Outcome:
                 rejects = self._lines(REJECTS) if tally.rejects else ()
                 write_gallery(self.store, self._lines(METADATA), rejects, title, self.report.figures(counts, own))
                 write_contact_sheet(self.store, self._lines(METADATA), title=title)
-                pages.append(f"look at    {join(self.store.url, 'index.html')} or {join(self.store.url, 'contact_sheet.png')}")
+                pages.append(f"look at    {join(self.store.url, 'index.html')} or {join(self.store.url, SHEET)}")
                 if self.job.sweep:
                     pages.append(f"the sweep  {_write_grid(self.job)}")
         self.work.ended(code, REASONS[code], counts, **self.report.measured())

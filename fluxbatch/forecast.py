@@ -12,11 +12,12 @@ from collections.abc import Iterable, Iterator, Sequence
 import jax
 import jax.numpy as jnp
 
-from fluxbatch import aot, batching, flops, memory, remarks
+from fluxbatch import aot, batching, columns, flops, memory, remarks
 from fluxbatch.chips import Target
 from fluxbatch.config import Job, shown
 from fluxbatch.dist.hosts import GPU_SHARES, gpu_share
 from fluxbatch.engine import PARTS, Engine
+from fluxbatch.io.match import left_out
 from fluxbatch.types import Batch, Reject, Row, Shard
 from fluxbatch.weights import load, network
 from fluxbatch.weights.lora_apply import TEXT
@@ -118,7 +119,9 @@ def _model(job: Job, engine: Engine, target: Target, rows: Sequence[Row]) -> Ite
     replicas = f", {job.replica_count} replicas of it" if (job.replica_count or 1) > 1 else ""
     yield _line("machine", f"{target}; {mesh}{replicas}")
     unseen = filter(None, [engine.checkpoint.unseen])
-    for remark in (*unseen, *engine.remarks, *remarks.unguided(engine, rows), *remarks.overridden(job.sweep, rows)):
+    swept = remarks.overridden(job.sweep, rows)
+    said = (*unseen, *engine.remarks, *remarks.unguided(engine, rows), *swept, *left_out(rows, engine.record), *columns.lines(rows))
+    for remark in said:
         yield _line("remark", remark)
 
 

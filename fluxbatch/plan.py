@@ -57,6 +57,7 @@ def plan(job: PlanJob) -> int:
 
 def _todo(job: PlanJob, engine: Engine, rows: Sequence[Row]) -> Sequence[Row]:
     """The rows that the output place has no image of, as far as its records can be read; writes nothing there."""
+    from fluxbatch import remarks
     from fluxbatch.io.ledger import read_records
     from fluxbatch.io.match import difference, digest, key_under, match
     from fluxbatch.io.place import JOB
@@ -71,7 +72,11 @@ def _todo(job: PlanJob, engine: Engine, rows: Sequence[Row]) -> Sequence[Row]:
         if changed := difference(there, facts):
             print(f"fluxbatch: every row is planned, as {store.url} holds a job with another configuration: {'; '.join(changed)}", file=sys.stderr)
             return rows
-        places = {(record["id"], record["key"]): record["index"] for record in read_records(store)}
+        lost = store.missing({record["file_name"] for record in read_records(store)})
+        for line in remarks.lost(sorted(lost)):
+            print(f"fluxbatch: {line}", file=sys.stderr)
+        there = (record for record in read_records(store) if record["file_name"] not in lost)
+        places = {(record["id"], record["key"]): record["index"] for record in there}
         return match(rows, functools.partial(key_under, facts_digest=digest(facts)), places, lambda: read_records(store)).todo
     except NotFound:  # no start has been there
         return rows

@@ -8,6 +8,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from fluxbatch import columns
 from fluxbatch.config import Job
 from fluxbatch.engine import Engine
 from fluxbatch.io import cache
@@ -52,6 +53,7 @@ def lines(job: Job, engine: Engine, given: Sequence[Row], rows: Sequence[Row], t
     yield from unguided(engine, rows)
     yield from overridden(job.sweep, rows)
     yield from left_out(rows, engine.record)
+    yield from columns.lines(rows)
     if fields := unread(rows):
         yield fields
     yield from odd(rows)
@@ -80,6 +82,12 @@ def caches(job: Job, engine: Engine, todo: Sequence[Row]) -> Iterator[str]:
         yield f"{limit}: the prompts encode to {size / 1e9:.3g} GB, none is kept"
     elif remark := cache.find("text_cache_dir", job.text_cache_dir).remark:
         yield remark
+
+
+def lost(files: Sequence[str]) -> Iterator[str]:
+    """That images of earlier starts are gone."""
+    if files:
+        yield f"images that were made before and are not there, or empty: {len(files):,} are made again ({some(files)})"
 
 
 def unguided(engine: Engine, rows: Sequence[Row]) -> Iterator[str]:

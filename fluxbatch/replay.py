@@ -1,5 +1,6 @@
-"""``python -m fluxbatch.replay id=… output_dir=… run_name=…``: makes one row again from its record and
-compares the pixels. Exit code 0 when they are equal, or equal to rounding in float32; 3 when they are not.
+"""``python -m fluxbatch.replay id=… output_dir=… run_name=… [save=…]``: makes one row again from its record and
+compares the pixels; ``id`` is the row's, or the name of its image. Exit code 0 when they are equal, or equal to
+rounding in float32; 3 when they are not.
 
 What decides the picture is as it was recorded; ``pretrained_model_name_or_path=…`` and the other keys that
 say where things are, ``hardware`` and ``sharding`` may be given anew.
@@ -7,6 +8,7 @@ say where things are, ``hardware`` and ``sharding`` may be given anew.
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -17,11 +19,14 @@ from omegaconf import MISSING, OmegaConf
 
 from fluxbatch import cli
 from fluxbatch.config import DType, Job, shown
+from fluxbatch.io.match import mix
+from fluxbatch.io.storage import Store, open_store
 from fluxbatch.types import Exit, Row, UserError
 
 # Where things are, and how they are computed here: may be another than when the row was made
 ANEW = re.compile(
-    r"id|output_dir|run_name|debug|jax_cache_dir|(hardware|sharding)(\.(?!\w+_dtype)\w+)?|model\.(\w+_name_or_path|revision|verify)"
+    r"id|save|output_dir|run_name|debug|jax_cache_dir|(hardware|sharding)(\.(?!\w+_dtype)\w+)?"
+    r"|model\.(\w+_name_or_path|revision|verify)"
     r"|lora(\.[^.]+\.(path|weight_name))?|lora_config\.(lora_model_name_or_path|weight_name)"
 )
 
@@ -30,7 +35,8 @@ OF_A_ROW = ("index", "id", "prompt", "prompt_2", "seed", "height", "width", "num
 
 @dataclass
 class ReplayJob(Job):
-    id: str = MISSING  # which row, as metadata.jsonl calls it
+    id: str = MISSING  # which row, as metadata.jsonl calls it, or the name of its image
+    save: str | None = None  # where the picture that was made goes, as again.png; null: nowhere
 
 
 def replay(job: ReplayJob) -> int:
@@ -49,11 +55,12 @@ def replay(job: ReplayJob) -> int:
     from fluxbatch.io.ledger import METADATA, read_records
     from fluxbatch.io.log import object_of
     from fluxbatch.io.match import difference
-    from fluxbatch.io.storage import NotFound, join, open_store
+    from fluxbatch.io.storage import NotFound, join
     from fluxbatch.verify import fault_of
-    from fluxbatch.writer import PROGRAM
+    from fluxbatch.writer import PROGRAM, encoded
 
     anew = _anew()
+    saved = None if job.save is None else _place_of(job.save)
     store = open_store(join(job.output_dir, *([job.run_name] if job.run_name else [])))
     try:
         found = yaml.safe_load(store.read(CONFIG))
@@ -62,12 +69,15 @@ def replay(job: ReplayJob) -> int:
         raise UserError(f"{join(store.url, CONFIG)}: expected what a run writes there; another start of the same job restores it") from None
     # as of the last merge, which knows ids and places of rows that have moved; a run that was killed made more
     lines = store.read(METADATA).splitlines() if store.exists(METADATA) else []
-    records = [object_of(line, f"{join(store.url, METADATA)}:{number}", {*OF_A_ROW, "file_name", "sha256"}) for number, line in enumerate(lines, 1)]
+    needs = {*OF_A_ROW, "lora", "file_name", "sha256"}
+    records = [object_of(line, f"{join(store.url, METADATA)}:{number}", needs) for number, line in enumerate(lines, 1)]
     merged = {record["file_name"] for record in records}
     records += (record for record in read_records(store) if record["file_name"] not in merged)
-    record = next((record for record in records if record["id"] == job.id), None)
+    name = job.id.removeprefix(f"{store.url}/")  # as shells complete it
+    found_by = (("id", job.id), ("file_name", name))
+    record = next((record for key, value in found_by for record in records if record[key] == value), None)
     if record is None:
-        raise UserError(f"id={job.id}: {store.url} has no record of such a row")
+        raise UserError(f"id={job.id}: {store.url} has no record of such a row, nor of such an image")
     recorded = _recorded(job, found, facts, record, anew)
 
     hosts.tell_compiler(recorded.hardware.xla_flags, recorded.hardware.libtpu_init_args)
@@ -89,6 +99,10 @@ def replay(job: ReplayJob) -> int:
         print(f"{job.id}: not finite this time")
         return Exit.REJECTED_ROWS
 
+    if saved:
+        target, name, form = saved
+        target.write(name, encoded(record | {"sha256": pixel_sha256(made)}, made, form, recorded.output))
+        print(f"{job.id}: saved as {job.save}")
     file = record["file_name"]
     if pixel_sha256(made) == record["sha256"]:
         wrong = fault_of(store, record)
@@ -110,6 +124,21 @@ def replay(job: ReplayJob) -> int:
     return Exit.REJECTED_ROWS
 
 
+def _place_of(path: str) -> tuple[Store, str, str]:
+    """The folder, name and format that a path means; UserError where there is something already."""
+    from fluxbatch.io.images import EXTENSIONS
+
+    folder, _, name = os.path.expanduser(path).rpartition("/")
+    formats = {extension: form for form, extension in EXTENSIONS.items()} | {".jpeg": "jpeg"}
+    form = formats.get(os.path.splitext(name)[1].lower())
+    if form is None:
+        raise UserError(f"save={path}: expected a file's name that ends in {', '.join(formats)}")
+    store = open_store(folder or ("/" if path.startswith("/") else "."))
+    if store.exists(name):
+        raise UserError(f"save={path}: is there already; expected the name of a new file")
+    return store, name, form
+
+
 def _anew() -> list[str]:
     """The keys given on this command line; UserError for those that would change the picture."""
     words = HydraConfig.get().overrides.task
@@ -125,7 +154,7 @@ def _recorded(job: ReplayJob, found: dict[str, Any], facts: dict[str, Any], reco
     del found["lora_coverage"]  # said of the adapters, not asked of them
     config, given = OmegaConf.merge(OmegaConf.structured(Job), found), OmegaConf.structured(job)
     for key in anew:
-        if key != "id":
+        if key not in ("id", "save"):
             OmegaConf.update(config, key, OmegaConf.select(given, key))
     if "sharding.per_device_batch_size" not in anew and "per_device_batch_size" in record:  # the run's last start may have had another
         config.sharding.per_device_batch_size = record["per_device_batch_size"]
@@ -137,12 +166,12 @@ def _recorded(job: ReplayJob, found: dict[str, Any], facts: dict[str, Any], reco
 
 
 def _row(record: dict[str, Any]) -> Row:
-    lora = record.get("lora")
-    return Row(**{key: record[key] for key in OF_A_ROW}, lora=None if lora is None else tuple(sorted(lora.items())))
+    return Row(**{key: record[key] for key in OF_A_ROW}, lora=tuple(sorted(mix(record).items())))
 
 
 def main() -> NoReturn:
-    cli.main(replay, schema=ReplayJob, rows=False, about="replay: make one row again from its record and compare the pixels (output_dir=…, run_name=…, id=…).")
+    about = "replay: make one row again from its record and compare pixels (output_dir=…, run_name=…, id=…, save=…)."
+    cli.main(replay, schema=ReplayJob, rows=False, about=about)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def run(job: Job) -> int:
                 if hosts.is_first():
                     until_end.enter_context(store.hold(LOCK, shared=replica.count > 1))
                 ledger = Ledger(store, facts, writer_id=f"{start}-{hosts.index()}", overwrite=job.overwrite)
-                todo = ledger.remaining(rows, bad_lines)
+                todo = ledger.remaining(rows, bad_lines, look=hosts.is_first())
             cached = job.text_cache_dir is not None and job.text_cache_gigabytes
             alike = chain([replica, job.run_name, facts, cached], ((row.id, ledger.key(row)) for row in rows))
             hosts.agree("manifest or configuration", alike)
@@ -64,9 +64,10 @@ def run(job: Job) -> int:
             counted = {"rows": len(rows), "before": len(rows) - len(todo)}
             outcome = finish.Outcome(job, engine, store, ledger, report, work, **counted)
             outcome.started()
-            strangers = remarks.strangers(ledger.strangers, job.overwrite)
-            for line in chain(remarks.lines(job, engine, given, rows, todo), strangers) if hosts.is_first() else ():
-                report.say(line)
+            if hosts.is_first():
+                strangers, lost = remarks.strangers(ledger.strangers, job.overwrite), remarks.lost(ledger.lost)
+                for line in chain(lost, remarks.lines(job, engine, given, rows, todo), strangers):
+                    report.say(line)
 
         drain.draws()
         until_end.enter_context(outcome.unforeseen())

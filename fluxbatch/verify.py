@@ -21,8 +21,7 @@ from fluxbatch.config import Job
 from fluxbatch.io.images import decode, parameters, pixel_sha256
 from fluxbatch.io.ledger import HIDDEN, IMAGES, METADATA, RECORDS, Record, read_records, remove
 from fluxbatch.io.log import Log, in_parallel
-from fluxbatch.io.names import RESERVED
-from fluxbatch.io.place import LOCK
+from fluxbatch.io.place import LOCK, SHEET
 from fluxbatch.io.storage import NotFound, Store, join, open_store
 from fluxbatch.types import Exit, UserError
 
@@ -64,7 +63,7 @@ def check(store: Store) -> Findings:
                 missing.append(record["file_name"])
             elif fault:
                 damaged[record["file_name"]] = fault
-    orphaned = [n for n in store.list() if n.endswith(IMAGES) and n not in RESERVED and n not in recorded]
+    orphaned = [n for n in store.list() if n.endswith(IMAGES) and n != SHEET and n not in recorded]
     return Findings(len(recorded), tuple(missing), damaged, tuple(orphaned))
 
 

@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from fluxbatch.config import Job
+from fluxbatch.config import Job, Output
 from fluxbatch.io.images import encode, is_flat, pixel_sha256
 from fluxbatch.io.ledger import Ledger, Record, utc_now
-from fluxbatch.io.match import decisive, with_extra
+from fluxbatch.io.match import parameters, with_extra
 from fluxbatch.io.storage import StorageError, Store
 from fluxbatch.types import Reject, Row
 
@@ -33,6 +33,14 @@ _BACKOFF = 0.5  # seconds before the second attempt, doubled before the third
 
 class TooManyFailures(Exception):
     """Rows failed and ``on_error=stop`` or ``max_failures`` says that this ends the job."""
+
+
+def encoded(record: Record, pixels: np.ndarray, format: str, output: Output) -> bytes:
+    """The image's file, which says of itself what decides the pixels and no more: the same image is the same file."""
+    unstable = ("file_name", "index", "seed_text", "seconds", "mfu", "created", "flags", *PROGRAM)
+    stable = {key: value for key, value in record.items() if key not in unstable}
+    text = {"parameters": json.dumps(stable, ensure_ascii=False), "Software": "fluxbatch"}
+    return encode(pixels, format, text=text, png_level=output.png_level, quality=output.quality)
 
 
 class Writer:
@@ -190,16 +198,7 @@ class Writer:
             return self._reject(row, f"{type(error).__name__}: {error}")
 
     def _encode_and_write(self, record: Record, pixels: np.ndarray) -> None:
-        # only what decides the pixels: the same image is then the same file, byte for byte
-        unstable = ("file_name", "index", "seconds", "mfu", "created", "flags", *PROGRAM)
-        parameters = {key: value for key, value in record.items() if key not in unstable}
-        data = encode(
-            pixels,
-            self._output.format.name,
-            text={"parameters": json.dumps(parameters, ensure_ascii=False), "Software": "fluxbatch"},
-            png_level=self._output.png_level,
-            quality=self._output.quality,
-        )
+        data = encoded(record, pixels, self._output.format.name, self._output)
         self._store.write(record["file_name"], data)
         with self._lock:
             self.bytes += len(data)
@@ -210,13 +209,13 @@ class Writer:
             "file_name": name,
             "id": row.id,
             "index": row.index,
-            **decisive(row),
+            **parameters(row),
             **self._facts,
             "sha256": pixel_sha256(pixels),
             "seconds": round(seconds, 4),
-            **({"mfu": float(f"{floor / seconds:.3g}")} if floor and seconds else {}),
+            "mfu": float(f"{floor / seconds:.3g}") if floor and seconds else 0.0,  # which no picture reaches: not known
             "created": utc_now(),
-            "flags": ["flat"] if is_flat(pixels) else [],
+            "flags": "flat" if is_flat(pixels) else "",
             "key": self._ledger.key(row),  # the last of our own, which tells them from the row's
         }
         return with_extra(record, row)

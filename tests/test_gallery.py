@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from fluxbatch.io import gallery
+from fluxbatch.io.place import SHEET
 from fluxbatch.io.storage import LocalStore
 
 HOSTILE = "</script x><!--<script \n></script><script>document.title='pwned'</script><img src=x onerror=\"document.title='pwned'\"> & \x00\x07\u202e\ud800"
@@ -21,8 +22,8 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 def record(index, prompt="a red apple", **fields):
     return {
         "file_name": f"flux_{index}.png", "id": str(index), "index": index, "prompt": prompt, "prompt_2": prompt,
-        "seed": index, "height": 8, "width": 8, "num_inference_steps": 4, "guidance_scale": 0.0, "lora": None,
-        "model": "flux-mini", "sha256": f"{index:064x}", "seconds": 0.5, "flags": [],
+        "seed": index, "height": 8, "width": 8, "num_inference_steps": 4, "guidance_scale": 0.0, "lora": "{}",
+        "model": "flux-mini", "sha256": f"{index:064x}", "seconds": 0.5, "flags": "",
     } | fields  # fmt: skip
 
 
@@ -90,8 +91,18 @@ def test_what_all_images_share_is_said_once_and_nothing_is_lost(store):
     assert not page.data["common"].keys() & {"prompt", "seed", "id", "file_name"}
     for row, told in enumerate(records):
         shown = at_fields(page, row)
-        told = told | {"prompt_2": None}  # the same as the prompt
+        told = told | {"prompt_2": None, "lora": None}  # the same as the prompt; no image has adapters
         assert {field: shown[field] for field in told} == told
+
+
+def test_adapters_are_told_as_such_and_what_is_not_known_is_not_told(store):
+    unsaid = {"mfu": 0.0, "seed_text": "7"}
+    records = [record(0, lora='{"anime": 0.8}', **unsaid), record(1, **unsaid), record(2, mfu=0.25)]
+    gallery.write_gallery(store, records, [], "demo", {})
+    page = page_of(store)
+    assert [at_fields(page, row)["lora"] for row in range(3)] == [{"anime": 0.8}, {}, {}]
+    assert [at_fields(page, row)["mfu"] for row in range(3)] == [None, None, 0.25]
+    assert "seed_text" not in page.data["fields"]
 
 
 def test_summary_is_told_in_order_and_the_model_comes_from_the_records(store):
@@ -175,7 +186,7 @@ def test_what_is_thinned_shows_all_of_a_manifest_that_goes_round(total, period):
 
 
 def sheet_of(store):
-    return Image.open(io.BytesIO(store.read("contact_sheet.png")))
+    return Image.open(io.BytesIO(store.read(SHEET)))
 
 
 def test_contact_sheet_shows_the_images_in_order(store):
@@ -333,7 +344,7 @@ def run(tmp_path):
     for i in (5, 150, 290):
         records[i] = record(i, f"an Apple, number {i}")
     records[7] = record(7, HOSTILE)
-    records[8] = record(8, "odd", file_name=f"deep er/{odd}", flags=["flat"], lora={"anime": 0.8})
+    records[8] = record(8, "odd", file_name=f"deep er/{odd}", flags="flat", lora='{"anime": 0.8}')
     for entry in records:
         store.write(entry["file_name"], png("red"))
     gallery.write_gallery(store, records, [{"where": "p:300", "index": 299, "id": "299", "reason": "went <b>wrong</b>"}], "run", {})

@@ -441,7 +441,7 @@ def test_a_run_says_which_adapters_it_used(cli, golden, tmp_path, adapters):
     code, err = cli(*common, "run_name=a", *arrays(two, 0.5))
     assert code == 0, err
     records = metadata(tmp_path / "a")
-    assert [record["lora"] for record in records] == [{"loha": 0.5, "peft": 0.5}, {"peft": 0.25}, {}]
+    assert [record["lora"] for record in records] == ['{"loha": 0.5, "peft": 0.5}', '{"peft": 0.25}', "{}"]
     assert len({record["key"] for record in records}) == 3
     config = yaml.safe_load((tmp_path / "a" / "config.yaml").read_text())
     assert config["resolved"]["lora"].keys() == two.keys()

@@ -45,7 +45,7 @@ def test_templates_cannot_leave_the_output_place(template):
 
 def test_no_name_is_given_twice():
     rows = [plain.row(0, id="Cat", seed=1), plain.row(1, id="cat", seed=1), plain.row(2, id="contact_sheet", seed=1)]
-    assert names_of("{id}", rows) == {0: "Cat.png", 1: "cat_1.png", 2: "contact_sheet_1.png"}
+    assert names_of("{id}", rows) == {0: "Cat.png", 1: "cat_1.png", 2: "contact_sheet.png"}
     assert names_of("{seed}", rows) == {0: "1.png", 1: "1_1.png", 2: "1_2.png"}
     assert names_of("flux_{i}", rows, ["flux_1.png", "flux_3.png"]) == {0: "flux_0.png", 2: "flux_2.png", 1: "flux_4.png"}
 

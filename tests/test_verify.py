@@ -50,7 +50,7 @@ def damage(run):
 
 
 def test_a_whole_run(run, command):
-    (run / "contact_sheet.png").write_bytes(b"the gallery's")
+    (run / ".fluxbatch/contact_sheet.png").write_bytes(b"the gallery's")
     code, text = command(f"output_dir={run.parent}", "run_name=demo")
     assert code == 0
     assert text == f"{run}: 6 records, 0 images missing, 0 damaged, 0 without a record\n"

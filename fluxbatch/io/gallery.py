@@ -1,4 +1,4 @@
-"""What people open first after a run: ``index.html``, ``contact_sheet.png``, and a sweep's grid.
+"""What people open first after a run: ``index.html``, ``.fluxbatch/contact_sheet.png``, and a sweep's grid.
 
 All of it is built from records (lines of ``metadata.jsonl``), never from file names. A page is
 one file that asks for nothing but the run's own images: the records travel in it as JSON, column
@@ -24,6 +24,8 @@ from typing import Any, TypeVar
 
 from PIL import Image, ImageDraw, ImageFont
 
+from fluxbatch.io.match import mix
+from fluxbatch.io.place import SHEET
 from fluxbatch.io.storage import StorageError, Store
 
 MAX_ROWS = 100_000  # of one page
@@ -97,7 +99,7 @@ def write_grid(store: Store, jobs: Mapping[str, Mapping[str, Any]], title: str =
 def write_contact_sheet(
     store: Store, records: Iterable[Record], *, title: str = "", limit: int = 100, side: int = 160
 ) -> None:
-    """Write ``contact_sheet.png``: at most ``limit`` evenly chosen images, shrunk into squares of
+    """Write ``.fluxbatch/contact_sheet.png``: at most ``limit`` evenly chosen images, shrunk into squares of
     ``side`` pixels, with short captions. An image that cannot be read stays an empty frame.
     """
     chosen, total = thin(records, limit)
@@ -126,7 +128,7 @@ def write_contact_sheet(
             draw.text((x, y + side + 4 + 14 * n), line, "#4a4a47", small)
     out = io.BytesIO()
     sheet.save(out, "PNG", compress_level=4)  # twice as fast as 6, and 3 % larger
-    store.write("contact_sheet.png", out.getvalue())
+    store.write(SHEET, out.getvalue())
 
 
 def thin(items: Iterable[T], limit: int) -> tuple[list[T], int]:
@@ -193,6 +195,8 @@ def _template() -> tuple[str, str]:
 
 def _columns(rows: list[Record]) -> dict[str, Any]:
     """``columns``: field → its value in every row; ``common``: field → the value all images share."""
+    adapters = any(mix(row) for row in rows if "lora" in row)
+    rows = [_shown(row, adapters) for row in rows]
     fields = dict.fromkeys(field for row in rows for field in row)
     columns = {field: [row.get(field) for row in rows] for field in fields}
     if "prompt_2" in columns:  # worth telling only where it differs
@@ -211,6 +215,12 @@ def _columns(rows: list[Record]) -> dict[str, Any]:
         "common": common,
         "columns": {field: values for field, values in columns.items() if field not in common},
     }
+
+
+def _shown(row: Record, adapters: bool) -> Record:
+    """A record as people read it: without what says that there is nothing to say, or says it twice."""
+    said = {key: value for key, value in row.items() if key != "seed_text" and (key, value) != ("mfu", 0)}
+    return said | {"lora": mix(row) if adapters else None} if "lora" in row else said
 
 
 def _json(value: Any) -> str:

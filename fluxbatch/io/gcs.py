@@ -11,7 +11,7 @@ import gzip
 import io
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from typing import BinaryIO, TypeVar, cast
 
 import requests
@@ -103,17 +103,24 @@ class GcsStore:
         return True
 
     def list(self, prefix: str = "") -> Iterator[str]:
+        return (blob.name.removeprefix(self._prefix) for blob in self._blobs(prefix, "name"))
+
+    def missing(self, names: Set[str]) -> set[str]:
+        there = (blob.name.removeprefix(self._prefix) for blob in self._blobs("", "name,size") if blob.size)
+        return set(names).difference(there)
+
+    def _blobs(self, prefix: str, fields: str) -> Iterator[storage.Blob]:
         with _translated(self.url, missing="the bucket does not exist"):
             blobs = self._client.list_blobs(
                 self._bucket,
                 prefix=self._prefix + prefix,
-                fields="items(name),nextPageToken",
+                fields=f"items({fields}),nextPageToken",
                 timeout=self._timeout,
                 retry=self._retry,
             )
             for blob in blobs:
                 if not blob.name.endswith("/"):  # consoles make such objects to show folders
-                    yield blob.name.removeprefix(self._prefix)
+                    yield blob
 
     def delete(self, name: str) -> None:
         with contextlib.suppress(NotFound):

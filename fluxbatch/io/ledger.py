@@ -12,7 +12,7 @@ import datetime
 import json
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 
 from fluxbatch.io.log import Log, in_parallel, json_line, object_of
 from fluxbatch.io.match import Record, RecordId, describe, difference, digest, key_under, match, row_key, with_extra
@@ -65,6 +65,7 @@ class Ledger:
         self._row_of: dict[RecordId, Row] = {}  # record → the row that it makes done
         self._files: dict[RecordId, str] = {}  # as ``remaining`` saw them
         self.strangers = 0  # records that belong to no row of the manifest, as ``remaining`` saw them
+        self.lost: list[str] = []  # images that were recorded and are not there, as ``remaining`` saw them
         self.compactions = 0  # calls of ``compact`` that are through
         self.committed = 0  # records of this process
         self._agree()
@@ -86,17 +87,24 @@ class Ledger:
         todo = self.remaining(rows, bad_lines)
         return todo, self.names(todo, template, extension)
 
-    def remaining(self, rows: Sequence[Row], bad_lines: Sequence[Reject] = ()) -> list[Row]:
-        """The first half of ``assign``."""
+    def remaining(self, rows: Sequence[Row], bad_lines: Sequence[Reject] = (), *, look: bool = False) -> list[Row]:
+        """The first half of ``assign``. ``look`` whether every recorded image is there: one process of each start."""
         files: dict[RecordId, str] = {}
         places: dict[RecordId, int] = {}
-        names = _Names()
-        for _, _, record in self._records.scan():
+        names, scanned = _Names(), set()
+        for name, _, record in self._records.scan():
+            scanned.add(name)
             files.setdefault(_id(record), record["file_name"])
             places.setdefault(_id(record), record["index"])
             names.saw(record)
         if names.twice:
             remove(self._store, self._records, lambda record: record["file_name"] in names.twice)
+            return self.remaining(rows, bad_lines, look=look)
+        # asked after the scan: an image is there before its record
+        if look and names.all and (lost := self._store.missing(names.all)):
+            # another replica may have made some again, and recorded them in an object of its own
+            self._records.drop(lambda record: record["file_name"] in lost, scanned)
+            self.lost = sorted(lost)
             return self.remaining(rows, bad_lines)
         self._row_of, todo, changed = match(rows, self.key, places, self.records)
         if changed and not self._overwrite:
@@ -290,21 +298,15 @@ def _once(log: Log) -> Iterator[Record]:
 
 def remove(store: Store, log: Log, unwanted: Callable[[Record], bool]) -> None:
     """Removes records and then their images, so that no record is ever without its image."""
-    objects: dict[str, list[tuple[bytes, Record]]] = {}
-    for name, line, record in log.scan():
-        objects.setdefault(name, []).append((line, record))
-    every = [record for lines in objects.values() for _, record in lines]
-    files = {record["file_name"] for record in every if unwanted(record)}
+    scanned, files, kept = set(), set(), set()
+    for name, _, record in log.scan():
+        scanned.add(name)
+        (files if unwanted(record) else kept).add(record["file_name"])
     if not files:
         return
     store.delete(METADATA)  # it lists them too, until the next merge
-    for name, lines in objects.items():
-        kept = [line for line, record in lines if not unwanted(record)]
-        if len(kept) < len(lines):
-            if kept:
-                log.append(kept)
-            log.delete([name])
-    in_parallel(store.delete, sorted(files - {record["file_name"] for record in every if not unwanted(record)}))
+    log.drop(unwanted, scanned)
+    in_parallel(store.delete, sorted(files - kept))
 
 
 class _Names:
@@ -314,6 +316,10 @@ class _Names:
     def __init__(self) -> None:
         self._keys: dict[str, str] = {}
         self.twice: set[str] = set()
+
+    @property
+    def all(self) -> Set[str]:
+        return self._keys.keys()
 
     def saw(self, record: Record) -> None:
         if self._keys.setdefault(record["file_name"], record["key"]) != record["key"]:

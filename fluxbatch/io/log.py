@@ -69,6 +69,19 @@ class Log:
     def delete(self, names: Iterable[str]) -> None:
         in_parallel(self._store.delete, names)
 
+    def drop(self, unwanted: Callable[[dict[str, Any]], bool], objects: Set[str]) -> None:
+        """Removes lines from ``objects``: what has some is written again without them, and then deleted."""
+        lines: dict[str, list[tuple[bytes, bool]]] = {}
+        for name, line, value in self.scan():
+            if name in objects:
+                lines.setdefault(name, []).append((line, unwanted(value)))
+        for name, found in lines.items():
+            kept = [line for line, goes in found if not goes]
+            if len(kept) < len(found):
+                if kept:
+                    self.append(kept)
+                self.delete([name])
+
     def _read(self, name: str) -> bytes | None:
         """None: it is gone."""
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ RecordId = tuple[str, str]  # id, key
 
 _SHOWN = 20  # changed rows in one message
 # What a record says besides its row's parameters and the model
-_OWN = ("file_name", "index", "sha256", "seconds", "mfu", "created", "flags", "key")
+_OWN = ("file_name", "index", "seed_text", "sha256", "seconds", "mfu", "created", "flags", "key")
 
 
 def row_key(row: Row, job_facts: Mapping[str, Any]) -> str:
@@ -29,7 +30,7 @@ def key_under(row: Row, facts_digest: str) -> str:
 
 
 def decisive(row: Row) -> dict[str, Any]:
-    """The row's parameters that decide its pixels, under the names and in the form of a record."""
+    """The row's parameters that decide its pixels, under the names of a record; no adapters are None."""
     return {
         "prompt": row.prompt,
         "prompt_2": row.prompt_2,
@@ -38,22 +39,57 @@ def decisive(row: Row) -> dict[str, Any]:
         "width": row.width,
         "num_inference_steps": row.num_inference_steps,
         "guidance_scale": row.guidance_scale,
-        "lora": None if row.lora is None else dict(row.lora),
+        "lora": dict(row.lora) if row.lora else None,
     }
+
+
+def parameters(row: Row) -> dict[str, Any]:
+    """``decisive`` in the form of a record, where no field has another type in another row: readers of metadata.jsonl
+    take a column's type from its first rows."""
+    given = decisive(row)
+    lora = json.dumps(given.pop("lora") or {}, ensure_ascii=False)
+    return given | {"lora": lora, "seed_text": str(row.seed)}  # the number may be more than 63 bits
+
+
+def mix(record: Mapping[str, Any]) -> dict[str, float]:
+    """Adapter → scale, of a record or of what ``decisive`` says."""
+    lora = record["lora"] or {}
+    return json.loads(lora) if isinstance(lora, str) else lora
 
 
 def with_extra(record: Mapping[str, Any], row: Row) -> Record:
     """The record's own fields, the last of which is ``key``, and then those of the row that it has no field for."""
     keys = list(record)
     own = {key: record[key] for key in keys[: keys.index("key") + 1]}
-    return own | {key: value for key, value in row.extra.items() if key not in own and key not in _OWN}
+    taken = {*own, *_OWN}
+    extra = row.extra.items()
+    return own | {key: value for key, value in extra if key not in taken and not _names_pictures(key, value)}
 
 
 def left_out(rows: Iterable[Row], model: Mapping[str, Any]) -> list[str]:
     """A remark on fields of the rows that no record carries, if there are any. ``model``: what records say of it."""
-    fields = dict.fromkeys(key for row in rows for key in row.extra if key in model or key in _OWN)
-    why = "which every record has for itself; rename them and start again, no picture is made twice"
-    return [f"not carried into the metadata: {', '.join(map(json.dumps, fields))}, {why}"] if fields else []
+    own, pictures = dict[str, None](), dict[str, None]()
+    for row in rows:
+        for key, value in row.extra.items():
+            if key in model or key in _OWN:
+                own[key] = None
+            elif key not in pictures and _names_pictures(key, value):
+                pictures[key] = None
+    because = (own, "every record has for itself"), (pictures, "ImageFolder takes for pictures, as it does file_name")
+    way_out = "rename them and start again, no picture is made twice"
+    said = ((", ".join(map(json.dumps, fields)), why) for fields, why in because if fields)
+    return [f"not carried into the metadata: {names}, which {why}; {way_out}" for names, why in said]
+
+
+def _names_pictures(key: str, value: Any) -> bool:
+    """Whether Hugging Face's ImageFolder would put pictures where the field is, at any depth."""
+    if key == "image" or re.fullmatch("(.*_)?file_names?", key, re.DOTALL):
+        return True
+    if isinstance(value, list):
+        return any(_names_pictures("", each) for each in value)
+    if isinstance(value, dict):  # where an "image" is in nobody's place
+        return any(name != "image" and _names_pictures(name, each) for name, each in value.items())
+    return False
 
 
 def digest(value: Any) -> str:
@@ -128,6 +164,7 @@ def describe(changed: Sequence[tuple[Row, Record]]) -> Iterator[str]:
     is, and every field with its old and new value."""
     alike: dict[Any, list[tuple[Row, Record]]] = defaultdict(list)
     for row, record in changed:
+        record = record | {"lora": mix(record) or None}
         fields = difference(record, decisive(row) | {"seed": record["seed"]}, only_new=True)
         alike[*fields, row.seed - record["seed"]].append((row, record))
     groups = list(alike.values())
@@ -150,8 +187,8 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any], *, only_new: bool
 
 def _but_place(values: Mapping[str, Any], index: int) -> tuple[str, int]:
     """What stays of a row without a seed of its own when it moves: all but the seed, and the seed's distance."""
-    fields = ("prompt", "prompt_2", "height", "width", "num_inference_steps", "guidance_scale", "lora")
-    return digest([values[field] for field in fields]), values["seed"] - index
+    fields = ("prompt", "prompt_2", "height", "width", "num_inference_steps", "guidance_scale")
+    return digest([*(values[field] for field in fields), mix(values)]), values["seed"] - index
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

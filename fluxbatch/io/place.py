@@ -9,9 +9,10 @@ from fluxbatch.io.storage import Store, join, open_store
 from fluxbatch.types import UserError
 
 METADATA, REJECTS, STATUS, CONFIG = "metadata.jsonl", "rejects.jsonl", "status.json", "config.yaml"
-RESERVED = (METADATA, REJECTS, STATUS, CONFIG, "index.html", "contact_sheet.png")
+RESERVED = (METADATA, REJECTS, STATUS, CONFIG, "index.html")
 IMAGES = (".png", ".jpg", ".jpeg", ".webp")
 HIDDEN = ".fluxbatch/"  # Hugging Face's ImageFolder passes over what begins with a dot
+SHEET = HIDDEN + "contact_sheet.png"  # of the pictures in sight each has a record, or no ImageFolder loads
 JOB = HIDDEN + "job.json"  # no start writes anything before it but the lock
 LOCK = HIDDEN + "lock"  # held by the start that is at work
 WAY_OUT = "give another run_name=…, or overwrite=true to replace what differs"

@@ -14,7 +14,7 @@ import re
 import socket
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
@@ -63,6 +63,9 @@ class Store(Protocol):
 
     def list(self, prefix: str = "") -> Iterator[str]:
         """Names that begin with ``prefix``, sorted."""
+
+    def missing(self, names: Set[str]) -> set[str]:
+        """Those of ``names`` that are not there, or are empty: cheap for a million."""
 
     def delete(self, name: str) -> None:
         """Remove the object; one that is not there is fine."""
@@ -166,6 +169,15 @@ class LocalStore:
             name = path.relative_to(self._root).as_posix()
             if name.startswith(prefix) and not _TEMP.fullmatch(path.name):
                 yield name
+
+    def missing(self, names: Set[str]) -> set[str]:
+        # a listing would spell some names otherwise, and pass over linked folders
+        return {name for name in names if not self._size(name)}
+
+    def _size(self, name: str) -> int:
+        with _translated(self._place(name)), contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            return os.stat(f"{self.url}/{name}").st_size
+        return 0
 
     def delete(self, name: str) -> None:
         path = self._path(name)
