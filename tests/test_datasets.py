@@ -24,7 +24,7 @@ import datasets, numpy
 datasets.disable_progress_bars()
 for folder in sys.argv[1:]:
     rows = datasets.load_dataset("imagefolder", data_dir=folder, split="train")
-    types = {name: str(feature.dtype) if hasattr(feature, "dtype") else type(feature).__name__ for name, feature in rows.features.items()}
+    types = {name: str(getattr(feature, "dtype", None)) for name, feature in rows.features.items()}
     said = [{name: value for name, value in row.items() if name not in ("image", "prompt", "prompt_2")} for row in rows]
     for row, line in zip(rows, said):
         pixels = numpy.asarray(row["image"].convert("RGB"))
@@ -41,8 +41,8 @@ def load(request, tmp_path):
     if not (folder / "made").exists():
         venv.create(folder, clear=True, with_pip=True)
         wanted = "datasets" if request.param == "newest" else f"datasets=={request.param}"
-        install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--retries=1", wanted, "pillow"]
-        if (pip := subprocess.run(install, capture_output=True, text=True)).returncode:
+        install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--retries=1"]
+        if (pip := subprocess.run([*install, wanted, "pillow"], capture_output=True, text=True)).returncode:
             pytest.skip(f"pip does not install {wanted} here: {pip.stderr.strip().splitlines()[-1]}")
         (folder / "made").touch()
 
@@ -55,9 +55,14 @@ def load(request, tmp_path):
     return call
 
 
+def in_order(loaded):
+    return sorted(loaded["rows"], key=lambda row: row["index"])
+
+
 @pytest.mark.slow
 def test_runs_and_folders_of_runs_load(runs, tmp_path, load):  # noqa: F811
-    rows = [plain.row(k, prompt="x" * 50_000 + str(k), extra={"note": "late"}) for k in range(120)]  # more than 10 MB of metadata
+    # more than 10 MB of metadata
+    rows = [plain.row(k, prompt="x" * 50_000 + str(k), extra={"note": "late"}) for k in range(120)]
     for k in range(115, 120):
         rows[k] = plain.row(k, prompt=rows[k].prompt, lora=(("ink", 1.0),), seed=7, extra=rows[k].extra)
     store = open_store(str(tmp_path / "long"))
@@ -67,9 +72,9 @@ def test_runs_and_folders_of_runs_load(runs, tmp_path, load):  # noqa: F811
     alone, together, long, large = load(runs / "styled", runs, tmp_path / "long", tmp_path / "large")
 
     records = metadata(runs / "styled")
-    assert [(row["id"], row["lora"], row["seed_text"], row["flags"]) for row in sorted(alone["rows"], key=lambda row: row["index"])] == [
-        (record["id"], record["lora"], record["seed_text"], record["flags"]) for record in records
-    ]
+    fields = ("id", "lora", "seed", "seed_text", "flags", "created", "sha256")
+    for row, record in zip(in_order(alone), records, strict=True):
+        assert {field: row[field] for field in fields} == {field: record[field] for field in fields}
     assert sorted(row["seed_text"] for row in large["rows"]) == [str(LARGE), str(2**53 + 1)]
     assert alone["types"].keys() - {"image"} == records[0].keys() - {"file_name"}
     assert len(together["rows"]) == 4
@@ -77,6 +82,6 @@ def test_runs_and_folders_of_runs_load(runs, tmp_path, load):  # noqa: F811
     assert png["pixels"] == png["sha256"] and png["lora"] == "{}"
 
     assert len(long["rows"]) == 120 and {row["note"] for row in long["rows"]} == {"late"}
-    assert [row["lora"] for row in sorted(long["rows"], key=lambda row: row["index"])] == ["{}"] * 115 + ['{"ink": 1.0}'] * 5
+    assert [row["lora"] for row in in_order(long)] == ["{}"] * 115 + ['{"ink": 1.0}'] * 5
     assert all(row["pixels"] == row["sha256"] for row in long["rows"])
     assert long["types"]["lora"] == long["types"]["flags"] == "string" and long["types"]["seed"] == "int64"
