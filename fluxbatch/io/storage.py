@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
-from fluxbatch.types import UserError
+from fluxbatch.types import Exit, UserError
 
 # What no retry and no other row can cure: these stop the job.
 _FATAL_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
@@ -199,7 +199,9 @@ class LocalStore:
         try:
             if not _lock(file, shared):
                 who = os.read(file, 1000).decode("utf-8", "replace").strip()
-                raise StorageError(f"another start is at work in {self.url} ({who}): wait for its end, or give another run_name=…")
+                busy = StorageError(f"another start is at work in {self.url} ({who}): wait for its end, or give another run_name=…")
+                busy.code = Exit.PREEMPTED  # nobody's mistake, and it passes: schedulers try this code again
+                raise busy
             with contextlib.suppress(OSError):  # who it is, as far as it can be told to others
                 os.ftruncate(file, 0)
                 os.write(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
