@@ -56,11 +56,11 @@ def start(platform: str, cache_dir: str | None) -> str:
     scheme, remote, _ = (cache_dir or "").partition("://")
     if remote and not (scheme in REMOTE and importlib.util.find_spec(REMOTE[scheme])):
         raise UserError(f"jax_cache_dir={cache_dir}: expected a local directory, null, or gs://bucket/prefix where gcsfs is installed")
-    asked = f"hardware={platform}"
+    asked, instead = f"hardware={platform}", ""
     if platform != "auto":
         jax.config.update("jax_platforms", PLATFORMS[platform])
-    elif jax.config.jax_platforms:
-        asked = f"JAX_PLATFORMS={jax.config.jax_platforms}"
+    elif told := next((name for name in ("JAX_PLATFORMS", "JAX_PLATFORM_NAME") if os.environ.get(name)), None):
+        asked, instead = f"{told}={os.environ[told]}", f"; expected a platform of this machine, or {told} unset for the best there is"
     if cache_dir:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(cache_dir))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
@@ -69,7 +69,7 @@ def start(platform: str, cache_dir: str | None) -> str:
         found = jax.default_backend()
     except (RuntimeError, AssertionError) as error:  # of a missing cuda jax 0.10 has nothing to say but that
         reason = next(iter(str(error).splitlines()), "no such device is visible")
-        raise UserError(f"{asked}: JAX finds none here: {reason}") from error
+        raise UserError(f"{asked}: JAX finds none here: {reason}{instead}") from error
     if platform not in ("auto", found):
         raise UserError(f"{asked}: this process already runs on {found}")
     return found
