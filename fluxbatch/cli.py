@@ -234,7 +234,7 @@ def _sweep_dir(output_dir: str, run_name: str | None, label: str) -> str:
     if any(os.environ.get(name, "0") not in ("", "0") for name in RANKS):
         return _scratch()
     base = Path(tempfile.gettempdir(), "fluxbatch") if "://" in output_dir or config.lost_slash(output_dir) else Path(output_dir).expanduser()
-    return str(base / (run_name if run_name and config.stays_inside(run_name) else label))
+    return str(base / (run_name if run_name and config.stays_inside(run_name, config.COLONS) else label))
 
 
 @functools.cache

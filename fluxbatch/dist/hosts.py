@@ -107,7 +107,7 @@ def together() -> Iterator[None]:
     except BaseException as error:
         if is_loss(error):
             lost(error)
-        _exchange(_MISTAKE if isinstance(error, UserError) and error.code == Exit.BAD_INPUT else _FAILED)
+        _exchange(_FAILED + (error.code if isinstance(error, UserError) else 1))
         raise
     meet()
 
@@ -138,7 +138,7 @@ def agree(what: str, values: Iterable[object]) -> None:
         raise KnownToAll(f"{line}; processes with a job of their own each are started with {ALONE} set")
 
 
-_FAILED, _MISTAKE = 2**32 - 2, 2**32 - 1  # the words of a process that fails, and that would at another start
+_FAILED = 2**32 - 256  # from here on: the word of a process that fails, with its exit code
 
 
 def _exchange(word: int) -> list[int]:
@@ -149,7 +149,7 @@ def _exchange(word: int) -> list[int]:
     if word < _FAILED <= max(words):
         who = next(i for i, other in enumerate(words) if other >= _FAILED)
         known = KnownToAll(f"process {who} of this replica has failed, and says why")
-        known.code = Exit.BAD_INPUT if words[who] == _MISTAKE else 1  # as its own
+        known.code = words[who] - _FAILED
         raise known
     return words
 

@@ -94,8 +94,9 @@ def open_mesh(ici: Sequence[int], dcn: Sequence[int], devices: Sequence[jax.Devi
         raise ValueError(f"dcn_data_parallelism={outer[0]} × dcn_fsdp_parallelism={outer[1]}: {processes} processes cannot be divided by {across}")
     if processes > 1 and count != len(devices):
         raise ValueError(
-            f"the sharding takes {count} devices, the {processes} processes have {len(devices)}: all must be taken. Do they share one job? "
-            f"sharding=ddp takes all. Has each a job of its own? Start each with {ALONE} set (under Slurm: srun env {ALONE} …)"
+            f"the sharding takes {count} devices, the {processes} processes have {len(devices)}: all must be taken, as "
+            "sharding=ddp does where they share one job; where each has its own, "
+            f"start them with {ALONE} set: srun env {ALONE} …"
         )
     return make_mesh(inner, outer, devices)
 

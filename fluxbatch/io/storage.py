@@ -239,6 +239,8 @@ def _translated(place: str) -> Iterator[None]:
         raise NotFound(f"{place}: no such file") from None
     except OSError as error:
         reason = (error.strerror or type(error).__name__).lower()
+        if error.errno == errno.EINVAL and ":" in place:  # exFAT, SMB
+            reason += " (not every file system takes a name with ':')"
         raise StorageError(f"{place}: {reason}", fatal=error.errno in _FATAL_ERRNOS, unforeseen=error.errno in _UNFORESEEN) from error
 
 
