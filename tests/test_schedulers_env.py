@@ -11,9 +11,12 @@ import threading
 import time
 
 import jax
+import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 
 from fluxbatch.dist import hosts, join, peers
+from fluxbatch.dist.mesh import open_mesh
 from fluxbatch.dist.replica import hold_port
 from fluxbatch.types import Exit, UserError
 
@@ -274,3 +277,14 @@ def test_a_platform_that_is_not_here_is_named_by_its_variable(monkeypatch, varia
             hosts.start("gpu", None)
     finally:
         jax.config.update("jax_platforms", before)
+
+
+def test_tasks_with_a_job_of_their_own_each_are_told_how_to_start(monkeypatch):
+    """With srun they would be taken for processes of one job."""
+    way_out = "JAX_NUM_PROCESSES=1 JAX_PROCESS_ID=0 set"
+    with pytest.raises(ValueError, match=f"sharding=ddp does where they share one job; .* {way_out}: srun env"):
+        open_mesh((1, 1, 1, 1), (1, 1), jax.devices()[:2], processes=2)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(multihost_utils, "process_allgather", lambda word: np.array([word[0], 7], np.uint32))
+    with pytest.raises(UserError, match=f"process 1 of this replica sees another manifest than process 0: .* {way_out}"):
+        hosts.agree("manifest", [1])
