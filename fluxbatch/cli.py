@@ -238,7 +238,7 @@ def _sweep_dir(output_dir: str, run_name: str | None, label: str) -> str:
     first = all(os.environ.get(name, "0") in ("", "0") for name in RANKS)
     if not first or "://" in base or base.startswith("~") or config.lost_slash(base):
         return _scratch()
-    return str(Path(base, run_name if run_name and config.stays_inside(run_name) else label))
+    return str(Path(base, run_name if run_name and config.stays_inside(run_name, config.COLONS) else label))
 
 
 @functools.cache

@@ -282,8 +282,8 @@ def _offenders(job: Job, rows: bool) -> Iterator[tuple[str, Any, str]]:
     for key, value in _paths(job):
         if lost_slash(value):
             yield key, value, value.replace(":/", "://", 1)
-    if job.run_name is not None and not stays_inside(job.run_name):
-        yield "run_name", job.run_name, "a name, or a relative path without '..' or hidden parts"
+    if job.run_name is not None and not stays_inside(job.run_name, COLONS):
+        yield "run_name", job.run_name, f"a name, or {_PLAIN}{'' if COLONS else ', and without colons'}"
 
     yield from _lora_offenders(job)
 
@@ -335,11 +335,16 @@ def _template_fault(template: str) -> str | None:
         return wanted
     if not {"i", "id"} & fields:
         return "{i} or {id} in it, so that names differ"
-    return None if stays_inside(example) else "a relative path without '..' or hidden parts"
+    return None if stays_inside(example) else f"{_PLAIN}, and without colons"
 
 
-def stays_inside(path: str) -> bool:
-    """Whether every part of a relative path is a plain name on any file system or bucket."""
+_PLAIN = "a relative path without '..', hidden parts, backslashes and control characters"
+COLONS = os.name != "nt"  # whether a directory's name may have them, as a time of day does
+
+
+def stays_inside(path: str, colons: bool = False) -> bool:
+    """Whether every part of a relative path is a plain name on any file system or bucket (but for ``colons``)."""
+    path = path.replace(":", "-") if colons else path
     return all(re.fullmatch(r"[^\s./\\\x00-\x1f:][^/\\\x00-\x1f:]*", part) for part in path.split("/"))
 
 

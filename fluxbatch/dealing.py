@@ -20,7 +20,8 @@ import numpy as np
 from fluxbatch import batching, progress
 from fluxbatch.config import Job
 from fluxbatch.dist import hosts
-from fluxbatch.dist.replica import Replica, find
+from fluxbatch.dist.peers import refuse_strangers
+from fluxbatch.dist.replica import Replica, counted_by, find
 from fluxbatch.io.claims import REPLICAS, Claims, Holder, Life
 from fluxbatch.io.ledger import Ledger, utc_now, write_status
 from fluxbatch.io.storage import StorageError, Store
@@ -40,8 +41,12 @@ def running() -> str:
 def replica(job: Job) -> Replica:
     """Which replica of how many this is; UserError when that is unclear, or not for several."""
     place = find(job.replica_index, job.replica_count)
+    if job.replica_count is None and place.count == 1:
+        refuse_strangers()
     if job.overwrite and place.count > 1:
-        raise UserError(f"overwrite=true, replica_count={place.count}: expected one replica, as several would remove each other's images")
+        by = f"replica_count={place.count}{f' ({counted_by()})' if job.replica_count is None else ''}"
+        why = "as several would remove each other's images; replica_count=1 where this one has a run_name of its own"
+        raise UserError(f"overwrite=true, {by}: expected one replica, {why}")
     return place
 
 

@@ -16,7 +16,7 @@ class Exit(enum.IntEnum):
     OK = 0  # every row has its image
     BAD_INPUT = 2  # manifest, configuration or checkpoint is wrong; nothing was produced
     REJECTED_ROWS = 3  # finished, but some rows went to rejects.jsonl
-    PREEMPTED = 75  # drained cleanly after a signal: run me again
+    PREEMPTED = 75  # drained cleanly after a signal, or kept out by another start that is at work: run me again
     PEER_LOST = 76  # another process of this replica died
 
 

@@ -275,6 +275,16 @@ def test_a_sweep_without_a_home_makes_no_tilde_either(command, monkeypatch, tmp_
     assert command("prompt=x", "output_dir=~old/x").output_dir == "~old/x"
 
 
+def test_a_time_of_day_is_a_run_name_where_the_system_takes_colons(command, tmp_path, monkeypatch):
+    name = "2026-11-28_18:50:14"
+    assert command(f"run_name={name}", "prompt=x").run_name == name
+    command("-m", f"run_name={name}", "prompt=x", "seed=1,2", "output_dir=out")
+    assert (tmp_path / "out" / name / "multirun.yaml").exists()
+    monkeypatch.setattr("fluxbatch.config.COLONS", False)
+    command(f"run_name={name}", "prompt=x", expect=2)
+    assert "and without colons" in command.err
+
+
 def test_run_name_of_a_prompt_tells_settings_apart(command):
     names = [
         command("prompt=A red apple!", *more).run_name
@@ -438,6 +448,8 @@ WRONG = [
     ("filename=.fluxbatch/{id}", "output.filename=.fluxbatch/{id}", "hidden"),
     ("run_name=../x", "run_name=../x", "relative"),
     ("run_name=", "run_name=", "a name"),
+    (r"run_name='a\b'", "run_name=a\\b", "backslashes"),
+    ("filename={i}:x", "output.filename={i}:x", "without colons"),
     ("output_dir=", "output_dir=", "a path"),
     ("output_dir=gs:/bucket/out", "output_dir=gs:/bucket/out", "expected gs://bucket/out"),
     ("pretrained_model_name_or_path=gs:/b/m", "model.pretrained_model_name_or_path=gs:/b/m", "expected gs://b/m"),

@@ -21,7 +21,7 @@ from fluxbatch.dist import hosts
 from fluxbatch.dist.hosts import HEARTBEAT
 from fluxbatch.dist.replica import hold_port
 from fluxbatch.io.storage import StorageError
-from fluxbatch.types import UserError
+from fluxbatch.types import Exit, UserError
 
 KILLS = int(os.environ.get("FLUXBATCH_SOAK", "2"))
 ROWS = 640  # three seconds at 200 a second: whoever interferes must not come too late
@@ -130,9 +130,18 @@ def test_a_signal_to_one_drains_all(tmp_path, cache, number):
     assert len(metadata(tmp_path / "run")) == pictures(tmp_path / "run")
 
 
-@pytest.mark.parametrize(("error", "code"), [(UserError("a typo"), 2), (StorageError("a full disk", unforeseen=True), 1), (RuntimeError("a bug"), 1)])
+def busy():
+    """What a start is told while another one is at work."""
+    error = StorageError("another start is at work")
+    error.code = Exit.PREEMPTED
+    return error
+
+
+@pytest.mark.parametrize(("error", "code"), [
+    (UserError("a typo"), 2), (StorageError("a full disk", unforeseen=True), 1), (RuntimeError("a bug"), 1), (busy(), 75),
+])  # fmt: skip
 def test_a_process_ends_as_the_one_that_failed(monkeypatch, error, code):
-    """2 tells schedulers never to try again, whichever process says it."""
+    """2 tells schedulers never to try again, 75 that they shall, whichever process says it."""
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     words = [0, 0]
 

@@ -45,6 +45,12 @@ ARRAY = {"SLURM_ARRAY_TASK_ID": "5", "SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_T
     (None, None, {"JOB_COMPLETION_INDEX": "1", "TPU_WORKER_HOSTNAMES": "a,b"}, (0, 1)),
     (None, None, {"BATCH_TASK_INDEX": "1", "BATCH_TASK_COUNT": "2", "JAX_NUM_PROCESSES": "2"}, (0, 1)),
     (None, None, {"SLURM_PROCID": "3", "SLURM_NTASKS": "4"}, (0, 1)),
+    # Said outright that it is the only one.
+    (None, 1, ARRAY, (0, 1)),
+    (None, 1, {"BATCH_TASK_INDEX": "3", "BATCH_TASK_COUNT": "16"}, (0, 1)),
+    (None, 1, {"JOB_COMPLETION_INDEX": "3"}, (0, 1)),
+    (None, 1, {"SLURM_ARRAY_TASK_ID": "x"}, (0, 1)),
+    (None, None, {"JOB_COMPLETION_INDEX": "", "JAX_NUM_PROCESSES": ""}, (0, 1)),
     # Nor is a sweep's job a replica of the others.
     (None, None, ARRAY | {"SUBMITIT_EXECUTOR": "slurm"}, (0, 1)),
     (1, 2, ARRAY | {"SUBMITIT_EXECUTOR": "slurm"}, (1, 2)),
@@ -60,16 +66,24 @@ def test_the_scheduler_says_which_replica_this_is(index, count, env, expected):
     (1, None, {}, "replica_index=1, replica_count=1"),
     (None, None, {"BATCH_TASK_INDEX": "x", "BATCH_TASK_COUNT": "2"}, "BATCH_TASK_INDEX=x"),
     (None, None, ARRAY | {"SLURM_ARRAY_TASK_COUNT": "5"}, "evenly spaced"),
+    (None, 2, ARRAY, r"replica_index=4 \(SLURM_ARRAY_TASK_ID=5\), replica_count=2: .* replica_count=1"),
+    (9, None, ARRAY, "replica_index=9, SLURM_ARRAY_TASK_COUNT=8: expected an index from 0 to 7"),
 ])  # fmt: skip
 def test_an_unclear_replica_is_a_mistake(index, count, env, word):
     with pytest.raises(UserError, match=word):
         find(index, count, env)
 
 
-def test_overwriting_is_for_one_replica(cli, golden, tmp_path):
+def test_overwriting_is_for_one_replica(cli, golden, tmp_path, monkeypatch):
     code, err = cli(f"pretrained_model_name_or_path={golden / 'dev'}", "prompt=a fox", f"output_dir={tmp_path}", "overwrite=true",
                     "replica_index=0", "replica_count=2")  # fmt: skip
-    assert code == 2 and "overwrite=true, replica_count=2" in err and len(err.splitlines()) == 1
+    assert code == 2 and "overwrite=true, replica_count=2: expected one replica" in err and len(err.splitlines()) == 1
+    for name, value in ARRAY.items():
+        monkeypatch.setenv(name, value)
+    words = f"pretrained_model_name_or_path={golden / 'dev'}", "prompt=a fox", f"output_dir={tmp_path}", "overwrite=true"
+    code, err = cli(*words)
+    assert code == 2 and "overwrite=true, replica_count=8 (SLURM_ARRAY_TASK_COUNT=8): expected one replica" in err
+    assert cli(*words, "replica_count=1", "resolution=16", "num_inference_steps=1", "max_sequence_length=24")[0] == 0
 
 
 def test_images_that_were_written_over_are_made_again_by_the_next_start(cli, golden, tmp_path, monkeypatch):

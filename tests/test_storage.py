@@ -6,6 +6,7 @@ import contextlib
 import errno
 import gzip
 import os
+import pathlib
 import stat
 import subprocess
 import sys
@@ -147,6 +148,19 @@ def test_every_write_is_synced_before_and_after_its_rename(tmp_path, monkeypatch
     store.write("a", b"x")
     store.write("b", b"x", if_absent=True)
     assert steps == ["fsync", "replace", "fsync", "fsync", "link", "fsync"]
+
+
+def test_a_file_system_without_colons_is_named(tmp_path, monkeypatch):
+    """exFAT and SMB, which Linux mounts as well."""
+
+    def refuses(*_, **__):
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    monkeypatch.setattr(pathlib.Path, "mkdir", refuses)
+    for name, said in (("18:50:14", True), ("plain", False)):
+        with pytest.raises(StorageError, match="invalid argument") as caught:
+            LocalStore(str(tmp_path / name)).write("a", b"x")
+        assert ("not every file system takes a name with ':'" in str(caught.value)) == said
 
 
 @pytest.mark.parametrize(("first", "second", "refused"), [(False, False, True), (False, True, True), (True, False, True), (True, True, False)])

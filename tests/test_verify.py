@@ -84,7 +84,7 @@ def test_a_run_that_is_at_work_is_not_repaired(run, command):
     damage(run)
     with open_store(str(run)).hold(LOCK, shared=True):
         code, text = command(f"output_dir={run.parent}", "run_name=demo", "repair=true")
-    assert code == 2 and "repaired" not in text and f"error: another start is at work in {run}" in text
+    assert code == 75 and "repaired" not in text and f"error: another start is at work in {run}" in text
     assert command(f"output_dir={run.parent}", "run_name=demo", "repair=true")[0] == 3
 
 

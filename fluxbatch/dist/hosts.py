@@ -12,7 +12,6 @@ import importlib.util
 import os
 import secrets
 import signal
-import socket
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,6 +21,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from fluxbatch.dist import join
+from fluxbatch.dist.peers import ALONE
 from fluxbatch.types import Exit, Row, UserError
 
 PLATFORMS = {"cpu": "cpu", "gpu": "cuda", "tpu": "tpu"}
@@ -29,8 +30,6 @@ REMOTE = {"gs": "gcsfs", "s3": "s3fs"}  # through what JAX writes its cache wher
 XLA_TUNING = "xla_gpu_per_fusion_autotune_cache_dir"  # XLA's own cache within JAX's
 GPU_SHARES = "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"  # JAX's names for it; it refuses to be told both
 HEARTBEAT, SHUTDOWN = 30, 15  # seconds until a silent peer counts as lost, and that an exit waits for peers
-# How schedulers whose processes JAX finds by itself say how many there are.
-COUNTED_BY = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
 
 
 def tell_compiler(xla: Sequence[str], libtpu: Sequence[str]) -> None:
@@ -59,58 +58,28 @@ def start(platform: str, cache_dir: str | None, writable: bool = True) -> str:
     scheme, remote, _ = (cache_dir or "").partition("://")
     if remote and not (scheme in REMOTE and importlib.util.find_spec(REMOTE[scheme])):
         raise UserError(f"jax_cache_dir={cache_dir}: expected a local directory, null, or gs://bucket/prefix where gcsfs is installed")
+    asked, instead = f"hardware={platform}", ""
     if platform != "auto":
         jax.config.update("jax_platforms", PLATFORMS[platform])
+    elif told := next((name for name in ("JAX_PLATFORMS", "JAX_PLATFORM_NAME") if os.environ.get(name)), None):
+        asked, instead = f"{told}={os.environ[told]}", f"; expected a platform of this machine, or {told} unset for the best there is"
     if cache_dir:
         jax.config.update("jax_compilation_cache_dir", cache_dir)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2 if writable else 1e9)
-    _join()
+    join.join(HEARTBEAT, SHUTDOWN)
     try:
         found = jax.default_backend()
     except (RuntimeError, AssertionError) as error:  # of a missing cuda jax 0.10 has nothing to say but that
         reason = next(iter(str(error).splitlines()), "no such device is visible")
-        raise UserError(f"hardware={platform}: JAX finds none here: {reason}") from error
+        raise UserError(f"{asked}: JAX finds none here: {reason}{instead}") from error
     if platform not in ("auto", found):
-        raise UserError(f"hardware={platform}: this process already runs on {found}")
+        raise UserError(f"{asked}: this process already runs on {found}")
     if found == "gpu" and cache_dir and not remote:
         tuning = os.path.join(cache_dir, XLA_TUNING)
         if not (writable and (os.access(tuning, os.W_OK) or not os.path.exists(tuning))):
             # a write that fails would end XLA's compiling
             jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
     return found
-
-
-def _join() -> None:
-    """Joins the replica that the environment speaks of: JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
-    JAX_PROCESS_ID, or a scheduler's own variables. Nothing at all for one process."""
-    if jax.distributed.is_initialized():
-        return
-    patience = {"heartbeat_timeout_seconds": HEARTBEAT, "shutdown_timeout_seconds": SHUTDOWN}
-    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-    address, count, index = (os.environ.get(name) for name in names)
-    if count is not None:
-        if not (count.isdecimal() and index is not None and index.isdecimal() and int(index) < int(count)):
-            raise UserError(f"JAX_NUM_PROCESSES={count}, JAX_PROCESS_ID={index}: expected a count and an index below it")
-        if int(count) > 1:
-            _check_coordinator(address, here=int(index) == 0)
-            jax.distributed.initialize(address, int(count), int(index), **patience)
-    elif any(int(os.environ.get(name) or 1) > 1 for name in COUNTED_BY) or "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
-        jax.distributed.initialize(**patience)
-
-
-def _check_coordinator(address: str | None, here: bool) -> None:
-    """Refuses what would make JAX crash or, where that port is another replica's, take its processes for this one's."""
-    host, _, port = (address or "").rpartition(":")
-    if not (host and port.isdecimal() and 0 < int(port) < 2**16):
-        raise UserError(f"JAX_COORDINATOR_ADDRESS{f'={address}' if address else ' is not set'}: expected host:port of process 0")
-    if not here:
-        return
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what the last start left there is no hindrance
-        try:
-            probe.bind(("", int(port)))
-        except OSError as error:
-            raise UserError(f"JAX_COORDINATOR_ADDRESS={address}: process 0 cannot listen there: {error.strerror}") from error
 
 
 def start_id() -> str:
@@ -145,7 +114,7 @@ def together() -> Iterator[None]:
     except BaseException as error:
         if is_loss(error):
             lost(error)
-        _exchange(_MISTAKE if isinstance(error, UserError) and error.code == Exit.BAD_INPUT else _FAILED)
+        _exchange(_FAILED + (error.code if isinstance(error, UserError) else 1))
         raise
     meet()
 
@@ -172,10 +141,11 @@ def agree(what: str, values: Iterable[object]) -> None:
         whole.update(repr(value).encode("utf-8", "surrogatepass"))
     words = _exchange(int.from_bytes(whole.digest()[:4]) % _FAILED)
     if odd := [i for i, other in enumerate(words) if other != words[0]]:
-        raise KnownToAll(f"process {odd[0]} of this replica sees another {what} than process 0: the same files and settings are needed")
+        line = f"process {odd[0]} of this replica sees another {what} than process 0: the same files and settings are needed"
+        raise KnownToAll(f"{line}; processes with a job of their own each are started with {ALONE} set")
 
 
-_FAILED, _MISTAKE = 2**32 - 2, 2**32 - 1  # the words of a process that fails, and that would at another start
+_FAILED = 2**32 - 256  # from here on: the word of a process that fails, with its exit code
 
 
 def _exchange(word: int) -> list[int]:
@@ -186,7 +156,7 @@ def _exchange(word: int) -> list[int]:
     if word < _FAILED <= max(words):
         who = next(i for i, other in enumerate(words) if other >= _FAILED)
         known = KnownToAll(f"process {who} of this replica has failed, and says why")
-        known.code = Exit.BAD_INPUT if words[who] == _MISTAKE else 1  # as its own
+        known.code = words[who] - _FAILED
         raise known
     return words
 

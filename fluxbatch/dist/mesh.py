@@ -14,6 +14,8 @@ from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from fluxbatch.dist.peers import ALONE
+
 # data: every device has its own images and all weights; fsdp: its own images and a part of the weights,
 # gathered layer by layer. The devices of the other two make the same images: context divides their
 # tokens, tensor their heads and hidden units with the weights of these. The most talkative come last,
@@ -91,7 +93,11 @@ def open_mesh(ici: Sequence[int], dcn: Sequence[int], devices: Sequence[jax.Devi
     if _slices(devices) == 1 and processes % across:
         raise ValueError(f"dcn_data_parallelism={outer[0]} × dcn_fsdp_parallelism={outer[1]}: {processes} processes cannot be divided by {across}")
     if processes > 1 and count != len(devices):
-        raise ValueError(f"the sharding takes {count} devices, the {processes} processes have {len(devices)}: all must be taken; sharding=ddp does")
+        raise ValueError(
+            f"the sharding takes {count} devices, the {processes} processes have {len(devices)}: all must be taken, as "
+            "sharding=ddp does where they share one job; where each has its own, "
+            f"start them with {ALONE} set: srun env {ALONE} …"
+        )
     return make_mesh(inner, outer, devices)
 
 

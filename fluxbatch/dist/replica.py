@@ -10,6 +10,10 @@ from typing import NamedTuple
 from fluxbatch.types import UserError
 
 
+_INDICES = "SLURM_ARRAY_TASK_ID", "BATCH_TASK_INDEX", "JOB_COMPLETION_INDEX"
+_COUNTS = "SLURM_ARRAY_TASK_COUNT", "BATCH_TASK_COUNT"
+
+
 class Replica(NamedTuple):
     index: int
     count: int
@@ -32,25 +36,35 @@ def find(index: int | None, count: int | None, env: Mapping[str, str] = os.envir
     Cloud Batch number a replica's processes just as well, so they count only where this process has no peers;
     an indexed Kubernetes job does not say how many there are, so there the count must be given.
     """
+    if count == 1 and index is None:  # said outright: whatever else runs is none of its replicas
+        return Replica(0, 1)
     found_index, found_count = _scheduled(env)
+    said = [f"replica_index={index}", f"replica_count={count}"]
     if count is None:
         count = found_count if found_count is not None else 1
-    if index is None:
-        index = found_index if found_index is not None and (found_count is not None or count > 1) else None
+        said[1] = counted_by(env) if found_count is not None else f"replica_count={count}"
+    if index is None and found_index is not None and (found_count is not None or count > 1):
+        index = found_index
+        said[0] = f"replica_index={index} ({', '.join(f'{name}={env[name]}' for name in _INDICES if name in env)})"
     if index is None:
         if count > 1:
             raise UserError(f"replica_count={count}: expected replica_index as well; no scheduler says which replica this is")
         index = 0
     if not 0 <= index < count:
-        raise UserError(f"replica_index={index}, replica_count={count}: expected an index from 0 to {count - 1}")
+        raise UserError(f"{', '.join(said)}: expected an index from 0 to {count - 1}; replica_count=1 for a job by itself")
     return Replica(index, count)
+
+
+def counted_by(env: Mapping[str, str] = os.environ) -> str:
+    """The variables that say how many replicas there are, where the job does not."""
+    return ", ".join(f"{name}={env[name]}" for name in _COUNTS if name in env)
 
 
 def _scheduled(env: Mapping[str, str]) -> tuple[int | None, int | None]:
     """The index and the count that a scheduler has left in the environment."""
 
     def number(name: str) -> int | None:
-        value = env.get(name)
+        value = env.get(name) or None  # templates leave empty what they have no value for
         if value is not None and not value.isdecimal():
             raise UserError(f"{name}={value}: expected a whole number; replica_index and replica_count may be given instead")
         return None if value is None else int(value)

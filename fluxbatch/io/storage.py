@@ -18,7 +18,7 @@ from collections.abc import Iterator, Set
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
-from fluxbatch.types import UserError
+from fluxbatch.types import Exit, UserError
 
 # What no retry and no other row can cure: these stop the job.
 _FATAL_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
@@ -211,7 +211,9 @@ class LocalStore:
         try:
             if not _lock(file, shared):
                 who = os.read(file, 1000).decode("utf-8", "replace").strip()
-                raise StorageError(f"another start is at work in {self.url} ({who}): wait for its end, or give another run_name=…")
+                busy = StorageError(f"another start is at work in {self.url} ({who}): wait for its end, or give another run_name=…")
+                busy.code = Exit.PREEMPTED  # nobody's mistake, and it passes: schedulers try this code again
+                raise busy
             with contextlib.suppress(OSError):  # who it is, as far as it can be told to others
                 os.ftruncate(file, 0)
                 os.write(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
@@ -249,6 +251,8 @@ def _translated(place: str) -> Iterator[None]:
         raise NotFound(f"{place}: no such file") from None
     except OSError as error:
         reason = (error.strerror or type(error).__name__).lower()
+        if error.errno == errno.EINVAL and ":" in place:  # exFAT, SMB
+            reason += " (not every file system takes a name with ':')"
         raise StorageError(f"{place}: {reason}", fatal=error.errno in _FATAL_ERRNOS, unforeseen=error.errno in _UNFORESEEN) from error
     except UnicodeEncodeError as error:
         reason = f"file names are {error.encoding} by this locale: set PYTHONUTF8=1 or a UTF-8 locale"
