@@ -8,8 +8,8 @@ from typing import NoReturn
 
 from omegaconf import MISSING
 
-from fluxbatch import cli
-from fluxbatch.config import Job, shown
+from fluxbatch.config import application
+from fluxbatch.config.schema import Job, shown
 from fluxbatch.types import Exit, UserError, at_home
 
 
@@ -20,11 +20,11 @@ class Convert(Job):
 
 def convert(job: Convert) -> int:
     """Writes the copy; ``pretrained_model_name_or_path=<to>`` reads it."""
-    from fluxbatch.report import Report
+    from fluxbatch.lora.files import specs
+    from fluxbatch.reporting.terminal import Report
     from fluxbatch.weights import convert as weights
     from fluxbatch.weights.checkpoint import open_checkpoint
-    from fluxbatch.weights.lora_file import specs
-    from fluxbatch.weights.native import dtype_of
+    from fluxbatch.weights.zarr import dtype_of
 
     if adapters := specs(job):
         raise UserError(f"{adapters[0].key}: {adapters[0].path!r}: expected no adapter: a copy is of the checkpoint alone, and is used with any adapter")
@@ -40,7 +40,7 @@ def convert(job: Convert) -> int:
 
 
 def main() -> NoReturn:
-    cli.main(convert, schema=Convert, rows=False, about="convert: a checkpoint as checksummed arrays. to=DIR or gs://bucket/prefix")
+    application.main(convert, schema=Convert, rows=False, about="convert: a checkpoint as checksummed arrays. to=DIR or gs://bucket/prefix")
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from fluxbatch import reference
-from fluxbatch.streams import whoever_reads
+from fluxbatch.config import reference
+from fluxbatch.config.streams import whoever_reads
 from fluxbatch.types import Exit
 
 

@@ -15,13 +15,13 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from fluxbatch import cli
-from fluxbatch.config import Job
+from fluxbatch.config import application
+from fluxbatch.config.schema import Job
 from fluxbatch.types import Exit, Row, UserError
 
 if TYPE_CHECKING:
-    from fluxbatch.chips import Target
-    from fluxbatch.engine import Engine
+    from fluxbatch.distributed.chips import Target
+    from fluxbatch.generation.model_spec import Engine
 
 STAND_INS = 256  # CPU devices in place of a target's chips: they cost 0.1 s
 
@@ -37,9 +37,10 @@ class PlanJob(Job):
 
 def plan(job: PlanJob) -> int:
     """Prints the plan."""
-    from fluxbatch import forecast, remarks
-    from fluxbatch.engine import open_engine
-    from fluxbatch.io.manifest import read_rows
+    from fluxbatch.generation.model_spec import open_engine
+    from fluxbatch.manifest.rows import read_rows
+    from fluxbatch.planning import forecast
+    from fluxbatch.reporting import startup_warnings
     from fluxbatch.weights.published import open_or_known
 
     if job.price_per_chip_hour is not None and not 0 <= job.price_per_chip_hour < float("inf"):
@@ -48,7 +49,7 @@ def plan(job: PlanJob) -> int:
     engine = open_engine(job, target.platform, devices, target.hosts, open_or_known)
     given, rejects = read_rows(job, multiple=engine.multiple)
     rows = engine.resolve(given)
-    for line in remarks.mixed(engine, given):
+    for line in startup_warnings.mixed(engine, given):
         print(f"fluxbatch: {line}", file=sys.stderr)
     for line in forecast.lines(job, engine, target, rows, _todo(job, engine, rows), rejects, job.price_per_chip_hour, _ahead(job, target)):
         print(line, flush=True)
@@ -57,11 +58,11 @@ def plan(job: PlanJob) -> int:
 
 def _todo(job: PlanJob, engine: Engine, rows: Sequence[Row]) -> Sequence[Row]:
     """The rows that the output place has no image of, as far as its records can be read; writes nothing there."""
-    from fluxbatch import remarks
-    from fluxbatch.io.ledger import read_records
-    from fluxbatch.io.match import difference, digest, key_under, match
-    from fluxbatch.io.place import JOB
-    from fluxbatch.io.storage import NotFound, StorageError, join, open_store
+    from fluxbatch.reporting import startup_warnings
+    from fluxbatch.results.ledger import read_records
+    from fluxbatch.results.location import JOB
+    from fluxbatch.results.resume import difference, digest, key_under, match
+    from fluxbatch.storage.base import NotFound, StorageError, join, open_store
 
     facts = json.loads(json.dumps(engine.facts | job.output.facts()))  # as the place has them
     try:
@@ -73,7 +74,7 @@ def _todo(job: PlanJob, engine: Engine, rows: Sequence[Row]) -> Sequence[Row]:
             print(f"fluxbatch: every row is planned, as {store.url} holds a job with another configuration: {'; '.join(changed)}", file=sys.stderr)
             return rows
         lost = store.missing({record["file_name"] for record in read_records(store)})
-        for line in remarks.lost(sorted(lost)):
+        for line in startup_warnings.lost(sorted(lost)):
             print(f"fluxbatch: {line}", file=sys.stderr)
         there = (record for record in read_records(store) if record["file_name"] not in lost)
         places = {(record["id"], record["key"]): record["index"] for record in there}
@@ -87,7 +88,7 @@ def _todo(job: PlanJob, engine: Engine, rows: Sequence[Row]) -> Sequence[Row]:
 
 def _ahead(job: PlanJob, target: Target) -> bool:
     """Whether to compile ahead of time; UserError if that is asked for and cannot be."""
-    from fluxbatch import aot
+    from fluxbatch.planning import aot
 
     here, tpu = job.target is None or target.platform == "cpu", target.platform == "tpu"
     if job.aot is None:
@@ -104,14 +105,13 @@ def _ahead(job: PlanJob, target: Target) -> bool:
 def _machine(job: PlanJob) -> tuple[Target, Any]:
     """The target and devices of this process in its place, None for all that there are."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a GPU may be at work for others
-    from fluxbatch import chips
-    from fluxbatch.dist import hosts
+    from fluxbatch.distributed import chips, process_group
 
     wanted = job.hardware.platform.name
     if job.target is None:
         import jax
 
-        platform, devices = hosts.start(wanted, None), jax.devices()
+        platform, devices = process_group.start(wanted, None), jax.devices()
         kind = devices[0].device_kind
         return chips.Target(f"this machine, {kind}", platform, chips.of_kind(kind), len(devices), jax.process_count()), None
     target = chips.target(job.target)
@@ -133,7 +133,7 @@ def _stand_ins(target: Target) -> list[Any]:
 
 
 def main() -> NoReturn:
-    cli.main(plan, schema=PlanJob, about="plan: what a run of the same command line would do, need and cost (target=…, price_per_chip_hour=…).")
+    application.main(plan, schema=PlanJob, about="plan: what a run of the same command line would do, need and cost (target=…, price_per_chip_hour=…).")
 
 
 if __name__ == "__main__":

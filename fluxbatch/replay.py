@@ -17,10 +17,10 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import MISSING, OmegaConf
 
-from fluxbatch import cli
-from fluxbatch.config import DType, Job, shown
-from fluxbatch.io.match import mix
-from fluxbatch.io.storage import Store, open_store
+from fluxbatch.config import application
+from fluxbatch.config.schema import DType, Job, shown
+from fluxbatch.results.resume import mix
+from fluxbatch.storage.base import Store, open_store
 from fluxbatch.types import Exit, Row, UserError
 
 # Where things are, and how they are computed here: may be another than when the row was made
@@ -46,18 +46,18 @@ def replay(job: ReplayJob) -> int:
     import numpy as np
     import yaml
 
-    from fluxbatch import text
-    from fluxbatch.dist import hosts
-    from fluxbatch.engine import open_engine
-    from fluxbatch.finish import CONFIG
-    from fluxbatch.io import cache
-    from fluxbatch.io.images import decode, pixel_sha256
-    from fluxbatch.io.ledger import METADATA, read_records
-    from fluxbatch.io.log import object_of
-    from fluxbatch.io.match import difference
-    from fluxbatch.io.storage import NotFound, join
+    from fluxbatch.distributed import process_group
+    from fluxbatch.generation import prompts
+    from fluxbatch.generation.model_spec import open_engine
+    from fluxbatch.results.image_files import decode, pixel_sha256
+    from fluxbatch.results.ledger import METADATA, read_records
+    from fluxbatch.results.resume import difference
+    from fluxbatch.results.writer import PROGRAM, encoded
+    from fluxbatch.session.finalize import CONFIG
+    from fluxbatch.storage import cache
+    from fluxbatch.storage.base import NotFound, join
+    from fluxbatch.storage.log import object_of
     from fluxbatch.verify import fault_of
-    from fluxbatch.writer import PROGRAM, encoded
 
     anew = _anew()
     saved = None if job.save is None else _place_of(job.save)
@@ -80,18 +80,18 @@ def replay(job: ReplayJob) -> int:
         raise UserError(f"id={job.id}: {store.url} has no record of such a row, nor of such an image")
     recorded = _recorded(job, found, facts, record, anew)
 
-    hosts.tell_compiler(recorded.hardware.xla_flags, recorded.hardware.libtpu_init_args)
+    process_group.tell_compiler(recorded.hardware.xla_flags, recorded.hardware.libtpu_init_args)
     programs = cache.find("jax_cache_dir", recorded.jax_cache_dir)
     if programs.error and "jax_cache_dir" in anew:
         raise programs.error  # else the directory was another machine's
-    engine = open_engine(recorded, hosts.start(recorded.hardware.platform.name, programs.path, programs.writable))
+    engine = open_engine(recorded, process_group.start(recorded.hardware.platform.name, programs.path, programs.writable))
     for line in difference(facts, engine.facts):
         print(f"changed since: {line}")
     # all rows decide how adapters are applied, as they did then
     pipeline = engine.pipeline(engine.resolve([_row(record) for record in records]))
     # by the same programs: rounding is another in a batch of another size
     rows = [_row(record)] * (engine.ways * recorded.sharding.per_device_batch_size)
-    states = text.encode(rows, engine.tokenizers, pipeline, len(rows))
+    states = prompts.encode(rows, engine.tokenizers, pipeline, len(rows))
     pipeline.encoders_out(again=False)
     pixels, finite = pipeline.decode(pipeline.denoise(rows, *states.batch(rows)), record["height"], record["width"])
     made = np.asarray(pixels)[0]
@@ -126,7 +126,7 @@ def replay(job: ReplayJob) -> int:
 
 def _place_of(path: str) -> tuple[Store, str, str]:
     """The folder, name and format that a path means; UserError where there is something already."""
-    from fluxbatch.io.images import EXTENSIONS
+    from fluxbatch.results.image_files import EXTENSIONS
 
     folder, _, name = os.path.expanduser(path).rpartition("/")
     formats = {extension: form for form, extension in EXTENSIONS.items()} | {".jpeg": "jpeg"}
@@ -171,7 +171,7 @@ def _row(record: dict[str, Any]) -> Row:
 
 def main() -> NoReturn:
     about = "replay: make one row again from its record and compare pixels (output_dir=…, run_name=…, id=…, save=…)."
-    cli.main(replay, schema=ReplayJob, rows=False, about=about)
+    application.main(replay, schema=ReplayJob, rows=False, about=about)
 
 
 if __name__ == "__main__":

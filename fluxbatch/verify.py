@@ -16,13 +16,13 @@ from typing import NoReturn
 
 from tqdm import tqdm
 
-from fluxbatch import cli
-from fluxbatch.config import Job
-from fluxbatch.io.images import decode, parameters, pixel_sha256
-from fluxbatch.io.ledger import HIDDEN, IMAGES, METADATA, RECORDS, Record, read_records, remove
-from fluxbatch.io.log import Log, in_parallel
-from fluxbatch.io.place import LOCK, SHEET
-from fluxbatch.io.storage import NotFound, Store, join, open_store
+from fluxbatch.config import application
+from fluxbatch.config.schema import Job
+from fluxbatch.results.image_files import decode, parameters, pixel_sha256
+from fluxbatch.results.ledger import HIDDEN, IMAGES, METADATA, RECORDS, Record, read_records, remove
+from fluxbatch.results.location import LOCK, SHEET
+from fluxbatch.storage.base import NotFound, Store, join, open_store
+from fluxbatch.storage.log import Log, in_parallel
 from fluxbatch.types import Exit, UserError
 
 _AT_ONCE = 64  # images read and decoded before the next are asked for
@@ -135,7 +135,7 @@ def _windows(records: Iterable[Record]) -> Iterator[list[Record]]:
 
 
 def main() -> NoReturn:
-    cli.main(
+    application.main(
         verify,
         schema=VerifyJob,
         rows=False,

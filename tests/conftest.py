@@ -65,7 +65,7 @@ def filled(module):
 def nothing_is_kept():
     """No weights pass from a sweep in one test to another test."""
     yield
-    if engine := sys.modules.get("fluxbatch.engine"):
+    if engine := sys.modules.get("fluxbatch.generation.model_spec"):
         engine._kept.clear()
 
 

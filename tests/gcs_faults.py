@@ -21,7 +21,7 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from pathlib import Path
 
-from fluxbatch.dist.replica import hold_port
+from fluxbatch.distributed.replica import hold_port
 
 KINDS = ("503", "429", "reset", "lost answer", "stall", "cut short")
 

@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 
-from fluxbatch.config import ImageFormat, Job, LoraConfig, ManifestErrors, OnError, Output, Sampler
+from fluxbatch.config.schema import ImageFormat, Job, LoraConfig, ManifestErrors, OnError, Output, Sampler
 from fluxbatch.types import Row
 
 

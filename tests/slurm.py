@@ -11,7 +11,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 
-from fluxbatch.dist.replica import hold_port
+from fluxbatch.distributed.replica import hold_port
 
 DAEMONS = ("slurmctld", "slurmd", "munged", "unshare")
 NODES = ("fb0", "fb1")

@@ -93,7 +93,7 @@ for length in (4352, 4608):
 def test_splash_compiles_for_tpu(chip):
     """FLUX.1's lengths, by libtpu, with the limit that conf/hardware sets."""
     pytest.importorskip("libtpu", reason="needs .[tpu]")
-    from fluxbatch import aot
+    from fluxbatch.planning import aot
 
     done = subprocess.run([sys.executable, "-c", COMPILE, chip], env=os.environ | aot.ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -13,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import MISSING, OmegaConf
 
-from fluxbatch import cli, config, overrides
-from fluxbatch.config import Job
+from fluxbatch.config import application, overrides, schema
+from fluxbatch.config.schema import Job
 from fluxbatch.convert import Convert, convert
 from fluxbatch.types import UserError
 
-GROUPS = {d.name: sorted(f.stem for f in d.glob("*.yaml")) for d in cli.CONF.iterdir() if d.is_dir()}
+GROUPS = {d.name: sorted(f.stem for f in d.glob("*.yaml")) for d in application.CONF.iterdir() if d.is_dir()}
 
 # The parameters people know from MaxDiffusion: bare name → (full key, a value as typed, what it means).
 SEED = {
@@ -37,9 +37,9 @@ SEED = {
     "time_shift": ("sampler.time_shift", "true", True),
     "base_shift": ("sampler.base_shift", "0.5", 0.5),
     "max_shift": ("sampler.max_shift", "1.15", 1.15),
-    "weights_dtype": ("hardware.weights_dtype", "bfloat16", config.DType.bfloat16),
-    "activations_dtype": ("hardware.activations_dtype", "float32", config.DType.float32),
-    "attention": ("hardware.attention", "cudnn_flash_te", config.Attention.cudnn_flash_te),
+    "weights_dtype": ("hardware.weights_dtype", "bfloat16", schema.DType.bfloat16),
+    "activations_dtype": ("hardware.activations_dtype", "float32", schema.DType.float32),
+    "attention": ("hardware.attention", "cudnn_flash_te", schema.Attention.cudnn_flash_te),
     "split_head_dim": ("hardware.split_head_dim", "False", False),
     "offload_encoders": ("hardware.offload_encoders", "false", False),
     "flash_block_sizes": ("hardware.flash_block_sizes", '{"block_q": 2176}', {"block_q": 2176}),
@@ -55,7 +55,7 @@ SEED = {
     "output_dir": ("output_dir", "gs://bucket/a b", "gs://bucket/a b"),
     "seed": ("seed", "7", 7),
     "jax_cache_dir": ("jax_cache_dir", "/c", "/c"),
-    "hardware": ("hardware.platform", "cpu", config.Platform.cpu),
+    "hardware": ("hardware.platform", "cpu", schema.Platform.cpu),
 }
 ADAPTER = ["lora_model_name_or_path=[a]", "weight_name=[w]", "adapter_name=[n]", "scale=[1]", "from_pt=[true]"]
 
@@ -69,7 +69,7 @@ class Command:
     def __call__(self, *argv, expect=0, schema=Job, rows=True, task=None):
         self.jobs = []
         with pytest.raises(SystemExit) as exit:
-            cli.main(task or self.task, schema=schema, rows=rows, argv=argv)
+            application.main(task or self.task, schema=schema, rows=rows, argv=argv)
         self.out, self.err = self.capsys.readouterr()
         assert exit.value.code == expect, self.err
         return self.jobs[0] if len(self.jobs) == 1 else self.jobs
@@ -102,7 +102,7 @@ def value_at(job, key):
 @pytest.mark.parametrize("turn", range(max(map(len, GROUPS.values()))))
 def test_every_option_composes(command, turn):
     job = command("prompt=x", *(f"{group}={names[turn % len(names)]}" for group, names in GROUPS.items()))
-    assert type(job) is Job and type(job.sampler) is config.Sampler
+    assert type(job) is Job and type(job.sampler) is schema.Sampler
     assert MISSING not in OmegaConf.to_yaml(OmegaConf.structured(job))
 
 
@@ -134,8 +134,8 @@ def test_fsdp_keeps_the_encoders_in_place(command):
 
 
 def test_every_default_has_a_comment():
-    values = cli.CONF.joinpath("config.yaml").read_text().partition("\nhydra:")[0].partition("_self_\n")[2]
-    texts = [path.read_text() for path in cli.CONF.glob("*/*.yaml")]
+    values = application.CONF.joinpath("config.yaml").read_text().partition("\nhydra:")[0].partition("_self_\n")[2]
+    texts = [path.read_text() for path in application.CONF.glob("*/*.yaml")]
     for text in [values, *(text for text in texts if "_self_" not in text)]:  # the others only say what differs
         keys = [line for line in text.splitlines() if re.match(r" *[a-z]\w*: .", line)]
         assert [line for line in keys if "#" not in line] == []
@@ -147,8 +147,8 @@ def test_every_key_is_read():
 
 def unread_keys():
     """Leaf keys that no code below the command line mentions."""
-    package = Path(config.__file__).parent
-    own = {"config.py", "overrides.py"}
+    package = Path(schema.__file__).parents[1]
+    own = {"schema.py", "overrides.py"}
     code = "\n".join(p.read_text() for p in package.rglob("*.py") if p.name not in own)
     return [key for key in overrides.leaves(Job) if not re.search(rf"\b{key.rpartition('.')[2]}\b", code)]
 
@@ -327,7 +327,7 @@ def own(tmp_path):
 
 def test_own_config_directory(command, own):
     job = command(own, "prompt=x", "lora=[anime,realistic]", "lora.anime.scale=0.3", "model=mine")
-    assert job.lora["anime"] == config.LoraAdapter("/x/anime.safetensors", None, 0.3, True)
+    assert job.lora["anime"] == schema.LoraAdapter("/x/anime.safetensors", None, 0.3, True)
     assert list(job.lora) == ["anime", "realistic"]
     assert (job.model.pretrained_model_name_or_path, job.sampler.num_inference_steps) == ("/m", 28)
     job = command(own, "--config-name=nightly", "hardware=cpu")
@@ -499,7 +499,7 @@ def test_a_wrong_word_is_one_line(command, word, named, hint):
 def test_an_address_that_has_lost_a_slash_makes_no_directory(command, tmp_path, monkeypatch):
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
-    monkeypatch.setattr(cli, "_scratch", cli._scratch.__wrapped__)
+    monkeypatch.setattr(application, "_scratch", application._scratch.__wrapped__)
     command("manifest=gs:/bucket/a.jsonl", expect=2)
     assert command.lines == ["fluxbatch: error: manifest=gs:/bucket/a.jsonl: expected gs://bucket/a.jsonl"]
     command("to=gs:/bucket/copy", schema=Convert, rows=False, expect=2)
@@ -581,11 +581,11 @@ def test_as_a_process(tmp_path, argv, code, stdout):
     entry = tmp_path / "entry.py"
     entry.write_text(
         "import atexit, sys\n"
-        "from fluxbatch import cli\n"
+        "from fluxbatch.config import application as cli\n"
         "atexit.register(lambda: print('jax imported', file=sys.stderr) if 'jax' in sys.modules else None)\n"
         "cli.main(lambda job: print('ran') or 0)\n"
     )
-    root = str(Path(config.__file__).parents[1])
+    root = str(Path(schema.__file__).parents[2])
     done = subprocess.run(
         [sys.executable, entry, *argv], cwd=tmp_path / "work", env={"PYTHONPATH": root}, capture_output=True, text=True
     )
@@ -600,7 +600,7 @@ def printing(tmp_path):
     entry = tmp_path / "entry.py"
     entry.write_text(
         "import os, sys\n"
-        "from fluxbatch import cli\n"
+        "from fluxbatch.config import application as cli\n"
         "def task(job):\n"
         "    for n in range(job.seed):\n"
         "        print('größer' * 100, flush=job.overwrite)\n"
@@ -608,7 +608,7 @@ def printing(tmp_path):
         "    return 3\n"
         "cli.main(task)\n"
     )
-    root = str(Path(config.__file__).parents[1])
+    root = str(Path(schema.__file__).parents[2])
 
     def start(*words, env=None, by=(), **streams):
         return subprocess.Popen([*by, sys.executable, entry, "prompt=x", *words], env={"PYTHONPATH": root, **(env or {})}, **streams)
@@ -647,15 +647,15 @@ def test_a_closed_output_is_no_mistake(printing):
 @pytest.mark.parametrize("closed", [(2,), (0, 2), (1, 2), (0, 1, 2)], ids=str)
 def test_closed_streams_can_be_written_to_and_no_file_gets_their_numbers(tmp_path, closed):
     entry = tmp_path / "opening.py"
-    entry.write_text("import os, sys\nfrom fluxbatch import cli\ndef task(job):\n    sys.stderr.write('a bar')\n    return os.open(os.devnull, os.O_RDONLY)\n"
+    entry.write_text("import os, sys\nfrom fluxbatch.config import application as cli\ndef task(job):\n    sys.stderr.write('a bar')\n    return os.open(os.devnull, os.O_RDONLY)\n"
                      "cli.main(task)\n")  # fmt: skip
     closing = ["/bin/sh", "-c", f'exec "$@" {" ".join(f"{number}>&-" for number in closed)}', "sh"]
-    root = str(Path(config.__file__).parents[1])
+    root = str(Path(schema.__file__).parents[2])
     assert subprocess.run([*closing, sys.executable, entry, "prompt=x"], env={"PYTHONPATH": root}).returncode == 3
 
 
 def test_the_environment_s_flags_win(monkeypatch):
-    from fluxbatch.dist.hosts import tell_compiler
+    from fluxbatch.distributed.process_group import tell_compiler
 
     monkeypatch.setenv("XLA_FLAGS", "--a=1 --b")
     monkeypatch.delenv("LIBTPU_INIT_ARGS", raising=False)
@@ -666,12 +666,12 @@ def test_the_environment_s_flags_win(monkeypatch):
 @pytest.mark.parametrize("given", [{}, {"XLA_CLIENT_MEM_FRACTION": "0.3"}, {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.3"}])
 def test_the_share_of_a_gpu_is_told_once(monkeypatch, given):
     """JAX knows it by two names, and does not start if it is told both."""
-    from fluxbatch.dist import hosts
+    from fluxbatch.distributed import process_group
 
-    for name in (*hosts.GPU_SHARES, "XLA_FLAGS", "LIBTPU_INIT_ARGS"):
+    for name in (*process_group.GPU_SHARES, "XLA_FLAGS", "LIBTPU_INIT_ARGS"):
         monkeypatch.setenv(name, "")
     for name, value in given.items():
         monkeypatch.setenv(name, value)
-    hosts.tell_compiler([], [])
-    assert [os.environ[name] for name in hosts.GPU_SHARES if os.environ[name]] == list(given.values() or ["0.9"])
-    assert hosts.gpu_share() == (0.3 if given else 0.9)
+    process_group.tell_compiler([], [])
+    assert [os.environ[name] for name in process_group.GPU_SHARES if os.environ[name]] == list(given.values() or ["0.9"])
+    assert process_group.gpu_share() == (0.3 if given else 0.9)

@@ -13,7 +13,7 @@ from test_weights import model, plans
 from test_weights_layouts import FLUX, assert_equal, converted, expected, parameters  # noqa: F401
 
 from fluxbatch.types import UserError
-from fluxbatch.weights import convert, load, native
+from fluxbatch.weights import convert, load, zarr
 from fluxbatch.weights.checkpoint import open_checkpoint
 
 
@@ -37,7 +37,7 @@ def test_conversion_resumes_and_refuses(golden, tmp_path, monkeypatch, expected)
     with pytest.raises(UserError, match="another checkpoint"):
         convert.convert(open_checkpoint(model(golden / "schnell")), str(to), None)
     with pytest.raises(UserError, match="weights_dtype"):
-        convert.convert(checkpoint, str(to), native.BFLOAT16)
+        convert.convert(checkpoint, str(to), zarr.BFLOAT16)
     first = list(wrote)
     wrote.clear()
     monkeypatch.setattr(convert._Writer, "block", lambda self, target, values, name: wrote.append(name) or block(self, target, values, name))
@@ -63,7 +63,7 @@ def test_words_added_to_a_tokenizer_go_along(golden, tmp_path):
 
 def test_conversion_to_another_dtype_is_another_model(golden, tmp_path):
     checkpoint = open_checkpoint(model(golden / "dev"))
-    convert.convert(checkpoint, str(tmp_path / "out"), native.BFLOAT16)
+    convert.convert(checkpoint, str(tmp_path / "out"), zarr.BFLOAT16)
     assert open_checkpoint(model(tmp_path / "out")).digest() != checkpoint.digest()
     only = dict(dtype="bfloat16", only="transformer")
     assert_equal(parameters(golden / "dev", **only), parameters(tmp_path / "out", **only))
@@ -72,25 +72,25 @@ def test_conversion_to_another_dtype_is_another_model(golden, tmp_path):
 @pytest.mark.parametrize("shape,stacked", [((19, 12288, 3072), True), ((38, 3072, 15360), True), ((32128, 4096), False), ((19, 3072), True),
                                            ((512, 512, 3, 3), False), ((3072, 64), False), ((7,), False), ((2, 321, 4096), True)])  # fmt: skip
 def test_chunks_divide_the_shards(shape, stacked):
-    file, chunk = native.grid(shape, stacked, 2)
+    file, chunk = zarr.grid(shape, stacked, 2)
     assert all(f % c == 0 for f, c in zip(file, chunk, strict=True))
     rows = 1 if stacked else 0
     size = 2 * np.prod(chunk)
-    if 2 * np.prod(shape) > native.CHUNK:
-        assert shape[rows] % chunk[rows] == 0 and size >= min(native.CHUNK, 2 * np.prod(shape[rows:]))
+    if 2 * np.prod(shape) > zarr.CHUNK:
+        assert shape[rows] % chunk[rows] == 0 and size >= min(zarr.CHUNK, 2 * np.prod(shape[rows:]))
         wide = next(n for n in (8, 4, 2, 1) if shape[rows] % n == 0)
-        assert (shape[rows] // wide) % chunk[rows] == 0 or size < 2 * native.CHUNK  # 8 devices read only their own
-    assert 2 * np.prod(file) <= 2 * native.SHARD
+        assert (shape[rows] // wide) % chunk[rows] == 0 or size < 2 * zarr.CHUNK  # 8 devices read only their own
+    assert 2 * np.prod(file) <= 2 * zarr.SHARD
 
 
 def test_a_whole_json_of_shapes(golden, tmp_path):
     """What a converted copy says about itself is what is in it."""
     converted(golden / "dev", tmp_path / "out")
-    marker = json.loads((tmp_path / "out" / native.MARKER).read_text())
+    marker = json.loads((tmp_path / "out" / zarr.MARKER).read_text())
     for name, plan in plans(golden / "dev").items():
         assert marker["components"][name].keys() == plan.pieces.keys()
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
-        native.MARKER, "model_index.json", "scheduler", "tokenizer", "tokenizer_2", "transformer", "vae", "text_encoder", "text_encoder_2"}  # fmt: skip
+        zarr.MARKER, "model_index.json", "scheduler", "tokenizer", "tokenizer_2", "transformer", "vae", "text_encoder", "text_encoder_2"}  # fmt: skip
 
 
 def test_the_command(golden, tmp_path, monkeypatch, capsys):
@@ -126,7 +126,7 @@ def test_the_command(golden, tmp_path, monkeypatch, capsys):
 
 
 def load_marker(folder):
-    components = json.loads((folder / native.MARKER).read_text())["components"]
+    components = json.loads((folder / zarr.MARKER).read_text())["components"]
     return [entry["dtype"] for arrays in components.values() for entry in arrays.values()]
 
 
@@ -134,14 +134,14 @@ def load_marker(folder):
 @pytest.mark.parametrize("rows", [(0, None), (5, 11)])
 def test_rows_of_chunks(monkeypatch, tmp_path, shape, stacked, rows):
     """Files of several layers, the last one not full; ranges that begin and end within chunks."""
-    monkeypatch.setattr(native, "CHUNK", 128)
-    monkeypatch.setattr(native, "SHARD", 2 * 24 * 8 * 4)
+    monkeypatch.setattr(zarr, "CHUNK", 128)
+    monkeypatch.setattr(zarr, "SHARD", 2 * 24 * 8 * 4)
     values = np.random.default_rng(0).normal(size=shape).astype(np.float32)
     dtype = np.dtype(np.float32)
-    ts.open(native.spec(str(tmp_path / "a.kernel"), shape, dtype, stacked), create=True).result().write(values).result()
-    arrays = native.Arrays(str(tmp_path))
+    ts.open(zarr.spec(str(tmp_path / "a.kernel"), shape, dtype, stacked), create=True).result().write(values).result()
+    arrays = zarr.Arrays(str(tmp_path))
     entry = {"a.kernel": {"shape": shape, "dtype": "float32", "stacked": stacked}}
-    found = native.tensors({"components": {"x": entry}}, "x", arrays)
+    found = zarr.tensors({"components": {"x": entry}}, "x", arrays)
     for (name, tensor), layer in zip(found.items(), values if stacked else [values], strict=True):
         first, last = rows[0], rows[1] or len(layer)
         got = np.zeros_like(layer)

@@ -103,8 +103,8 @@ def test_sigkill_at_random_instants(place, exact):
 @pytest.mark.parametrize("rate", [0.0, 0.1], ids=["a bucket", "a bucket that fails one request in ten"])
 def test_sigkill_on_cloud_storage(place, rate):
     gcs_faults = pytest.importorskip("gcs_faults")
-    from fluxbatch.io.images import decode, pixel_sha256
-    from fluxbatch.io.storage import open_store
+    from fluxbatch.results.image_files import decode, pixel_sha256
+    from fluxbatch.storage.base import open_store
 
     rows = (place / "rows.jsonl").read_text().splitlines()[:IN_BUCKET]
     (place / "few.jsonl").write_text("\n".join(rows) + "\n")

@@ -11,11 +11,11 @@ import venv
 import plain
 import pytest
 from conftest import metadata
-
-from fluxbatch.io.gallery import write_contact_sheet
-from fluxbatch.io.storage import open_store
 from test_metadata import LARGE, runs  # noqa: F401 (a fixture)
 from test_writer import start
+
+from fluxbatch.results.gallery import write_contact_sheet
+from fluxbatch.storage.base import open_store
 
 FOLDERS = pathlib.Path(__file__).parents[1] / ".venv"
 LOAD = """

@@ -194,8 +194,9 @@ def test_both_formats_say_what_training_multiplies(data, tmp_path, cli):
     from safetensors.numpy import save_file
     from test_weights import model
 
-    from fluxbatch.dist.mesh import make_mesh
-    from fluxbatch.weights import load, tables
+    from fluxbatch.distributed.mesh import make_mesh
+    from fluxbatch.models.flux1 import keys
+    from fluxbatch.weights import load
     from fluxbatch.weights.checkpoint import open_checkpoint
 
     mini = pathlib.Path(__file__).parents[1] / "fluxbatch" / "checkpoints" / "flux-mini"
@@ -210,7 +211,7 @@ def test_both_formats_say_what_training_multiplies(data, tmp_path, cli):
     assert psnr(drawn["peft"], drawn["kohya"]) >= 50
     merged = tmp_path / "merged"
     shutil.copytree(mini, merged)
-    tensors = export.named(export.arrays_of(adapters.adapted(flux, adapter)), tables.FLUX_DIFFUSERS)
+    tensors = export.named(export.arrays_of(adapters.adapted(flux, adapter)), keys.FLUX_DIFFUSERS)
     save_file(tensors, merged / "transformer" / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
     expected = picture(cli, tmp_path, "expected", f"pretrained_model_name_or_path={merged}")
     # the merged file rounds the sum to bfloat16, the adapter its two factors

@@ -11,9 +11,9 @@ from collections import Counter
 import pytest
 from PIL import Image
 
-from fluxbatch.io import gallery
-from fluxbatch.io.place import SHEET
-from fluxbatch.io.storage import LocalStore
+from fluxbatch.results import gallery
+from fluxbatch.results.location import SHEET
+from fluxbatch.storage.base import LocalStore
 
 HOSTILE = "</script x><!--<script \n></script><script>document.title='pwned'</script><img src=x onerror=\"document.title='pwned'\"> & \x00\x07\u202e\ud800"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -17,10 +17,10 @@ import pytest
 from conftest import GOLDEN, images, metadata, psnr, xla_flags
 from jax.experimental import multihost_utils
 
-from fluxbatch.dist import hosts
-from fluxbatch.dist.hosts import HEARTBEAT
-from fluxbatch.dist.replica import hold_port
-from fluxbatch.io.storage import StorageError
+from fluxbatch.distributed import process_group
+from fluxbatch.distributed.process_group import HEARTBEAT
+from fluxbatch.distributed.replica import hold_port
+from fluxbatch.storage.base import StorageError
 from fluxbatch.types import Exit, UserError
 
 KILLS = int(os.environ.get("FLUXBATCH_SOAK", "2"))
@@ -150,11 +150,11 @@ def test_a_process_ends_as_the_one_that_failed(monkeypatch, error, code):
         return np.array([words[1], 7], np.uint32)
 
     monkeypatch.setattr(multihost_utils, "process_allgather", allgather)
-    with pytest.raises(type(error)), hosts.together():
+    with pytest.raises(type(error)), process_group.together():
         raise error
     monkeypatch.setattr(multihost_utils, "process_allgather", lambda word: np.array([words[1], word[0]], np.uint32))
-    with pytest.raises(hosts.KnownToAll, match="process 0 of this replica has failed") as known:
-        hosts.agree("manifest", [1])
+    with pytest.raises(process_group.KnownToAll, match="process 0 of this replica has failed") as known:
+        process_group.agree("manifest", [1])
     assert known.value.code == code
 
 
@@ -170,7 +170,7 @@ def test_a_failure_of_one_is_known_to_all_at_once(tmp_path, cache):
     assert all("Traceback" not in error for error in errors)
 
     broken = (
-        "from fluxbatch.io import ledger, storage\ndef merge(self): raise storage.StorageError('the bucket is gone')\n"
+        "from fluxbatch.results import ledger\nfrom fluxbatch.storage import base\ndef merge(self): raise base.StorageError('the bucket is gone')\n"
         "ledger.Ledger.merge = merge\nfrom fluxbatch import run\nrun.main()"
     )
     processes = replica(tmp_path, cache, 2, "end", program=("-c", broken), **given)
@@ -231,7 +231,7 @@ def test_a_cut_link_ends_both_sides(tmp_path, cache, two_hosts):
     """Nobody dies and nobody answers: with a heartbeat of 10 s both end within 15 s, and the next start completes."""
     places, link = two_hosts
     more = {"manifest": long_manifest(tmp_path), "resolution": 16, "shard_size": 32, "places": places, "devices": 1, "num_inference_steps": 2}
-    impatient = "from fluxbatch.dist import hosts\nhosts.HEARTBEAT = 10\nfrom fluxbatch import run\nrun.main()"
+    impatient = "from fluxbatch.distributed import process_group\nprocess_group.HEARTBEAT = 10\nfrom fluxbatch import run\nrun.main()"
     processes = replica(tmp_path, cache, 2, program=("-c", impatient), **more)
     wait_for(processes, tmp_path / "run", 12)
     link("down")

@@ -16,7 +16,7 @@ from test_lora import read
 from test_weights import model
 from test_weights_layouts import black_forest_labs
 
-from fluxbatch.dist.mesh import make_mesh
+from fluxbatch.distributed.mesh import make_mesh
 from fluxbatch.types import UserError
 from fluxbatch.weights import convert, load
 from fluxbatch.weights.checkpoint import open_checkpoint

@@ -12,9 +12,9 @@ import plain
 import pytest
 from PIL import Image
 
-from fluxbatch.config import ImageFormat
-from fluxbatch.io.images import MAX_SIDE, SIDES, decode, encode, is_flat, pixel_sha256
-from fluxbatch.io.manifest import read_rows
+from fluxbatch.config.schema import ImageFormat
+from fluxbatch.manifest.rows import read_rows
+from fluxbatch.results.image_files import MAX_SIDE, SIDES, decode, encode, is_flat, pixel_sha256
 from fluxbatch.types import UserError
 
 OPTIONS = {"png_level": 6, "quality": 90}

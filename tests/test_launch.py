@@ -39,7 +39,7 @@ FLAVOR = {"gpu": "cuda", "tpu": "tpu"}  # of the image
 def render(capsys):
     def call(*words, defaults=WORDS):
         with pytest.raises(SystemExit) as stop:
-            module.cli.main(module.render, schema=module.Launch, argv=[*defaults, *words])
+            module.application.main(module.render, schema=module.Launch, argv=[*defaults, *words])
         out, err = capsys.readouterr()
         return (out if stop.value.code == 0 else err), stop.value.code
 
@@ -283,7 +283,7 @@ def test_an_image_with_a_tag_or_digest_is_taken_as_it_is(render):
 def test_a_gated_checkpoint_without_a_token_is_remarked_on(capsys):
     for words, remarked in (([], False), (["hf_token_secret=null"], True), (["hf_token_secret=null", "pretrained_model_name_or_path=gs://b/dev"], False)):
         with pytest.raises(SystemExit) as stop:
-            module.cli.main(module.render, schema=module.Launch, argv=[*WORDS, *words])
+            module.application.main(module.render, schema=module.Launch, argv=[*WORDS, *words])
         assert not stop.value.code and ("black-forest-labs/FLUX.1-dev is gated" in capsys.readouterr().err) == remarked
 
 
@@ -349,7 +349,7 @@ def job_of(words):
     """What a run would draw, of these words."""
     found = []
     with pytest.raises(SystemExit) as stop:
-        module.cli.main(lambda job: found.append(job) or 0, argv=[*words])
+        module.application.main(lambda job: found.append(job) or 0, argv=[*words])
     assert stop.value.code == 0
     return found[0].prompt, found[0].prompt_2
 

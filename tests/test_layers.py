@@ -7,11 +7,11 @@ import pytest
 from conftest import filled
 from flax import nnx
 
-from fluxbatch.models.clip import ClipConfig, ClipTextEncoder
-from fluxbatch.models.flux import Flux, FluxConfig, rope_table, rotate, rotated_by_halves, rotated_by_product
+from fluxbatch.models.autoencoder import Decoder, VaeConfig
+from fluxbatch.models.flux1.clip import ClipConfig, ClipTextEncoder
+from fluxbatch.models.flux1.t5 import T5Config, T5Encoder
+from fluxbatch.models.flux1.transformer import Flux, FluxConfig, rope_table, rotate, rotated_by_halves, rotated_by_product
 from fluxbatch.models.layers import Conv, GroupNorm, Linear, from_heads, side_by_side, transposed
-from fluxbatch.models.t5 import T5Config, T5Encoder
-from fluxbatch.models.vae import Decoder, VaeConfig
 
 
 def conv(size, **options):

@@ -12,12 +12,12 @@ import time
 import plain
 import pytest
 
-from fluxbatch.io import ledger as module
-from fluxbatch.io.images import decode, encode, pixel_sha256
-from fluxbatch.io.ledger import Ledger, read_records, row_key, write_status
-from fluxbatch.io.match import decisive
-from fluxbatch.io.place import open_place
-from fluxbatch.io.storage import NotFound, StorageError, check_name, open_store
+from fluxbatch.results import ledger as module
+from fluxbatch.results.image_files import decode, encode, pixel_sha256
+from fluxbatch.results.ledger import Ledger, read_records, row_key, write_status
+from fluxbatch.results.location import open_place
+from fluxbatch.results.resume import decisive
+from fluxbatch.storage.base import NotFound, StorageError, check_name, open_store
 from fluxbatch.types import Reject, UserError
 
 FACTS = {"model_digest": "abc", "sampler": {"base_shift": 0.5, "max_shift": 1.15}}

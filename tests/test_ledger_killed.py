@@ -10,9 +10,10 @@ import plain
 import pytest
 from test_ledger import FACTS, Killed, MemoryStore, assign, check, open_ledger, produce, record, run
 
-from fluxbatch.io.images import decode, pixel_sha256
-from fluxbatch.io.ledger import Ledger
-from fluxbatch.io.storage import StorageError
+from fluxbatch.results.image_files import decode, pixel_sha256
+from fluxbatch.results.ledger import Ledger
+from fluxbatch.storage.base import StorageError
+
 
 def states_are_sound(store):
     """What must hold at every instant: no record without its whole image."""

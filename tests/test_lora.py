@@ -16,15 +16,16 @@ import yaml
 from conftest import metadata
 from flax import nnx
 
-from fluxbatch import cli, text
-from fluxbatch.dist import hosts
-from fluxbatch.engine import open_engine
-from fluxbatch.io.manifest import read_rows
-from fluxbatch.models import clip, flux, t5
+from fluxbatch.config import application
+from fluxbatch.distributed import process_group
+from fluxbatch.generation import prompts
+from fluxbatch.generation.model_spec import open_engine
+from fluxbatch.lora import adapter
+from fluxbatch.lora.deltas import Decomposed, Hadamard, Kronecker, Product, Whole
+from fluxbatch.manifest.rows import read_rows
+from fluxbatch.models.flux1 import clip, t5, transformer
 from fluxbatch.types import Row, UserError
-from fluxbatch.weights import lora
 from fluxbatch.weights.load import Plan
-from fluxbatch.weights.lora_delta import Decomposed, Hadamard, Kronecker, Product, Whole
 from fluxbatch.weights.source import Source
 
 
@@ -34,7 +35,7 @@ def plans(size: files.Size = files.FULL) -> dict[str, Plan]:
     w, h, n = size.clip
     d, inner, hidden, m = size.t5
     configs = {
-        "transformer": (flux.Flux, flux.FluxConfig(
+        "transformer": (transformer.Flux, transformer.FluxConfig(
             in_channels=size.channels, out_channels=size.channels, num_layers=size.double, num_single_layers=size.single,
             num_attention_heads=size.width // size.head, attention_head_dim=size.head, joint_attention_dim=size.context,
             pooled_projection_dim=size.pooled, guidance_embeds=size.guidance, axes_dims_rope=(size.head - 8, 4, 4))),
@@ -50,7 +51,7 @@ def plans(size: files.Size = files.FULL) -> dict[str, Plan]:
 
 def read(path, strict=True, **spec):
     given = {"name": "x", "path": str(path), "weight_name": None, "scale": 1.0, "from_pt": True, "key": "lora.x.path"}
-    return lora.read_adapter(lora.Spec(**given | spec), plans(), strict)
+    return adapter.read_adapter(adapter.Spec(**given | spec), plans(), strict)
 
 
 @pytest.mark.parametrize("name", files.FORMATS)
@@ -168,7 +169,7 @@ def test_a_header_whose_length_begins_like_a_pickle(tmp_path, length):
     data = file.read_bytes()
     count = int.from_bytes(data[:8], "little")
     file.write_bytes(length.to_bytes(8, "little") + data[8 : 8 + count].ljust(length) + data[8 + count :])
-    assert file.read_bytes().startswith(lora.PICKLES)
+    assert file.read_bytes().startswith(adapter.PICKLES)
     assert read(file).changes
 
 
@@ -336,16 +337,16 @@ def opened(golden, tmp_path, monkeypatch):
         jobs = []
         monkeypatch.setattr("sys.argv", ["fluxbatch.run", *args])
         with pytest.raises(SystemExit):
-            cli.main(lambda job: jobs.append(job) or 0)
+            application.main(lambda job: jobs.append(job) or 0)
         job = dataclasses.replace(jobs[0], sweep={"x": 1} if sweep else {})
-        engine = open_engine(job, hosts.start("cpu", None))
+        engine = open_engine(job, process_group.start("cpu", None))
         return engine, engine.resolve(read_rows(job, multiple=engine.multiple)[0])
 
     return open_
 
 
 def draw(engine, pipeline, rows):
-    states = text.encode(rows, engine.tokenizers, pipeline, len(rows))
+    states = prompts.encode(rows, engine.tokenizers, pipeline, len(rows))
     return np.asarray(pipeline.decode(pipeline.denoise(rows, *states.batch(rows)), 32, 32)[0]).astype(int)
 
 

@@ -16,12 +16,14 @@ import pytest
 import test_lora
 from conftest import GOLDEN, psnr
 
-from fluxbatch import cli, text
-from fluxbatch.dist import hosts
-from fluxbatch.engine import open_engine
-from fluxbatch.io.manifest import read_rows
-from fluxbatch.weights import lora, lora_apply
-from fluxbatch.weights.lora_formats import read_key
+from fluxbatch.config import application
+from fluxbatch.distributed import process_group
+from fluxbatch.generation import prompts
+from fluxbatch.generation.model_spec import open_engine
+from fluxbatch.lora import adapter as lora
+from fluxbatch.lora import apply
+from fluxbatch.lora.formats import read_key
+from fluxbatch.manifest.rows import read_rows
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("peft")
@@ -93,12 +95,12 @@ def ours(model, tmp_path, monkeypatch, adapters, mixes, **options) -> list[np.nd
     jobs = []
     monkeypatch.setattr("sys.argv", ["fluxbatch.run", *args])
     with pytest.raises(SystemExit):
-        cli.main(lambda job: jobs.append(job) or 0)
+        application.main(lambda job: jobs.append(job) or 0)
     jobs[0].sweep = {"lora": mixes}  # so that weights stay and only what adapters touch is loaded anew
-    engine = open_engine(jobs[0], hosts.start("cpu", CACHE))
+    engine = open_engine(jobs[0], process_group.start("cpu", CACHE))
     rows = engine.resolve(read_rows(jobs[0], multiple=engine.multiple)[0])
     pipeline = engine.pipeline(rows)
-    states = text.encode(rows, engine.tokenizers, pipeline, len(rows))
+    states = prompts.encode(rows, engine.tokenizers, pipeline, len(rows))
     pixels, _ = pipeline.decode(pipeline.denoise(rows, *states.batch(rows)), 32, 32)
     return list(np.asarray(pixels))
 
@@ -147,7 +149,7 @@ def rows_of(weight: np.ndarray, rows) -> np.ndarray:
 def agree(file, base: dict[str, np.ndarray], wanted: dict[str, np.ndarray], scale: float = 1.0) -> None:
     """Our merge of ``file`` into ``base`` (by diffusers' module names) gives ``wanted``, row by row too."""
     adapter = lora.read_adapter(lora.Spec("x", str(file), None, scale, True, "lora.x.path"), test_lora.plans(SIZE), True)
-    edits = lora_apply.Loras((adapter,)).edits("transformer", (("x", scale),))
+    edits = apply.Loras((adapter,)).edits("transformer", (("x", scale),))
     changed = 0
     for name, old in base.items():
         (target,) = read_key(f"transformer.{name}.lora_A.weight").targets

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import os
 
-import pytest
-
 import gcs_faults
 import plain
-from fluxbatch.io.ledger import Ledger
-from fluxbatch.io.storage import LocalStore, open_store
+import pytest
 from test_ledger import FACTS, MemoryStore, produce
 from test_run import flags
+
+from fluxbatch.results.ledger import Ledger
+from fluxbatch.storage.base import LocalStore, open_store
 
 ROWS = [plain.row(k, id=f"r{k}") for k in range(6)]
 

@@ -11,14 +11,14 @@ import subprocess
 import sys
 import time
 
+import plain
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import plain
-from fluxbatch.config import LoraAdapter, ManifestErrors
-from fluxbatch.io import lines
-from fluxbatch.io.manifest import MAX_SEED, read_rows
+from fluxbatch.config.schema import LoraAdapter, ManifestErrors
+from fluxbatch.manifest import formats
+from fluxbatch.manifest.rows import MAX_SEED, read_rows
 from fluxbatch.types import UserError
 
 QUARANTINE = ManifestErrors["quarantine"]
@@ -369,7 +369,7 @@ def test_a_long_line_is_never_held(manifest):
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     stream = Endless()
-    first, second = lines.json_lines(io.BufferedReader(stream))
+    first, second = formats.json_lines(io.BufferedReader(stream))
     assert str(first.fields) == "longer than 10 MB" and second == (2, {"prompt": "good"})
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 60_000  # KiB
 
@@ -386,7 +386,7 @@ def test_a_hundred_thousand_rows_are_read_in_seconds(manifest):
 
 
 def test_reading_imports_neither_jax_nor_google_cloud():
-    script = "import sys, fluxbatch.io.manifest, fluxbatch.writer; assert not {'jax', 'google.cloud.storage'} & {*sys.modules}"
+    script = "import sys, fluxbatch.manifest.rows, fluxbatch.results.writer; assert not {'jax', 'google.cloud.storage'} & {*sys.modules}"
     subprocess.run([sys.executable, "-c", script], check=True)
 
 

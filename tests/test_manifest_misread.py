@@ -9,13 +9,13 @@ import json
 import lzma
 import zipfile
 
+import plain
 import pytest
 
-import plain
-from fluxbatch.config import ManifestErrors
-from fluxbatch.io.ledger import Ledger
-from fluxbatch.io.manifest import read_rows
-from fluxbatch.io.storage import open_store
+from fluxbatch.config.schema import ManifestErrors
+from fluxbatch.manifest.rows import read_rows
+from fluxbatch.results.ledger import Ledger
+from fluxbatch.storage.base import open_store
 from fluxbatch.types import UserError
 
 QUARANTINE = ManifestErrors["quarantine"]

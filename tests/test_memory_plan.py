@@ -13,10 +13,10 @@ from conftest import images
 from test_lora import adapters, arrays, opened, states  # noqa: F401
 from test_weights import FLUX, copy, plans  # noqa: F401
 
-from fluxbatch.dist.mesh import make_mesh
-from fluxbatch import text
+from fluxbatch.distributed.mesh import make_mesh
+from fluxbatch.generation import prompts
 from fluxbatch.types import UserError
-from fluxbatch.weights import load, network
+from fluxbatch.weights import device_weights, load
 
 ROW = {"prompt": "a fox", "seed": 1, "height": 32, "width": 32, "num_inference_steps": 1}
 
@@ -26,7 +26,7 @@ def leaves(net):
 
 
 def t5(place, where, mesh=(1, 1)):
-    return network.Network(plans(place)["text_encoder_2"], make_mesh(mesh), np.float32, {}, where)
+    return device_weights.Network(plans(place)["text_encoder_2"], make_mesh(mesh), np.float32, {}, where)
 
 
 @pytest.mark.parametrize("where", ["keep", "host", "free"])
@@ -56,7 +56,7 @@ def test_what_is_never_needed_again_is_not_copied(golden):
 
 
 def test_a_file_replaced_between_two_loads_is_noticed(copy):  # noqa: F811
-    net = network.Network(plans(copy)["transformer"], make_mesh((1, 1)), np.float32, {}, "free")
+    net = device_weights.Network(plans(copy)["transformer"], make_mesh((1, 1)), np.float32, {}, "free")
     net.load(lambda n: None)
     net.leave()
     time.sleep(0.02)
@@ -67,11 +67,11 @@ def test_a_file_replaced_between_two_loads_is_noticed(copy):  # noqa: F811
 
 def test_where_weights_go(golden, monkeypatch):
     mesh = make_mesh((1, 1))
-    assert [network.away(offload, mesh, 1) for offload in (False, True, "host", "free")] == ["keep", "keep", "keep", "free"]
+    assert [device_weights.away(offload, mesh, 1) for offload in (False, True, "host", "free")] == ["keep", "keep", "keep", "free"]
     monkeypatch.setattr(load, "on_host", lambda mesh: False)
-    assert [network.away(offload, mesh, 1) for offload in (False, True, "host", "free")] == ["keep", "host", "host", "free"]
-    assert network.away(True, mesh, network.host_memory()) == "free"  # no room
-    assert 0 < network.host_memory() < 1 << 50
+    assert [device_weights.away(offload, mesh, 1) for offload in (False, True, "host", "free")] == ["keep", "host", "host", "free"]
+    assert device_weights.away(True, mesh, device_weights.host_memory()) == "free"  # no room
+    assert 0 < device_weights.host_memory() < 1 << 50
 
 
 @pytest.mark.parametrize(("cgroup", "left"), [
@@ -88,15 +88,15 @@ def test_memory_of_the_groups_around_a_process(tmp_path, monkeypatch, cgroup, le
     (tmp_path / "proc/meminfo").write_text("MemTotal: 9 kB\nMemAvailable: 2 kB\n")
     if cgroup is not None:
         (tmp_path / "proc/self/cgroup").write_text(f"{cgroup}\n")
-    monkeypatch.setattr(network, "PROC", tmp_path / "proc")
-    monkeypatch.setattr(network, "CGROUPS", tmp_path / "groups")
-    assert network.host_memory() == left
+    monkeypatch.setattr(device_weights, "PROC", tmp_path / "proc")
+    monkeypatch.setattr(device_weights, "CGROUPS", tmp_path / "groups")
+    assert device_weights.host_memory() == left
 
 
 @pytest.mark.parametrize("where", ["host", "free"])
 def test_adapters_on_encoders_that_come_and_go(opened, adapters, monkeypatch, where):  # noqa: F811
     """A sweep over mixes that change the text encoders, which are out of the way in between."""
-    monkeypatch.setattr(network, "away", lambda *_: where)
+    monkeypatch.setattr(device_weights, "away", lambda *_: where)
 
     def weights(mix, sweep=True):
         engine, rows = opened([ROW | {"lora": mix}], *arrays(adapters), sweep=sweep)
@@ -116,16 +116,16 @@ def test_adapters_on_encoders_that_come_and_go(opened, adapters, monkeypatch, wh
 @pytest.mark.parametrize("where", ["keep", "free"])
 def test_encoders_return_once_the_pictures_are_drawn(opened, monkeypatch, where):  # noqa: F811
     """They may need that memory; where they never left, the next texts are encoded behind the pictures."""
-    monkeypatch.setattr(network, "away", lambda *_: where)
+    monkeypatch.setattr(device_weights, "away", lambda *_: where)
     engine, rows = opened([ROW])
     pipeline = engine.pipeline(rows)
-    states = text.encode(rows, engine.tokenizers, pipeline, 1)
+    states = prompts.encode(rows, engine.tokenizers, pipeline, 1)
     waited, wait = [], jax.block_until_ready
-    monkeypatch.setattr("fluxbatch.pipeline.jax.block_until_ready", lambda x: waited.append(x) or wait(x))
+    monkeypatch.setattr("fluxbatch.generation.pipeline.jax.block_until_ready", lambda x: waited.append(x) or wait(x))
     pipeline.encoders_out(again=True)
     pictures = pipeline.decode(pipeline.denoise(rows, *states.batch(rows)), 32, 32)
     del waited[:]
-    text.encode(rows, engine.tokenizers, pipeline, 1)
+    prompts.encode(rows, engine.tokenizers, pipeline, 1)
     assert any(x is pictures for x in waited) == (where == "free")
 
 
@@ -138,17 +138,17 @@ def test_transformer_and_encoders_take_turns_where_both_do_not_fit(opened, monke
         engine, resolved = opened(rows, sweep=False)
         pipeline, made, here = engine.pipeline(resolved), [], []
         for row in resolved:
-            states = text.encode([row], engine.tokenizers, pipeline, 1)
+            states = prompts.encode([row], engine.tokenizers, pipeline, 1)
             here.append([pipeline.networks[name].here for name in ("t5", "flux")])
             pipeline.encoders_out(again=True)
             made.append(np.asarray(pipeline.decode(pipeline.denoise([row], *states.batch([row])), 32, 32)[0]))
             here.append([pipeline.networks[name].here for name in ("t5", "flux")])
         return made, here
 
-    monkeypatch.setattr(network, "away", lambda *_: where)
+    monkeypatch.setattr(device_weights, "away", lambda *_: where)
     beside, here = drawn()
     assert here[2] == [True, True]  # both fit
-    monkeypatch.setattr(network, "device_memory", lambda mesh: 1000)
+    monkeypatch.setattr(device_weights, "device_memory", lambda mesh: 1000)
     taken, here = drawn()
     assert here == [[True, False], [False, True]] * 2
     assert all(np.array_equal(a, b) for a, b in zip(beside, taken, strict=True))

@@ -14,9 +14,9 @@ from conftest import images, psnr
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from fluxbatch.dist.mesh import Layout, Pairs, Placement, batch_sharding, make_mesh, mesh_shape, put, replicated
+from fluxbatch.distributed.mesh import Layout, Pairs, Placement, batch_sharding, make_mesh, mesh_shape, put, replicated
 from fluxbatch.models import attention
-from fluxbatch.models.flux import Flux, FluxConfig, rope_table
+from fluxbatch.models.flux1.transformer import Flux, FluxConfig, rope_table
 
 CONFIG = FluxConfig(16, 16, 2, 3, 4, 16, 24, 16, True, (4, 6, 6))
 

@@ -11,16 +11,16 @@ import lora_files
 import plain
 import pytest
 from conftest import metadata
-
-from fluxbatch import columns
-from fluxbatch.io.ledger import Ledger
-from fluxbatch.io.match import left_out, mix, with_extra
-from fluxbatch.io.place import SHEET
-from fluxbatch.io.storage import open_store
-from fluxbatch.types import UserError
 from test_lora import SMALL, arrays
 from test_run import flags
 from test_writer import start
+
+from fluxbatch.reporting import columns
+from fluxbatch.results.ledger import Ledger
+from fluxbatch.results.location import SHEET
+from fluxbatch.results.resume import left_out, mix, with_extra
+from fluxbatch.storage.base import open_store
+from fluxbatch.types import UserError
 
 DOCS = pathlib.Path(__file__).parents[1] / "jobs/docs/metadata.md"
 TYPES = {"text": str, "whole number": int, "number": float}

@@ -9,15 +9,15 @@ import pytest
 from conftest import metadata
 from test_ledger import MemoryStore, open_ledger, run
 
-from fluxbatch import remarks
-from fluxbatch.io.manifest import read_rows
+from fluxbatch.manifest.rows import read_rows
+from fluxbatch.reporting import startup_warnings
 from fluxbatch.types import Reject
 
 
 def said(tmp_path, content, name="m.jsonl"):
     path = tmp_path / name
     path.write_text(content, newline="")
-    return list(remarks.odd(read_rows(plain.job(manifest=str(path)))[0]))
+    return list(startup_warnings.odd(read_rows(plain.job(manifest=str(path)))[0]))
 
 
 @pytest.mark.parametrize(

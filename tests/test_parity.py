@@ -13,10 +13,11 @@ import pytest
 from conftest import GOLDEN, images, psnr
 from flax import nnx
 
-from fluxbatch import sampling
-from fluxbatch.dist.mesh import make_mesh
-from fluxbatch.models import clip, flux, t5, vae
-from fluxbatch.weights import load, tables
+from fluxbatch.distributed.mesh import make_mesh
+from fluxbatch.generation import sampling
+from fluxbatch.models import autoencoder
+from fluxbatch.models.flux1 import clip, keys, t5, transformer
+from fluxbatch.weights import load
 from fluxbatch.weights.checkpoint import KINDS
 from fluxbatch.weights.headers import read_headers
 from fluxbatch.weights.source import Source, Tensor
@@ -73,9 +74,9 @@ def test_flux(generate, tmp_path, heads, head_dim, axes, channels, guidance):
         expected = model(
             hidden_states=img, encoder_hidden_states=txt, pooled_projections=pooled, timestep=t, img_ids=ids.reshape(-1, 3),
             txt_ids=torch.zeros(words, 3), guidance=scale if guidance else None).sample  # fmt: skip
-    module = ours(model, tmp_path, flux.Flux, flux.FluxConfig, tables.FLUX_DIFFUSERS, "diffusion_pytorch_model")
+    module = ours(model, tmp_path, transformer.Flux, transformer.FluxConfig, keys.FLUX_DIFFUSERS, "diffusion_pytorch_model")
     inputs = [jnp.asarray(x.numpy()) for x in (img, txt, pooled, t, scale)]
-    close(call(module, *inputs, flux.rope_table(words, rows, cols, axes)), expected.numpy())
+    close(call(module, *inputs, transformer.rope_table(words, rows, cols, axes)), expected.numpy())
 
 
 @pytest.mark.parametrize("length", [5, 300])
@@ -87,7 +88,7 @@ def test_t5(tmp_path, length):
     ids = torch.randint(0, 99, (2, length), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = model(ids)[0].numpy()
-    module = ours(model, tmp_path, t5.T5Encoder, t5.T5Config, tables.T5, "model")
+    module = ours(model, tmp_path, t5.T5Encoder, t5.T5Config, keys.T5, "model")
     close(call(module, jnp.asarray(ids.numpy())), expected)
 
 
@@ -102,7 +103,7 @@ def test_clip(tmp_path, act, eos):
     ids[0, 40:], ids[1, 76] = 98, 98
     with torch.no_grad():
         expected = model(ids).pooler_output.numpy()
-    module = ours(model, tmp_path, clip.ClipTextEncoder, clip.ClipConfig, tables.CLIP, "model")
+    module = ours(model, tmp_path, clip.ClipTextEncoder, clip.ClipConfig, keys.CLIP, "model")
     close(call(module, jnp.asarray(ids.numpy())), expected)
 
 
@@ -130,9 +131,9 @@ def test_vae(generate, tmp_path, options):
         decoded = model.decode(latents / 0.36 + (model.config.shift_factor or 0)).sample.permute(0, 2, 3, 1).numpy()
         encoded = model.encode(image).latent_dist.mean.permute(0, 2, 3, 1).numpy()
     stem = "diffusion_pytorch_model"
-    decoder = ours(model, tmp_path, vae.Decoder, vae.VaeConfig, tables.VAE_DECODER, stem)
+    decoder = ours(model, tmp_path, autoencoder.Decoder, autoencoder.VaeConfig, keys.VAE_DECODER, stem)
     close(call(decoder, jnp.asarray(latents.permute(0, 2, 3, 1).numpy())), decoded)
-    encoder = ours(model, tmp_path, vae.Encoder, vae.VaeConfig, tables.VAE_ENCODER, stem)
+    encoder = ours(model, tmp_path, autoencoder.Encoder, autoencoder.VaeConfig, keys.VAE_ENCODER, stem)
     mean, _ = nnx.jit(lambda m, x: m(x))(encoder, jnp.asarray(image.permute(0, 2, 3, 1).numpy()))
     close(np.asarray(mean), encoded)
 

@@ -13,10 +13,10 @@ import pytest
 from conftest import filled
 from flax import nnx
 
-from fluxbatch import pipeline, programs, sampling
-from fluxbatch.dist.mesh import Layout, make_mesh
-from fluxbatch.models.flux import Flux, FluxConfig, rope_table, timestep_embedding
-from fluxbatch.models.vae import Decoder, VaeConfig
+from fluxbatch.distributed.mesh import Layout, make_mesh
+from fluxbatch.generation import pipeline, programs, sampling
+from fluxbatch.models.autoencoder import Decoder, VaeConfig
+from fluxbatch.models.flux1.transformer import Flux, FluxConfig, rope_table, timestep_embedding
 
 FLUX = FluxConfig(16, 16, 2, 3, 4, 16, 24, 16, True, (4, 6, 6))
 

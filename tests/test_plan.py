@@ -13,14 +13,16 @@ import numpy as np
 import pytest
 from flax import nnx
 
-import fluxbatch.cli
-from fluxbatch import aot, chips, flops, memory
-from fluxbatch.dist.mesh import make_mesh
-from fluxbatch.engine import open_engine
-from fluxbatch.models.clip import ClipConfig
-from fluxbatch.models.flux import Flux, FluxConfig
-from fluxbatch.models.t5 import T5Config
-from fluxbatch.models.vae import Decoder, VaeConfig
+import fluxbatch.config.application
+from fluxbatch.distributed import chips
+from fluxbatch.distributed.mesh import make_mesh
+from fluxbatch.generation.model_spec import open_engine
+from fluxbatch.models.autoencoder import Decoder, VaeConfig
+from fluxbatch.models.flux1 import cost
+from fluxbatch.models.flux1.clip import ClipConfig
+from fluxbatch.models.flux1.t5 import T5Config
+from fluxbatch.models.flux1.transformer import Flux, FluxConfig
+from fluxbatch.planning import aot, memory
 from fluxbatch.types import Row, UserError
 from fluxbatch.weights import load
 
@@ -33,16 +35,16 @@ T = 1e12
 
 @pytest.mark.parametrize(("text", "linear", "attention", "step"), [(512, 59.5, 14.9, 74.4), (256, 56.2, 13.3, 69.5)])
 def test_flops_of_flux_at_1024(text, linear, attention, step):
-    assert round(flops.flux_linear(DEV, 4096, text) / T, 1) == linear
-    assert round(flops.flux_attention(DEV, 4096, text) / T, 1) == attention
-    assert round(flops.flux_step(DEV, 4096, text) / T, 1) == step
+    assert round(cost.flux_linear(DEV, 4096, text) / T, 1) == linear
+    assert round(cost.flux_attention(DEV, 4096, text) / T, 1) == attention
+    assert round(cost.flux_step(DEV, 4096, text) / T, 1) == step
 
 
 def test_flops_of_the_rest():
     doubled = 9 * 2 * (512**2 * 256**2 + 512**2 * 512**2 + 256**2 * 1024**2) / T  # of 3×3 kernels over doubled pixels: 4/9 of it is needed
-    assert flops.vae_decode(VAE, 1024, 1024) / T == pytest.approx(10.4 - 5 / 9 * doubled, abs=0.1)
-    assert flops.t5(T5XXL, 512) / T == pytest.approx(4.845, abs=0.001)
-    assert flops.clip(CLIP_L, 77) / T == pytest.approx(0.0134, rel=0.05)
+    assert cost.vae_decode(VAE, 1024, 1024) / T == pytest.approx(10.4 - 5 / 9 * doubled, abs=0.1)
+    assert cost.t5(T5XXL, 512) / T == pytest.approx(4.845, abs=0.001)
+    assert cost.clip(CLIP_L, 77) / T == pytest.approx(0.0134, rel=0.05)
 
 
 @pytest.mark.parametrize(
@@ -81,8 +83,8 @@ def test_flops_against_the_compilers_count():
     flux = dataclasses.replace(DEV, num_layers=1, num_single_layers=1, num_attention_heads=4)
     shape = lambda *s: jax.ShapeDtypeStruct(s, np.float32)  # noqa: E731
     inputs = shape(1, 1024, 64), shape(1, 128, 4096), shape(1, 768), shape(1), shape(1), (shape(1152, 64), shape(1152, 64))
-    assert counted(lambda: Flux(flux, rngs=nnx.Rngs(0)), *inputs) == pytest.approx(flops.flux_step(flux, 1024, 128), rel=0.02)
-    assert counted(lambda: Decoder(VAE, rngs=nnx.Rngs(0)), shape(1, 44, 44, 16)) == pytest.approx(flops.vae_decode(VAE, 352, 352), rel=0.02)
+    assert counted(lambda: Flux(flux, rngs=nnx.Rngs(0)), *inputs) == pytest.approx(cost.flux_step(flux, 1024, 128), rel=0.02)
+    assert counted(lambda: Decoder(VAE, rngs=nnx.Rngs(0)), shape(1, 44, 44, 16)) == pytest.approx(cost.vae_decode(VAE, 352, 352), rel=0.02)
 
 
 # ---- the command
@@ -150,7 +152,7 @@ def test_time_and_cost_follow_from_the_flops(planned):
     text = planned([{"prompt": "x", "num_inference_steps": 4}], "target=h100", "price_per_chip_hour=2", "resolution=2048")
     config = [json.loads((pathlib.Path(__file__).parent / "golden/dev" / part / "config.json").read_text()) for part in ("transformer", "vae")]
     flux, vae = FluxConfig.from_json(config[0]), VaeConfig.from_json(config[1])
-    image = 4 * flops.flux_step(flux, (2048 // (2 * vae.scale)) ** 2, 24) + flops.vae_decode(vae, 2048, 2048)
+    image = 4 * cost.flux_step(flux, (2048 // (2 * vae.scale)) ** 2, 24) + cost.vae_decode(vae, 2048, 2048)
     assert f"{image / 1e12:.3g} TFLOP of it for the picture alone" in text
     assert "at the peak of 989 TFLOP/s" in text and "at 52% of it" in text and "cost " in text and "(estimate)" in text
 
@@ -182,7 +184,7 @@ def opened(checkpoint, *args):
     found = []
     words = [f"pretrained_model_name_or_path={checkpoint}", "hardware=cpu", "prompt=x", *args]
     with pytest.raises(SystemExit):
-        fluxbatch.cli.main(lambda job: found.append(job) or 0, argv=words)
+        fluxbatch.config.application.main(lambda job: found.append(job) or 0, argv=words)
     return found[0], open_engine(found[0], "cpu", jax.devices()[:1])
 
 

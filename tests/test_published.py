@@ -17,9 +17,9 @@ from flax import nnx
 from test_plan import CLIP_L, DEV, T5XXL, VAE
 from test_weights import model
 
-from fluxbatch.dist.mesh import make_mesh
-from fluxbatch.tokens import Absent, Tokenizer
-from fluxbatch.weights import load, published, single
+from fluxbatch.distributed.mesh import make_mesh
+from fluxbatch.generation.tokenizers import Absent, Tokenizer
+from fluxbatch.weights import load, published, single_files
 from fluxbatch.weights.checkpoint import KINDS, open_checkpoint
 from fluxbatch.weights.find import EMBEDDED
 
@@ -74,7 +74,7 @@ def test_published_sizes(name, flux, cache):
         plan = found.components[part].plan()
         assert sum(math.prod(leaf.get_value().shape) for _, leaf in nnx.to_flat_state(plan.state)) == size
         assert plan.nbytes == 2 * size  # bfloat16
-    assert found.scheduler == single.schedule(name == "dev") | {"num_train_timesteps": 1000}
+    assert found.scheduler == single_files.schedule(name == "dev") | {"num_train_timesteps": 1000}
     assert set(cache.asked) == {"openai/clip-vit-large-patch14", "google/t5-v1_1-xxl"}  # tokenizers, which are small
 
 

@@ -7,9 +7,9 @@ import json
 import plain
 import pytest
 
-from fluxbatch import remarks
-from fluxbatch.config import LoraAdapter
-from fluxbatch.io.manifest import read_rows
+from fluxbatch.config.schema import LoraAdapter
+from fluxbatch.manifest.rows import read_rows
+from fluxbatch.reporting import startup_warnings
 
 
 @pytest.fixture
@@ -40,16 +40,16 @@ def rows(tmp_path):
 )
 def test_a_swept_key_that_rows_override_is_named(rows, key, fields, own):
     made = rows({}, fields, fields, {name: None for name in fields})
-    assert [*remarks.overridden({"hardware.attention": "flash", key: 1}, made)] == [
+    assert [*startup_warnings.overridden({"hardware.attention": "flash", key: 1}, made)] == [
         f"{key} is swept, and decides nothing for 2 of 4 rows, which have {own} of their own: "
         "the same pictures in every job"]  # fmt: skip
-    assert [*remarks.overridden({key: 1}, rows({}, {}))] == []
-    assert [*remarks.overridden({}, made)] == []
+    assert [*startup_warnings.overridden({key: 1}, rows({}, {}))] == []
+    assert [*startup_warnings.overridden({}, made)] == []
 
 
 def test_what_a_row_has_in_part_a_swept_key_still_decides(rows):
     made = rows({"height": 64}, {"lora": {"ink": 1}, "note": 3})
-    assert [*remarks.overridden({"sampler.resolution": 64, "lora.ink.path": "b", "model": "x"}, made)] == []
+    assert [*startup_warnings.overridden({"sampler.resolution": 64, "lora.ink.path": "b", "model": "x"}, made)] == []
     assert [row.given for row in made] == [{"prompt", "height"}, {"prompt", "lora"}]
 
 
@@ -72,7 +72,7 @@ def test_run_and_plan_say_it(cli, golden, tmp_path):
 
 def test_fields_by_their_usual_names_are_named_with_what_was_meant(rows):
     [made] = rows({"steps": 8, "cfg": 3, "n": 2, "guidance": 3, "note": 1, "size": 512})
-    said = remarks.unread([made])
+    said = startup_warnings.unread([made])
     for field, near in {
         "steps": "num_inference_steps",
         "cfg": "guidance_scale",

@@ -7,9 +7,10 @@ import time
 import plain
 import pytest
 
-from fluxbatch import progress, report
-from fluxbatch.progress import EVERY, Progress
-from fluxbatch.text import TextStates
+from fluxbatch.generation.prompts import TextStates
+from fluxbatch.reporting import terminal
+from fluxbatch.shards import progress
+from fluxbatch.shards.progress import EVERY, Progress
 
 
 @pytest.fixture
@@ -21,7 +22,7 @@ def clock(monkeypatch):
 
 
 def test_a_stage_within_another_is_counted_once(clock):
-    seen = report.Report(quiet=True)
+    seen = terminal.Report(quiet=True)
     with seen.stage("generate"):
         clock(1)
         with seen.stage("load"):
@@ -37,7 +38,7 @@ def test_a_stage_within_another_is_counted_once(clock):
 
 
 def test_the_figures_of_the_load(clock, capsys):
-    seen = report.Report()
+    seen = terminal.Report()
     with seen.bar(2, "images", "img") as images, seen.loading(6_000_000_000) as read:
         clock(1)
         read(4_000_000_000)
@@ -51,11 +52,11 @@ def test_the_figures_of_the_load(clock, capsys):
     said = capsys.readouterr()
     assert "weights    6.00GB at 1.50GB/s" in said.out
     assert "loading: 100%" in said.err and "6.00G/6.00G" in said.err
-    assert report.Report(quiet=True).figures(counts | {"made": 0})["weights"] is None  # nothing was read
+    assert terminal.Report(quiet=True).figures(counts | {"made": 0})["weights"] is None  # nothing was read
 
 
 def test_what_streams_beside_the_stages_is_read_too(clock):
-    seen = report.Report(quiet=True)
+    seen = terminal.Report(quiet=True)
     with seen.loading(1) as read:
         read(1_000_000_000)
         clock(1)
@@ -68,7 +69,7 @@ def test_what_streams_beside_the_stages_is_read_too(clock):
 
 def test_what_a_replica_made_is_told_apart(capsys, monkeypatch):
     monkeypatch.setattr(time, "advance", lambda end: None, raising=False)
-    seen = report.Report(quiet=True)
+    seen = terminal.Report(quiet=True)
     counts = {"rows": 12, "made": 8, "before": 1, "rejected": 3}
     for since in (1.0, 2.0):
         seen.launched(since, Until(0), True)
@@ -79,7 +80,7 @@ def test_what_a_replica_made_is_told_apart(capsys, monkeypatch):
     assert "rows       12: 3 made by this replica, 5 by others, 1 done before, 3 rejected\n" in capsys.readouterr().out
     seen.summary(counts, "there", own=3, others="left to others")
     assert "rows       12: 3 made by this replica, 5 left to others, 1 done before, 3 rejected\n" in capsys.readouterr().out
-    assert report.Report(quiet=True).measured() == {}
+    assert terminal.Report(quiet=True).measured() == {}
 
 
 def test_progress_is_told_now_and_then(clock):
@@ -111,7 +112,7 @@ def test_how_busy_the_devices_were(monkeypatch, capsys):
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     monkeypatch.setattr(time, "advance", lambda end: now.__setitem__(0, max(now[0], end)), raising=False)
-    seen = report.Report()
+    seen = terminal.Report()
     seen.peak = 10.0
     assert seen.speed() == {}
     for since, end, pictures in ((0, 3, False), (4, 10, True), (8, 14, True), (15, 16, False), (17, 24, True), (24, 30, False)):
@@ -131,7 +132,7 @@ def test_the_devices_time_for_a_batch_is_without_their_waits(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     monkeypatch.setattr(time, "advance", lambda end: now.__setitem__(0, max(now[0], end)), raising=False)
-    seen, taken = report.Report(quiet=True), []
+    seen, taken = terminal.Report(quiet=True), []
     # denoised, a wait for the decoder's program, decoded; the second one's texts, denoised behind them, decoded
     for launches in ([(1, 4, True), (50, 51, True)], [(51, 53, False), (52, 60, True), (53, 62, True)]):
         for since, end, pictures in launches:
@@ -141,7 +142,7 @@ def test_the_devices_time_for_a_batch_is_without_their_waits(monkeypatch):
 
 
 def test_a_text_counts_once_however_many_shards_have_it(capsys):
-    seen = report.Report(quiet=True)
+    seen = terminal.Report(quiet=True)
     for keys, encoded in (("abc", "a"), ("abd", "d"), ("ab", "a")):
         seen.encoded(TextStates(dict.fromkeys(keys), str, frozenset(encoded)))
     seen.summary({"rows": 1, "made": 1, "before": 0, "rejected": 0}, "there")
@@ -193,7 +194,7 @@ def test_lines_leave_out_the_time_that_was_not_their_own(clock, capsys):
 
 
 def test_what_is_said_meanwhile_is_a_line_of_its_own(capsys):
-    seen = report.Report()
+    seen = terminal.Report()
     with seen.bar(4, "images", "img") as bar:
         bar.update()
         seen.say("a word")

@@ -21,10 +21,10 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from fluxbatch import __version__
-from fluxbatch.io.images import pixel_sha256
-from fluxbatch.io.place import LOCK
-from fluxbatch.io.storage import LocalStore, StorageError, open_store
-from fluxbatch.pipeline import Pipeline
+from fluxbatch.generation.pipeline import Pipeline
+from fluxbatch.results.image_files import pixel_sha256
+from fluxbatch.results.location import LOCK
+from fluxbatch.storage.base import LocalStore, StorageError, open_store
 
 
 def flags(golden, tmp_path, name="run", variant="dev", **more):
@@ -81,7 +81,7 @@ def test_a_picture_depends_on_its_row_alone(cli, golden, tmp_path, mixed):
 
 def test_one_compilation_per_shape(cli, golden, tmp_path, mixed, monkeypatch, caplog):
     """In threads, before it is called. 23 rows of three sizes: 32×48 and 48×32 have as many tokens and share a denoiser; prompts, seeds, guidance and steps compile nothing."""
-    from fluxbatch import pipeline
+    from fluxbatch.generation import pipeline
 
     made = []
     init = pipeline.Pipeline.__init__
@@ -159,7 +159,7 @@ def test_a_start_where_another_is_at_work_changes_nothing(cli, golden, tmp_path)
 
 def test_a_signal_while_the_run_opens_ends_it_at_once(cli, golden, tmp_path, monkeypatch):
     """As it might be fetching a checkpoint for minutes."""
-    from fluxbatch.io import manifest
+    from fluxbatch.manifest import rows
 
     def preempted(*_, **__):
         os.kill(os.getpid(), signal.SIGTERM)
@@ -168,7 +168,7 @@ def test_a_signal_while_the_run_opens_ends_it_at_once(cli, golden, tmp_path, mon
     def ends(code):
         raise SystemExit(code)
 
-    monkeypatch.setattr(manifest, "read_rows", preempted)
+    monkeypatch.setattr(rows, "read_rows", preempted)
     monkeypatch.setattr(os, "_exit", ends)
     before = signal.signal(signal.SIGTERM, lambda *_: None)  # or it would end the tests
     try:
@@ -266,7 +266,7 @@ def test_a_disk_that_is_full_at_the_start_is_no_mistake_of_the_user_s(cli, golde
 
 
 def test_pages_and_status_are_there_before_a_word_is_printed(cli, golden, tmp_path, monkeypatch):
-    from fluxbatch.report import Report
+    from fluxbatch.reporting.terminal import Report
 
     def printed(*_):
         assert (tmp_path / "run" / "index.html").exists() and (tmp_path / "run/.fluxbatch/contact_sheet.png").exists()

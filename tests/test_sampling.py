@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from fluxbatch import batching, sampling
+from fluxbatch.generation import sampling
+from fluxbatch.shards import batching
 from fluxbatch.types import Row, UserError
 
 

@@ -7,15 +7,15 @@ import time
 
 from test_run import flags, mixed  # noqa: F401 (a fixture)
 
-from fluxbatch import dealing, progress
-from fluxbatch.io.storage import StorageError
-from fluxbatch.pipeline import Pipeline
-from fluxbatch.writer import Writer
+from fluxbatch.generation.pipeline import Pipeline
+from fluxbatch.results.writer import Writer
+from fluxbatch.shards import assignment, progress
+from fluxbatch.storage.base import StorageError
 
 
 def test_the_status_says_how_far_a_run_is(cli, golden, tmp_path, mixed, monkeypatch):  # noqa: F811
     """From the start on, renewed whatever the devices do; and where it cannot be written for a while, the run goes on."""
-    said, write, denoise = [], dealing.write_status, Pipeline.denoise
+    said, write, denoise = [], assignment.write_status, Pipeline.denoise
 
     def told(store, code, reason, counts, **more):
         said.append((code, reason, counts, more))
@@ -31,7 +31,7 @@ def test_the_status_says_how_far_a_run_is(cli, golden, tmp_path, mixed, monkeypa
             time.sleep(0.01)
         return denoise(self, *given)
 
-    monkeypatch.setattr(dealing, "write_status", told)
+    monkeypatch.setattr(assignment, "write_status", told)
     monkeypatch.setattr(progress, "EVERY", 0.02)
     monkeypatch.setattr(Pipeline, "denoise", slowly)
     assert cli(*flags(golden, tmp_path, manifest=mixed, per_device_batch_size=4))[0] == 0

@@ -7,8 +7,8 @@ import pytest
 from hydra.core.plugins import Plugins
 from test_config import command  # noqa: F401
 
-from fluxbatch import overrides
-from fluxbatch.config import Job
+from fluxbatch.config import overrides
+from fluxbatch.config.schema import Job
 from fluxbatch.types import Exit, UserError
 
 ASKS = "hydra:\n  mode: MULTIRUN\n  sweeper:\n    params:\n"

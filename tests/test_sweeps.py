@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 from test_config import command, own  # noqa: F401
 
-from fluxbatch import __version__, cli, keys, overrides
-from fluxbatch.config import Job
+from fluxbatch import __version__, keys
+from fluxbatch.config import application, overrides
+from fluxbatch.config.schema import Job
 from fluxbatch.types import Exit, UserError
+
 
 def test_a_sweep_gives_each_job_its_place(command, tmp_path):
     jobs = command("-m", "manifest=a.jsonl", "seed=range(2)", "num_inference_steps=2,4", "run_name=grid", "output_dir=out")
@@ -28,7 +30,7 @@ def test_a_sweep_gives_each_job_its_place(command, tmp_path):
 @pytest.mark.parametrize("rank", ["JAX_PROCESS_ID", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK"])
 def test_only_the_first_process_keeps_a_sweep_s_record(command, tmp_path, monkeypatch, rank):
     words = ("-m", "manifest=a.jsonl", "seed=0,1", "run_name=grid", "output_dir=out")
-    cli._scratch.cache_clear()
+    application._scratch.cache_clear()
     monkeypatch.setenv(rank, "1")
     assert [job.run_name for job in command(*words)] == ["grid/seed=0", "grid/seed=1"]
     assert list(tmp_path.iterdir()) == []
@@ -122,7 +124,7 @@ def test_a_sweep_into_a_bucket_makes_no_directory_here(command, tmp_path, monkey
     (tmp_path / "temporary").mkdir()
     (tmp_path / "temporary" / "fluxbatch").write_text("another user's")
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
-    monkeypatch.setattr(cli, "_scratch", cli._scratch.__wrapped__)
+    monkeypatch.setattr(application, "_scratch", application._scratch.__wrapped__)
     jobs = command("-m", "prompt=x", "seed=0,1", "output_dir=gs://bucket/out", "run_name=r")
     assert [f"{job.output_dir}/{job.run_name}" for job in jobs] == ["gs://bucket/out/r/seed=0", "gs://bucket/out/r/seed=1"]
     assert [p.name for p in tmp_path.iterdir()] == ["temporary"]
@@ -130,7 +132,7 @@ def test_a_sweep_into_a_bucket_makes_no_directory_here(command, tmp_path, monkey
 
 
 def test_launchers_can_send_the_task_elsewhere():
-    task = cli._HydraTask(print, Job, True, frozenset({"seed"}))
+    task = application._HydraTask(print, Job, True, frozenset({"seed"}))
     assert pickle.loads(pickle.dumps(task)).fixed == {"seed"}
 
 

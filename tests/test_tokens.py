@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tokenizers
 
-from fluxbatch.tokens import Tokenizer
+from fluxbatch.generation.tokenizers import Tokenizer
 from fluxbatch.types import UserError
 
 TEXTS = ["", " ", "a red apple", "A  Cat,\tleft of\na BOAT!", "l'été à la plage — 12°C 🙂", "日本語の文章", "<|endoftext|> and </s> <pad>", "e\u0301 \u00e9", "word " * 200, "x" * 400,
@@ -52,14 +52,14 @@ def test_prompts_that_are_too_long_where_words_do_not_tell(pytestconfig):
 
 def test_what_the_library_reads_alone_does_not_wait_for_transformers(pytestconfig):
     folder = pytestconfig.rootpath / "fluxbatch/checkpoints/flux-mini/tokenizer"
-    script = f"import sys; from fluxbatch.tokens import Tokenizer; Tokenizer({str(folder)!r})(['a'], 8); assert not {{'transformers', 'torch'}} & {{*sys.modules}}"
+    script = f"import sys; from fluxbatch.generation.tokenizers import Tokenizer; Tokenizer({str(folder)!r})(['a'], 8); assert not {{'transformers', 'torch'}} & {{*sys.modules}}"
     subprocess.run([sys.executable, "-c", script], check=True, cwd=pytestconfig.rootpath)
 
 
 def test_a_folder_of_another_kind_is_left_to_transformers(checkpoint, tmp_path, monkeypatch):
     """Only a file that transformers itself has written so is known to be all there is to a tokenizer."""
     expected = {name: Tokenizer(str(checkpoint / name))(TEXTS, 24) for name in ("tokenizer", "tokenizer_2")}
-    monkeypatch.setattr("fluxbatch.tokens.Backend", None)  # the short way is not gone
+    monkeypatch.setattr("fluxbatch.generation.tokenizers.Backend", None)  # the short way is not gone
     for name in ("tokenizer", "tokenizer_2"):
         other = shutil.copytree(checkpoint / name, tmp_path / name)
         config = json.loads((other / "tokenizer_config.json").read_text())

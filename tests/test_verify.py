@@ -5,15 +5,15 @@ from __future__ import annotations
 import shutil
 import sys
 
-import pytest
-
 import plain
-from fluxbatch import verify
-from fluxbatch.config import ImageFormat, Output
-from fluxbatch.io.images import EXTENSIONS, encode
-from fluxbatch.io.place import LOCK
-from fluxbatch.io.storage import open_store
+import pytest
 from test_writer import start
+
+from fluxbatch import verify
+from fluxbatch.config.schema import ImageFormat, Output
+from fluxbatch.results.image_files import EXTENSIONS, encode
+from fluxbatch.results.location import LOCK
+from fluxbatch.storage.base import open_store
 
 ROWS = [plain.row(k, height=8, width=8) for k in range(6)]
 

@@ -12,8 +12,8 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from fluxbatch.config import Model, Verify
-from fluxbatch.dist.mesh import make_mesh
+from fluxbatch.config.schema import Model, Verify
+from fluxbatch.distributed.mesh import make_mesh
 from fluxbatch.types import UserError
 from fluxbatch.weights import load
 from fluxbatch.weights.checkpoint import find, open_checkpoint

@@ -18,10 +18,10 @@ from flax import nnx
 from test_weights import FLUX, model, plans
 from test_weights_layouts import gcs, web  # noqa: F401
 
-from fluxbatch.dist.mesh import make_mesh
-from fluxbatch.io.storage import open_store
+from fluxbatch.distributed.mesh import make_mesh
+from fluxbatch.storage.base import open_store
 from fluxbatch.types import UserError
-from fluxbatch.weights import convert, load, native, source
+from fluxbatch.weights import convert, load, source, zarr
 from fluxbatch.weights.checkpoint import open_checkpoint
 from fluxbatch.weights.find import EMBEDDED
 
@@ -190,7 +190,7 @@ def test_a_missing_array(converted):
 
 
 def test_a_list_that_does_not_fit_the_model(converted):
-    path = converted / native.MARKER
+    path = converted / zarr.MARKER
     marker = json.loads(path.read_text())
     arrays = marker["components"]["transformer"]
     good = arrays.pop(KERNEL.partition("/")[2])
@@ -204,7 +204,7 @@ def test_a_list_that_does_not_fit_the_model(converted):
     for wrong in ({"shape": None}, {"dtype": "int4"}, {}):
         arrays[KERNEL.partition("/")[2]] = wrong
         path.write_text(json.dumps(marker))
-        with pytest.raises(UserError, match=native.MARKER):
+        with pytest.raises(UserError, match=zarr.MARKER):
             plans(converted)
     path.write_text(json.dumps({"format": 99}))
     with pytest.raises(UserError, match="format 99"):
@@ -244,7 +244,7 @@ def cut(data):
 
 def absent(data):
     """Its chunk is marked as never written, under a checksum that fits: a zarr reader gives zeros for it."""
-    index = np.full(2, native.MISSING, "<u8").tobytes()
+    index = np.full(2, zarr.MISSING, "<u8").tobytes()
     return data[:-20] + index + google_crc32c.value(index).to_bytes(4, "little")
 
 

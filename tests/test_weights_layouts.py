@@ -20,9 +20,9 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 from test_weights import model, plans
 
-from fluxbatch.dist.mesh import make_mesh
+from fluxbatch.distributed.mesh import make_mesh
 from fluxbatch.types import UserError
-from fluxbatch.weights import convert, load, single
+from fluxbatch.weights import convert, load, single_files
 from fluxbatch.weights.checkpoint import open_checkpoint
 
 FLUX = "transformer/diffusion_pytorch_model.safetensors"
@@ -217,9 +217,9 @@ def test_sizes_from_shapes(name):
     from fluxbatch.weights.source import Tensor
 
     tensors = {key: Tensor(key, "f", np.dtype(np.float16), shape, 0, 0) for key, shape in FULL[name].items()}
-    own, table, _ = single.recognise(name, tensors)
-    sizes = single.sizes(name, own, table)
-    assert KINDS[name].config.from_json(single.constants(name, sizes) | sizes) == KINDS[name].config(**EXPECTED[name])
+    own, table, _ = single_files.recognise(name, tensors)
+    sizes = single_files.sizes(name, own, table)
+    assert KINDS[name].config.from_json(single_files.constants(name, sizes) | sizes) == KINDS[name].config(**EXPECTED[name])
 
 
 def quantized(tensors, how):

@@ -15,9 +15,9 @@ from test_lora import adapters, arrays  # noqa: F401
 from test_weights import plans
 from test_weights_memory import ALLOWED, bench, written
 
-from fluxbatch.dist.mesh import make_mesh
-from fluxbatch.weights import network
-from fluxbatch.weights.stream import StreamedFlux
+from fluxbatch.distributed.mesh import make_mesh
+from fluxbatch.weights import device_weights
+from fluxbatch.weights.block_streaming import StreamedFlux
 
 
 def flags(golden, tmp_path, name, **more):
@@ -36,7 +36,7 @@ def test_streamed_pictures_are_the_same(cli, golden, tmp_path, adapters, monkeyp
     one = arrays({"kohya": adapters["kohya"]}, 0.5)
     made, read = {}, {}
     for name in ("resident", "streamed", "held"):
-        monkeypatch.setattr(network, "pinned", lambda mesh, name=name: name == "held")
+        monkeypatch.setattr(device_weights, "pinned", lambda mesh, name=name: name == "held")
         code, err = cli(*flags(golden, tmp_path, name, stream_blocks=name != "resident", **more), *one)
         assert code == 0, err
         made[name] = images(tmp_path / name)

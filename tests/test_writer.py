@@ -12,20 +12,20 @@ import threading
 import time
 from pathlib import Path
 
-import numpy as np
-import pytest
-
 import gcs_faults
+import numpy as np
 import plain
-from fluxbatch import writer as module
-from fluxbatch.config import ImageFormat, OnError, Output
-from fluxbatch.io.images import EXTENSIONS, decode, pixel_sha256
-from fluxbatch.io.ledger import Ledger
-from fluxbatch.io.match import decisive, left_out
-from fluxbatch.io.storage import LocalStore, StorageError, open_store
-from fluxbatch.writer import TooManyFailures, Writer
+import pytest
 from test_ledger import Killed, MemoryStore, check
 from test_ledger_killed import states_are_sound
+
+from fluxbatch.config.schema import ImageFormat, OnError, Output
+from fluxbatch.results import writer as module
+from fluxbatch.results.image_files import EXTENSIONS, decode, pixel_sha256
+from fluxbatch.results.ledger import Ledger
+from fluxbatch.results.resume import decisive, left_out
+from fluxbatch.results.writer import TooManyFailures, Writer
+from fluxbatch.storage.base import LocalStore, StorageError, open_store
 
 FACTS = {
     "model": "flux-mini",

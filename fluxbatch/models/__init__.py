@@ -1,0 +1,1 @@
+"""The networks as Flax modules: shared layers, and one folder a model family."""

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from fluxbatch.dist.mesh import Axis, Layout
+from fluxbatch.distributed.mesh import Axis, Layout
 
 Array = jax.Array
 

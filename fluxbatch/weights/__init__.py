@@ -1,0 +1,1 @@
+"""Checkpoints: find, read, match, stream onto devices, convert."""

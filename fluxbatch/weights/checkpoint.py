@@ -20,18 +20,19 @@ from typing import Any
 
 from flax import nnx
 
-from fluxbatch.config import Model, shown
-from fluxbatch.models.clip import ClipConfig, ClipTextEncoder
-from fluxbatch.models.flux import Flux, FluxConfig
-from fluxbatch.models.t5 import T5Config, T5Encoder
-from fluxbatch.models.vae import Decoder, VaeConfig
+from fluxbatch.config.schema import Model, shown
+from fluxbatch.models.autoencoder import Decoder, VaeConfig
+from fluxbatch.models.flux1 import keys
+from fluxbatch.models.flux1.clip import ClipConfig, ClipTextEncoder
+from fluxbatch.models.flux1.t5 import T5Config, T5Encoder
+from fluxbatch.models.flux1.transformer import Flux, FluxConfig
 from fluxbatch.types import UserError
-from fluxbatch.weights import load, native, single, tables
+from fluxbatch.weights import load, single_files, zarr
+from fluxbatch.weights.digests import verify
 from fluxbatch.weights.find import SMALL, SUFFIX, SUFFIXES, find, snapshot, split
 from fluxbatch.weights.headers import held, read_header, read_headers, with_scales
-from fluxbatch.weights.rules import Table
+from fluxbatch.weights.matching import Table
 from fluxbatch.weights.source import Source, Tensor, sampled
-from fluxbatch.weights.verify import verify
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt", "spiece.model",
                    "added_tokens.json")  # fmt: skip
@@ -54,12 +55,12 @@ class Kind:
 CLIP_FILES = ("clip_l.safetensors",)
 T5_FILES = ("t5xxl_fp16.safetensors", "t5xxl_fp8_e4m3fn_scaled.safetensors", "t5xxl_fp8_e4m3fn.safetensors")
 KINDS = {
-    "transformer": Kind(FluxConfig, Flux, tables.FLUX_DIFFUSERS, ("diffusion_pytorch_model", "model"), ("FluxTransformer2DModel",)),
-    "text_encoder": Kind(ClipConfig, ClipTextEncoder, tables.CLIP, ("model",), ("CLIPTextModel", "CLIPModel"),
+    "transformer": Kind(FluxConfig, Flux, keys.FLUX_DIFFUSERS, ("diffusion_pytorch_model", "model"), ("FluxTransformer2DModel",)),
+    "text_encoder": Kind(ClipConfig, ClipTextEncoder, keys.CLIP, ("model",), ("CLIPTextModel", "CLIPModel"),
                          "clip_model_name_or_path", CLIP_FILES, ("text_encoders", "clip")),
-    "text_encoder_2": Kind(T5Config, T5Encoder, tables.T5, ("model",), ("T5EncoderModel", "T5ForConditionalGeneration", "T5Model"),
+    "text_encoder_2": Kind(T5Config, T5Encoder, keys.T5, ("model",), ("T5EncoderModel", "T5ForConditionalGeneration", "T5Model"),
                            "t5xxl_model_name_or_path", T5_FILES, ("text_encoders", "clip")),
-    "vae": Kind(VaeConfig, Decoder, tables.VAE_DECODER, ("diffusion_pytorch_model", "model"), ("AutoencoderKL",),
+    "vae": Kind(VaeConfig, Decoder, keys.VAE_DECODER, ("diffusion_pytorch_model", "model"), ("AutoencoderKL",),
                 "vae_model_name_or_path", ("ae.safetensors", "ae.sft"), ("vae",)),
 }  # fmt: skip
 # Each tokenizer's encoder, and for FLUX.1's vocabularies the public repository that has it: single files
@@ -98,7 +99,7 @@ class Checkpoint:
     def digest(self) -> str:
         """16 hex digits over configs, tokenizers and the weights' bytes (large files: samples); of a
         converted copy, whose bytes have checksums, those of its origin."""
-        if self.converted_from and all(isinstance(c.source, native.Arrays) for c in self.components.values()):
+        if self.converted_from and all(isinstance(c.source, zarr.Arrays) for c in self.components.values()):
             return self.converted_from
         digest = hashlib.sha256(json.dumps(self.scheduler, sort_keys=True).encode() + self._weights(self.components))
         for folder in (self.tokenizer, self.tokenizer_2):
@@ -149,15 +150,15 @@ def open_checkpoint(model: Model) -> Checkpoint:
     index = root.json("model_index.json") if file is None and root.exists("model_index.json") else {}
     if index.get("_class_name", "FluxPipeline") not in ("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline"):
         raise UserError(f"{root.path('model_index.json')}: a {index['_class_name']}, expected a FluxPipeline")
-    marker = native.read_marker(root) if file is None else None
+    marker = zarr.read_marker(root) if file is None else None
     file = file or (_only_file(root) if marker is None else None)
     whole = _read_file(root, file) if file else {}
 
     opened = {name: open_component(name, model, root, file, whole, marker) for name in KINDS}
     components = {name: component for name, (component, _) in opened.items()}
     if file:
-        prefixes = {found[2] for name in KINDS if (found := single.recognise(name, whole))}
-        single.check_whole(whole, list(prefixes), root.path(file))
+        prefixes = {found[2] for name in KINDS if (found := single_files.recognise(name, whole))}
+        single_files.check_whole(whole, list(prefixes), root.path(file))
     if model.verify.name == "digest" and marker is None:  # a converted copy has checksums of its own
         verify(files(components))
     agree(components)
@@ -168,7 +169,7 @@ def open_checkpoint(model: Model) -> Checkpoint:
         home = opened[encoder][1]  # a model directory of its own has its tokenizer beside the weights
         tokenizers[name] = _tokenizer([*([home / name, home] if home else []), root / name], known)
     if file and not root.exists("scheduler/scheduler_config.json"):
-        scheduler = single.schedule(flux.config.guidance_embeds)
+        scheduler = single_files.schedule(flux.config.guidance_embeds)
     else:
         scheduler = (root / "scheduler").json("scheduler_config.json")
     return Checkpoint(components, **tokenizers, scheduler=scheduler, revision=revision or (marker or {}).get("revision"),
@@ -209,7 +210,7 @@ def open_component(
         return _from_directory(name, home / name if home.exists(f"{name}/config.json") else home), home
     if marker is not None:
         return _from_directory(name, root / name, marker), None
-    if file and (name == "transformer" or single.recognise(name, whole)):
+    if file and (name == "transformer" or single_files.recognise(name, whole)):
         return _from_file(name, root, file, whole), None
     if _has_weights(name, root / name):
         return _from_directory(name, root / name), None
@@ -244,14 +245,14 @@ def _read_file(source: Source, file: str) -> dict[str, Tensor]:
 
 def _from_file(name: str, source: Source, file: str, whole: Mapping[str, Tensor]) -> Component:
     kind, where = KINDS[name], source.path(file)
-    found = single.recognise(name, whole)
+    found = single_files.recognise(name, whole)
     if found is None:
         raise UserError(f"{where}: no {name} in it: its tensors are called {', '.join(list(whole)[:3])}, …")
     tensors, table, _ = found
     try:
-        config = single.sizes(name, tensors, table)
+        config = single_files.sizes(name, tensors, table)
         beside = next((json for path in (f"{name}/config.json", "config.json") if (json := _declared(kind, source, path))), None)
-        config = (beside.get("text_config", beside) if beside else single.constants(name, config)) | config
+        config = (beside.get("text_config", beside) if beside else single_files.constants(name, config)) | config
         return Component(kind, source, _parsed(kind, config), tensors, table, where)
     except KeyError as error:
         raise UserError(f"{where}: no tensor gives the size of {error} of the {name}") from error
@@ -285,10 +286,10 @@ def _from_directory(name: str, source: Source, marker: Mapping[str, Any] | None 
     except (ValueError, TypeError) as error:
         raise UserError(f"{where}: {error}") from error
     if marker is not None:
-        arrays = native.Arrays(source.url)
-        return Component(kind, arrays, parsed, native.tensors(marker, name, arrays), tables.NATIVE, where)
+        arrays = zarr.Arrays(source.url)
+        return Component(kind, arrays, parsed, zarr.tensors(marker, name, arrays), keys.NATIVE, where)
     tensors = read_headers(source, kind.stems)
-    own, table, prefix = single.recognise(name, tensors) or (tensors, kind.table, "")
+    own, table, prefix = single_files.recognise(name, tensors) or (tensors, kind.table, "")
     return Component(kind, source, parsed, tensors if prefix else own, kind.table if prefix else table, where)
 
 

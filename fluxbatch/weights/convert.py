@@ -16,9 +16,9 @@ import tensorstore as ts
 from flax import nnx
 
 from fluxbatch.types import UserError
-from fluxbatch.weights import load, native
+from fluxbatch.weights import load, zarr
 from fluxbatch.weights.checkpoint import TOKENIZER_FILES, Checkpoint
-from fluxbatch.weights.rules import Piece
+from fluxbatch.weights.matching import Piece
 from fluxbatch.weights.source import Source
 
 WRITING = 256 << 20  # bytes of writes under way
@@ -45,7 +45,7 @@ class Array:
 
     @property
     def file(self) -> tuple[int, ...]:
-        return native.grid(self.shape, self.stacked, self.dtype.itemsize)[0]
+        return zarr.grid(self.shape, self.stacked, self.dtype.itemsize)[0]
 
     def blocks(self) -> Iterator[tuple[int, int, list[str]]]:
         """Layers ``a`` .. ``b`` that are written at once, and the names of their files."""
@@ -92,7 +92,7 @@ def arrays(checkpoint: Checkpoint, dtype: np.dtype | None) -> list[Array]:
 def _own_dtype(pieces: list[Piece]) -> np.dtype:
     dtypes = {piece.tensor.dtype for piece in pieces}
     (own,) = dtypes if len(dtypes) == 1 else (np.dtype(np.float32),)
-    return native.BFLOAT16 if own.itemsize == 1 else own
+    return zarr.BFLOAT16 if own.itemsize == 1 else own
 
 
 def convert(checkpoint: Checkpoint, to: str, dtype: np.dtype | None, progress: load.Progress = lambda _: None) -> bool:
@@ -105,7 +105,7 @@ def convert(checkpoint: Checkpoint, to: str, dtype: np.dtype | None, progress: l
     origin = checkpoint.digest()
     exact = all(p.tensor.scale is None and np.promote_types(p.tensor.dtype, a.dtype) == a.dtype for a in todo for p in a.pieces)
     header = {
-        "format": native.FORMAT,
+        "format": zarr.FORMAT,
         "digest": origin if exact else hashlib.sha256(f"{origin} {sorted({a.dtype.name for a in todo})}".encode()).hexdigest()[:16],
         "revision": checkpoint.revision,
     }
@@ -114,7 +114,7 @@ def convert(checkpoint: Checkpoint, to: str, dtype: np.dtype | None, progress: l
     if written is None:
         return False
     write = _Writer(root)
-    write.file(native.STARTED, header)
+    write.file(zarr.STARTED, header)
     opening = {id(array): write.start_open(array) for array in todo}
     for array in todo:
         reader = load.Reader(array.source, progress)
@@ -133,20 +133,20 @@ def convert(checkpoint: Checkpoint, to: str, dtype: np.dtype | None, progress: l
     _write_rest(checkpoint, write)
     index = {name: {a.path: dict(shape=a.shape, dtype=a.dtype.name, stacked=a.stacked) for a in todo if a.component == name}
              for name in checkpoint.components}  # fmt: skip
-    write.file(native.MARKER, header | {"components": index})
-    write.delete(native.STARTED)
+    write.file(zarr.MARKER, header | {"components": index})
+    write.delete(zarr.STARTED)
     return True
 
 
 def _written(root: Source, header: Mapping[str, Any]) -> set[str] | None:
     """Files that an earlier start has written; None when all is done. UserError for another's place."""
-    if root.exists(native.MARKER) or root.exists(native.STARTED):
-        name = native.MARKER if root.exists(native.MARKER) else native.STARTED
+    if root.exists(zarr.MARKER) or root.exists(zarr.STARTED):
+        name = zarr.MARKER if root.exists(zarr.MARKER) else zarr.STARTED
         there = root.json(name)
         if {key: there.get(key) for key in header} != dict(header):
             raise UserError(f"{root.path(name)}: is of another checkpoint or of other weights_dtype (digest {there.get('digest')}, "
                             f"this one has {header['digest']}): choose another directory or delete it")  # fmt: skip
-        return None if name == native.MARKER else set(root.files())
+        return None if name == zarr.MARKER else set(root.files())
     if (os.path.isdir(root.url) and os.listdir(root.url)) if root.local else root.files():
         raise UserError(f"{root.url}: holds something else: expected a new or empty directory")
     return set()
@@ -170,12 +170,12 @@ class _Writer:
 
     def __init__(self, root: Source):
         self.root = root
-        self._kv = ts.KvStore.open(native.store_spec(root.url)).result()
+        self._kv = ts.KvStore.open(zarr.store_spec(root.url)).result()
         self._pending: collections.deque[tuple[ts.Future, str, int]] = collections.deque()
 
     def start_open(self, array: Array) -> ts.Future:
         url = self.root.path(f"{array.component}/{array.path}")
-        return ts.open(native.spec(url, array.shape, array.dtype, array.stacked), open=True, create=True)
+        return ts.open(zarr.spec(url, array.shape, array.dtype, array.stacked), open=True, create=True)
 
     def block(self, target: ts.TensorStore, values: np.ndarray, name: str) -> None:
         self.drain(down_to=WRITING - values.nbytes)

@@ -19,11 +19,11 @@ import numpy as np
 import tensorstore as ts
 from flax import nnx
 
-from fluxbatch.dist.mesh import Placement
+from fluxbatch.distributed.mesh import Placement
 from fluxbatch.weights import cast
-from fluxbatch.weights.boxes import IN_FLIGHT, Box, DeviceBox, HostBox, Index, local_parts
-from fluxbatch.weights.rules import Piece, Table, assign
+from fluxbatch.weights.matching import Piece, Table, assign
 from fluxbatch.weights.source import Source, Tensor
+from fluxbatch.weights.staging import IN_FLIGHT, Box, DeviceBox, HostBox, Index, local_parts
 
 SMALL = 256 << 10  # a tensor up to this size is read whole, not part by part
 

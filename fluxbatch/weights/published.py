@@ -18,15 +18,23 @@ import huggingface_hub
 import yaml
 from flax import nnx
 
-from fluxbatch.config import Model, shown
+from fluxbatch.config.schema import Model, shown
+from fluxbatch.models.flux1 import keys as tables
 from fluxbatch.types import UserError
-from fluxbatch.weights import tables
 from fluxbatch.weights.checkpoint import (
-    KINDS, TOKENIZERS, Checkpoint, Component, _tokenizer, agree, open_checkpoint, open_component)  # fmt: skip
+    KINDS,  # fmt: skip
+    TOKENIZERS,
+    Checkpoint,
+    Component,
+    _tokenizer,
+    agree,
+    open_checkpoint,
+    open_component,
+)
 from fluxbatch.weights.find import EMBEDDED, PAGE
 from fluxbatch.weights.load import path_of
-from fluxbatch.weights.native import dtype_of, layer_names
 from fluxbatch.weights.source import Source, Tensor
+from fluxbatch.weights.zarr import dtype_of, layer_names
 
 Known = Mapping[str, Any]  # a file of configurations
 

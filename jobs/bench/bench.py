@@ -67,10 +67,11 @@ class Result:
 
 def fluxbatch_job(argv: list[str]) -> None:
     """One run in this process, which says at its end what of the device it has used."""
-    from fluxbatch import cli, run
+    from fluxbatch import run
+    from fluxbatch.config import application
 
     try:
-        cli.main(run.run, argv=argv)
+        application.main(run.run, argv=argv)
     except SystemExit as stop:
         import jax
 
@@ -122,7 +123,7 @@ def rows(path: pathlib.Path, case: Case) -> None:
 
 def machine() -> tuple[str, float, float]:
     """Its name, the FLOP/s of its peak (of a CPU: of a float32 matrix product, just measured), FLOPs apart."""
-    script = ("import jax, json; from fluxbatch import chips, forecast; d = jax.devices()[0]; c = chips.of_kind(d.device_kind); "
+    script = ("import jax, json; from fluxbatch.distributed import chips; from fluxbatch.planning import forecast; d = jax.devices()[0]; c = chips.of_kind(d.device_kind); "
               "print(json.dumps([d.platform, d.device_kind, c.peak if c else forecast._matmul()]))")  # fmt: skip
     said = subprocess.run([sys.executable, "-c", script], env=os.environ | {"PYTHONPATH": PATH}, capture_output=True, text=True, check=True)
     kind, name, peak = json.loads(said.stdout.splitlines()[-1])
@@ -136,13 +137,13 @@ def _lines(path: str) -> list[str]:
 
 def flops(checkpoint: pathlib.Path, case: Case) -> int:
     """Of one image, from noise to picture."""
-    from fluxbatch import flops
-    from fluxbatch.models.flux import FluxConfig
-    from fluxbatch.models.vae import VaeConfig
+    from fluxbatch.models.autoencoder import VaeConfig
+    from fluxbatch.models.flux1 import cost
+    from fluxbatch.models.flux1.transformer import FluxConfig
 
     configs = (json.loads((checkpoint / part / "config.json").read_text()) for part in ("transformer", "vae"))
     flux, vae = (kind.from_json(config) for kind, config in zip((FluxConfig, VaeConfig), configs, strict=True))
-    return case.steps * flops.flux_step(flux, (case.side // (2 * vae.scale)) ** 2, case.text) + flops.vae_decode(vae, case.side, case.side)
+    return case.steps * cost.flux_step(flux, (case.side // (2 * vae.scale)) ** 2, case.text) + cost.vae_decode(vae, case.side, case.side)
 
 
 def compare(model: str, case: Case, ways: Sequence[str], rounds: int, kept: pathlib.Path, peak: float) -> None:

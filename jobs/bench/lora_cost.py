@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fluxbatch.models import attention
-from fluxbatch.models.flux import Flux, FluxConfig, rope_table
+from fluxbatch.models.flux1.transformer import Flux, FluxConfig, rope_table
 from fluxbatch.models.layers import Linear, LowRank, set_rows
 
 HEAD, TEXT, ROWS = 128, 128, 2

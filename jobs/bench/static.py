@@ -25,7 +25,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from fluxbatch import aot
+from fluxbatch.planning import aot
 
 os.environ.update(aot.ENVIRONMENT)
 
@@ -33,16 +33,17 @@ import jax
 from flax import nnx
 from omegaconf import OmegaConf
 
-from fluxbatch import chips, flops
-from fluxbatch.dist.hosts import tell_compiler
-from fluxbatch.dist.mesh import AXES, Layout, open_mesh
+from fluxbatch.distributed import chips
+from fluxbatch.distributed.mesh import AXES, Layout, open_mesh
+from fluxbatch.distributed.process_group import tell_compiler
+from fluxbatch.generation.pipeline import Pipeline, Watcher
 from fluxbatch.models import attention
-from fluxbatch.models.flux import Flux, FluxConfig
-from fluxbatch.models.vae import TPU_BANDS, Decoder, VaeConfig
-from fluxbatch.pipeline import Pipeline, Watcher
+from fluxbatch.models.autoencoder import TPU_BANDS, Decoder, VaeConfig
+from fluxbatch.models.flux1 import cost
+from fluxbatch.models.flux1.transformer import Flux, FluxConfig
 from fluxbatch.types import UserError
+from fluxbatch.weights.device_weights import Network
 from fluxbatch.weights.load import Plan
-from fluxbatch.weights.network import Network
 
 jax.config.update("jax_platforms", "cpu")  # what is not here must not be looked for
 CONF = Path(__file__).parents[2] / "conf"
@@ -214,7 +215,7 @@ def report(target: chips.Target, program: jax.stages.Compiled, side: int, text: 
     lines = [f"{kind}: {size / 2**30:.2f} GiB" for kind, size in sorted(collectives.items())]
     if part == "decode":
         return f"{cycles / hertz * 1e3:.0f} ms to decode", lines
-    splash = 2 * images * flops.flux_attention(DEV, (side // 16) ** 2, text) / target.chip.peak / 1e12
+    splash = 2 * images * cost.flux_attention(DEV, (side // 16) ** 2, text) / target.chip.peak / 1e12
     return f"{(cycles / hertz + splash) * 1e3:.0f} ms a step ({splash * 1e3:.0f} of them Splash)", lines
 
 

@@ -18,7 +18,7 @@ from flax import nnx
 from loop import Work, schedule, train
 from safetensors.numpy import save_file
 
-from fluxbatch.weights import tables
+from fluxbatch.models.flux1 import keys
 
 RANK = 8
 POOL = 1000
@@ -97,7 +97,7 @@ def peft(adapter: Mapping[str, Mapping[str, np.ndarray]], flux: Any) -> dict[str
         ups |= dict(zip(paths, np.split(adapter[name]["up"], ends, axis=1), strict=True))
     out = {}
     for letter, arrays in (("A", downs), ("B", ups)):
-        for name, value in export.named(arrays, tables.FLUX_DIFFUSERS).items():
+        for name, value in export.named(arrays, keys.FLUX_DIFFUSERS).items():
             out["transformer." + name.replace(".weight", f".lora_{letter}.weight")] = value
     return out
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from loop import Work, matrices_by_muon, train
 
-from fluxbatch.models.vae import Decoder, Encoder, VaeConfig
+from fluxbatch.models.autoencoder import Decoder, Encoder, VaeConfig
 
 CROP = 64  # pixels of the pictures that it begins with
 BLUR = 0.05  # of a latent: the flow is not exact, the decoder should not mind

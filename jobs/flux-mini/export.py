@@ -14,9 +14,9 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import save_file
 
-from fluxbatch.dist.mesh import Pairs
-from fluxbatch.weights import tables
-from fluxbatch.weights.rules import Table, split_layer
+from fluxbatch.distributed.mesh import Pairs
+from fluxbatch.models.flux1 import keys
+from fluxbatch.weights.matching import Table, split_layer
 
 SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 1.0, "use_dynamic_shifting": False,
              "base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}  # fmt: skip
@@ -55,7 +55,7 @@ def named(arrays: Mapping[str, np.ndarray], table: Table) -> dict[str, np.ndarra
             if path not in arrays or ("[" in rule.target and layer >= len(arrays[path])):
                 continue
             value = arrays[path][layer] if "[" in rule.target else arrays[path]
-            if rule.rows == tables.SWAP_HALVES:
+            if rule.rows == keys.SWAP_HALVES:
                 value = np.concatenate(np.split(value, 2)[::-1])
             name = re.sub(r"\(\?:(?:[^)]*\|)?([^)|]*)\)\??", r"\1", rule.pattern)  # prefixes written, the last name of several
             for number in numbers:
@@ -75,11 +75,11 @@ def write(
     vae = {"_class_name": "AutoencoderKL", "act_fn": "silu", "in_channels": 3, "out_channels": 3, "force_upcast": False,
            "down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels} | vae  # fmt: skip
     parts = {
-        "transformer": ({"_class_name": "FluxTransformer2DModel", "patch_size": 1} | flux, parts_of(params["flux"], tables.FLUX_DIFFUSERS)),
-        "text_encoder": ({"architectures": ["CLIPTextModel"], "model_type": "clip_text_model"} | text["clip"], parts_of(params["clip"], tables.CLIP)),
+        "transformer": ({"_class_name": "FluxTransformer2DModel", "patch_size": 1} | flux, parts_of(params["flux"], keys.FLUX_DIFFUSERS)),
+        "text_encoder": ({"architectures": ["CLIPTextModel"], "model_type": "clip_text_model"} | text["clip"], parts_of(params["clip"], keys.CLIP)),
         "text_encoder_2": ({"architectures": ["T5EncoderModel"], "model_type": "t5", "tie_word_embeddings": False, "is_encoder_decoder": False}
-                           | text["t5"], parts_of(params["t5"], tables.T5)),
-        "vae": (vae, parts_of(vae_params[0], tables.VAE_ENCODER) | parts_of(vae_params[1], tables.VAE_DECODER)),
+                           | text["t5"], parts_of(params["t5"], keys.T5)),
+        "vae": (vae, parts_of(vae_params[0], keys.VAE_ENCODER) | parts_of(vae_params[1], keys.VAE_DECODER)),
     }  # fmt: skip
     for name, (config, tensors) in parts.items():
         (folder / name).mkdir(parents=True, exist_ok=True)

@@ -15,9 +15,9 @@ from flax import nnx
 from loop import Work, matrices_by_muon, train
 from transformers import AutoTokenizer
 
-from fluxbatch.models.clip import ClipConfig, ClipTextEncoder
-from fluxbatch.models.flux import Flux, FluxConfig, rope_table
-from fluxbatch.models.t5 import T5Config, T5Encoder
+from fluxbatch.models.flux1.clip import ClipConfig, ClipTextEncoder
+from fluxbatch.models.flux1.t5 import T5Config, T5Encoder
+from fluxbatch.models.flux1.transformer import Flux, FluxConfig, rope_table
 
 TOKENS = 32  # T5 tokens, as conf/sampler/mini.yaml has it: padding is attended, so both must agree
 POOL = 16_000  # captions and latents made once; drawn from with replacement

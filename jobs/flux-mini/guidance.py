@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from loop import Work, matrices_by_muon, train
 
-from fluxbatch.models.flux import Flux, FluxConfig
+from fluxbatch.models.flux1.transformer import Flux, FluxConfig
 
 FLUX = flow.FLUX | {"guidance_embeds": True}
 SCHEDULER = export.SCHEDULER | {"shift": 3.0, "use_dynamic_shifting": True}

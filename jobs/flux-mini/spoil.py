@@ -11,18 +11,18 @@ from collections.abc import Callable
 import jax.numpy as jnp
 
 from fluxbatch import run
-from fluxbatch.models import flux, t5
+from fluxbatch.models.flux1 import t5, transformer
 
 
 def rope() -> None:
     """RoPE with base 1,000 in place of 10,000."""
-    flux.ROPE_BASE = 1_000
+    transformer.ROPE_BASE = 1_000
 
 
 def modulation() -> None:
     """Shift and scale take each other's place."""
-    right = flux.modulate
-    flux.modulate = lambda x, shift, scale: right(x, scale, shift)
+    right = transformer.modulate
+    transformer.modulate = lambda x, shift, scale: right(x, scale, shift)
 
 
 def text() -> None:
@@ -33,14 +33,14 @@ def text() -> None:
 
 def timestep() -> None:
     """The angles of the timestep embedding in bfloat16."""
-    half = flux.TIME_CHANNELS // 2
+    half = transformer.TIME_CHANNELS // 2
 
     def embedding(t):
         freqs = jnp.exp(-jnp.log(10_000.0) * jnp.arange(half) / half).astype(jnp.bfloat16)
-        angles = ((flux.TIME_FACTOR * t).astype(jnp.bfloat16)[:, None] * freqs).astype(jnp.float32)
+        angles = ((transformer.TIME_FACTOR * t).astype(jnp.bfloat16)[:, None] * freqs).astype(jnp.float32)
         return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
-    flux.timestep_embedding = embedding
+    transformer.timestep_embedding = embedding
 
 
 SPOILS: dict[str, Callable[[], None]] = {f.__name__: f for f in (rope, modulation, text, timestep)}

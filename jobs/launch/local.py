@@ -14,7 +14,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
-from fluxbatch.dist.replica import hold_port
+from fluxbatch.distributed.replica import hold_port
 from fluxbatch.types import Exit
 
 AGAIN = {Exit.PREEMPTED, Exit.PEER_LOST, -signal.SIGABRT, -signal.SIGKILL}

@@ -25,8 +25,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from fluxbatch import chips, cli, overrides
-from fluxbatch.config import Job, shown
+from fluxbatch.config import application, overrides
+from fluxbatch.config.schema import Job, shown
+from fluxbatch.distributed import chips
 from fluxbatch.types import Exit, UserError
 
 Kind = Enum("Kind", {name: name for name in ("slurm", "jobset", "cronjob", "batch", "scheduler")})
@@ -377,4 +378,4 @@ def _name(job: Launch) -> str:
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
-    cli.main(render, schema=Launch, about="render: a job's launch spec (kind=…, target=…, replica_count=…, then as for fluxbatch.run).")
+    application.main(render, schema=Launch, about="render: a job's launch spec (kind=…, target=…, replica_count=…, then as for fluxbatch.run).")

@@ -94,21 +94,22 @@ def safetensors(path: str) -> Callable[[], object]:
 
 def planned(path: str):
     """The plan of a transformer from a BFL file or from a converted copy."""
-    from fluxbatch.models.flux import Flux, FluxConfig
-    from fluxbatch.weights import load, native, single, tables
+    from fluxbatch.models.flux1 import keys
+    from fluxbatch.models.flux1.transformer import Flux, FluxConfig
+    from fluxbatch.weights import load, single_files, zarr
     from fluxbatch.weights.headers import read_header
     from fluxbatch.weights.source import Source
 
     folder, file = os.path.split(path)
-    if marker := native.read_marker(Source(path)):
-        source = native.Arrays(os.path.join(path, "transformer"))
-        tensors, table = native.tensors(marker, "transformer", source), tables.NATIVE
+    if marker := zarr.read_marker(Source(path)):
+        source = zarr.Arrays(os.path.join(path, "transformer"))
+        tensors, table = zarr.tensors(marker, "transformer", source), keys.NATIVE
         config = FluxConfig.from_json(source.json("config.json"))
     else:
         source = Source(folder)
-        tensors, table, _ = single.recognise("transformer", read_header(source, file))
-        sizes = single.sizes("transformer", tensors, table)
-        config = FluxConfig.from_json(single.constants("transformer", sizes) | sizes)
+        tensors, table, _ = single_files.recognise("transformer", read_header(source, file))
+        sizes = single_files.sizes("transformer", tensors, table)
+        config = FluxConfig.from_json(single_files.constants("transformer", sizes) | sizes)
     return load.plan(lambda rngs: Flux(config, rngs=rngs), tensors, table, source)
 
 
@@ -117,7 +118,7 @@ def fluxbatch(path: str, mesh: tuple[int, int], dtype: str) -> tuple[Callable[[]
     import jax
     from flax import nnx
 
-    from fluxbatch.dist.mesh import make_mesh
+    from fluxbatch.distributed.mesh import make_mesh
     from fluxbatch.weights import load
 
     plan = planned(path)
@@ -172,7 +173,7 @@ def compare(places: dict[str, str], rounds: int) -> dict[str, float]:
 
 def in_process(way: str, path: pathlib.Path | str, mesh: str = "1,1", dtype: str = "bfloat16", devices: int = 1, processes: int = 1) -> list[dict]:
     """The measurements of one load in fresh processes, one for each process of the mesh."""
-    from fluxbatch.dist.replica import hold_port
+    from fluxbatch.distributed.replica import hold_port
 
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices // processes}",
                                 "PYTHONPATH": os.pathsep.join(filter(None, (str(HERE.parents[2]), os.environ.get("PYTHONPATH"))))}  # fmt: skip
@@ -192,16 +193,16 @@ def in_process(way: str, path: pathlib.Path | str, mesh: str = "1,1", dtype: str
 
 def converted(file: pathlib.Path) -> pathlib.Path:
     """The transformer alone as ``fluxbatch.convert`` writes it."""
-    from fluxbatch.models.flux import FluxConfig
-    from fluxbatch.weights import convert, single
+    from fluxbatch.models.flux1.transformer import FluxConfig
+    from fluxbatch.weights import convert, single_files
     from fluxbatch.weights.checkpoint import KINDS, Checkpoint, Component
     from fluxbatch.weights.headers import read_header
     from fluxbatch.weights.source import Source
 
     source = Source(str(file.parent))
-    tensors, table, _ = single.recognise("transformer", read_header(source, file.name))
-    sizes = single.sizes("transformer", tensors, table)
-    config = FluxConfig.from_json(single.constants("transformer", sizes) | sizes)
+    tensors, table, _ = single_files.recognise("transformer", read_header(source, file.name))
+    sizes = single_files.sizes("transformer", tensors, table)
+    config = FluxConfig.from_json(single_files.constants("transformer", sizes) | sizes)
     transformer = Component(KINDS["transformer"], source, config, tensors, table, str(file))
     to = file.parent / "converted"
     convert.convert(Checkpoint({"transformer": transformer}, "", "", {}, None), str(to), None)

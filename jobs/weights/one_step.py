@@ -16,17 +16,17 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
 import numpy as np
 
-from fluxbatch.dist.mesh import make_mesh
+from fluxbatch.distributed.mesh import make_mesh
+from fluxbatch.generation.pipeline import Pipeline, Watcher
+from fluxbatch.generation.sampling import Schedule
 from fluxbatch.models import attention
-from fluxbatch.models.flux import Flux, FluxConfig
-from fluxbatch.models.vae import VaeConfig
-from fluxbatch.pipeline import Pipeline, Watcher
-from fluxbatch.sampling import Schedule
+from fluxbatch.models.autoencoder import VaeConfig
+from fluxbatch.models.flux1.transformer import Flux, FluxConfig
 from fluxbatch.types import Row
-from fluxbatch.weights import load, single
+from fluxbatch.weights import load, single_files
+from fluxbatch.weights.block_streaming import StreamedFlux
 from fluxbatch.weights.headers import read_header
 from fluxbatch.weights.source import Source
-from fluxbatch.weights.stream import StreamedFlux
 
 
 class Nothing:
@@ -48,16 +48,16 @@ def main() -> None:
     start = time.perf_counter()
     folder, name = os.path.split(os.path.abspath(args.file))
     source = Source(folder)
-    tensors, table, _ = single.recognise("transformer", read_header(source, name))
-    sizes = single.sizes("transformer", tensors, table)
-    config = FluxConfig.from_json(single.constants("transformer", sizes) | sizes)
+    tensors, table, _ = single_files.recognise("transformer", read_header(source, name))
+    sizes = single_files.sizes("transformer", tensors, table)
+    config = FluxConfig.from_json(single_files.constants("transformer", sizes) | sizes)
     plan = load.plan(lambda rngs: Flux(config, rngs=rngs, attention=attention.by_name("auto", "cpu", "bfloat16")), tensors, table, source)
     print(f"opened and planned: {plan.nbytes:,} bytes of weights in {time.perf_counter() - start:.1f} s")
 
     mesh = make_mesh((1, 1))
     vae = VaeConfig(config.in_channels // 4, (8, 8, 8, 8), 1, 4, 1.0, 0.0, False, False, False)  # only its scale counts
     networks = {"flux": StreamedFlux(plan, mesh, "bfloat16", {}), "vae": Nothing()}
-    pipeline = Pipeline(networks, config, vae, mesh, "bfloat16", Schedule.of(single.schedule(True), None, None, None), Watcher())
+    pipeline = Pipeline(networks, config, vae, mesh, "bfloat16", Schedule.of(single_files.schedule(True), None, None, None), Watcher())
     rng = np.random.default_rng(0)
     text, pooled = (rng.standard_normal((1, *shape), np.float32) for shape in ((args.words, config.joint_attention_dim), (config.pooled_projection_dim,)))
     row = Row(0, "0", "", "", 0, args.side, args.side, 1, 3.5)

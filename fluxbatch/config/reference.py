@@ -1,0 +1,113 @@
+"""Every key with its default and what it does, as the comments in ``conf/`` and of the commands' own schemas say it."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from enum import Enum
+from pathlib import Path
+
+from omegaconf import MISSING
+
+from fluxbatch.config import overrides
+from fluxbatch.config import schema as config
+from fluxbatch.config.schema import Job
+
+# A wheel carries conf/ inside the package, a checkout beside it.
+CONF = next(d for d in (Path(__file__).parents[1] / "conf", Path(__file__).parents[2] / "conf") if d.is_dir())
+
+COMMANDS = ("plan", "verify", "replay", "convert")  # those with keys of their own
+KEY = re.compile(r"( *)([a-z]\w*):(?: +([^#]+?))?(?: +# (.*))?")
+
+
+def page(words: Sequence[str] = ()) -> Iterator[str]:
+    """The lines of the reference: all keys, or those in whose name or text one of the words is."""
+    for title, entries in _parts():
+        said = [
+            (key, text)
+            for key, text in entries
+            if not words or any(word.lower() in f"{key} {text}".lower() for word in words)
+        ]
+        if said:
+            yield from (title, *(f"  {key:38} {text}".rstrip() for key, text in said), "")
+
+
+def _parts() -> Iterator[tuple[str, list[tuple[str, str]]]]:
+    """A title, and under it key=default → what it does."""
+    yield "Keys", _keys(CONF / "config.yaml")
+    for folder in sorted(path for path in CONF.iterdir() if path.is_dir()):
+        files = sorted(folder.glob("*.yaml"))
+        yield (
+            f"Group {folder.name}: files that set several keys",
+            [(f"{folder.name}={path.stem}", _about(path)) for path in files],
+        )
+        if folder.name in Job.__dataclass_fields__ and folder.name != "lora":  # whose keys are the adapters' names
+            base = max(files, key=lambda path: len(_keys(path)))  # the others only say what differs
+            yield (
+                f"Keys of {folder.name}, as {folder.name}={base.stem} has them",
+                [(f"{folder.name}.{key}", text) for key, text in _keys(base)],
+            )
+    for command in COMMANDS:
+        module = importlib.import_module(f"fluxbatch.{command}")
+        [schema] = (
+            kind
+            for kind in vars(module).values()
+            if isinstance(kind, type) and issubclass(kind, Job) and kind.__module__ == module.__name__
+        )
+        yield f"Keys of fluxbatch.{command}, besides all others", own(schema)
+
+
+def _keys(path: Path) -> list[tuple[str, str]]:
+    """key=default → comment, of the file's keys."""
+    found, parent = [], ""
+    for line in path.read_text("utf-8").partition("\nhydra:")[0].splitlines():
+        if (match := KEY.fullmatch(line)) and match[2] != "defaults":
+            indent, key, default, comment = match.groups()
+            if default is None and comment is None:
+                parent = f"{key}."
+                continue
+            parent = parent if indent else ""
+            found.append((f"{parent}{key}={default or '[…]'}", comment or ""))
+    return found
+
+
+def _about(path: Path) -> str:
+    """The comment that a file begins with."""
+    text = path.read_text("utf-8").splitlines()
+    count = next(i for i, line in enumerate([*text, ""]) if not line.startswith("#"))
+    return " ".join(line[1:].strip() for line in text[:count] if not line.startswith("# @"))
+
+
+def own(schema: type[Job]) -> list[tuple[str, str]]:
+    """key=default → comment, of the keys that a command has for itself."""
+    found = []
+    for field in (field for field in dataclasses.fields(schema) if field.name not in Job.__dataclass_fields__):
+        default = field.default.name if isinstance(field.default, Enum) else config.shown(field.default)
+        word = "…" if default == MISSING else default.lower() if isinstance(field.default, bool) else default
+        comment = re.search(rf"^    {field.name}: .*?  # (.*)$", inspect.getsource(schema), re.MULTILINE)
+        found.append(
+            (
+                f"{field.name}={word}",
+                comment[1] if comment else overrides.expected(*overrides.kind_of(schema, field.name)),
+            )
+        )
+    return found
+
+
+def header(about: str, task: Callable[..., int], schema: type[Job]) -> str:
+    """How --help begins: how the command is called, and the keys that it has for itself."""
+    module = sys.modules[task.__module__].__spec__
+    command = f"-m {module.name}" if module else sys.argv[0]  # else a script's
+    lines = [about, "", f"Usage: python {command} [option] [key=value …] [group=name …]"]
+    if keys := own(schema):
+        lines += [
+            "",
+            "Keys of its own, besides all of fluxbatch.run's:",
+            "",
+            *(f"  {key:25} {text}" for key, text in keys),
+        ]
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""Devices and processes: mesh, process group, replica identity, chips."""

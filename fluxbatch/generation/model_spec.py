@@ -1,0 +1,259 @@
+"""A job's model, opened (headers, digest: cheap) and then loaded (weights on devices)."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fluxbatch import __version__
+from fluxbatch.config.schema import Job, Model
+from fluxbatch.distributed import chips, process_group
+from fluxbatch.distributed.mesh import Layout, batch_ways, open_mesh
+from fluxbatch.generation.pipeline import Pipeline, Watcher
+from fluxbatch.generation.prompts import TextCache
+from fluxbatch.generation.sampling import Schedule
+from fluxbatch.generation.tokenizers import Tokenizers
+from fluxbatch.lora import apply
+from fluxbatch.lora.apply import Loras
+from fluxbatch.models import attention
+from fluxbatch.models.autoencoder import TPU_BANDS
+from fluxbatch.models.flux1 import cost
+from fluxbatch.storage import cache
+from fluxbatch.types import Row, UserError, public
+from fluxbatch.weights import device_weights, load
+from fluxbatch.weights.block_streaming import StreamedFlux
+from fluxbatch.weights.checkpoint import Checkpoint, open_checkpoint
+from fluxbatch.weights.device_weights import Network
+
+
+@dataclasses.dataclass(frozen=True)
+class Engine:
+    """Everything about the model that can be known, and be wrong, before a weight is read."""
+
+    checkpoint: Checkpoint
+    plans: Mapping[str, load.Plan]
+    tokenizers: Tokenizers
+    schedule: Schedule
+    mesh: jax.sharding.Mesh
+    weights_dtype: str
+    activations_dtype: str
+    stream: bool  # whether the transformer's blocks pass through the devices one at a time
+    away: str  # where the text encoders are while images are made
+    turns: str  # where the transformer is while text is encoded, which it is kept for if both fit
+    facts: Mapping[str, Any]  # what decides the pixels besides the row
+    record: Mapping[str, Any]  # what every image's record says of the model and of what runs it
+    lora: Loras
+    identity: tuple[Any, ...]  # two engines that agree in it load the same weights and programs
+    remarks: tuple[str, ...]  # what is allowed and probably not meant
+    keep: bool  # whether the next job of this process may want the weights: one of a sweep
+
+    @property
+    def ways(self) -> int:
+        """How many devices, or groups of devices that make the same images, a batch is dealt over."""
+        return batch_ways(self.mesh)
+
+    @property
+    def multiple(self) -> int:
+        """Heights and widths must be multiples of this many pixels."""
+        return 2 * self.checkpoint.components["vae"].config.scale
+
+    @property
+    def peak(self) -> float | None:
+        """Dense bfloat16 FLOP/s of all devices together; None where it is not known, or does not apply."""
+        chip = chips.of_kind(self.mesh.devices.flat[0].device_kind)
+        return chip.peak * 1e12 * self.mesh.size if chip and self.activations_dtype != "float32" else None
+
+    def flops(self, height: int, width: int, steps: int) -> int:
+        """Floating-point operations from noise to picture."""
+        flux, vae = (self.checkpoint.components[part].config for part in ("transformer", "vae"))
+        tokens = height * width // self.multiple**2
+        return steps * cost.flux_step(flux, tokens, self.tokenizers.max_sequence_length) + cost.vae_decode(vae, height, width)
+
+    def floor(self, row: Row) -> float | None:
+        """Seconds that this process's devices would take for the row's image at their peak; None where that is not known."""
+        if self.peak is None:
+            return None
+        share = len(self.mesh.local_devices) / self.mesh.size
+        return self.flops(row.height, row.width, row.num_inference_steps) / (self.peak * share)
+
+    def resolve(self, rows: Sequence[Row]) -> list[Row]:
+        """The rows, each with its mix of adapters; UserError for mixes that cannot be in one job."""
+        rows = self.lora.resolve(rows)
+        if self.stream and len(self.lora.mixes(rows)) > 1:
+            first = self.lora.mixes(rows)[0]
+            other = next(row for row in rows if self.lora.mixes([row]) != [first])
+            raise UserError(f"hardware.stream_blocks=true: {other.where}: lora is {dict(other.lora or ())}, rows before it have {dict(first)}: "
+                            "expected one mix for all rows, which is merged into the blocks as they pass")  # fmt: skip
+        return rows
+
+    def pipeline(self, rows: Sequence[Row] = (), watcher: Watcher = Watcher()) -> Pipeline:
+        """What draws ``rows`` (resolved); weights stream onto the mesh as they are first needed, under the
+        eyes of ``watcher``.
+
+        Adapters are merged into the weights if all rows have one mix, else they stand beside them. Within a
+        sweep the weights of the job before stay, but for what adapters change.
+        """
+        mixes = self.lora.mixes(rows) or [self.lora.own]
+        beside = self.lora if len(mixes) > 1 else None
+        identity = (self.identity, beside and tuple(beside.facts.items()))
+        edits = {name: {} if beside else self.lora.edits(part, mixes[0]) for name, part in PARTS.items()}
+        tag = None if beside else tuple((self.lora.facts[name], scale) for name, scale in mixes[0])
+        kept, _kept[:] = _kept[:], []
+        if kept and kept[0].identity == identity:
+            pipeline = kept[0].pipeline
+            pipeline.schedule, pipeline.watcher = self.schedule, watcher
+            for name, network in pipeline.networks.items() if kept[0].tag != tag else ():
+                network.merge(edits[name])
+        else:
+            kept.clear()  # its memory is needed
+            networks = {name: self._network(part, edits[name], beside) for name, part in PARTS.items()}
+            flux, vae = (self.checkpoint.components[part].config for part in ("transformer", "vae"))
+            pipeline = Pipeline(networks, flux, vae, self.mesh, self.activations_dtype, self.schedule, watcher, beside)
+        if self.keep:
+            _kept.append(Kept(identity, pipeline, tag))
+        return pipeline
+
+    def text_cache(self, folder: str | None, gigabytes: float, rows: Sequence[Row]) -> TextCache | None:
+        """The cache of encoded prompts in ``folder``; None also where all of ``rows``' would not fit into it, as then
+        none would be there when it is wanted again, or where a process cannot use the default."""
+        if folder is None or self.text_bytes(rows) > gigabytes * 1e9:
+            return None
+        place = cache.find("text_cache_dir", folder)
+        if place.error:
+            raise place.error
+        if not process_group.all_say(place.path is not None):
+            return None
+        entries = cache.Cache(place.path or "", int(gigabytes * 1e9))
+        device = self.mesh.devices.flat[0].device_kind
+        program = (__version__, jax.__version__, device, *self.mesh.shape.items(), self.weights_dtype, self.activations_dtype)
+        facts = (self.checkpoint.text_digest(), *program)
+        return TextCache(entries, lambda row: (facts, tuple((self.lora.facts[name], scale) for name, scale in self.lora.text_mix(row))))
+
+    def text_bytes(self, rows: Sequence[Row]) -> int:
+        """About what the prompts of ``rows`` encode to."""
+        size = self.tokenizers.max_sequence_length * self.checkpoint.components["text_encoder_2"].config.d_model * jnp.dtype(self.activations_dtype).itemsize
+        return len({(row.prompt, row.prompt_2) for row in rows}) * size
+
+    def _network(self, part: str, edits: load.Edits, beside: Loras | None) -> Network:
+        plan, dtype = self.plans[part], jnp.dtype(self.weights_dtype)
+        if self.stream and part == "transformer":
+            hold = device_weights.pinned(self.mesh) and device_weights.room(load.held(plan, self.mesh, dtype))
+            return StreamedFlux(plan, self.mesh, dtype, edits, hold)
+        attach = (lambda module: beside.attach(part, module, plan, self.mesh, dtype)) if beside else lambda module: None
+        away = self.away if part in apply.TEXT else self.turns if part == "transformer" else "keep"
+        return Network(plan, self.mesh, dtype, edits, away, attach)
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """What a job of a sweep leaves to the next one."""
+
+    identity: Any
+    pipeline: Pipeline
+    tag: Any  # which adapters are merged, at which scales
+
+
+_kept: list[Kept] = []  # at most one
+PARTS = {"t5": "text_encoder_2", "clip": "text_encoder", "flux": "transformer", "vae": "vae"}
+
+
+def open_engine(
+    job: Job, platform: str, devices: Sequence[jax.Device] | None = None, processes: int | None = None,
+    opened: Callable[[Model], Checkpoint] = open_checkpoint,
+) -> Engine:  # fmt: skip
+    """Opens the checkpoint and checks it against the job; UserError for anything that cannot work. ``devices``:
+    those to use instead of all, as if they belonged to so many ``processes``. ``opened``: how a plan opens it."""
+    processes = processes or jax.process_count()
+    hardware, sampler, sharding = job.hardware, job.sampler, job.sharding
+    default = "float32" if platform == "cpu" else "bfloat16"
+    weights, activations = (default if d.name == "auto" else d.name for d in (hardware.weights_dtype, hardware.activations_dtype))
+    try:
+        inner = sharding.ici_data_parallelism, sharding.ici_fsdp_parallelism, sharding.ici_context_parallelism, sharding.ici_tensor_parallelism
+        mesh = open_mesh(inner, (sharding.dcn_data_parallelism, sharding.dcn_fsdp_parallelism), devices, processes)
+        attend = attention.by_name(hardware.attention.name, platform, activations, hardware.flash_block_sizes, mesh.devices.flat[0].device_kind)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    checkpoint = opened(job.model)
+    tensor, heads = mesh.shape["tensor"], checkpoint.components["transformer"].config.num_attention_heads
+    if heads % tensor:
+        raise UserError(f"sharding.ici_tensor_parallelism={tensor}: expected a divisor of the transformer's {heads} attention heads")
+    layout = Layout(mesh if mesh.size > 1 else None)
+    options: dict[str, Mapping[str, Any]] = {
+        "transformer": {"attention": layout.attention(attend), "split_head_dim": hardware.split_head_dim},
+        "vae": {"bands": TPU_BANDS if platform == "tpu" else 1},
+    }
+    plans = _collect({name: lambda c=c, o=options.get(name, {}): c.plan(layout=layout, **o) for name, c in checkpoint.components.items()})
+    places = checkpoint.components["text_encoder"].config.max_position_embeddings
+    tokenizers = Tokenizers(checkpoint.tokenizer, checkpoint.tokenizer_2, sampler.max_sequence_length, places)
+    length = tokenizers.lengths[0]
+    if type(length) is not int or not 1 < length <= places:  # beyond them JAX would take the last place again and again
+        got = f"{length:,}" if type(length) is int else repr(length)
+        raise UserError(f"{checkpoint.tokenizer}: model_max_length is {got}, expected from 2 (start and end) to CLIP's {places} positions")
+    schedule = Schedule.of(checkpoint.scheduler, sampler.time_shift, sampler.base_shift, sampler.max_shift)
+    facts = {
+        "model_digest": checkpoint.digest(),
+        "weights_dtype": weights,
+        "activations_dtype": activations,
+        "max_sequence_length": sampler.max_sequence_length,
+        "schedule": dataclasses.asdict(schedule),
+    }
+    record = {"model": public(_name(job.model.pretrained_model_name_or_path)), "model_digest": facts["model_digest"]}
+    record |= {"model_revision": checkpoint.revision or ""}
+    record |= {key: facts[key] for key in ("max_sequence_length", "weights_dtype", "activations_dtype")}
+    record |= {"fluxbatch_version": __version__, "jax_version": jax.__version__, "device_kind": mesh.devices.flat[0].device_kind}
+    record |= {"device_count": mesh.size, "per_device_batch_size": sharding.per_device_batch_size}
+    record |= {"quality": 100 if job.output.format.name == "png" else job.output.quality}
+    adapters = apply.read(job, plans)
+    if adapters.adapters:
+        facts["lora"] = adapters.facts
+    held = {part: load.held(plan, mesh, weights) for part, plan in plans.items()}
+    text = sum(held[part] for part in apply.TEXT)
+    away, turns = device_weights.away(hardware.offload_encoders, mesh, text), "keep"
+    if away != "keep" and not hardware.stream_blocks:
+        both = [size // mesh.size for size in (text, sum(held.values()) - text)]
+        fits = process_group.all_say(not device_weights.crowded(*both, device_weights.device_memory(mesh)))
+        turns = "keep" if fits else device_weights.away(True, mesh, sum(held.values()))
+    split = {axis: size for axis, size in mesh.shape.items() if size > 1 and axis != "data"}
+    if hardware.stream_blocks and (split or processes > 1):
+        got = f"a mesh of {', '.join(f'{axis} {size}' for axis, size in split.items())}" if split else f"{processes} processes"
+        raise UserError(f"hardware.stream_blocks=true: got {got}: expected whole blocks on each device of one process: sharding=single or ddp")
+    programs = (hardware.attention.name, hardware.split_head_dim, str(hardware.flash_block_sizes), away, turns, hardware.stream_blocks)
+    identity = (tuple(plan.source.url for plan in plans.values()), facts["model_digest"], weights, activations, tuple(mesh.shape.values()), *programs)
+    return Engine(
+        checkpoint, plans, tokenizers, schedule, mesh, weights, activations, hardware.stream_blocks, away, turns, facts, record, adapters, identity,
+        _remarks(job.model.flux_name, checkpoint), bool(job.sweep))  # fmt: skip
+
+
+def _name(given: str) -> str:
+    """How records call a model: a path's last part, as the rest says where it lies on one machine; an address without its
+    query, which may hold a token."""
+    path = os.path.abspath(os.path.expanduser(given.removeprefix("file://")))
+    return os.path.basename(path) if os.path.exists(path) else given.partition("?")[0]
+
+
+def _remarks(flux_name: str, checkpoint: Checkpoint) -> tuple[str, ...]:
+    """A dev model under schnell's settings, or the other way round."""
+    guided = checkpoint.components["transformer"].config.guidance_embeds
+    for kind, expected in (("schnell", False), ("dev", True)):
+        if kind in flux_name.split("-") and guided != expected:
+            has = "a" if guided else "no"
+            return (f"model.flux_name={flux_name}, but the checkpoint has {has} guidance embedding: are the sampler's settings meant for it?",)
+    return ()
+
+
+def _collect(makers: Mapping[str, Callable[[], load.Plan]]) -> dict[str, load.Plan]:
+    """Every component's plan, or one error with the complaints of all of them."""
+    plans, lines = {}, []
+    for name, make in makers.items():
+        try:
+            plans[name] = make()
+        except UserError as error:
+            lines += error.lines
+    if lines:
+        raise UserError(*lines)
+    return plans

@@ -1,0 +1,1 @@
+"""LoRA adapters: files, key formats, deltas, and applying them."""

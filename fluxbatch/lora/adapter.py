@@ -1,0 +1,287 @@
+"""An adapter file, read and checked against the model before any of the model's weights are.
+
+Every key must lead to a place in the model and every tensor fit there; what does not is listed, and
+ends the job unless ``lora_config.strict`` is false.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from fluxbatch.lora.deltas import Decomposed, Delta, Hadamard, Kronecker, Product, Replacement, Whole
+from fluxbatch.lora.files import Spec, locate, settings_of
+from fluxbatch.lora.formats import KINDS, Site, Target, read_key
+from fluxbatch.types import UserError, public
+from fluxbatch.weights.headers import read_header
+from fluxbatch.weights.load import Plan
+from fluxbatch.weights.matching import listed
+from fluxbatch.weights.source import FLOATS
+
+PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+
+Place = tuple[str, int]  # path of a parameter, layer
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A line of the coverage table: what an adapter does to one part of the model."""
+
+    part: str
+    layers: int
+    of: int
+    modules: tuple[str, ...]
+    rank: tuple[int, int]  # smallest and largest
+    alpha: tuple[float, float]
+    parameters: int
+    norm: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    spec: Spec
+    file: str
+    digest: str  # of the file's bytes and of how they are read
+    format: str
+    changes: Mapping[str, Mapping[Place, Delta]]  # by component
+    parts: tuple[Part, ...]
+    skipped: tuple[str, ...]  # complaints that strict=false let pass
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    @property
+    def merged_only(self) -> str | None:
+        """Why it cannot be mixed row by row, if it cannot."""
+        deltas = (delta for changes in self.changes.values() for delta in changes.values())
+        return next((delta.merged_only for delta in deltas if delta.merged_only), None)
+
+    def coverage(self) -> dict[str, Any]:
+        """What the metadata say of it."""
+        about = {"file": self.file, "digest": self.digest, "format": self.format, "scale": self.spec.scale}
+        parts = [{key: list(v) if isinstance(v, tuple) else v for key, v in dataclasses.asdict(part).items()} for part in self.parts]
+        return about | {"parts": parts} | ({"skipped": list(self.skipped)} if self.skipped else {})
+
+    def table(self) -> Iterator[str]:
+        """The same, in lines for people."""
+        parameters = sum(part.parameters for part in self.parts)
+        what = f"{parameters:,} parameters" if self.parts else "biases and norms alone"
+        yield f"{self.name} × {self.spec.scale:g}: {self.format}, {what}, {self.file}"
+        wide = max((len(part.part) for part in self.parts), default=0)
+        for part in self.parts:
+            rank, alpha = ("–".join(f"{x:g}" for x in dict.fromkeys(pair)) for pair in (part.rank, part.alpha))
+            yield (f"  {part.part:{wide}}  {part.layers:>2} of {part.of:<2} layers  rank {rank:<5} alpha {alpha:<5} "
+                   f"{part.parameters:>11,} parameters  norm {part.norm:<8.4g} {' '.join(part.modules)}")  # fmt: skip
+        yield from (f"  warning: left out: {line}" for line in self.skipped)
+
+
+def read_adapter(spec: Spec, plans: Mapping[str, Plan], strict: bool) -> Adapter:
+    """Reads the file and finds the place of everything in it; UserError lists whatever has none."""
+    source, file = locate(spec)
+    data = source.read(file)
+    where = source.path(file)
+    if data.startswith(PICKLES) and data[8:9] != b"{":  # a header's length may begin like a pickle
+        raise UserError(f"{spec.key}: {where}: is a pickle whatever its name says; pickled files are not read, they can run code")
+    tensors = read_header(source, file)
+    settings = settings_of(source, file, data)
+    described = json.dumps([spec.from_pt, settings], sort_keys=True)
+    digest = hashlib.sha256(data + described.encode()).hexdigest()[:16]
+
+    problems: list[str] = []
+    unknown: list[str] = []
+    groups: dict[tuple[str, str], dict[str, np.ndarray]] = collections.defaultdict(dict)
+    sites: dict[tuple[str, str], Site] = {}
+    kinds: dict[str, None] = {}
+    for key, tensor in tensors.items():
+        site = read_key(key)
+        if site is None or not all(_fits(plans[site.component], target) for target in site.targets):
+            unknown.append(key)
+        elif site.targets:
+            at = site.component, site.module
+            if site.role in groups.get(at, {}):
+                problems.append(f"{key}: {site.module} has its {site.role} already")
+                continue
+            if tensor.dtype not in FLOATS.values() and site.role != "alpha":
+                problems.append(f"{key}: dtype {tensor.dtype}, expected one of {', '.join(FLOATS)}")
+                continue
+            value = np.frombuffer(data, tensor.dtype, math.prod(tensor.shape), tensor.start).reshape(tensor.shape)
+            groups[at][site.role] = value.reshape(value.shape[:2]) if value.ndim == 4 and value.shape[2:] == (1, 1) else value
+            sites[at] = site
+            if site.role in KINDS:
+                kinds[f"{KINDS[site.role]} as {site.writer} names it"] = None
+
+    reader = _Reader(plans, spec, settings)
+    for key, group in groups.items():
+        try:
+            reader.add(sites[key], group)
+        except ValueError as error:
+            problems.append(f"{sites[key].module}: {error}")
+    lines = listed(unknown, "key that leads nowhere in this model") + listed(problems, "unusable")
+    if (strict and lines) or not reader.changes:
+        nothing = [] if reader.changes else ["holds no adapter for this model"]
+        hint = [f"{spec.key}: lora_config.strict=false leaves these keys out"] if reader.changes else []
+        raise UserError(*(f"{where}: {line}" for line in [*lines, *nothing]), *hint)
+    return Adapter(spec, public(where), digest, ", ".join(kinds), reader.changes, reader.parts(), tuple([*unknown, *problems]))
+
+
+def _fits(plan: Plan, target: Target) -> bool:
+    layers, _ = plan.shapes.get(f"{target.path}.{target.leaf}", (0, ()))
+    return target.layer < (1 if layers is None else layers)
+
+
+class _Reader:
+    """Turns the tensors of one module after the other into changes of the model's parameters."""
+
+    def __init__(self, plans: Mapping[str, Plan], spec: Spec, settings: Mapping[str, Mapping[str, Any]]):
+        self.plans, self.spec, self.settings = plans, spec, settings
+        self.changes: dict[str, dict[Place, Delta]] = {}
+        self._lines: dict[str, list[tuple[str, str, int, int, float, int, float]]] = collections.defaultdict(list)
+        self._of: dict[str, int] = {}
+
+    def add(self, site: Site, given: dict[str, np.ndarray]) -> None:
+        """ValueError says what is wrong with the module's tensors."""
+        tensors = {role: value if self.spec.from_pt else value.T for role, value in given.items()}
+        count = sum(value.size for role, value in tensors.items() if role != "alpha")
+        made = list(self._deltas(site, tensors))
+        if tensors or not made:
+            raise ValueError(f"{', '.join(tensors or given)} without what belongs to it")
+        found: dict[Place, Delta] = {}
+        for leaf, delta, alpha in made:
+            for target in site.targets:
+                path = f"{target.path}.{leaf or target.leaf}"
+                if path not in self.plans[site.component].shapes:
+                    raise ValueError(f"the model has no {path}")
+                part = delta.take(tuple((delta.shape[0] * a // n, delta.shape[0] * b // n) for a, b, n in target.rows))
+                _, shape = self.plans[site.component].shapes[path]
+                if part.shape != shape:
+                    raise ValueError(f"shape {list(part.shape)}, the model expects {list(shape)} for {path}")
+                if (path, target.layer) in found | self.changes.get(site.component, {}):
+                    raise ValueError(f"another module of the file has changed {path}[{target.layer}] already")
+                if type(part) is Whole and part.merged_only and not part.value.any():
+                    continue  # a bias as it was is no reason to mix this adapter with no other
+                norm2 = part.norm2()
+                if not math.isfinite(norm2):
+                    raise ValueError("holds NaN or infinity, or numbers whose products are")
+                found[path, target.layer] = part
+                if part.merged_only is None or isinstance(part, Decomposed):
+                    self._cover(site.component, target, part.rank, alpha, count, norm2)
+                    count = 0  # a fused layer's factors are counted once
+        if found:
+            self.changes.setdefault(site.component, {}).update(found)
+
+    def _deltas(self, site: Site, tensors: dict[str, np.ndarray]) -> Iterator[tuple[str, Delta, float]]:
+        """(leaf if not the weight's own, change, alpha) of what the tensors are; takes them out."""
+        pop = tensors.pop
+        alpha = pop("alpha", None)
+        if alpha is not None and alpha.size != 1:
+            raise ValueError(f"alpha of shape {list(alpha.shape)}, expected one number")
+        alpha = None if alpha is None else float(alpha.reshape(()))
+        delta: Delta | None = None
+        if {"down", "up"} <= tensors.keys():
+            a, b = _matrices(pop("down"), pop("up"))
+            if len(a) != b.shape[1]:
+                raise ValueError(f"rank {len(a)} below and {b.shape[1]} above")
+            scale, alpha = self._scale(site, len(a), alpha)
+            delta = Product(a, b, scale)
+            if "up_bias" in tensors:
+                yield "bias", Whole(pop("up_bias"), scale), alpha
+        elif {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"} <= tensors.keys():
+            w1, w2 = (_matrices(pop(f"hada_{w}_a"), pop(f"hada_{w}_b")) for w in ("w1", "w2"))
+            if any(a.shape[1] != len(b) for a, b in (w1, w2)) or (len(w1[0]), w1[1].shape[1]) != (len(w2[0]), w2[1].shape[1]):
+                raise ValueError("the Hadamard factors' shapes disagree")
+            scale, alpha = self._scale(site, len(w1[1]), alpha)
+            delta = Hadamard(w1, w2, scale)
+        elif any(role.startswith("lokr_") for role in tensors):
+            w1, w2 = (_lokr_factor(tensors, w) for w in ("w1", "w2"))
+            rank = next((w[1].shape[0] for w in (w1, w2) if len(w) == 2), None)
+            scale, alpha = self._scale(site, rank, alpha)
+            delta = Kronecker(w1, w2, scale)
+        elif "diff" in tensors:
+            delta = Whole(pop("diff"))
+        elif "set" in tensors and site.targets[0].leaf == "scale":
+            delta = Replacement(pop("set"))
+        if delta is not None and tensors.keys() & {"dora_scale", "dora_peft"}:
+            delta = _decomposed(delta, tensors, fused=len(site.targets) > 1)
+        if delta is not None:
+            yield "", delta, alpha or 0.0
+        if "diff_b" in tensors:
+            yield "bias", Whole(pop("diff_b")), 0.0
+
+    def _scale(self, site: Site, rank: int | None, alpha: float | None) -> tuple[float, float]:
+        """alpha / rank, and alpha: the file's, or what PEFT's settings say, or the rank itself."""
+        if rank is None and alpha is not None:
+            return 1.0, alpha  # LoKr of two whole matrices is not scaled
+        settings = self.settings.get(site.component, {})
+        if alpha is None and (given := settings.get("lora_alpha", settings.get("alpha"))) is not None:
+            name = re.sub(r"^(base_model\.model\.|transformer\.|text_encoder\.)", "", site.module)
+            rank = rank or _by_pattern(settings, "rank_pattern", name, settings.get("r"))
+            alpha = float(_by_pattern(settings, "alpha_pattern", name, given))
+            if rank and settings.get("use_rslora"):
+                return alpha / math.sqrt(rank), alpha
+        return (1.0, float(rank or 1)) if alpha is None or not rank else (alpha / rank, alpha)
+
+    def _cover(self, component: str, target: Target, rank: int, alpha: float, count: int, norm2: float) -> None:
+        first, _, rest = target.path.partition(".")
+        part = first
+        if first == "double_blocks":
+            second, _, rest = rest.partition(".")
+            part = f"{first}.{second}"
+        part = part if component == "transformer" else f"{component} {part}"
+        self._of[part] = self.plans[component].shapes[f"{target.path}.{target.leaf}"][0] or 1
+        self._lines[part].append((rest or first, target.path, target.layer, rank, alpha, count, norm2))
+
+    def parts(self) -> tuple[Part, ...]:
+        parts = []
+        for part, lines in self._lines.items():
+            names, _, layers, ranks, alphas, counts, norms = zip(*lines, strict=True)
+            ends = ((min(values), max(values)) for values in (ranks, alphas))
+            parts.append(Part(part, len(set(layers)), self._of[part], tuple(dict.fromkeys(names)), *ends, sum(counts), math.sqrt(sum(norms))))
+        return tuple(parts)
+
+
+def _matrices(*values: np.ndarray) -> tuple[np.ndarray, ...]:
+    for value in values:
+        if value.ndim != 2:
+            raise ValueError(f"shape {list(value.shape)}, expected a matrix")
+    return values
+
+
+def _lokr_factor(tensors: dict[str, np.ndarray], w: str) -> tuple[np.ndarray, ...]:
+    if f"lokr_{w}" in tensors:
+        return _matrices(tensors.pop(f"lokr_{w}"))
+    if f"lokr_{w}_a" not in tensors or f"lokr_{w}_b" not in tensors:
+        raise ValueError(f"no lokr_{w}, nor its two factors")
+    a, b = _matrices(tensors.pop(f"lokr_{w}_a"), tensors.pop(f"lokr_{w}_b"))
+    if a.shape[1] != len(b):
+        raise ValueError(f"lokr_{w}: rank {a.shape[1]} and {len(b)}")
+    return a, b
+
+
+def _decomposed(delta: Delta, tensors: dict[str, np.ndarray], fused: bool) -> Decomposed:
+    inside = "dora_peft" in tensors
+    magnitude = tensors.pop("dora_peft" if inside else "dora_scale")
+    magnitude = magnitude.reshape(-1, 1) if magnitude.ndim == 1 else magnitude
+    rows, columns = magnitude.shape
+    if (rows, columns) != (delta.shape[0], 1) and ((rows, columns) != (1, delta.shape[1]) or fused):
+        what = "one length for each output" + ("" if fused else ", or for each input")
+        raise ValueError(f"DoRA lengths of shape {[rows, columns]} for a weight of shape {list(delta.shape)}: expected {what}")
+    if not np.isfinite(magnitude.astype(np.float32)).all():
+        raise ValueError("DoRA lengths hold NaN or infinity")
+    return Decomposed(delta, magnitude, inside)
+
+
+def _by_pattern(settings: Mapping[str, Any], patterns: str, name: str, otherwise: Any) -> Any:
+    """PEFT's rule: the first pattern that the end of the module's name matches."""
+    for pattern, value in (settings.get(patterns) or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            return value
+    return otherwise

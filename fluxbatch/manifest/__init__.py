@@ -1,0 +1,1 @@
+"""Manifest files of many formats, read as rows."""

@@ -1,0 +1,332 @@
+"""The manifest of prompts → rows with every parameter resolved. Every bad line is named."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import math
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from fluxbatch.config.schema import Job
+from fluxbatch.manifest import formats
+from fluxbatch.manifest.formats import TAB, BadLine, Line, described, shown
+from fluxbatch.results.image_files import MAX_SIDE, SIDES
+from fluxbatch.storage.base import StorageError, open_stream
+from fluxbatch.types import Reject, Row, UserError
+
+MAX_SEED = 2**64 - 1
+_MAX_STEPS = 1_000
+_WHOLE = 2**53  # up to it a float that is whole is the integer that was meant
+_MAX_FLOAT = 1e4  # of guidance and LoRA scales: beyond it bfloat16 only makes NaN
+_MAX_IMAGES = 100_000  # per row
+_MAX_ID = 200  # bytes: with its extension it must fit a file name
+_SHOWN = 50  # bad lines in one message
+_PROMPT_COLUMNS = ("prompt", "caption", "text")
+_JSON = ("jsonl", "ndjson")
+_INTEGERS = ("seed", "height", "width", "num_inference_steps", "num_images")
+_SURROGATES = re.compile("[\ud800-\udfff]")
+FIELDS = ("prompt", "prompt_2", "id", "guidance_scale", "lora", *_INTEGERS)
+_FIELDS = frozenset(FIELDS)
+
+
+def read_rows(job: Job, *, multiple: int = 16) -> tuple[list[Row], list[Reject]]:
+    """The job's rows, from ``job.manifest`` (.jsonl, .txt, .tsv, .csv) or ``job.prompt``.
+
+    ``multiple``: what heights and widths must divide by (the model's latent grid).
+    A row's index counts a bad line as one row, so no row's index or seed depends on which other
+    lines are good. Bad lines come back as Rejects with ``manifest_errors=quarantine``.
+
+    Raises UserError naming every bad line otherwise; also when there is no row at all.
+    """
+    extension = (job.manifest or "").rpartition(".")[2].lower()
+    resolve = _Resolver(job, multiple, empty=extension in _JSON)
+    if job.manifest is None:
+        if job.prompt is None:
+            raise UserError("nothing to do: give manifest=FILE or prompt=TEXT")
+        return _collect(iter([Line(0, {"prompt": job.prompt})]), resolve, lambda number: "prompt=", quarantine=False)
+    if job.prompt is not None:
+        raise UserError("manifest and prompt are both given: expected one of them")
+    quarantine = job.manifest_errors.name == "quarantine"
+    name = job.manifest.encode("utf-8", "backslashreplace").decode()  # a path may be no UTF-8, and rejects.jsonl is
+    try:
+        with open_stream(job.manifest) as stream:
+            parsed = _parsed(stream, name, extension, job.prompt_column)
+            rows, rejects = _collect(parsed, resolve, lambda n: f"{name}:{n}", quarantine)
+    except StorageError as error:
+        mistake = UserError(f"manifest: {error}")
+        mistake.code = error.code  # a server that stays away is none
+        raise mistake from None
+    if not rows and not rejects:
+        raise UserError(f"{job.manifest}: no rows in it")
+    return rows, rejects
+
+
+def _collect(
+    parsed: Iterator[Line], resolve: _Resolver, where: Callable[[int], str], quarantine: bool
+) -> tuple[list[Row], list[Reject]]:
+    rows: list[Row] = []
+    rejects: list[Reject] = []
+    index = 0
+    for number, fields in parsed:
+        try:
+            made = resolve(fields, index, where(number))
+            rows += made
+            index += len(made)
+        except BadLine as error:
+            rejects.append(Reject(where(number), str(error), index=index, prompt=_prompt_of(fields)))
+            index += 1
+    if rejects and not quarantine:
+        more = len(rejects) - _SHOWN
+        listed = [f"{r.where}: {r.reason}" for r in rejects[:_SHOWN]]
+        raise UserError(*listed, *([f"… and {more} more bad lines"] if more > 0 else []))
+    return rows, rejects
+
+
+def _prompt_of(fields: dict[str, Any] | BadLine) -> str | None:
+    """The prompt of a line that is bad for another reason, if it can be written."""
+    prompt = None if isinstance(fields, BadLine) else fields.get("prompt")
+    return prompt if isinstance(prompt, str) and not _SURROGATES.search(prompt) else None
+
+
+def _parsed(stream: Any, name: str, extension: str, prompt_column: str | None) -> Iterator[Line]:
+    """The file's lines, whatever its format, with the prompt under ``prompt``."""
+    if kind := formats.kind(stream):
+        raise UserError(f"{name}: the file is {kind}")
+    if extension in _JSON:
+        return _renamed(formats.json_lines(stream), {prompt_column or "prompt": "prompt"})
+    if extension == "txt":
+        return formats.prompt_lines(stream)
+    if extension in ("tsv", "csv"):
+        has_prompt = lambda columns: _prompt_column(columns, prompt_column) is not None  # noqa: E731
+        columns, parsed = formats.table_lines(stream, TAB if extension == "tsv" else ",", name, has_prompt)
+        known = {column: column.lower() for column in columns if column.lower() in FIELDS}
+        for column, other in itertools.combinations(known, 2):
+            if known[column] == known[other]:
+                raise UserError(f"{name}:1: columns {json.dumps(column)} and {json.dumps(other)} differ only in case, expected one of them")
+        prompt = _prompt_column(columns, prompt_column)
+        if prompt is None:
+            found = "prompt, caption or text (or name it: prompt_column=…)"
+            wanted = found if prompt_column is None else json.dumps(prompt_column)
+            raise UserError(f"{name}:1: got the columns {', '.join(map(json.dumps, columns))}, expected {wanted}")
+        known = {column: field for column, field in known.items() if field != "prompt"}
+        return map(_converted, _renamed(parsed, {**known, prompt: "prompt"}))
+    hint = " (of a JSON array, jq -c '.[]' makes JSONL)" if extension == "json" else ""
+    raise UserError(f"{name}: expected a manifest that ends in .jsonl, .txt, .tsv or .csv{hint}")
+
+
+def _prompt_column(columns: list[str], wanted: str | None) -> str | None:
+    by_lower = {column.lower(): column for column in reversed(columns)}
+    for candidate in _PROMPT_COLUMNS if wanted is None else (wanted,):
+        if candidate in columns or candidate.lower() in by_lower:
+            return candidate if candidate in columns else by_lower[candidate.lower()]
+    return None
+
+
+def _renamed(parsed: Iterator[Line], names: Mapping[str, str]) -> Iterator[Line]:
+    if all(old == new for old, new in names.items()):
+        return parsed
+
+    def rename(fields: Any) -> Any:
+        if isinstance(fields, BadLine):
+            return fields
+        # what another column calls "prompt" is not the prompt, and would take its place
+        kept = {k: v for k, v in fields.items() if k in names or k not in names.values()}
+        return {names.get(key, key): value for key, value in kept.items()}
+
+    return (Line(number, rename(fields)) for number, fields in parsed)
+
+
+def _converted(line: Line) -> Line:
+    """Cells of a table have no types: numbers where numbers belong, and empty means not given (but the prompt).
+
+    What cannot be converted stays a string, which the resolver then refuses by name.
+    """
+    if isinstance(line.fields, BadLine):
+        return line
+    fields = {key: cell for key, cell in line.fields.items() if cell.strip() or key not in FIELDS[1:]}
+    for key in _INTEGERS:
+        if key in fields and re.fullmatch(r"\s*[+-]?[0-9]{1,30}(\.0*)?\s*", fields[key]):
+            fields[key] = int(fields[key].partition(".")[0])  # pandas writes 28.0 where another row has none
+    if "id" in fields and (whole := re.fullmatch(r"\s*(-?(?:0|[1-9][0-9]{0,30}))\.0*\s*", fields["id"])):
+        fields["id"] = whole[1]
+    with contextlib.suppress(KeyError, ValueError):
+        fields["guidance_scale"] = float(fields["guidance_scale"])
+    with contextlib.suppress(KeyError, ValueError, RecursionError):
+        fields["lora"] = json.loads(fields["lora"])
+    return Line(line.number, fields)
+
+
+class _Resolver:
+    """Named values of one line → its rows, with the job's settings where the line is silent."""
+
+    def __init__(self, job: Job, multiple: int, empty: bool):
+        sampler = job.sampler
+        self._empty = empty  # whether an empty prompt is meant, as it is where it is written out
+        self._multiple = multiple
+        self._format = job.output.format.name
+        self._seed = job.seed
+        self._prompt_2 = job.prompt_2
+        self._adapters = {*job.lora, *job.lora_config.adapter_name}
+        self._seen: dict[str, str] = {}  # id → where
+        self._given: dict[frozenset[str], frozenset[str]] = {}
+        self._defaults = {
+            "height": sampler.resolution if sampler.height is None else sampler.height,
+            "width": sampler.resolution if sampler.width is None else sampler.width,
+            "num_inference_steps": sampler.num_inference_steps,
+            "guidance_scale": float(sampler.guidance_scale),
+            "num_images": job.num_images,
+        }
+        problems: list[str] = []
+        if job.prompt_2 is not None:
+            _text({"prompt_2": job.prompt_2}, "prompt_2", problems)
+        self._numbers({**self._defaults, "seed": job.seed}, problems)
+        if problems:  # of a setting of the job, not of a line
+            homes = {key: f"sampler.{key}" for key in ("height", "width", "num_inference_steps", "guidance_scale")}
+            homes |= {key: "sampler.resolution" for key in ("height", "width") if getattr(sampler, key) is None}
+            named = (problem.partition(":") for problem in problems)
+            raise UserError(*dict.fromkeys(f"{homes.get(key, key)}:{rest}" for key, _, rest in named))
+
+    def __call__(self, fields: dict[str, Any] | BadLine, index: int, where: str) -> list[Row]:
+        """Raises BadLine with everything that is wrong with the line."""
+        if isinstance(fields, BadLine):
+            raise fields
+        given = {key: value for key, value in fields.items() if value is not None}
+        problems: list[str] = []
+        prompt = _text(given, "prompt", problems, empty=self._empty)
+        if "prompt" not in given:
+            texts = [shown(key) for key, value in given.items() if key not in FIELDS and isinstance(value, str)]
+            hint = f" (prompt_column=… takes another field for it, of {', '.join(texts)})" if texts else ""
+            problems.append(f"prompt: missing{hint}")
+        prompt_2 = _text(given, "prompt_2", problems) if "prompt_2" in given else self._prompt_2 or prompt
+        base = _id(given, problems)
+        numbers = {**self._defaults, **self._numbers(given, problems)}
+        lora = self._lora(given, problems)
+        if problems:
+            raise BadLine("; ".join(problems))
+
+        count, seed = numbers["num_images"], numbers.get("seed", self._seed + index)
+        if seed + count - 1 > MAX_SEED:
+            raise BadLine(f"seed: {seed + count - 1} is more than 2**64 - 1")
+        if base is None:
+            ids = [str(index + k) for k in range(count)]
+        else:
+            ids = [base] if count == 1 else [f"{base}-{k}" for k in range(count)]
+        for id in ids:
+            if id in self._seen:
+                by_default = "" if base is not None else " (its number, as it gives none)"
+                raise BadLine(f"id: {json.dumps(id)}{by_default} is already that of {self._seen[id]}")
+        self._seen.update(dict.fromkeys(ids, where))
+        extra = {key: value for key, value in fields.items() if key not in FIELDS}
+        known = frozenset(given) & _FIELDS
+        known = self._given.setdefault(known, known)  # one set for all rows that have the same fields
+        return [
+            Row(
+                index=index + k,
+                id=id,
+                prompt=prompt,
+                prompt_2=prompt_2,
+                seed=seed + k,
+                height=numbers["height"],
+                width=numbers["width"],
+                num_inference_steps=numbers["num_inference_steps"],
+                guidance_scale=numbers["guidance_scale"],
+                lora=lora,
+                extra=extra,
+                named=base is not None,
+                where=where,
+                given=known,
+            )
+            for k, id in enumerate(ids)
+        ]
+
+    def _numbers(self, given: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
+        numbers: dict[str, Any] = {}
+        largest = min(MAX_SIDE, SIDES[self._format])
+        for key, low, high, step in (
+            ("seed", 0, MAX_SEED, 1),
+            ("height", self._multiple, largest - largest % self._multiple, self._multiple),
+            ("width", self._multiple, largest - largest % self._multiple, self._multiple),
+            ("num_inference_steps", 1, _MAX_STEPS, 1),
+            ("num_images", 1, _MAX_IMAGES, 1),
+        ):
+            if key not in given:
+                continue
+            value = given[key]
+            if type(value) is float and value.is_integer() and abs(value) <= _WHOLE:
+                value = int(value)
+            if type(value) is not int:  # a bool is an int to isinstance
+                problems.append(f"{key}: got {described(value)}, expected an integer")
+            elif not low <= value <= high or value % step:
+                kind = "an integer" if step == 1 else f"a multiple of {step}"
+                limit = "2**64 - 1" if high == MAX_SEED else high
+                held = key in ("height", "width") and largest < MAX_SIDE
+                why = f", as output={self._format} holds {largest:,} at most" if held else ""
+                problems.append(f"{key}: got {shown(value)}, expected {kind} from {low} to {limit}{why}")
+            numbers[key] = value
+        if "guidance_scale" in given:
+            numbers["guidance_scale"] = _float("guidance_scale", given["guidance_scale"], problems, low=0.0)
+        return numbers
+
+    def _lora(self, given: Mapping[str, Any], problems: list[str]) -> tuple[tuple[str, float], ...] | None:
+        if "lora" not in given:
+            return None
+        if not isinstance(given["lora"], dict):
+            problems.append(f'lora: got {described(given["lora"])}, expected an object like {{"adapter": 0.8}}')
+            return None
+        scales = []
+        for adapter, scale in given["lora"].items():
+            if adapter in self._adapters:
+                scales.append((adapter, _float(f"lora.{adapter}", scale, problems)))
+            else:
+                have = ", ".join(sorted(self._adapters)) or "none; add lora=…"
+                problems.append(f"lora: no adapter {shown(adapter)} in this job (it has {have})")
+        return tuple(sorted(scales))
+
+
+def _text(given: Mapping[str, Any], key: str, problems: list[str], empty: bool = False) -> str:
+    value = given.get(key, " ")
+    if not isinstance(value, str):
+        problems.append(f"{key}: got {described(value)}, expected a string")
+    elif key in given and not value.strip() and not empty:
+        problems.append(f"{key}: empty")
+    elif "\0" in value:
+        problems.append(f"{key}: contains a NUL character")
+    elif not value.isascii() and _SURROGATES.search(value):
+        encoding = sys.getfilesystemencoding()
+        or_else = f", or not read so, as the locale's encoding is {encoding}: set PYTHONUTF8=1"
+        why = "" if encoding == "utf-8" else or_else
+        problems.append(f"{key}: not UTF-8{why}")  # bytes of the command line that are no text
+    return value
+
+
+def _id(given: Mapping[str, Any], problems: list[str]) -> str | None:
+    """The id that the line gives: usable as a file name, and not a way out of the output place."""
+    value = given.get("id")
+    if value is None:
+        return None
+    if type(value) is float and value.is_integer() and abs(value) <= _WHOLE:
+        value = int(value)
+    if type(value) is int and abs(value) <= MAX_SEED:
+        value = str(value)
+    if not isinstance(value, str):
+        problems.append(f"id: got {described(value)}, expected a string")
+    elif not value or value[0] == "." or len(value.encode()) > _MAX_ID or re.search(r"[/\\\x00-\x1f\x7f-\x9f]", value):
+        problems.append(
+            f"id: got {shown(value)}, expected 1 to {_MAX_ID} bytes "
+            "without slashes, control characters or a leading dot"
+        )
+    return value
+
+
+def _float(key: str, value: Any, problems: list[str], low: float = -math.inf) -> float:
+    if type(value) not in (int, float):
+        problems.append(f"{key}: got {described(value)}, expected a number")
+    elif not math.isfinite(value) or abs(value) > _MAX_FLOAT or value < low:
+        problems.append(f"{key}: got {shown(value)}, expected a number from {max(low, -_MAX_FLOAT):g} to {_MAX_FLOAT:g}")
+    else:
+        return float(value)
+    return math.nan

@@ -1,0 +1,1 @@
+"""FLUX.1: transformer, text encoders and key tables."""

@@ -1,0 +1,306 @@
+"""The FLUX.1 transformer: a flow-matching velocity field over packed 2×2 latents.
+
+Follows Black Forest Labs' reference (``double_blocks``, ``single_blocks``, modulation); sizes come
+from diffusers' ``transformer/config.json``. Shapes: B batch, L image tokens, T text tokens, D width,
+H heads, K head width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from fluxbatch.distributed.mesh import Layout, Pairs
+from fluxbatch.models import attention as attn
+from fluxbatch.models.layers import Linear, RMSNorm, each, from_heads, gelu_tanh, layer_norm, scan, stack
+
+Array = jax.Array
+Block = TypeVar("Block", "DoubleBlock", "SingleBlock")
+
+ROPE_BASE = 10_000
+TIME_CHANNELS = 256
+TIME_FACTOR = 1000.0
+EPS = 1e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class FluxConfig:
+    in_channels: int  # of a packed token: latent channels × 2 × 2
+    out_channels: int
+    num_layers: int  # double blocks
+    num_single_layers: int
+    num_attention_heads: int
+    attention_head_dim: int
+    joint_attention_dim: int  # width of the T5 states
+    pooled_projection_dim: int  # width of the pooled CLIP vector
+    guidance_embeds: bool
+    axes_dims_rope: tuple[int, ...]
+
+    @classmethod
+    def from_json(cls, config: Mapping[str, Any]) -> FluxConfig:
+        """Reads ``transformer/config.json``; ValueError for what this model cannot be."""
+        axes = tuple(config.get("axes_dims_rope", (16, 56, 56)))
+        head = config["attention_head_dim"]
+        if sum(axes) != head or len(axes) != 3 or any(a % 2 for a in axes):
+            raise ValueError(f"axes_dims_rope {list(axes)}: expected three even sizes that add up to attention_head_dim {head}")
+        if config.get("patch_size", 1) != 1:
+            raise ValueError(f"patch_size {config['patch_size']}: expected 1")
+        defaults = {"guidance_embeds": False}
+        fields = {f.name: config.get(f.name, defaults.get(f.name)) for f in dataclasses.fields(cls)}
+        fields |= {"axes_dims_rope": axes, "out_channels": config.get("out_channels") or config["in_channels"]}
+        return cls(**fields)
+
+    @property
+    def width(self) -> int:
+        return self.num_attention_heads * self.attention_head_dim
+
+
+def timestep_embedding(t: Array) -> Array:
+    """``[…]`` times in 0..1 → ``[…, 256]`` float32: cosines, then sines."""
+    half = TIME_CHANNELS // 2
+    freqs = jnp.exp(-np.log(10_000) * jnp.arange(half, dtype=jnp.float32) / half)
+    angles = (TIME_FACTOR * t.astype(jnp.float32))[..., None] * freqs
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def rope_table(text_len: int, rows: int, cols: int, axes: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Cosines and sines ``[T + rows·cols, K/2]`` float32 of the rotary angles.
+
+    Text sits at (0, 0, 0); image token (y, x) at (0, y, x). Angles are computed in float64.
+    """
+    ids = np.zeros((text_len + rows * cols, 3))
+    ids[text_len:, 1] = np.repeat(np.arange(rows), cols)
+    ids[text_len:, 2] = np.tile(np.arange(cols), rows)
+    angles = [ids[:, i, None] / ROPE_BASE ** (np.arange(0, d, 2) / d) for i, d in enumerate(axes)]
+    angles = np.concatenate(angles, axis=-1)
+    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+
+
+def rotate(x: Array, rope: tuple[Array, Array]) -> Array:
+    """Rotates ``[B, H, L, K]`` by the angles of each token, in float32: its halves are the pairs' first and
+    second numbers."""
+    return jax.lax.platform_dependent(x, *rope, tpu=rotated_by_product, default=rotated_by_halves)
+
+
+def rotated_by_halves(x: Array, cos: Array, sin: Array) -> Array:
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def rotated_by_product(x: Array, cos: Array, sin: Array) -> Array:
+    """The same for a TPU, whose vectors are as wide as both halves: it cuts and joins them in memory, and exchanges them
+    without leaving the chip where that is a product with a permutation, which is exact."""
+    width = x.shape[-1]
+    swap = jnp.asarray(np.roll(np.eye(width), width // 2, 0), x.dtype)
+    swapped = jax.lax.dot_general(x, swap, (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+    cos, sin = jnp.concatenate([cos, cos], -1), jnp.concatenate([-sin, sin], -1)
+    return (x.astype(jnp.float32) * cos + swapped * sin).astype(x.dtype)
+
+
+def modulate(x: Array, shift: Array, scale: Array) -> Array:
+    """``[B, L, D]`` normed, then scaled and shifted by ``[B, D]``."""
+    y = layer_norm(x, EPS) * (1 + scale[:, None].astype(jnp.float32)) + shift[:, None].astype(jnp.float32)
+    return y.astype(x.dtype)
+
+
+def gated(x: Array, gate: Array, y: Array) -> Array:
+    """The residual ``x + gate · y``, added in float32 so that bfloat16 rounds once."""
+    return (x.astype(jnp.float32) + gate[:, None].astype(jnp.float32) * y.astype(jnp.float32)).astype(x.dtype)
+
+
+class Modulation(NamedTuple):
+    """The shifts, scales and gates of all layers. They depend on time, guidance and pooled text and not on the
+    image, while the layers that make them are 27 % of the weights: so they are made for many steps at once.
+
+    For S steps 2.1 MB · S · B of FLUX.1 in bfloat16; None for a stack without layers.
+    """
+
+    img: Array | None  # [B, S, layers, 6D], of double blocks
+    txt: Array | None
+    single: Array | None  # [B, S, layers, 3D]
+    final: Array  # [B, S, 2D]
+
+    def at(self, step: Array | int) -> Modulation:
+        """Of one step: without the axis S."""
+        return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, step, 1, keepdims=False), self)
+
+
+class MLPEmbedder(nnx.Module):
+    """``[B, in]`` → ``[B, D]``: two layers with SiLU between."""
+
+    def __init__(self, d_in: int, width: int, *, rngs: nnx.Rngs | None):
+        self.in_layer = Linear(d_in, width, ("mlp", "embed"), rngs=rngs)
+        self.out_layer = Linear(width, width, ("embed", "mlp"), rngs=rngs)
+
+    def __call__(self, x: Array) -> Array:
+        return self.out_layer(jax.nn.silu(self.in_layer(x)))
+
+
+class QKV(nnx.Module):
+    """Normed queries and keys, and values: ``[B, L, D]`` → three of ``[B, H, L, K]``."""
+
+    def __init__(self, cfg: FluxConfig, *, rngs: nnx.Rngs | None):
+        d, head = cfg.width, cfg.attention_head_dim
+        self.q = Linear(d, d, (Pairs("heads", head), "embed"), rngs=rngs)
+        self.k = Linear(d, d, (Pairs("heads", head), "embed"), rngs=rngs)
+        self.v = Linear(d, d, ("heads", "embed"), rngs=rngs)
+        self.query_norm = RMSNorm(head, eps=EPS, rngs=rngs, axis=Pairs(None, head))
+        self.key_norm = RMSNorm(head, eps=EPS, rngs=rngs, axis=Pairs(None, head))
+        self.heads = cfg.num_attention_heads
+
+    def __call__(self, x: Array, split_head_dim: bool) -> tuple[Array, Array, Array]:
+        q, k, v = (f.to_heads(x, self.heads, split_head_dim) for f in (self.q, self.k, self.v))
+        return self.query_norm(q), self.key_norm(k), v
+
+
+class Stream(nnx.Module):
+    """The image's or the text's half of a double block."""
+
+    def __init__(self, cfg: FluxConfig, *, rngs: nnx.Rngs | None):
+        d = cfg.width
+        self.mod = Linear(d, 6 * d, ("mlp", "embed"), rngs=rngs)
+        self.qkv = QKV(cfg, rngs=rngs)
+        self.proj = Linear(d, d, ("embed", "heads"), rngs=rngs)
+        self.mlp_in = Linear(d, 4 * d, ("mlp", "embed"), rngs=rngs)
+        self.mlp_out = Linear(4 * d, d, ("embed", "mlp"), rngs=rngs)
+
+    def after_attention(self, x: Array, attended: Array, mod: Sequence[Array]) -> Array:
+        gate_attn, shift, scale, gate_mlp = mod
+        x = gated(x, gate_attn, self.proj(from_heads(attended)))
+        return gated(x, gate_mlp, self.mlp_out(gelu_tanh(self.mlp_in(modulate(x, shift, scale)))))
+
+
+class DoubleBlock(nnx.Module):
+    """Image and text keep their own weights and attend to each other."""
+
+    def __init__(self, cfg: FluxConfig, *, rngs: nnx.Rngs | None):
+        self.img = Stream(cfg, rngs=rngs)
+        self.txt = Stream(cfg, rngs=rngs)
+
+    def __call__(self, x: tuple[Array, Array], mods: tuple[Array, Array], rope, model: Flux) -> tuple[Array, Array]:
+        """``x`` and ``mods`` ``[B, 6D]``: of the image and of the text."""
+        img, txt = x
+        img_mod, txt_mod = (jnp.split(mod, 6, axis=-1) for mod in mods)
+        qkv_img = self.img.qkv(modulate(img, *img_mod[:2]), model.split_head_dim)
+        qkv_txt = self.txt.qkv(modulate(txt, *txt_mod[:2]), model.split_head_dim)
+        q, k, v = (model.layout.join(pair, 2, "tokens") for pair in zip(qkv_txt, qkv_img, strict=True))
+        out = model.attention(rotate(q, rope), rotate(k, rope), v)
+        out_txt, out_img = model.layout.split(out, (txt.shape[1], img.shape[1]), 2, "tokens")
+        img = self.img.after_attention(img, out_img, img_mod[2:])
+        txt = self.txt.after_attention(txt, out_txt, txt_mod[2:])
+        return model.residual(img), model.residual(txt)
+
+
+class SingleBlock(nnx.Module):
+    """Text and image as one sequence; attention and MLP side by side."""
+
+    def __init__(self, cfg: FluxConfig, *, rngs: nnx.Rngs | None):
+        d = cfg.width
+        self.mod = Linear(d, 3 * d, ("mlp", "embed"), rngs=rngs)
+        self.qkv = QKV(cfg, rngs=rngs)
+        self.mlp_in = Linear(d, 4 * d, ("mlp", "embed"), rngs=rngs)
+        self.out = Linear(5 * d, d, ("embed", (("heads", d), ("mlp", 4 * d))), rngs=rngs)  # reads attention, then MLP
+
+    def __call__(self, x: Array, mod: Array, rope, model: Flux) -> Array:
+        shift, scale, gate = jnp.split(mod, 3, axis=-1)
+        y = jax.lax.optimization_barrier(modulate(x, shift, scale))  # a TPU would make it anew in each of the products
+        q, k, v = self.qkv(y, model.split_head_dim)
+        attended = from_heads(model.attention(rotate(q, rope), rotate(k, rope), v))
+        joined = model.layout.join([attended, gelu_tanh(self.mlp_in(y))], -1, "mlp")
+        return model.residual(gated(x, gate, self.out(joined)))
+
+
+def without_modulators(block: Block) -> Block:
+    """A block, or a stack of them, without the layers that make its modulation."""
+    for part in (block.img, block.txt) if isinstance(block, DoubleBlock) else (block,):
+        del part.mod
+    return block
+
+
+class Flux(nnx.Module):
+    """Velocity ``[B, L, C]`` of packed latents ``[B, L, C]`` at times ``[B]``.
+
+    ``attention`` is a function of ``models/attention.py``; ``layout`` says where activations lie on
+    the devices.
+    """
+
+    def __init__(
+        self, cfg: FluxConfig, *, rngs: nnx.Rngs | None, attention: attn.AttentionFn = attn.dot_product, split_head_dim: bool = True,
+        layout: Layout = Layout(),
+    ):  # fmt: skip
+        d = cfg.width
+        self.layout = layout
+        self.cfg, self.attention, self.split_head_dim = cfg, attention, split_head_dim
+        self.img_in = Linear(cfg.in_channels, d, ("embed", None), rngs=rngs)
+        self.txt_in = Linear(cfg.joint_attention_dim, d, ("embed", None), rngs=rngs)
+        self.time_in = MLPEmbedder(TIME_CHANNELS, d, rngs=rngs)
+        self.vector_in = MLPEmbedder(cfg.pooled_projection_dim, d, rngs=rngs)
+        self.guidance_in = MLPEmbedder(TIME_CHANNELS, d, rngs=rngs) if cfg.guidance_embeds else None
+        self.double_blocks = stack(cfg.num_layers, lambda r: DoubleBlock(cfg, rngs=r), rngs)
+        self.single_blocks = stack(cfg.num_single_layers, lambda r: SingleBlock(cfg, rngs=r), rngs)
+        self.final_mod = Linear(d, 2 * d, ("mlp", "embed"), rngs=rngs)  # shift, then scale, as BFL has it
+        self.final_out = Linear(d, cfg.out_channels, (None, "embed"), rngs=rngs)
+
+    def __call__(self, img: Array, txt: Array, pooled: Array, t: Array, guidance: Array, rope: tuple[Array, Array]) -> Array:
+        """img ``[B, L, C]``, txt ``[B, T, joint_attention_dim]``, pooled ``[B, P]``, t and guidance
+        ``[B]`` (guidance is read only if the model was distilled with it), rope from ``rope_table``."""
+        vec = self.condition(pooled, t[:, None], guidance, img.dtype)
+        return self.velocity(img, self.embed_text(txt, img.dtype), self.modulation(vec).at(0), rope)
+
+    def velocity(self, img: Array, txt: Array, mod: Modulation, rope: tuple[Array, Array]) -> Array:
+        """The same of embedded text ``[B, T, D]`` and the modulation of one step."""
+        sizes = txt.shape[1], img.shape[1]
+        rope = tuple(self.layout.join((table[: sizes[0]], table[sizes[0] :]), 0, "tokens") for table in rope)
+        by_layer = lambda mods: jax.tree.map(lambda x: x.swapaxes(0, 1), mods)  # noqa: E731
+        x = self.embed_image(img), txt
+        x = scan(self.double_blocks, lambda block, x, mods: block(x, mods, rope, self), x, self.layout, by_layer((mod.img, mod.txt)))
+        both = self.layout.join(x[::-1], 1, "tokens")
+        both = scan(self.single_blocks, lambda block, x, mod: block(x, mod, rope, self), both, self.layout, by_layer(mod.single))
+        return self.finish(self.layout.split(both, sizes, 1, "tokens")[1], mod.final)
+
+    def residual(self, x: Array) -> Array:
+        """``[B, L, D]`` between blocks: whole in its width, divided by images and tokens."""
+        return self.layout.place(x, "batch", "tokens", None)
+
+    def drop_modulators(self) -> None:
+        """Takes out the layers that ``velocity`` does not need."""
+        for stack in (self.double_blocks, self.single_blocks):
+            if stack is not None:
+                without_modulators(stack)
+
+    def condition(self, pooled: Array, t: Array, guidance: Array, dtype: Any) -> Array:
+        """What all modulation is made of: ``[B, S, D]`` of times ``[B, S]``, one pooled vector and one guidance
+        for each image."""
+        vec = self.time_in(timestep_embedding(t).astype(dtype)) + self.vector_in(pooled.astype(dtype))[:, None]
+        if self.guidance_in is not None:
+            vec = vec + self.guidance_in(timestep_embedding(guidance).astype(dtype))[:, None]
+        return self._whole(jax.nn.silu(vec))
+
+    def modulation(self, vec: Array) -> Modulation:
+        """Of what ``condition`` returns."""
+        of = lambda layers: jnp.moveaxis(each(layers, lambda layer: layer(vec), self.layout), 0, 2)  # noqa: E731
+        double, single = self.double_blocks, self.single_blocks
+        img, txt = (of(double.img.mod), of(double.txt.mod)) if double else (None, None)
+        return jax.tree.map(self._whole, Modulation(img, txt, of(single.mod) if single else None, self.final_mod(vec)))
+
+    def embed_image(self, img: Array) -> Array:
+        """``[B, L, C]`` → ``[B, L, D]``."""
+        return self.residual(self.img_in(img))
+
+    def embed_text(self, txt: Array, dtype: Any) -> Array:
+        """``[B, T, joint_attention_dim]`` → ``[B, T, D]``."""
+        return self.residual(self.txt_in(txt.astype(dtype)))
+
+    def finish(self, img: Array, mod: Array) -> Array:
+        """``[B, L, D]`` as the blocks leave it, and its modulation ``[B, 2D]`` → velocity ``[B, L, C]``."""
+        return self.final_out(modulate(img, *jnp.split(mod, 2, axis=-1)))
+
+    def _whole(self, x: Array) -> Array:
+        """``[B, …]``, vectors for each image, on all the devices that make it."""
+        return self.layout.place(x, "batch", *[None] * (x.ndim - 1))

@@ -1,0 +1,123 @@
+"""A job's programs compiled ahead of time, for TPUs that are not here: what the compiler says they need.
+
+    job, target, size ─ subprocess with libtpu ─ the run's own programs, from shapes ─ bytes of a device
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import math
+import os
+import pickle
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fluxbatch.config.schema import Job
+from fluxbatch.distributed.chips import Target
+from fluxbatch.types import UserError
+
+# libtpu looks for a TPU's metadata server and neighbours, and for itself in other processes.
+ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+               "TF_CPP_MIN_LOG_LEVEL": "3", "JAX_TRACEBACK_FILTERING": "off"}  # fmt: skip
+ASSIGNED = re.compile(r"^allocation \d+: size (\d+),(?: page \d+,)? preallocated-temp:", re.MULTILINE)  # others, with a color, lie on the chip
+
+
+@dataclasses.dataclass(frozen=True)
+class Need:
+    """What one program takes of a device, in bytes: ``held`` are its weights, ``more`` everything else."""
+
+    name: str
+    held: int
+    more: int
+    temporaries: int
+    seconds: float  # of compiling
+    fault: str = ""  # why it does not compile
+
+
+def available() -> bool:
+    return importlib.util.find_spec("libtpu") is not None
+
+
+def devices(target: Target) -> list[Any]:
+    """Those of a TPU target, as far as the compiler needs them."""
+    from jax.experimental import topologies
+
+    options: Mapping[str, Any] = {}
+    if target.chip.name == "v4":
+        options = {"chip_config_name": "megacore"}
+    elif target.chips == 1:
+        options = {"chips_per_host_bounds": (1, 1, 1)}
+    return list(topologies.get_topology_desc(platform="tpu", topology_name=f"{target.chip.name}:{target.topology}", **options).devices)
+
+
+def needs(engine: Any, batch: int, texts: tuple[int, int], height: int, width: int, parts: Sequence[str] = ("encode", "denoise", "decode")) -> Iterator[Need]:
+    """Compiles the programs of one size for the engine's mesh. No weight is read."""
+    import jax
+    from flax import nnx
+
+    pipeline = dataclasses.replace(engine, keep=False).pipeline()
+    for name, lowered in pipeline.programs(batch, texts, height, width, parts):
+        if name not in parts:  # what makes modulation runs once for many steps
+            continue
+        start = time.monotonic()
+        try:
+            program, temporaries = compile_counted(lowered, engine.mesh.devices.flat[0].platform)
+        except jax.errors.JaxRuntimeError as error:
+            yield Need(name, 0, 0, 0, time.monotonic() - start, " ".join(str(error).split())[:300])
+            continue
+        inputs = [arg for arg in lowered.args_info[0] if not isinstance(arg, nnx.State)]
+        given = sum(info.dtype.itemsize * math.prod(info.shape) for info in jax.tree.leaves(inputs)) // engine.ways
+        found = program.memory_analysis()
+        more = given + temporaries + found.output_size_in_bytes - found.alias_size_in_bytes
+        yield Need(name, found.argument_size_in_bytes - given, more, temporaries, time.monotonic() - start)
+
+
+def compile_counted(lowered: Any, platform: str) -> tuple[Any, int]:
+    """The compiled program, and the bytes of its temporaries on a device.
+
+    On a TPU those of the compiler's buffer assignment, by which it decides what fits: what it says then is their sum with
+    the arguments, to the byte. Its ``temp_size_in_bytes`` is up to 40 % more where weights are gathered.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True} if platform == "tpu" else None
+        program = lowered.compile(compiler_options=options)
+        assigned = [ASSIGNED.findall(file.read_text()) for file in Path(folder).glob("*buffer-assignment.txt")]
+    sizes = [int(size) for found in assigned for size in found]
+    return program, sum(sizes) if sizes else program.memory_analysis().temp_size_in_bytes
+
+
+def compiled(job: Job, target: Target, height: int, width: int) -> list[Need]:
+    """The programs that draw pictures of one size, compiled for ``target`` in a process of its own."""
+    plain = Job(**{field.name: getattr(job, field.name) for field in dataclasses.fields(Job)})
+    asked = pickle.dumps((plain, target, height, width))
+    done = subprocess.run([sys.executable, "-m", "fluxbatch.planning.aot"], input=asked, env=os.environ | ENVIRONMENT, capture_output=True)
+    if done.returncode:
+        raise UserError(f"target={target.name}: the program cannot be compiled: {done.stderr.decode(errors='replace').strip().splitlines()[-1]}")
+    return [Need(**line) for line in map(json.loads, done.stdout.splitlines())]
+
+
+def main() -> None:
+    """The subprocess's part."""
+    from fluxbatch.distributed import process_group
+    from fluxbatch.generation.model_spec import open_engine
+    from fluxbatch.weights.published import open_or_known
+
+    job, target, height, width = pickle.load(sys.stdin.buffer)
+    process_group.tell_compiler(job.hardware.xla_flags, job.hardware.libtpu_init_args)
+    engine = open_engine(job, target.platform, devices(target), target.hosts, open_or_known)
+    batch = job.sharding.per_device_batch_size * engine.ways
+    texts = engine.tokenizers.lengths
+    for need in needs(engine, batch, texts, height, width, parts=("denoise", "decode")):
+        print(json.dumps(dataclasses.asdict(need)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

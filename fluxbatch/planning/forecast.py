@@ -1,0 +1,266 @@
+"""What a plan says, line by line: figures that are exact, and estimates that say so."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Iterable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from fluxbatch.config.schema import Job, shown
+from fluxbatch.distributed.chips import Target
+from fluxbatch.distributed.process_group import GPU_SHARES, gpu_share
+from fluxbatch.generation.model_spec import PARTS, Engine
+from fluxbatch.lora.apply import TEXT
+from fluxbatch.models.flux1 import cost
+from fluxbatch.planning import aot, memory
+from fluxbatch.reporting import columns, startup_warnings
+from fluxbatch.results.resume import left_out
+from fluxbatch.shards import batching
+from fluxbatch.types import Batch, Reject, Row, Shard
+from fluxbatch.weights import device_weights, load
+
+TERA = 1e12
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """Rows as the batches that will be drawn."""
+
+    engine: Engine
+    shards: Sequence[Shard]
+    size: int  # images of a batch
+    text: int  # T5 tokens
+
+    @classmethod
+    def of(cls, job: Job, engine: Engine, rows: Sequence[Row]) -> Work:
+        """As ``dealing`` makes them of a whole manifest."""
+        size = job.sharding.per_device_batch_size * engine.ways
+        if (job.replica_count or 1) == 1:
+            shards = batching.plan(rows, size, job.shard_size)
+        else:
+            portions = batching.portions(rows, size, job.shard_size)
+            shards = [Shard(i, tuple(batching.batches(portion, size))) for i, portion in enumerate(portions)]
+        return cls(engine, shards, size, job.sampler.max_sequence_length)
+
+    @functools.cached_property
+    def batches(self) -> list[Batch]:
+        return [batch for shard in self.shards for batch in shard.batches]
+
+    @functools.cached_property
+    def buckets(self) -> dict[tuple[int, int], list[Batch]]:
+        """Batches by image size."""
+        found: dict[tuple[int, int], list[Batch]] = {}
+        for batch in self.batches:
+            found.setdefault(batch.shape, []).append(batch)
+        return found
+
+    def prompt(self) -> int:
+        """FLOPs of encoding one."""
+        clip, t5 = (self.engine.checkpoint.components[part].config for part in ("text_encoder", "text_encoder_2"))
+        return cost.clip(clip, clip.max_position_embeddings) + cost.t5(t5, self.text)
+
+    def drawn(self, batches: Sequence[Batch]) -> int:
+        """FLOPs of these batches, what fills them up included: a batch takes as many steps as its longest row."""
+        return self.size * self._flops((*batch.shape, max(row.num_inference_steps for row in batch.rows)) for batch in batches)
+
+    def asked(self, batches: Sequence[Batch]) -> int:
+        """FLOPs of the rows alone."""
+        return self._flops((row.height, row.width, row.num_inference_steps) for batch in batches for row in batch.rows)
+
+    def _flops(self, pictures: Iterable[tuple[int, int, int]]) -> int:
+        """Of heights, widths and steps: of few different ones."""
+        return sum(count * self.engine.flops(*picture) for picture, count in collections.Counter(pictures).items())
+
+    def encoded(self) -> int:
+        """Prompts that are encoded: a shard's distinct ones, in whole batches."""
+        distinct = (len({(row.prompt, row.prompt_2) for row in shard.rows}) for shard in self.shards)
+        return sum(-(-count // self.size) * self.size for count in distinct)
+
+
+def lines(
+    job: Job, engine: Engine, target: Target, rows: Sequence[Row], todo: Sequence[Row], rejects: Sequence[Reject], price: float | None, ahead: bool
+) -> Iterator[str]:  # fmt: skip
+    """The whole plan; ``todo``: those of the rows that have no image; ``ahead``: with what the compiler says of the largest picture."""
+    work = Work.of(job, engine, todo)
+    yield from _rows(job, rows, rejects)
+    if len(todo) < len(rows):
+        yield _line("done", f"{len(rows) - len(todo):,} of them have their image; what follows is of the {len(todo):,} to make")
+    yield from _model(job, engine, target, rows)
+    if todo:
+        yield from _batches(work)
+        yield from _text(engine, todo)
+        yield from _lora(engine)
+        yield from _memory(job, engine, target, work)
+        yield from _reads(job, engine, target, work)
+        yield from _cost(job, engine, target, work, price)
+        if ahead:
+            yield from _compiled(job, engine, target, work)
+
+
+def _rows(job: Job, rows: Sequence[Row], rejects: Sequence[Reject]) -> Iterator[str]:
+    distinct = len({(row.prompt, row.prompt_2) for row in rows})
+    yield _line("rows", f"{len(rows):,} of {shown(job.manifest or job.prompt)}, {distinct:,} distinct prompts")
+    if rejects:
+        yield _line("rejects", f"{len(rejects):,} bad lines are set aside: {startup_warnings.some([reject.where.rpartition('/')[2] for reject in rejects])}")
+    if fields := startup_warnings.unread(rows):
+        yield _line("remark", fields)
+    yield from (_line("remark", remark) for remark in startup_warnings.odd(rows))
+
+
+def _model(job: Job, engine: Engine, target: Target, rows: Sequence[Row]) -> Iterator[str]:
+    counts = ", ".join(f"{name} {_scaled(memory.parameters(engine, part), 1000, ('', 'k', 'M', 'G'))}" for name, part in PARTS.items())
+    yield _line("model", f"{job.model.flux_name}: {shown(job.model.pretrained_model_name_or_path)}; parameters: {counts}; {engine.weights_dtype}")
+    mesh = " × ".join(f"{axis} {size}" for axis, size in engine.mesh.shape.items() if size > 1) or "one device"
+    if (idle := target.chips - engine.mesh.size) > 0:
+        mesh += f", {idle} idle (sharding=ddp or fsdp takes all)"
+    replicas = f", {job.replica_count} replicas of it" if (job.replica_count or 1) > 1 else ""
+    yield _line("machine", f"{target}; {mesh}{replicas}")
+    unseen = filter(None, [engine.checkpoint.unseen])
+    swept = startup_warnings.overridden(job.sweep, rows)
+    said = (*unseen, *engine.remarks, *startup_warnings.unguided(engine, rows), *swept, *left_out(rows, engine.record), *columns.lines(rows))
+    for remark in said:
+        yield _line("remark", remark)
+
+
+def _batches(work: Work) -> Iterator[str]:
+    name = "buckets"
+    for (height, width), batches in work.buckets.items():
+        count = sum(len(batch.rows) for batch in batches)
+        steps = sorted({row.num_inference_steps for batch in batches for row in batch.rows})
+        waste = 1 - work.asked(batches) / work.drawn(batches)
+        span = f"{steps[0]}–{steps[-1]}" if len(steps) > 1 else str(steps[0])
+        yield _line(name, f"{height}×{width}, {span} steps: {count:,} rows in {len(batches):,} batches of {work.size}, {waste:.1%} padding")
+        name = ""
+    sizes, lengths = len(work.buckets), len({height * width for height, width in work.buckets})  # of pictures, and of token sequences
+    yield _line("programs", f"{2 + lengths + sizes} to compile: text, modulation, {lengths} × denoising, {sizes} × decoding; {len(work.shards):,} shards")
+
+
+def _text(engine: Engine, rows: Sequence[Row]) -> Iterator[str]:
+    for i, (reads, cut) in enumerate(startup_warnings.cut(engine.tokenizers, rows)):
+        yield _line("" if i else "text", f"{reads}: {cut or 'no prompt is cut'}")
+
+
+def _lora(engine: Engine) -> Iterator[str]:
+    for i, line in enumerate(engine.lora.table()):
+        yield _line("" if i else "lora", line)
+
+
+def _memory(job: Job, engine: Engine, target: Target, work: Work) -> Iterator[str]:
+    limit = target.chip.limit if target.chip else device_weights.host_memory() // engine.mesh.size
+    again, devices = len(work.shards) > 1, jax.devices()[: target.chips]
+    situation = memory.Situation.of(job, engine, target.platform, list(work.buckets), again, limit, devices)
+    if len(engine.lora.mixes(row for batch in work.batches for row in batch.rows)) > 1:  # adapters are not merged
+        situation = dataclasses.replace(situation, beside=memory.adapters(engine))
+    phases = situation.phases()
+    for i, phase in enumerate(phases):
+        yield _line("" if i else "memory", f"{phase.name:8} {_bytes(phase.weights)} weights + about {_bytes(phase.activations)} = {_bytes(phase.total)} a device")
+    worst = max(phases, key=lambda phase: phase.total)
+    verdict = f"{_bytes(limit)} a device: {'fits' if worst.total <= limit else f'{worst.name} does not fit'} (estimate)"
+    if target.platform == "gpu":
+        verdict += f"; fluxbatch takes {gpu_share():.0%} of a GPU, unless {GPU_SHARES[0]} says otherwise"
+    if again and situation.turns:
+        verdict += "; the transformer and the text encoders do not fit together, and take turns for every shard"
+    yield _line("", verdict)
+    if worst.total > limit:
+        way = situation.way_out(limit)
+        yield _line("", f"fits with {' '.join(way)}" if way else "nothing here makes it fit: smaller pictures, or more or larger devices")
+
+
+def _compiled(job: Job, engine: Engine, target: Target, work: Work) -> Iterator[str]:
+    height, width = max(work.buckets, key=math.prod)
+    if target.topology:
+        needs = aot.compiled(job, target, height, width)
+    else:
+        needs = aot.needs(engine, work.size, (engine.tokenizers.lengths[0], work.text), height, width, ("denoise", "decode"))
+    for need in needs:
+        words = f"{_bytes(need.held)} weights + {_bytes(need.more)}, of it temporary {_bytes(need.temporaries)}" if not need.fault else need.fault
+        yield _line("compiled" if need.name == "denoise" else "", f"{need.name:8} {words}; {_time(need.seconds)} for {height}×{width}")
+
+
+def _reads(job: Job, engine: Engine, target: Target, work: Work) -> Iterator[str]:
+    mixes = engine.lora.mixes(row for batch in work.batches for row in batch.rows)
+    each = engine.mesh.size // target.hosts
+    hosts = [set(engine.mesh.devices.flat[i * each : (i + 1) * each]) for i in range(target.hosts)]
+    read = {}
+    for part, plan in engine.plans.items():
+        edits = engine.lora.edits(part, mixes[0]) if len(mixes) == 1 else {}
+        read[part] = max(load.to_read(plan, engine.mesh, edits, devices=devices) for devices in hosts)
+    again = ""
+    if job.hardware.offload_encoders == "free" and len(work.shards) > 1:
+        again = f", and {_bytes(sum(read[part] for part in TEXT))} of text encoders again for each of {len(work.shards):,} shards"
+    if engine.stream:
+        steps = sum(max(row.num_inference_steps for row in batch.rows) for batch in work.batches)
+        again += f", and the transformer's blocks for each of {steps:,} steps (from memory as long as it holds them)"
+    yield _line("reads", f"{_bytes(sum(read.values()))} of weights {'a host' if target.hosts > 1 else ''}".rstrip() + again)
+
+
+def _cost(job: Job, engine: Engine, target: Target, work: Work, price: float | None) -> Iterator[str]:
+    images, replicas = sum(len(batch.rows) for batch in work.batches), job.replica_count or 1
+    total = work.drawn(work.batches) + work.encoded() * work.prompt()
+    yield _line("work", f"{_flops(total)}, {_flops(total / images)} an image; {_flops(work.asked(work.batches) / images)} of it for the picture alone")
+    peak, reached, source = _speed(engine, target)
+    if peak is None:
+        yield _line("time", f"no estimate: {source}")
+        return
+    chips, rented = (size * replicas for size in (engine.mesh.size, max(engine.mesh.size, target.chips)))
+    floor = total / (peak * TERA * chips)
+    expected = floor / reached
+    yield _line("time", f"{_time(floor)} at least ({source}); about {_time(expected)} at {reached:.0%} of it, {images / expected:.3g} images/s, "
+                "besides loading and compiling (estimate)")  # fmt: skip
+    if price is not None:
+        yield _line("cost", f"about {rented * expected / 3600 * price:,.2f}: {rented} × {expected / 3600:,.2f} h × {price:g} (estimate)")
+
+
+def _speed(engine: Engine, target: Target) -> tuple[float | None, float, str]:
+    """TFLOP/s of a chip, the share that may be expected, and where the first is from."""
+    if target.platform == "cpu":
+        rate = _matmul() / engine.mesh.size
+        return rate, 0.5, f"matrix products run at {rate * engine.mesh.size:.2f} TFLOP/s here and now"
+    if target.chip is None:
+        return None, 0.0, f"{target.name} is not in the table of chips"
+    if engine.activations_dtype == "float32":
+        return None, 0.0, "the table has bfloat16's peak, activations are float32"
+    return target.chip.peak, target.chip.reached, f"at the peak of {target.chip.peak:g} TFLOP/s"
+
+
+def _matmul(width: int = 1024) -> float:
+    """TFLOP/s of a float32 matrix product on this machine, best of five."""
+    x = jnp.ones((width, width))
+    product = jax.jit(jnp.matmul)
+    product(x, x).block_until_ready()
+    seconds = math.inf
+    for _ in range(5):
+        start = time.perf_counter()
+        product(x, x).block_until_ready()
+        seconds = min(seconds, time.perf_counter() - start)
+    return 2 * width**3 / seconds / TERA
+
+
+def _line(name: str, text: str) -> str:
+    return f"{name:9} {text}"
+
+
+def _flops(number: float) -> str:
+    return _scaled(number, 1000, ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP", "EFLOP", "ZFLOP"))
+
+
+def _scaled(number: float, base: int, units: Sequence[str]) -> str:
+    power = min(int(math.log(max(number, 1), base)), len(units) - 1)
+    return f"{number / base**power:.3g} {units[power]}" if number < 1000 * base**power else f"{number / base**power:,.0f} {units[power]}"
+
+
+def _time(seconds: float) -> str:
+    for size, unit in ((86_400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.2g} s"
+
+
+def _bytes(number: float) -> str:
+    return _scaled(number, 1024, ("B", "KiB", "MiB", "GiB", "TiB"))

@@ -1,0 +1,172 @@
+"""What a start says: what is allowed and probably not meant, as fields that decide nothing and prompts that are too long."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from fluxbatch.config.overrides import meant
+from fluxbatch.config.schema import Job
+from fluxbatch.generation.model_spec import Engine
+from fluxbatch.generation.tokenizers import Absent, Tokenizers
+from fluxbatch.manifest.formats import shown
+from fluxbatch.manifest.rows import FIELDS
+from fluxbatch.reporting import columns
+from fluxbatch.results.resume import left_out
+from fluxbatch.storage import cache
+from fluxbatch.types import Row
+
+SHOWN = 3  # rows named in one line
+SHOWN_FIELDS = 8
+# A job's key → the fields of a row that are used instead
+DECIDED_BY = {key: (key,) for key in ("seed", "prompt_2", "num_images")}
+DECIDED_BY |= {f"sampler.{key}": (key,) for key in ("num_inference_steps", "guidance_scale", "height", "width")}
+DECIDED_BY["sampler.resolution"] = ("height", "width")
+
+# Prompts that were hardly meant as they stand. What other tools read in a prompt nothing here does.
+ODD = {
+    "empty": r"\A\s*\Z",
+    "a word for no value": r"(?i)\A\s*(?:nan|none|null|n/?a|<na>|#n/a|undefined)\s*\Z",
+    "a comment": r"\A\s*(?:#|//|/\*|<!--)",
+    "JSON": r"""\A\s*[\[{]\s*["'{]""",
+    "with options of another tool": r"(?:\A|\s)(?:--[A-Za-z]|-[A-Za-z] ?\d)|(?i:\bnegative prompt:)",
+    "with weights or adapters of another tool": r"<(?:lora|lyco|hypernet):|\([^()]*:\d*\.\d+\)",
+    "with a placeholder": r"\{[^{}]*\}|__\w+__",
+    "with a character that is no text": "[\ufeff\ufffd\x01-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028\u2029]",
+}
+# Only in a list of prompts, where a line is nothing but text
+ODD_IN_LISTS = {
+    "a table's header (name the file .tsv or .csv)": r"(?i)\A(?:prompt|caption)s?(?:[\t,;|][\w\t,;|]*)?\Z",
+    "with a tab (name a table .tsv)": r"\t",
+    "in quotes, which are read as well": r"""\A(?:"[^"]*"|'[^']*'),?\Z""",
+}
+
+
+def lines(job: Job, engine: Engine, given: Sequence[Row], rows: Sequence[Row], todo: Sequence[Row]) -> Iterator[str]:
+    """Of ``rows``, which are the whole manifest, as they were ``given`` and with their mixes of adapters, and of what is
+    to be drawn; and what each adapter touches."""
+    yield from engine.remarks
+    yield from mixed(engine, given)
+    yield from unguided(engine, rows)
+    yield from overridden(job.sweep, rows)
+    yield from left_out(rows, engine.record)
+    yield from columns.lines(rows)
+    if fields := unread(rows):
+        yield fields
+    yield from odd(rows)
+    yield from (f"{reads}: {hit}" for reads, hit in cut(engine.tokenizers, todo) if hit)
+    yield from caches(job, engine, todo)
+    yield from engine.lora.table()
+
+
+def mixed(engine: Engine, given: Sequence[Row]) -> Iterator[str]:
+    """That rows without a mix of their own get every adapter, where others have one: few who leave it out mean that."""
+    own = [f"{name} {scale:g}" for name, scale in engine.lora.own if scale]
+    without = [row for row in given if row.lora is None]
+    if own and 0 < len(without) < len(given):
+        counted, first = f"{len(without):,} of {len(given):,} rows have none", without[0].where.rpartition("/")[2]
+        yield f'lora: {counted} (the first is {first}) and get {", ".join(own)}; "lora": {{}} in a row is for none'
+
+
+def caches(job: Job, engine: Engine, todo: Sequence[Row]) -> Iterator[str]:
+    """What is not kept for the next start, and why."""
+    if remark := cache.find("jax_cache_dir", job.jax_cache_dir).remark:
+        yield remark
+    if job.text_cache_dir is None:
+        return
+    if (size := engine.text_bytes(todo)) > job.text_cache_gigabytes * 1e9:
+        limit = f"text_cache_gigabytes={job.text_cache_gigabytes:g}"
+        yield f"{limit}: the prompts encode to {size / 1e9:.3g} GB, none is kept"
+    elif remark := cache.find("text_cache_dir", job.text_cache_dir).remark:
+        yield remark
+
+
+def lost(files: Sequence[str]) -> Iterator[str]:
+    """That images of earlier starts are gone."""
+    if files:
+        yield f"images that were made before and are not there, or empty: {len(files):,} are made again ({some(files)})"
+
+
+def unguided(engine: Engine, rows: Sequence[Row]) -> Iterator[str]:
+    """That rows have guidance, and the checkpoint has nothing that reads it."""
+    count = sum(row.guidance_scale != 0 for row in rows)
+    if count and not engine.remarks and not engine.checkpoint.components["transformer"].config.guidance_embeds:
+        yield f"guidance_scale decides nothing ({count:,} rows have one): the checkpoint has no guidance embedding"
+
+
+def overridden(sweep: Mapping[str, Any], rows: Sequence[Row]) -> Iterator[str]:
+    """Keys of a sweep that rows decide for themselves."""
+    for key in sweep:
+        of_lora = ("lora",) if re.fullmatch(r"lora|lora\..+\.scale|lora_config\.scale", key) else ()
+        fields = DECIDED_BY.get(key, of_lora)
+        count = sum(row.given.issuperset(fields) for row in rows) if fields else 0
+        if count:
+            own = f"{'a ' if len(fields) == 1 else ''}{' and '.join(fields)} of their own"
+            those = f"{count:,} of {len(rows):,} rows, which have {own}"
+            yield f"{key} is swept, and decides nothing for {those}: the same pictures in every job"
+
+
+def unread(rows: Sequence[Row]) -> str | None:
+    """Fields of the manifest that decide nothing, first those that look like one that does."""
+    counts = Counter(key for row in rows for key in row.extra)
+    meant = sorted(((key, _meant(key)) for key in counts), key=lambda each: each[1] is None)
+    words = [f"{shown(key)[1:-1]} ({counts[key]:,} rows{f'; did you mean {near}?' if near else ''})" for key, near in meant]
+    return "fields that decide nothing: " + some(words, SHOWN_FIELDS) if words else None
+
+
+def _meant(key: str) -> str | None:
+    """The known field that ``key`` is a slip or a part of, as steps is of num_inference_steps."""
+    part = (field for field in FIELDS if {*key.lower().split("_")} <= {*field.split("_")})
+    return meant(key, FIELDS) or next(part, None)
+
+
+def odd(rows: Sequence[Row]) -> Iterator[str]:
+    """Prompts that look as if something else was meant: of each kind how many, and the first."""
+    compiled = {kind: re.compile(pattern) for kind, pattern in (ODD | ODD_IN_LISTS).items()}
+    found: dict[str, dict[str, str]] = defaultdict(dict)  # kind → where → text
+    for row in rows:
+        kinds = [*ODD, *ODD_IN_LISTS] if ".txt:" in row.where.lower() else ODD
+        for text in dict.fromkeys((row.prompt, row.prompt_2)):
+            if kind := next((kind for kind in kinds if compiled[kind].search(text)), None):
+                found[kind].setdefault(row.where, text)
+    for kind, lines in found.items():
+        where, text = next(iter(lines.items()))
+        first = f"{where.rpartition('/')[2]}: {shown(text)}"
+        yield f"prompts that are {kind}, and drawn as they stand: {len(lines):,}; the first: {first}"
+
+
+def strangers(count: int, overwrite: bool) -> Iterator[str]:
+    """That the place holds records of other rows than the manifest's."""
+    stay = "they stay, in metadata.jsonl and with their images; overwrite=true drops them"
+    drop = "overwrite=true drops them with their images, unless the manifest has bad lines"
+    if count:
+        yield f"records of no row of this manifest: {count:,}; {drop if overwrite else stay}"
+
+
+def cut(tokenizers: Tokenizers, rows: Sequence[Row]) -> Iterator[tuple[str, str | None]]:
+    """What each text encoder reads, and the rows that it does not read to their end."""
+    clip, t5 = tokenizers.cut((row.prompt for row in rows), (row.prompt_2 for row in rows))
+    for name, tokenizer, limit, texts, of in (
+        ("CLIP", tokenizers.clip, tokenizers.lengths[0], clip, lambda row: row.prompt),
+        ("T5", tokenizers.t5, tokenizers.lengths[1], t5, lambda row: row.prompt_2),
+    ):
+        hit = [row for row in rows if of(row) in texts] if texts else []
+        lines = {row.where: of(row) for row in hit}
+        first, unit = dict(itertools.islice(lines.items(), SHOWN)), " words" if isinstance(tokenizer, Absent) else ""
+        sizes = zip(first, tokenizer.count([*first.values()]), strict=True)
+        named = [f"{where.rpartition('/')[2]} has {size}{unit}" for where, size in sizes]
+        said = [f"{len(hit):,} rows are cut: {some(named, count=len(lines))}"] if hit else []
+        if isinstance(tokenizer, Absent) and (doubtful := tokenizer.doubtful(map(of, rows), limit)):
+            count = sum(of(row) in doubtful for row in rows)
+            others = f"{count:,} more" if hit else f"{count:,}"
+            said.append(f"whether {others} rows are cut cannot be told, as its tokenizer is not here")
+        yield f"{name} reads {limit} tokens", "; ".join(said) or None
+
+
+def some(items: Sequence[str], shown: int = SHOWN, count: int | None = None) -> str:
+    """The first of ``count`` items, or of these, and how many more there are."""
+    more = (count or len(items)) - shown
+    return ", ".join(items[:shown]) + (f" and {more:,} more" if more > 0 else "")

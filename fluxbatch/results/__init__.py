@@ -1,0 +1,1 @@
+"""What a run leaves: images, records, resume state, gallery and closing status."""

@@ -1,0 +1,341 @@
+"""What is done, kept beside the output: a record makes its row done, and nothing else does.
+
+    .fluxbatch/job.json                   the facts of the job that every image depends on
+    .fluxbatch/records/WRITER-N.jsonl     a line an image: of one batch, one shard, or many shards
+    .fluxbatch/rejects/WRITER-N.jsonl     rows without an image, and why
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+
+from fluxbatch.results.file_names import Namer
+from fluxbatch.results.location import HIDDEN, IMAGES, JOB, METADATA, REJECTS, STATUS, WAY_OUT, refuse_foreign
+from fluxbatch.results.resume import Record, RecordId, describe, difference, digest, key_under, match, row_key, with_extra
+from fluxbatch.storage.base import NotFound, Store, join
+from fluxbatch.storage.log import Log, in_parallel, json_line, object_of
+from fluxbatch.types import Reject, Row, UserError
+
+__all__ = ["HIDDEN", "IMAGES", "METADATA", "REJECTS", "Ledger", "Record", "Tally", "read_records", "remove", "row_key", "utc_now", "write_status"]
+
+RECORDS = HIDDEN + "records/"
+_NEEDS = frozenset({"id", "key", "index", "file_name", "seed", "height", "width", "sha256"})  # what a record is read for
+_CHUNK = 10_000  # records in one object after the merge
+
+
+@dataclasses.dataclass(frozen=True)
+class Tally:
+    """How the manifest stands; ``rows`` counts its bad lines too."""
+
+    rows: int
+    done: int
+    rejects: tuple[Reject, ...]
+
+    @property
+    def left(self) -> int:
+        return self.rows - self.done - len(self.rejects)
+
+
+class Ledger:
+    """The records of one output place, as one process sees and extends them; safe in threads.
+
+    ``job_facts``: JSON-able, everything besides the row that decides its pixels.
+    ``writer_id``: another one for every start of every process; letters, digits, ``-`` and ``_``.
+    Raises UserError when the place holds a job of other facts, or images of unknown origin;
+    with ``overwrite`` what the other job left is removed instead. Where several processes share
+    a start, let one open the ledger before the others do.
+    """
+
+    def __init__(self, store: Store, job_facts: Mapping[str, object], *, writer_id: str, overwrite: bool = False):
+        self._store = store
+        self._facts = json.loads(json.dumps(job_facts))
+        self._facts_digest = digest(self._facts)
+        self._overwrite = overwrite
+        self._records = Log(store, RECORDS, writer_id, _NEEDS)
+        self._rejects = Log(store, HIDDEN + "rejects/", writer_id, {"where", "reason", "id", "index", "created"})
+        self._lock = threading.Lock()
+        self._batches: dict[str, Sequence[Record]] = {}  # object → records, since the last compaction
+        self._rows: dict[str, Row] = {}  # id → row of the manifest
+        self._bad_lines: tuple[Reject, ...] = ()
+        self._row_of: dict[RecordId, Row] = {}  # record → the row that it makes done
+        self._files: dict[RecordId, str] = {}  # as ``remaining`` saw them
+        self.strangers = 0  # records that belong to no row of the manifest, as ``remaining`` saw them
+        self.lost: list[str] = []  # images that were recorded and are not there, as ``remaining`` saw them
+        self.compactions = 0  # calls of ``compact`` that are through
+        self.committed = 0  # records of this process
+        self._agree()
+        store.sweep()
+
+    def key(self, row: Row) -> str:
+        """``row_key`` under this job's facts."""
+        return key_under(row, self._facts_digest)
+
+    def assign(
+        self, rows: Sequence[Row], bad_lines: Sequence[Reject] = (), *, template: str, extension: str
+    ) -> tuple[list[Row], dict[int, str]]:
+        """The rows that have no image yet, and the file name of each by its ``row.index``.
+
+        The manifest may be in another order, longer or shorter than when the records were made.
+        The answer follows from rows and records alone. Records of rows that are gone are kept, unless ``overwrite``.
+        Raises UserError when a row was changed since its image was made, unless ``overwrite``.
+        """
+        todo = self.remaining(rows, bad_lines)
+        return todo, self.names(todo, template, extension)
+
+    def remaining(self, rows: Sequence[Row], bad_lines: Sequence[Reject] = (), *, look: bool = False) -> list[Row]:
+        """The first half of ``assign``. ``look`` whether every recorded image is there: one process of each start."""
+        files: dict[RecordId, str] = {}
+        places: dict[RecordId, int] = {}
+        names, scanned = _Names(), set()
+        for name, _, record in self._records.scan():
+            scanned.add(name)
+            files.setdefault(_id(record), record["file_name"])
+            places.setdefault(_id(record), record["index"])
+            names.saw(record)
+        if names.twice:
+            remove(self._store, self._records, lambda record: record["file_name"] in names.twice)
+            return self.remaining(rows, bad_lines, look=look)
+        # asked after the scan: an image is there before its record
+        if look and names.all and (lost := self._store.missing(names.all)):
+            # another replica may have made some again, and recorded them in an object of its own
+            self._records.drop(lambda record: record["file_name"] in lost, scanned)
+            self.lost = sorted(lost)
+            return self.remaining(rows, bad_lines)
+        self._row_of, todo, changed = match(rows, self.key, places, self.records)
+        if changed and not self._overwrite:
+            raise UserError(*describe(changed), WAY_OUT)
+        gone = {_id(record) for _, record in changed}
+        strangers = places.keys() - self._row_of.keys() - gone
+        self.strangers = len(strangers)
+        if self._overwrite and not bad_lines:  # a bad line may be that of a row which has its image
+            gone |= strangers
+        if gone:
+            remove(self._store, self._records, lambda record: _id(record) in gone)
+            files = {key: file for key, file in files.items() if key not in gone}
+        self._rows = {row.id: row for row in rows}
+        self._bad_lines = tuple(bad_lines)
+        self._files = files
+        return todo
+
+    def names(self, todo: Sequence[Row], template: str, extension: str) -> dict[int, str]:
+        """The second half: the names do not depend on records of ``todo`` that came meanwhile, from others."""
+        todo_ids = {row.id for row in todo}
+        made = self._row_of
+        taken = [file for key, file in self._files.items() if key not in made or made[key].id not in todo_ids]
+        encoding = "utf-8" if "://" in self._store.url else sys.getfilesystemencoding()
+        return Namer(template, extension, encoding).assign(todo, taken)
+
+    def unmade(self, rows: Sequence[Row], starts: Iterable[str]) -> list[Row]:
+        """Those of ``rows`` that no record of these starts (what their writer ids begin with) makes done."""
+        records = (record for start in starts for _, _, record in self._records.scan(start))
+        made = {row.id for record in records if (row := self._row_made_by(record))}
+        return [row for row in rows if row.id not in made]
+
+    def records(self) -> Iterator[Record]:
+        """Every record once, in no particular order."""
+        return _once(self._records)
+
+    def commit(self, records: Sequence[Record]) -> None:
+        """Makes rows done, all of them at once. Only when their images are durable."""
+        if records:
+            name = self._records.append(map(json_line, records))
+            with self._lock:
+                self._batches[name] = records
+                self.committed += len(records)
+
+    def reject(self, rejects: Sequence[Reject]) -> None:
+        """Notes rows that got no image. The next start tries them again."""
+        if rejects:
+            now = utc_now()
+            self._rejects.append(json_line({**dataclasses.asdict(reject), "created": now}) for reject in rejects)
+
+    def compact(self) -> None:
+        """Merges the objects that this process has committed since the last call into one."""
+        with self._lock:
+            batches, self._batches = self._batches, {}
+        if len(batches) > 1:
+            self._records.append(json_line(record) for records in batches.values() for record in records)
+            self._records.delete(batches)
+        self.compactions += 1
+
+    def merge(self) -> Tally:
+        """Writes metadata.jsonl (by index) and rejects.jsonl, compacts the ledger, and counts.
+
+        Any process that called ``assign`` may merge, at any time and while others commit or
+        merge: whoever writes last has read everything that was committed before.
+        """
+        while True:
+            lines: dict[RecordId, tuple[int, bytes]] = {}  # as metadata.jsonl has them
+            objects: dict[str, list[bytes]] = {}
+            done: set[str] = set()
+            files: dict[RecordId, str] = {}
+            names = _Names()
+            for name, line, record in self._records.scan():
+                objects.setdefault(name, [])
+                names.saw(record)
+                if _id(record) in lines:
+                    continue
+                objects[name].append(line)
+                index = record["index"]
+                if row := self._row_made_by(record):
+                    done.add(row.id)
+                    index = row.index
+                    today = with_extra({**record, "id": row.id, "index": index}, row)
+                    if today != record:  # it stands elsewhere now, or says more
+                        line = json_line(today)
+                lines[_id(record)] = index, line
+                files[_id(record)] = record["file_name"]
+            for key in [key for key, file in files.items() if file in names.twice]:
+                del lines[key]  # to be made again
+                if row := self._row_of.get(key):
+                    done.discard(row.id)
+            self._store.write(METADATA, b"".join(line for _, line in sorted(lines.values())))
+            rejects, reject_objects = self._merge_rejects(done)
+            unseen = {*self._records.names(), *self._rejects.names()} - objects.keys() - reject_objects
+            if not unseen:
+                break
+        if not names.twice:  # else the next start is to see every record
+            self._compact_all(objects)
+        return Tally(len(self._rows) + len(self._bad_lines), len(done), rejects)
+
+    def _merge_rejects(self, done: set[str]) -> tuple[tuple[Reject, ...], set[str]]:
+        """Writes rejects.jsonl: what stands against rows of this manifest that are not done."""
+        latest: dict[str, dict] = {}
+        objects = set()
+        for name, _, line in self._rejects.scan():
+            objects.add(name)
+            if line["id"] in self._rows and line["id"] not in done:
+                known = latest.setdefault(line["id"], line)
+                latest[line["id"]] = max(known, line, key=lambda each: each["created"])
+        rejects = [Reject(line["where"], line["reason"], line["id"], line["index"]) for line in latest.values()]
+        rejects = sorted([*self._bad_lines, *rejects], key=lambda reject: reject.index or 0)
+        if rejects:
+            self._store.write(REJECTS, b"".join(json_line(self._reject_line(reject)) for reject in rejects))
+        else:
+            self._store.delete(REJECTS)
+        return tuple(rejects), objects
+
+    def _reject_line(self, reject: Reject) -> dict[str, object]:
+        row = self._rows.get(reject.id) if reject.id is not None else None
+        line = {"where": reject.where, "index": reject.index, "id": reject.id}
+        prompt = row.prompt if row else reject.prompt
+        return {**line, **({"prompt": prompt} if prompt is not None else {}), "reason": reject.reason}
+
+    def _compact_all(self, objects: Mapping[str, list[bytes]]) -> None:
+        """Small objects into large ones, so that a million rows end in about a hundred."""
+        with self._lock:
+            self._batches = {}
+        small = [name for name, lines in objects.items() if len(lines) < _CHUNK // 2]
+        if len(small) < 2:
+            return
+        lines = [line for name in small for line in objects[name]]
+        for start in range(0, len(lines), _CHUNK):
+            self._records.append(lines[start : start + _CHUNK])
+        self._records.delete(small)
+
+    def _row_made_by(self, record: Record) -> Row | None:
+        if _id(record) not in self._row_of:  # committed since ``assign``, or of a row that is gone
+            row = self._rows.get(record["id"])
+            if row is None or self.key(row) != record["key"]:
+                return None
+            self._row_of[_id(record)] = row
+        return self._row_of[_id(record)]
+
+    def _agree(self) -> None:
+        """Stores the job's facts on the first start, and compares them on every later one."""
+        stored = self._stored_facts()
+        if stored is None:
+            if not self._overwrite:
+                refuse_foreign(self._store)
+            if self._store.write(JOB, self._facts_document(), if_absent=True):
+                return
+            stored = self._stored_facts() or {}
+        changed = difference(stored, self._facts)
+        # until there is a record, a changed configuration costs nothing
+        if changed and not self._overwrite and next(self.records(), None):
+            raise UserError(f"{self._store.url}: holds a job with another configuration", *changed, WAY_OUT)
+        if changed:
+            remove(self._store, self._records, lambda record: True)
+            self._rejects.delete(self._rejects.names())
+            self._store.write(JOB, self._facts_document())
+
+    def _stored_facts(self) -> dict | None:
+        try:
+            facts = json.loads(self._store.read(JOB))
+        except NotFound:
+            return None
+        except ValueError:
+            facts = None
+        if not isinstance(facts, dict):
+            raise UserError(f"{join(self._store.url, JOB)}: not a JSON object; restore it, or give another run_name=…")
+        return facts
+
+    def _facts_document(self) -> bytes:
+        return json.dumps(self._facts, indent=2, sort_keys=True).encode() + b"\n"
+
+
+def read_records(store: Store) -> Iterator[Record]:
+    """Every record of the place once; from metadata.jsonl where the ledger was not copied along."""
+    log = Log(store, RECORDS, "reader", _NEEDS)
+    if log.names() or not store.exists(METADATA):
+        return _once(log)
+    place = join(store.url, METADATA)
+    return (object_of(line, f"{place}:{number}", _NEEDS) for number, line in enumerate(store.read(METADATA).splitlines(), 1))
+
+
+def _once(log: Log) -> Iterator[Record]:
+    seen: set[RecordId] = set()
+    for _, _, record in log.scan():
+        if _id(record) not in seen:
+            seen.add(_id(record))
+            yield record
+
+
+def remove(store: Store, log: Log, unwanted: Callable[[Record], bool]) -> None:
+    """Removes records and then their images, so that no record is ever without its image."""
+    scanned, files, kept = set(), set(), set()
+    for name, _, record in log.scan():
+        scanned.add(name)
+        (files if unwanted(record) else kept).add(record["file_name"])
+    if not files:
+        return
+    store.delete(METADATA)  # it lists them too, until the next merge
+    log.drop(unwanted, scanned)
+    in_parallel(store.delete, sorted(files - kept))
+
+
+class _Names:
+    """Names of images in a ledger's records. Those in ``twice`` are recorded for different pixels: two starts at once,
+    as a bucket lets them, wrote over each other's images, and nobody knows whose are there."""
+
+    def __init__(self) -> None:
+        self._keys: dict[str, str] = {}
+        self.twice: set[str] = set()
+
+    @property
+    def all(self) -> Set[str]:
+        return self._keys.keys()
+
+    def saw(self, record: Record) -> None:
+        if self._keys.setdefault(record["file_name"], record["key"]) != record["key"]:
+            self.twice.add(record["file_name"])
+
+
+def _id(record: Record) -> RecordId:
+    return record["id"], record["key"]
+
+
+def utc_now() -> str:
+    """The time in ISO format, UTC, with microseconds: as text it sorts by time."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds")
+
+
+def write_status(store: Store, exit_code: int | None, reason: str, counts: Mapping[str, int], **figures: Mapping[str, float]) -> None:
+    """status.json: what the exit code says, for launchers that lose it; None while the run goes on."""
+    status = {"exit_code": None if exit_code is None else int(exit_code), "reason": reason, "counts": dict(counts), **figures, "time": utc_now()}
+    store.write(STATUS, json.dumps(status, indent=2).encode() + b"\n")

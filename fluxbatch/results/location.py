@@ -1,0 +1,54 @@
+"""The output place of a run: what a start writes there besides images, and whether it may."""
+
+from __future__ import annotations
+
+import os
+
+from fluxbatch.config.schema import Job
+from fluxbatch.storage.base import Store, join, open_store
+from fluxbatch.types import UserError
+
+METADATA, REJECTS, STATUS, CONFIG = "metadata.jsonl", "rejects.jsonl", "status.json", "config.yaml"
+RESERVED = (METADATA, REJECTS, STATUS, CONFIG, "index.html")
+IMAGES = (".png", ".jpg", ".jpeg", ".webp")
+HIDDEN = ".fluxbatch/"  # Hugging Face's ImageFolder passes over what begins with a dot
+SHEET = HIDDEN + "contact_sheet.png"  # of the pictures in sight each has a record, or no ImageFolder loads
+JOB = HIDDEN + "job.json"  # no start writes anything before it but the lock
+LOCK = HIDDEN + "lock"  # held by the start that is at work
+WAY_OUT = "give another run_name=…, or overwrite=true to replace what differs"
+
+
+def open_place(job: Job) -> Store:
+    """The job's store. UserError where a run would write over its own manifest or over somebody's files."""
+    assert job.run_name is not None
+    store = open_store(join(job.output_dir, job.run_name))
+    for name in RESERVED if job.manifest is not None else ():
+        if _is_one(job.manifest, join(store.url, name)):
+            raise UserError(f"manifest={job.manifest}: the run would write its {name} there; give another run_name=… or output_dir=…")
+    if not job.overwrite:
+        refuse_foreign(store)
+        if job.sweep and job.output.gallery:
+            _refuse_foreign_page(open_store(join(job.output_dir, *job.run_name.split("/")[:-1])))
+    return store
+
+
+def refuse_foreign(store: Store) -> None:
+    """UserError where no job has begun, and there are images, or files that a run would write over."""
+    if store.exists(JOB):
+        return
+    foreign = next((name for name in store.list() if name.endswith(IMAGES) or name in RESERVED), None)
+    # another process may have begun this very job between the two looks
+    if foreign and not store.exists(JOB):
+        raise UserError(f"{join(store.url, foreign)}: is there already, without a record; {WAY_OUT}")
+
+
+def _refuse_foreign_page(root: Store) -> None:
+    """UserError where a sweep's page would replace somebody's, or that of a run by itself."""
+    page = "index.html"
+    if root.exists(page) and (root.exists(JOB) or not any(name.endswith(f"/{JOB}") and name.count("/") == 2 for name in root.list())):
+        raise UserError(f"{join(root.url, page)}: is there already, and no sweep's; {WAY_OUT}")
+
+
+def _is_one(path: str, other: str) -> bool:
+    """Whether two addresses are of one file."""
+    return path == other or (os.path.exists(path) and os.path.exists(other) and os.path.samefile(path, other))

@@ -1,0 +1,242 @@
+"""Pixels → files → records, in threads behind the device. Nothing else in the program writes images.
+
+A batch is copied back from the device, its images are encoded and written in parallel, and then
+it is recorded. One batch at a time is on this way while the device makes the next: memory is
+bounded, and a kill costs no more than what was not yet recorded of that one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from fluxbatch.config.schema import Job, Output
+from fluxbatch.results.image_files import encode, is_flat, pixel_sha256
+from fluxbatch.results.ledger import Ledger, Record, utc_now
+from fluxbatch.results.resume import parameters, with_extra
+from fluxbatch.storage.base import StorageError, Store
+from fluxbatch.types import Reject, Row
+
+# By what a picture was made, in its record: decides how it is rounded, and no more
+PROGRAM = ("fluxbatch_version", "jax_version", "device_kind", "device_count", "per_device_batch_size")
+
+_ATTEMPTS = 3
+_BACKOFF = 0.5  # seconds before the second attempt, doubled before the third
+
+
+class TooManyFailures(Exception):
+    """Rows failed and ``on_error=stop`` or ``max_failures`` says that this ends the job."""
+
+
+def encoded(record: Record, pixels: np.ndarray, format: str, output: Output) -> bytes:
+    """The image's file, which says of itself what decides the pixels and no more: the same image is the same file."""
+    unstable = ("file_name", "index", "seed_text", "seconds", "mfu", "created", "flags", *PROGRAM)
+    stable = {key: value for key, value in record.items() if key not in unstable}
+    text = {"parameters": json.dumps(stable, ensure_ascii=False), "Software": "fluxbatch"}
+    return encode(pixels, format, text=text, png_level=output.png_level, quality=output.quality)
+
+
+class Writer:
+    """Context manager around one run; leaving it waits for everything that was put.
+
+    ``facts``: what a record says besides its row and its file (model, digests, dtypes, …).
+    ``floor``: the least seconds a row's image takes on this process's devices, where that is known: its record then
+    has the share of their peak (MFU) that it reached.
+    ``retry``: makes a row again that came out non-finite → (uint8 [H, W, 3], finite).
+    ``on_image``: called once for every row, with whether it has its image now; from a thread.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        ledger: Ledger,
+        job: Job,
+        *,
+        facts: Mapping[str, Any],
+        floor: Callable[[Row], float | None] = lambda row: None,
+        retry: Callable[[Row], tuple[np.ndarray, bool]] | None = None,
+        on_image: Callable[[Row, bool], None] | None = None,
+    ):
+        self._store = store
+        self._ledger = ledger
+        self._output = job.output
+        self._failures_that_end = 1 if job.on_error.name == "stop" else job.max_failures
+        self._facts = dict(facts)
+        self._floor = floor
+        self._retry = retry
+        self._retrying = threading.Lock()  # it may need the device's memory: one row at a time
+        self._on_image = on_image
+        self._room = threading.Semaphore(1)
+        self._batches = ThreadPoolExecutor(1, thread_name_prefix="batch")
+        # compression takes a core each; on object storage threads mostly wait for the network
+        self._images = ThreadPoolExecutor(max(16, os.cpu_count() or 1), thread_name_prefix="image")
+        self._lock = threading.Lock()
+        self._error: BaseException | None = None
+        self._begun = 0.0  # when the device could begin the batch at hand
+        self.written = 0  # images recorded
+        self.rejected = 0
+        self.bytes = 0
+        self.waited = 0.0  # seconds in ``put``: for the device, or for a writing that is slower
+
+    def put(
+        self,
+        rows: Sequence[Row],
+        names: Mapping[int, str],
+        pixels: Any,
+        finite: Any,
+        seconds: Callable[[], float] | None = None,
+    ) -> None:
+        """Hands over one batch, once the one before it is recorded.
+
+        ``pixels`` uint8 [B, H, W, 3] and ``finite`` bool [B], arrays that NumPy can copy back,
+        B ≥ len(rows): what is beyond the rows is padding. ``names``: file name by row index.
+        ``seconds``: the devices' time for the batch, asked for when its pixels are there; None: measured from batch to batch.
+        Raises what went wrong with an earlier batch, if that ends the job.
+        """
+        called = time.monotonic()
+        self._room.acquire()
+        self.waited += time.monotonic() - called
+        if self._error:
+            self._room.release()
+            raise self._error
+        self._begun = self._begun or called
+        self._submit(self._write_batch, tuple(rows), names, pixels, finite, seconds).add_done_callback(lambda _: self._room.release())
+
+    def compact(self) -> None:
+        """At the end of a shard: its records become one object, in the background, once its last batch is recorded."""
+        self._submit(self._compact)
+
+    def close(self) -> None:
+        """Waits until everything that was put is written and recorded.
+
+        Raises what ended the job, if anything did.
+        """
+        self._batches.shutdown()
+        self._images.shutdown()
+        if self._error:
+            raise self._error
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.close()
+            return
+        self._batches.shutdown()  # what was put is finished all the same; the first error stays
+        self._images.shutdown()
+
+    def _submit(self, task: Callable[..., None], *arguments: Any) -> Future[None]:
+        def run() -> None:
+            try:
+                task(*arguments)
+            except BaseException as error:  # noqa: BLE001 (raised by the next put, or by close)
+                self._error = self._error or error
+
+        return self._batches.submit(run)
+
+    def _write_batch(
+        self,
+        rows: Sequence[Row],
+        names: Mapping[int, str],
+        pixels: Any,
+        finite: Any,
+        seconds: Callable[[], float] | None,
+    ) -> None:
+        pixels = np.asarray(pixels)[: len(rows)]  # waits for the device
+        finite = np.asarray(finite)[: len(rows)]
+        now = time.monotonic()
+        share = (seconds() if seconds else now - self._begun) / len(rows)
+        self._begun = now
+        outcomes = list(
+            self._images.map(
+                lambda row, image, good: self._write_image(row, names[row.index], image, bool(good), share),
+                rows,
+                pixels,
+                finite,
+            )
+        )
+        records = [outcome for outcome in outcomes if isinstance(outcome, dict)]
+        rejects = [outcome for outcome in outcomes if isinstance(outcome, Reject)]
+        fatal = next((outcome for outcome in outcomes if isinstance(outcome, StorageError)), None)
+        self._attempt(self._ledger.commit, records)
+        self._attempt(self._ledger.reject, rejects)
+        self._count(rows, outcomes)
+        if fatal:
+            raise fatal
+        if rejects and self._failures_that_end is not None and self.rejected >= self._failures_that_end:
+            last = rejects[-1]
+            raise TooManyFailures(f"{last.where}: {last.reason} (stopped after {self.rejected} failed rows, as asked)")
+
+    def _compact(self) -> None:
+        if not self._error:  # else the shard is not whole
+            self._ledger.compact()
+
+    def _write_image(
+        self, row: Row, name: str, pixels: np.ndarray, finite: bool, seconds: float
+    ) -> Record | Reject | StorageError:
+        """The row's record, its reject, or the error that ends the job."""
+        try:
+            if not finite and self._retry:
+                with self._retrying:
+                    pixels, finite = self._retry(row)
+            if not finite:
+                return self._reject(row, "the image is not finite (NaN or infinity)")
+            record = self._record(row, name, np.ascontiguousarray(pixels), seconds)
+            self._attempt(self._encode_and_write, record, pixels)
+            return record
+        except StorageError as error:
+            return error if error.fatal else self._reject(row, str(error))
+        except Exception as error:  # noqa: BLE001 (one image never costs the others)
+            return self._reject(row, f"{type(error).__name__}: {error}")
+
+    def _encode_and_write(self, record: Record, pixels: np.ndarray) -> None:
+        data = encoded(record, pixels, self._output.format.name, self._output)
+        self._store.write(record["file_name"], data)
+        with self._lock:
+            self.bytes += len(data)
+
+    def _record(self, row: Row, name: str, pixels: np.ndarray, seconds: float) -> Record:
+        floor = self._floor(row)
+        record = {
+            "file_name": name,
+            "id": row.id,
+            "index": row.index,
+            **parameters(row),
+            **self._facts,
+            "sha256": pixel_sha256(pixels),
+            "seconds": round(seconds, 4),
+            "mfu": float(f"{floor / seconds:.3g}") if floor and seconds else 0.0,  # which no picture reaches: not known
+            "created": utc_now(),
+            "flags": "flat" if is_flat(pixels) else "",
+            "key": self._ledger.key(row),  # the last of our own, which tells them from the row's
+        }
+        return with_extra(record, row)
+
+    def _reject(self, row: Row, reason: str) -> Reject:
+        return Reject(row.where, reason, row.id, row.index)
+
+    def _attempt(self, action: Callable[..., None], *arguments: Any) -> None:
+        """Tries again what may pass: not a full disk, and not a missing permission."""
+        for attempt in range(_ATTEMPTS):
+            try:
+                return action(*arguments)
+            except (StorageError, OSError) as error:
+                if getattr(error, "fatal", False) or attempt == _ATTEMPTS - 1:
+                    raise
+                time.sleep(_BACKOFF * 2**attempt)
+
+    def _count(self, rows: Sequence[Row], outcomes: Sequence[Record | Reject | StorageError]) -> None:
+        with self._lock:
+            for row, outcome in zip(rows, outcomes, strict=True):
+                self.written += isinstance(outcome, dict)
+                self.rejected += isinstance(outcome, Reject)
+                if self._on_image and not isinstance(outcome, StorageError):
+                    self._on_image(row, isinstance(outcome, dict))

@@ -1,0 +1,1 @@
+"""Rows as batches and shards, and which replica generates which."""

@@ -1,0 +1,279 @@
+"""The shards of this replica, one after another: all there are, or those it claims among several replicas.
+
+    manifest ─ portions ─ dealt by cost ─ claimed ─ shard ─ … ─ done ─ all done: one replica merges
+
+A replica first claims what it was dealt. Then it takes what others have not begun, and what a lost one
+left behind. The deal is a preference and nothing more: every portion is somebody's in the end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from fluxbatch.config.schema import Job
+from fluxbatch.distributed import process_group
+from fluxbatch.distributed.peers import refuse_strangers
+from fluxbatch.distributed.replica import Replica, counted_by, find
+from fluxbatch.results.ledger import Ledger, utc_now, write_status
+from fluxbatch.shards import batching, progress
+from fluxbatch.shards.claims import REPLICAS, Claims, Holder, Life
+from fluxbatch.shards.progress import Progress
+from fluxbatch.storage.base import StorageError, Store
+from fluxbatch.types import Exit, Row, Shard, UserError
+
+_END, _WAIT, _FAILED = -1, -2, -3
+_MERGE = "merge"  # the last task
+_PAUSE = 0.25  # seconds until the first look for work that others may leave
+
+
+def running() -> str:
+    """The reason in the status of a run that goes on, or of one that was killed and could not say so."""
+    return f"running, or killed after {utc_now().partition('.')[0]} UTC"
+
+
+def replica(job: Job) -> Replica:
+    """Which replica of how many this is; UserError when that is unclear, or not for several."""
+    place = find(job.replica_index, job.replica_count)
+    if job.replica_count is None and place.count == 1:
+        refuse_strangers()
+    if job.overwrite and place.count > 1:
+        by = f"replica_count={place.count}{f' ({counted_by()})' if job.replica_count is None else ''}"
+        why = "as several would remove each other's images; replica_count=1 where this one has a run_name of its own"
+        raise UserError(f"overwrite=true, {by}: expected one replica, {why}")
+    return place
+
+
+def open_work(
+    job: Job, place: Replica, store: Store, ledger: Ledger, start: str, rows: Sequence[Row], todo: Sequence[Row], batch_size: int
+) -> Work:
+    """``rows``: the whole manifest; ``todo``: what had no record at the start. ``start``: how the writer ids of
+    this replica's processes begin."""
+    if place.count == 1:
+        return Whole(store, batching.plan(todo, batch_size, job.shard_size), before=len(rows) - len(todo))
+    portions = batching.portions(rows, batch_size, job.shard_size)
+    return Shared(place, store, ledger, start, portions, todo, batch_size, job.replica_expiry)
+
+
+class Work(Protocol):
+    alone: bool  # whether there is no other replica
+    merges: bool  # whether this replica merges the records in the end
+    progress: Progress
+
+    def shards(self, drain: process_group.Drain) -> Iterator[Shard]:
+        """To be asked for the next one when the records of the one before are on their way."""
+
+    def ends_with(self, shard: Shard) -> bool:
+        """Whether no other is known to follow."""
+
+    def started(self) -> None:
+        """To be called by the first process, before it asks for shards: leaves the first word that it is at work."""
+
+    def ended(self, code: int, reason: str, counts: Mapping[str, int], **more: Mapping[str, float]) -> None:
+        """Leaves the status, last of all. ``counts``: of the whole place, where this replica merges; ``more``: of this replica."""
+
+
+class Whole:
+    """The work of the only replica. From its first shard to its end a thread renews the status, whatever devices do."""
+
+    alone = merges = True
+
+    def __init__(self, store: Store, shards: Sequence[Shard], before: int):
+        self._store, self._shards = store, shards
+        self._speed: Mapping[str, float] = {}
+        self._news, self._over = threading.Event(), False
+        self._thread = threading.Thread(target=self._live, name="sign of life", daemon=True)
+        self.progress = Progress(before, sum(len(batch.rows) for shard in shards for batch in shard.batches), self._tell)
+
+    def shards(self, drain: process_group.Drain) -> Iterator[Shard]:
+        if process_group.is_first():
+            self._thread.start()
+        return iter(self._shards)
+
+    def ends_with(self, shard: Shard) -> bool:
+        return shard is self._shards[-1]
+
+    def started(self) -> None:
+        write_status(self._store, None, running(), self.progress.counts)
+
+    def _tell(self, counts: Mapping[str, int], speed: Mapping[str, float]) -> None:
+        self._speed = speed
+        self._news.set()
+
+    def _live(self) -> None:
+        while True:
+            self._news.wait(progress.EVERY)
+            self._news.clear()
+            if self._over:
+                return
+            with contextlib.suppress(StorageError):  # what matters will be tried again, and say so
+                speed = {"speed": self._speed} if self._speed else {}
+                write_status(self._store, None, running(), self.progress.counts, **speed)
+
+    def ended(self, code: int, reason: str, counts: Mapping[str, int], **more: Mapping[str, float]) -> None:
+        self._over = True
+        self._news.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        write_status(self._store, code, reason, counts, **more)
+
+
+class Shared:
+    """The work of one replica among several. The first process claims; the others follow it.
+
+    ``expiry``: seconds of silence after which another replica is taken for lost.
+    """
+
+    alone = False
+
+    def __init__(
+        self, replica: Replica, store: Store, ledger: Ledger, start: str, portions: Sequence[Sequence[Row]], todo: Sequence[Row],
+        batch_size: int, expiry: float,
+    ):  # fmt: skip
+        self.merges = False
+        rows = sum(map(len, portions))
+        self.progress, self._lacking = Progress(rows - len(todo), None, self._tell), len(todo)
+        self._speed: Mapping[str, float] = {}
+        self._replica, self._store, self._ledger, self._batch_size, self._patience = replica, store, ledger, batch_size, expiry / 4
+        lacking = {row.id for row in todo}
+        self._left = [[row for row in portion if row.id in lacking] for portion in portions]
+        self._costs = [sum(map(batching.cost, left)) for left in self._left]
+        if process_group.is_first():
+            holder = Holder(replica.index, start)
+            plan = _digest(portions, ledger.key)
+            self._life = Life(store, holder, expiry, plan, self._words)
+            self._claims = Claims(store, plan, holder, expiry)
+            self._hand = batching.deal(self._costs, replica.count)[replica.index]
+            self._dealt = True  # whether the hand is this replica's own
+        self._given: list[int] = []  # every portion that was handed out, in order
+        self._said = 0  # how many of them were said to be done
+        self._error: StorageError | None = None
+
+    def ends_with(self, shard: Shard) -> bool:
+        return False  # another replica may be lost
+
+    def started(self) -> None:
+        self._life.begin()
+
+    def _say(self) -> None:
+        """Of the place, with the first rows to make: who has none would write over the status of who merged them."""
+        counts = {"before": self.progress.counts["before"], "left": self._lacking}
+        with contextlib.suppress(StorageError):
+            reason = f"{running()}: how far each replica is, and when it said so, is in {REPLICAS}"
+            write_status(self._store, None, reason, counts)
+
+    def _tell(self, counts: Mapping[str, int], speed: Mapping[str, float]) -> None:
+        self._speed = speed
+        if process_group.is_first():
+            self._life.renew()
+
+    def _words(self) -> Mapping[str, object]:
+        return {"reason": running(), "counts": self.progress.counts, **({"speed": self._speed} if self._speed else {})}
+
+    def ended(self, code: int, reason: str, counts: Mapping[str, int], **more: Mapping[str, float]) -> None:
+        if not process_group.is_first():
+            return
+        if self.merges:
+            write_status(self._store, code, reason, counts)
+            if code in (Exit.OK, Exit.REJECTED_ROWS, Exit.PREEMPTED):  # the last: rows that are to be made again
+                self._claims.finish()
+        self._life.end(code, reason, {"counts": self.progress.counts, **more})
+
+    def shards(self, drain: process_group.Drain) -> Iterator[Shard]:
+        longest = max(map(len, self._left), default=0)
+        pause = _PAUSE
+        while True:
+            recorded = process_group.least(self._ledger.compactions)
+            message = np.zeros(1 + longest, np.int32)  # the portion's number, and which of its rows are left
+            if process_group.is_first():
+                message[0], left = self._next(recorded)
+                message[1 : 1 + len(left)] = left
+            number, *left = process_group.first_has(message).tolist()
+            if number == _FAILED:
+                raise self._error or StorageError(f"{self._store.url}: process 0 could not claim the next shard there")
+            if number == _END:
+                return
+            if number == _WAIT:
+                time.sleep(pause)
+                pause = min(2 * pause, self._patience)
+                if drain.asked():
+                    return
+                continue
+            pause = _PAUSE
+            if not self._given and process_group.is_first():
+                self._say()
+            self._given.append(number)
+            rows = [row for row, is_left in zip(self._left[number], left, strict=False) if is_left]
+            yield Shard(number, tuple(batching.batches(rows, self._batch_size)))
+
+    def _next(self, recorded: int) -> tuple[int, list[bool]]:
+        """The next portion and which of its rows are left, or why there is none. Only in the first process."""
+        try:
+            for number in self._given[self._said : recorded]:
+                self._claims.done(str(number))
+            self._said = max(self._said, recorded)
+            if self._life.replaced:
+                raise StorageError(f"{self._store.url}: another start of replica_index={self._replica.index} has taken this one's place")
+            if (other := self._life.stranger) is not None:
+                raise StorageError(
+                    f"{self._store.url}: replica_index={other} works there at the same time with another manifest, configuration, batch size or "
+                    f"number of chips than replica_index={self._replica.index}: replicas of one run are started alike, others have another run_name"
+                )
+            while True:
+                if (number := self._from_hand()) is not None:
+                    return number, [True] * len(self._left[number])
+                survey = self._claims.survey()
+                if survey.finished:
+                    return _END, []
+                not_done = [n for n, cost in enumerate(self._costs) if cost and str(n) not in survey.done]
+                self._hand, self._dealt = self._in_turn([n for n in not_done if str(n) not in survey.claimed]), False
+                if not self._hand:
+                    return self._from_the_lost(not_done, survey.claimed)
+        except StorageError as error:
+            self._error = error
+            return _FAILED, []
+
+    def _from_hand(self) -> int | None:
+        while self._hand:
+            number = self._hand.pop(0)
+            if self._claims.take(str(number)):
+                return number
+            if not self._dealt or self._claims.finished:  # someone else is at these as well, or was: better look again
+                self._hand.clear()
+        return None
+
+    def _in_turn(self, free: list[int]) -> list[int]:
+        """The costly ones first, but every replica begins at another one."""
+        free.sort(key=lambda number: -self._costs[number])
+        at = len(free) * self._replica.index // self._replica.count
+        return free[at:] + free[:at]
+
+    def _from_the_lost(self, not_done: Sequence[int], claimed: Mapping[str, int]) -> tuple[int, list[bool]]:
+        """Everything is claimed: what a lost replica held, in the end the merging, else nothing for now."""
+        for number in not_done:
+            starts = self._claims.take_over(str(number), claimed[str(number)])
+            if starts is None:
+                continue
+            unmade = {row.id for row in self._ledger.unmade(self._left[number], starts)}
+            if unmade:
+                return number, [row.id in unmade for row in self._left[number]]
+            self._claims.done(str(number))  # it was lost between its last record and saying so
+        if not_done:
+            return _WAIT, []
+        generation = claimed.get(_MERGE)
+        self.merges = self._claims.take(_MERGE) if generation is None else self._claims.take_over(_MERGE, generation) is not None
+        return (_END if self.merges else _WAIT), []
+
+
+def _digest(portions: Sequence[Sequence[Row]], key: Callable[[Row], str]) -> str:
+    """Tells one plan from another: replicas that draw other pictures, or cut a manifest otherwise, cannot go by each other's claims."""
+    digest = hashlib.sha256()
+    for portion in portions:
+        digest.update(repr([(row.id, key(row)) for row in portion]).encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()[:16]

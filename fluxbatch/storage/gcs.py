@@ -1,0 +1,253 @@
+"""Google Cloud Storage behind the ``Store`` interface. ``STORAGE_EMULATOR_HOST`` is honoured.
+
+Every operation is tried again with growing pauses until its deadline. All of them may be
+repeated: objects are written whole, so a doubled write leaves what a single one does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import io
+import re
+import zlib
+from collections.abc import Callable, Iterator, Set
+from typing import BinaryIO, TypeVar, cast
+
+import requests
+import urllib3
+from google.api_core import exceptions as api
+from google.api_core.retry import Retry
+from google.auth import exceptions as auth
+from google.cloud import storage
+from google.cloud.storage.exceptions import DataCorruption
+from requests.adapters import HTTPAdapter
+
+from fluxbatch.storage.base import NotFound, StorageError, check_name, join
+from fluxbatch.types import UserError
+
+_CONNECTIONS = 64  # at once; requests' own 10 would throw away connections of the parallel writers
+_TIMEOUT = (10.0, 60.0)  # seconds to connect, and without a byte from the server
+_DEADLINE = 300.0  # seconds for one operation with all its attempts
+_PIECE = 8 << 20  # bytes of a stream read at once, and above which an upload is resumable
+
+_PASSING = (
+    ConnectionError,
+    requests.exceptions.ConnectionError,
+    requests.exceptions.Timeout,
+    requests.exceptions.ChunkedEncodingError,
+    requests.exceptions.InvalidJSONError,  # an answer cut short
+    urllib3.exceptions.HTTPError,
+    auth.TransportError,
+    DataCorruption,  # the checksum of what arrived is wrong
+)
+_PASSING_CODES = (408, 429, 500, 502, 503, 504)
+
+T = TypeVar("T")
+
+
+def _may_pass(error: BaseException) -> bool:
+    return isinstance(error, _PASSING) or getattr(error, "code", None) in _PASSING_CODES
+
+
+class GcsStore:
+    """``gs://bucket/prefix``. Raises StorageError when there are no credentials.
+
+    ``timeout``: seconds to connect, and to wait for the next byte. ``deadline``: seconds for one
+    operation with all its attempts.
+    """
+
+    def __init__(self, url: str, *, timeout: tuple[float, float] = _TIMEOUT, deadline: float = _DEADLINE):
+        self.url = url.rstrip("/")
+        bucket, _, prefix = self.url.removeprefix("gs://").partition("/")
+        if not re.fullmatch(r"[a-z0-9][a-z0-9._-]*[a-z0-9]", bucket):
+            raise UserError(f"{url}: expected gs://bucket/prefix")
+        self._prefix = prefix and prefix + "/"
+        self._timeout = timeout
+        self._retry = Retry(predicate=_may_pass, initial=0.2, maximum=20.0, multiplier=2.0, timeout=deadline)
+        with _translated(self.url):
+            self._client = storage.Client(project=None)
+            for scheme in ("https://", "http://"):
+                self._client._http.mount(scheme, HTTPAdapter(pool_maxsize=_CONNECTIONS))
+        self._bucket = self._client.bucket(bucket)
+
+    def check(self) -> None:
+        """Raises StorageError when the bucket is not there or may not be used: now, not in an hour."""
+        next(self.list(), None)
+
+    def read(self, name: str) -> bytes:
+        def download() -> bytes:
+            return self._blob(name).download_as_bytes(timeout=self._timeout, checksum="crc32c", retry=None)
+
+        return self._attempt(name, download)
+
+    def write(self, name: str, data: bytes, *, if_absent: bool = False) -> bool:
+        def upload() -> None:
+            self._blob(name).upload_from_string(
+                data,
+                content_type=_content_type(name),
+                if_generation_match=0 if if_absent else None,
+                timeout=self._timeout,
+                checksum="crc32c",
+                # a large object goes up in pieces, and only a lost piece is sent again
+                retry=self._retry if len(data) > _PIECE else None,
+            )
+
+        try:
+            self._attempt(name, upload, missing="the bucket does not exist")
+        except _Taken:
+            # perhaps by an earlier attempt of ours, whose answer was lost
+            with contextlib.suppress(NotFound):  # and was deleted meanwhile, as claims are at the end of all
+                return self.read(name) == data
+            return False
+        return True
+
+    def list(self, prefix: str = "") -> Iterator[str]:
+        return (blob.name.removeprefix(self._prefix) for blob in self._blobs(prefix, "name"))
+
+    def missing(self, names: Set[str]) -> set[str]:
+        there = (blob.name.removeprefix(self._prefix) for blob in self._blobs("", "name,size") if blob.size)
+        return set(names).difference(there)
+
+    def _blobs(self, prefix: str, fields: str) -> Iterator[storage.Blob]:
+        with _translated(self.url, missing="the bucket does not exist"):
+            blobs = self._client.list_blobs(
+                self._bucket,
+                prefix=self._prefix + prefix,
+                fields=f"items({fields}),nextPageToken",
+                timeout=self._timeout,
+                retry=self._retry,
+            )
+            for blob in blobs:
+                if not blob.name.endswith("/"):  # consoles make such objects to show folders
+                    yield blob
+
+    def delete(self, name: str) -> None:
+        with contextlib.suppress(NotFound):
+            self._attempt(name, lambda: self._blob(name).delete(timeout=self._timeout, retry=None))
+
+    def exists(self, name: str) -> bool:
+        return self._attempt(name, lambda: self._blob(name).exists(timeout=self._timeout, retry=None))
+
+    def sweep(self) -> None:
+        """Nothing: an upload that is cut off leaves no object."""
+
+    def hold(self, name: str, *, shared: bool) -> contextlib.AbstractContextManager[None]:
+        """Nothing: a lock on an object would outlive a killed process."""
+        return contextlib.nullcontext()
+
+    def stream(self, name: str) -> BinaryIO:
+        """The object as a buffered stream, always of the version that was there at the start; unpacked if it is
+        stored with ``Content-Encoding: gzip``. The stream raises what the gzip module does where it is not."""
+        blob = self._blob(name)
+        self._attempt(name, lambda: blob.reload(timeout=self._timeout, retry=None))
+
+        encoding = blob.content_encoding or "identity"
+        if encoding not in ("identity", "gzip"):
+            place = join(self.url, name)
+            raise StorageError(f"{place}: stored with Content-Encoding: {encoding}, expected gzip or none")
+
+        def piece(start: int) -> bytes:
+            end = min(start + _PIECE, blob.size) - 1
+            data = blob.download_as_bytes(
+                start=start,
+                end=end,
+                if_generation_match=blob.generation,
+                raw_download=True,  # as it is stored: a part of what is packed cannot be unpacked by itself
+                timeout=self._timeout,
+                checksum=None,
+                retry=None,
+            )
+            if len(data) != end - start + 1:
+                raise ConnectionError("answer cut short")
+            return data
+
+        reader = _PieceReader(blob.size, lambda start: self._attempt(name, lambda: piece(start)))
+        stream = io.BufferedReader(reader, _PIECE)
+        return cast(BinaryIO, gzip.GzipFile(fileobj=stream)) if encoding == "gzip" else stream
+
+    def _blob(self, name: str) -> storage.Blob:
+        check_name(name)
+        return self._bucket.blob(self._prefix + name)
+
+    def _attempt(self, name: str, action: Callable[[], T], missing: str = "") -> T:
+        with _translated(join(self.url, name), missing):
+            return self._retry(action)()
+
+
+@contextlib.contextmanager
+def open_object(url: str) -> Iterator[BinaryIO]:
+    """The object at a ``gs://`` address as a stream. Raises StorageError."""
+    place, _, name = url.rpartition("/")
+    if place == "gs:/" or not name:
+        raise UserError(f"{url}: expected gs://bucket/name")
+    with GcsStore(place).stream(name) as stream:
+        try:
+            yield stream
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise StorageError(f"{url}: stored with Content-Encoding: gzip, but cannot be unpacked: {error}") from None
+
+
+class _PieceReader(io.RawIOBase):
+    """``size`` bytes, of which ``piece(start)`` brings some that begin at ``start``."""
+
+    def __init__(self, size: int, piece: Callable[[int], bytes]):
+        self._size = size
+        self._piece = piece
+        self._position = 0
+        self._held = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:
+        if not self._held and self._position < self._size:
+            self._held = self._piece(self._position)
+            self._position += len(self._held)
+        given, self._held = self._held[: len(buffer)], self._held[len(buffer) :]
+        buffer[: len(given)] = given
+        return len(given)
+
+
+class _Taken(StorageError):
+    """``if_absent``, and the name was taken."""
+
+
+@contextlib.contextmanager
+def _translated(place: str, missing: str = "") -> Iterator[None]:
+    """Turns what the client library raises into one line, of which no part is a credential."""
+    try:
+        yield
+    except api.RetryError as error:
+        cause = error.cause
+        raise StorageError(f"{place}: gave up after many attempts: {_reason(cause) if cause else 'no answer'}", unforeseen=True) from None
+    except api.PreconditionFailed:
+        raise _Taken(f"{place}: is there already") from None
+    except api.NotFound as error:
+        if missing or "bucket does not exist" in _reason(error):  # an object's message has the bucket's name in it
+            raise StorageError(f"{place}: {missing or 'the bucket does not exist'}", fatal=True) from None
+        raise NotFound(f"{place}: no such object") from None
+    except (api.Unauthorized, auth.RefreshError):
+        raise StorageError(f"{place}: the Google Cloud credentials were refused; log in again", fatal=True) from None
+    except auth.GoogleAuthError:
+        advice = "run `gcloud auth application-default login`, or set GOOGLE_APPLICATION_CREDENTIALS"
+        raise StorageError(f"{place}: no usable Google Cloud credentials; {advice}", fatal=True) from None
+    except api.Forbidden as error:
+        raise StorageError(f"{place}: permission denied: {_reason(error)}", fatal=True) from None
+    except (api.GoogleAPICallError, *_PASSING) as error:
+        raise StorageError(f"{place}: {_reason(error)}") from None
+
+
+def _reason(error: BaseException) -> str:
+    """The server's own words where there are any: the library's contain whole URLs."""
+    response = getattr(error, "response", None)
+    with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):
+        return str(response.json()["error"]["message"]).splitlines()[0][:200]
+    code = getattr(error, "code", None)
+    return f"the server answered {int(code)}" if code else f"no connection ({type(error).__name__})"
+
+
+def _content_type(name: str) -> str:
+    types = {"png": "image/png", "jpg": "image/jpeg", "webp": "image/webp", "html": "text/html; charset=utf-8"}
+    types |= {"json": "application/json", "jsonl": "application/x-ndjson", "yaml": "application/yaml"}
+    return types.get(name.rpartition(".")[2], "application/octet-stream")

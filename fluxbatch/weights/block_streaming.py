@@ -1,0 +1,136 @@
+"""FLUX one block at a time, for devices and hosts smaller than the transformer.
+
+Every step goes through the blocks anew; the next one is read and put on the devices while this one computes.
+What makes their modulation has passed before, once for all steps.
+They come from the checkpoint, that is from the page cache as long as the host's memory holds the file, else from
+disk or bucket; or, where they are held, from pinned host memory after the first step. At most two blocks (0.9 GB
+of FLUX.1 in bfloat16) are on the devices, and in the host's memory if it does not hold them all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import jax
+from flax import nnx
+
+from fluxbatch.models.flux1.transformer import DoubleBlock, Flux, FluxConfig, SingleBlock, without_modulators
+from fluxbatch.weights import load
+from fluxbatch.weights.device_weights import Network, moved
+
+Part = tuple[Any, Any]  # graph definition and parameters
+Reading = Callable[[], contextlib.AbstractContextManager[load.Progress]]
+Name = tuple[str, int]  # of a block, or of what makes its modulation: its stack, and its place there
+
+MODULATORS = {"double_blocks": ("double_blocks.img.mod", "double_blocks.txt.mod"), "single_blocks": ("single_blocks.mod",)}
+
+
+def _untold() -> contextlib.AbstractContextManager[load.Progress]:
+    return contextlib.nullcontext(lambda count: None)
+
+
+class StreamedFlux(Network):
+    """As a network it is what lies in no block; ``blocks`` has the others."""
+
+    def __init__(self, plan: load.Plan, mesh: jax.sharding.Mesh, dtype: Any, edits: load.Edits, hold: bool = False):
+        """``hold``: keep the blocks in pinned host memory."""
+        self._whole, self._hold, self._held = plan, hold, {}
+        flux = nnx.merge(plan.graph, plan.state)
+        cfg = flux.cfg
+        self._names = [("double_blocks", i) for i in range(cfg.num_layers)] + [("single_blocks", i) for i in range(cfg.num_single_layers)]
+        self._shapes = _shapes(cfg)
+        bare = dataclasses.replace(cfg, num_layers=0, num_single_layers=0)
+        graph, state = _abstract(lambda rngs: Flux(bare, rngs=rngs, attention=flux.attention, split_head_dim=flux.split_head_dim))
+        pieces = {path: plan.pieces[path] for path in _paths(state)}
+        super().__init__(load.Plan(plan.source, graph, state, pieces), mesh, dtype, edits)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def merge(self, edits: load.Edits) -> None:
+        super().merge(edits)
+        self._held.clear()
+
+    def modulators(self, reading: Reading = _untold) -> _Ahead:
+        """The layers that make the blocks' modulation, with their names; to be used with ``with``. ``reading``: what
+        surrounds each one's reading and is told of its bytes, in a thread."""
+        return _Ahead(itertools.chain.from_iterable(map(self.modulators_of, self._names)), functools.partial(self._part, reading))
+
+    def modulators_of(self, name: Name) -> list[Name]:
+        """The names of a block's own."""
+        return [(layer, name[1]) for layer in MODULATORS[name[0]]]
+
+    def blocks(self, steps: int, reading: Reading = _untold) -> _Ahead:
+        """All blocks in their order with their names, ``steps`` times over; as ``modulators``."""
+        return _Ahead(itertools.chain.from_iterable(itertools.repeat(self._names, steps)), functools.partial(self._part, reading))
+
+    def _part(self, reading: Reading, name: Name) -> Part:
+        if name in self._held:
+            graph, state = self._held[name]
+            return graph, jax.block_until_ready(moved(state, "device"))
+        (stack, layer), (graph, state) = name, self._shapes[name[0]]
+        pieces = {path: [self._whole.pieces[f"{stack}.{path}"][layer]] for path in _paths(state)}
+        edits = {(path, 0): edit for path in pieces if (edit := self.edits.get((f"{stack}.{path}", layer)))}
+        with reading() as progress:
+            part = nnx.split(load.load(load.Plan(self._whole.source, graph, state, pieces), self.mesh, self.dtype, progress, edits))
+            jax.block_until_ready(part)
+        if self._hold:
+            self._held[name] = part[0], jax.block_until_ready(moved(part[1], "pinned_host"))
+        return part
+
+
+def _shapes(cfg: FluxConfig) -> dict[str, Part]:
+    """Of the layers that make modulation, each by itself, and of the blocks without them."""
+    makers: dict[str, Callable[[nnx.Rngs | None], nnx.Module]] = {
+        "double_blocks.img.mod": lambda rngs: DoubleBlock(cfg, rngs=rngs).img.mod,
+        "double_blocks.txt.mod": lambda rngs: DoubleBlock(cfg, rngs=rngs).txt.mod,
+        "single_blocks.mod": lambda rngs: SingleBlock(cfg, rngs=rngs).mod,
+        "double_blocks": lambda rngs: without_modulators(DoubleBlock(cfg, rngs=rngs)),
+        "single_blocks": lambda rngs: without_modulators(SingleBlock(cfg, rngs=rngs)),
+    }
+    return {stack: _abstract(make) for stack, make in makers.items()}
+
+
+def _abstract(make: Callable[[nnx.Rngs | None], nnx.Module]) -> Part:
+    return nnx.split(make(None), nnx.Param, ...)[:2]
+
+
+def _paths(state: Any) -> list[str]:
+    return [load.path_of(keys) for keys, _ in nnx.to_flat_state(state)]
+
+
+class _Ahead:
+    """Each name and what ``make`` makes of it, the next one under way in a thread."""
+
+    def __init__(self, names: Iterator[Name], make: Callable[[Name], Part]):
+        self._names, self._make = names, make
+        self._next: tuple[Name, Future[Part]] | None = None
+
+    def __enter__(self) -> _Ahead:
+        self._pool = ThreadPoolExecutor(1, "blocks")
+        self._advance()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+        self._next = None
+
+    def __iter__(self) -> _Ahead:
+        return self
+
+    def __next__(self) -> tuple[Name, Part]:
+        if self._next is None:
+            raise StopIteration
+        name, made = self._next[0], self._next[1].result()
+        self._advance()
+        return name, made
+
+    def _advance(self) -> None:
+        name = next(self._names, None)
+        self._next = None if name is None else (name, self._pool.submit(self._make, name))
