@@ -62,7 +62,8 @@ def _todo(job: PlanJob, engine: Engine, rows: Sequence[Row]) -> Sequence[Row]:
     from fluxbatch.results.ledger import read_records
     from fluxbatch.results.location import JOB
     from fluxbatch.results.resume import difference, digest, key_under, match
-    from fluxbatch.storage.base import NotFound, StorageError, join, open_store
+    from fluxbatch.storage.base import NotFound, StorageError, join
+    from fluxbatch.storage.registry import open_store
 
     facts = json.loads(json.dumps(engine.facts | job.output.facts()))  # as the place has them
     try:

@@ -20,7 +20,8 @@ from omegaconf import MISSING, OmegaConf
 from fluxbatch.config import application
 from fluxbatch.config.schema import DType, Job, shown
 from fluxbatch.results.resume import mix
-from fluxbatch.storage.base import Store, open_store
+from fluxbatch.storage.base import Store
+from fluxbatch.storage.registry import open_store
 from fluxbatch.types import Exit, Row, UserError
 
 # Where things are, and how they are computed here: may be another than when the row was made
@@ -41,7 +42,6 @@ class ReplayJob(Job):
 
 def replay(job: ReplayJob) -> int:
     """Makes the image of record ``job.id`` under the run's own configuration."""
-    import json
 
     import numpy as np
     import yaml
@@ -91,9 +91,9 @@ def replay(job: ReplayJob) -> int:
     pipeline = engine.pipeline(engine.resolve([_row(record) for record in records]))
     # by the same programs: rounding is another in a batch of another size
     rows = [_row(record)] * (engine.ways * recorded.sharding.per_device_batch_size)
-    states = prompts.encode(rows, engine.tokenizers, pipeline, len(rows))
+    states = prompts.encode(rows, engine.inputs, pipeline, len(rows))
     pipeline.encoders_out(again=False)
-    pixels, finite = pipeline.decode(pipeline.denoise(rows, *states.batch(rows)), record["height"], record["width"])
+    pixels, finite = pipeline.decode(pipeline.denoise(rows, states.batch(rows)), record["height"], record["width"])
     made = np.asarray(pixels)[0]
     if not np.asarray(finite)[0]:
         print(f"{job.id}: not finite this time")

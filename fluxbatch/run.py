@@ -79,21 +79,21 @@ def run(job: Job) -> int:
             if not drain.asked() and (first := next(shards, None)):
                 pipeline, report.peak, progress = engine.pipeline(rows, report), engine.peak, work.progress
                 with (
-                    pipeline.compiling(todo, batch_size, engine.tokenizers.lengths),
+                    pipeline.compiling(todo, batch_size, engine.inputs),
                     report.stage("generate"),
                     report.bar(progress.rows, "images", "img") as bar,
                     Trace(store if job.profile and process_group.is_first() else None, report.say) as trace,
                     Writer(store, ledger, job, facts=engine.record, floor=engine.floor, on_image=lambda *row: bar.update(progress.through(*row))) as writer,
                 ):
                     for shard in chain([first], shards):
-                        states = prompts.encode(shard.rows, engine.tokenizers, pipeline, batch_size, texts)
+                        states = prompts.encode(shard.rows, engine.inputs, pipeline, batch_size, texts)
                         report.encoded(states)
                         pipeline.encoders_out(again=engine.keep or not work.ends_with(shard))
                         for batch in shard.batches:
                             if drain.asked():
                                 break
                             padded = batching.padded(batch.rows, batch.size)
-                            latents = pipeline.denoise(padded, *states.batch(padded))
+                            latents = pipeline.denoise(padded, states.batch(padded))
                             pixels, finite = pipeline.decode(latents, *batch.shape)
                             took = report.drawing(len(batch.rows), sum(engine.flops(*batch.shape, row.num_inference_steps) for row in batch.rows))
                             trace.batch(pixels)

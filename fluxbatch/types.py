@@ -62,7 +62,7 @@ class Row:
     index: int
     id: str
     prompt: str
-    prompt_2: str  # what T5 reads; equal to ``prompt`` unless the manifest says otherwise
+    prompt_2: str  # what the second text encoder reads; equal to ``prompt`` unless the manifest says otherwise
     seed: int
     height: int
     width: int

@@ -21,7 +21,8 @@ from fluxbatch.config.schema import Job
 from fluxbatch.results.image_files import decode, parameters, pixel_sha256
 from fluxbatch.results.ledger import HIDDEN, IMAGES, METADATA, RECORDS, Record, read_records, remove
 from fluxbatch.results.location import LOCK, SHEET
-from fluxbatch.storage.base import NotFound, Store, join, open_store
+from fluxbatch.storage.base import NotFound, Store, join
+from fluxbatch.storage.registry import open_store
 from fluxbatch.storage.log import Log, in_parallel
 from fluxbatch.types import Exit, UserError
 

@@ -104,7 +104,7 @@ def test_sigkill_at_random_instants(place, exact):
 def test_sigkill_on_cloud_storage(place, rate):
     gcs_faults = pytest.importorskip("gcs_faults")
     from fluxbatch.results.image_files import decode, pixel_sha256
-    from fluxbatch.storage.base import open_store
+    from fluxbatch.storage.registry import open_store
 
     rows = (place / "rows.jsonl").read_text().splitlines()[:IN_BUCKET]
     (place / "few.jsonl").write_text("\n".join(rows) + "\n")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import pathlib
 import subprocess
-import sys
+
 import venv
 
 import plain
@@ -15,7 +15,7 @@ from test_metadata import LARGE, runs  # noqa: F401 (a fixture)
 from test_writer import start
 
 from fluxbatch.results.gallery import write_contact_sheet
-from fluxbatch.storage.base import open_store
+from fluxbatch.storage.registry import open_store
 
 FOLDERS = pathlib.Path(__file__).parents[1] / ".venv"
 LOAD = """

@@ -13,7 +13,7 @@ from PIL import Image
 
 from fluxbatch.results import gallery
 from fluxbatch.results.location import SHEET
-from fluxbatch.storage.base import LocalStore
+from fluxbatch.storage.local import LocalStore
 
 HOSTILE = "</script x><!--<script \n></script><script>document.title='pwned'</script><img src=x onerror=\"document.title='pwned'\"> & \x00\x07\u202e\ud800"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

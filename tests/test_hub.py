@@ -105,8 +105,8 @@ def test_a_component_of_a_repository(hub, published, golden):
     ):
         checkpoint = open_checkpoint(model(golden / "dev", **given))
         assert weights(hub.fetched) == {wanted} and not {"README.md", "flax_model.msgpack"} & set(hub.fetched), given
-        assert ("cache" in checkpoint.tokenizer) == ("clip" in given)
-        assert ("cache" in checkpoint.tokenizer_2) == ("t5" in given)
+        assert ("cache" in checkpoint.tokenizers["tokenizer"]) == ("clip" in given)
+        assert ("cache" in checkpoint.tokenizers["tokenizer_2"]) == ("t5" in given)
 
 
 def test_an_adapter_of_a_repository(hub):

@@ -17,7 +17,8 @@ from fluxbatch.results.image_files import decode, encode, pixel_sha256
 from fluxbatch.results.ledger import Ledger, read_records, row_key, write_status
 from fluxbatch.results.location import open_place
 from fluxbatch.results.resume import decisive
-from fluxbatch.storage.base import NotFound, StorageError, check_name, open_store
+from fluxbatch.storage.base import NotFound, StorageError, check_name
+from fluxbatch.storage.registry import open_store
 from fluxbatch.types import Reject, UserError
 
 FACTS = {"model_digest": "abc", "sampler": {"base_shift": 0.5, "max_shift": 1.15}}

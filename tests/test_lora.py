@@ -24,6 +24,7 @@ from fluxbatch.lora import adapter
 from fluxbatch.lora.deltas import Decomposed, Hadamard, Kronecker, Product, Whole
 from fluxbatch.manifest.rows import read_rows
 from fluxbatch.models.flux1 import clip, t5, transformer
+from fluxbatch.models.flux1.lora import LORA
 from fluxbatch.types import Row, UserError
 from fluxbatch.weights.load import Plan
 from fluxbatch.weights.source import Source
@@ -51,7 +52,7 @@ def plans(size: files.Size = files.FULL) -> dict[str, Plan]:
 
 def read(path, strict=True, **spec):
     given = {"name": "x", "path": str(path), "weight_name": None, "scale": 1.0, "from_pt": True, "key": "lora.x.path"}
-    return adapter.read_adapter(adapter.Spec(**given | spec), plans(), strict)
+    return adapter.read_adapter(adapter.Spec(**given | spec), plans(), LORA, strict)
 
 
 @pytest.mark.parametrize("name", files.FORMATS)
@@ -346,8 +347,8 @@ def opened(golden, tmp_path, monkeypatch):
 
 
 def draw(engine, pipeline, rows):
-    states = prompts.encode(rows, engine.tokenizers, pipeline, len(rows))
-    return np.asarray(pipeline.decode(pipeline.denoise(rows, *states.batch(rows)), 32, 32)[0]).astype(int)
+    states = prompts.encode(rows, engine.inputs, pipeline, len(rows))
+    return np.asarray(pipeline.decode(pipeline.denoise(rows, states.batch(rows)), 32, 32)[0]).astype(int)
 
 
 def states(pipeline):
@@ -388,18 +389,18 @@ def test_a_hundred_swaps_leave_no_trace(opened, adapters):
     load = lambda mix: engine.pipeline([dataclasses.replace(row, lora=mix)])  # noqa: E731
     weights = lambda: {name: jax.tree.map(np.array, state) for name, state in states(pipeline).items()}  # noqa: E731
     pipeline = load(())
-    fresh, arrays_before = weights(), jax.tree.leaves(states(pipeline)["flux"])
+    fresh, arrays_before = weights(), jax.tree.leaves(states(pipeline)["transformer"])
     seen = []
     for i in range(100):
         assert load(mixes[i % len(mixes)]) is pipeline
-        seen.append(hash(b"".join(leaf.tobytes() for leaf in jax.tree.leaves(weights()["flux"]))))
+        seen.append(hash(b"".join(leaf.tobytes() for leaf in jax.tree.leaves(weights()["transformer"]))))
     assert len(set(seen)) == len(mixes)
     assert load(()) is pipeline
     for name, state in weights().items():
         assert all(jax.tree.leaves(jax.tree.map(lambda a, b: a.tobytes() == b.tobytes(), state, fresh[name])))
     # what no adapter touches was never read again
-    norms = [i for i, (path, _) in enumerate(nnx.to_flat_state(states(pipeline)["flux"])) if "query_norm" in path]
-    now = jax.tree.leaves(states(pipeline)["flux"])
+    norms = [i for i, (path, _) in enumerate(nnx.to_flat_state(states(pipeline)["transformer"])) if "query_norm" in path]
+    now = jax.tree.leaves(states(pipeline)["transformer"])
     assert norms and all(now[i] is arrays_before[i] for i in norms)
 
 

@@ -24,6 +24,7 @@ from fluxbatch.lora import adapter as lora
 from fluxbatch.lora import apply
 from fluxbatch.lora.formats import read_key
 from fluxbatch.manifest.rows import read_rows
+from fluxbatch.models.flux1.lora import LORA
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("peft")
@@ -100,8 +101,8 @@ def ours(model, tmp_path, monkeypatch, adapters, mixes, **options) -> list[np.nd
     engine = open_engine(jobs[0], process_group.start("cpu", CACHE))
     rows = engine.resolve(read_rows(jobs[0], multiple=engine.multiple)[0])
     pipeline = engine.pipeline(rows)
-    states = prompts.encode(rows, engine.tokenizers, pipeline, len(rows))
-    pixels, _ = pipeline.decode(pipeline.denoise(rows, *states.batch(rows)), 32, 32)
+    states = prompts.encode(rows, engine.inputs, pipeline, len(rows))
+    pixels, _ = pipeline.decode(pipeline.denoise(rows, states.batch(rows)), 32, 32)
     return list(np.asarray(pixels))
 
 
@@ -148,11 +149,11 @@ def rows_of(weight: np.ndarray, rows) -> np.ndarray:
 
 def agree(file, base: dict[str, np.ndarray], wanted: dict[str, np.ndarray], scale: float = 1.0) -> None:
     """Our merge of ``file`` into ``base`` (by diffusers' module names) gives ``wanted``, row by row too."""
-    adapter = lora.read_adapter(lora.Spec("x", str(file), None, scale, True, "lora.x.path"), test_lora.plans(SIZE), True)
+    adapter = lora.read_adapter(lora.Spec("x", str(file), None, scale, True, "lora.x.path"), test_lora.plans(SIZE), LORA, True)
     edits = apply.Loras((adapter,)).edits("transformer", (("x", scale),))
     changed = 0
     for name, old in base.items():
-        (target,) = read_key(f"transformer.{name}.lora_A.weight").targets
+        (target,) = read_key(f"transformer.{name}.lora_A.weight", LORA).targets
         place = f"{target.path}.kernel", target.layer
         old, new = (rows_of(weight, target.rows) for weight in (old, wanted[name]))
         if place not in edits:

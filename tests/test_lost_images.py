@@ -12,7 +12,8 @@ from test_ledger import FACTS, MemoryStore, produce
 from test_run import flags
 
 from fluxbatch.results.ledger import Ledger
-from fluxbatch.storage.base import LocalStore, open_store
+from fluxbatch.storage.local import LocalStore
+from fluxbatch.storage.registry import open_store
 
 ROWS = [plain.row(k, id=f"r{k}") for k in range(6)]
 

@@ -15,7 +15,7 @@ import pytest
 from fluxbatch.config.schema import ManifestErrors
 from fluxbatch.manifest.rows import read_rows
 from fluxbatch.results.ledger import Ledger
-from fluxbatch.storage.base import open_store
+from fluxbatch.storage.registry import open_store
 from fluxbatch.types import UserError
 
 QUARANTINE = ManifestErrors["quarantine"]

@@ -110,7 +110,7 @@ def test_adapters_on_encoders_that_come_and_go(opened, adapters, monkeypatch, wh
     assert len({id(pipeline) for pipeline, _ in swept}) == 1
     for (_, values), (_, same) in ((swept[0], swept[3]), (swept[2], weights(two, sweep=False))):
         assert all(np.array_equal(a, b) for name in values for a, b in zip(values[name], same[name], strict=True))
-    assert not all(np.array_equal(a, b) for a, b in zip(swept[0][1]["t5"], swept[1][1]["t5"], strict=True))
+    assert not all(np.array_equal(a, b) for a, b in zip(swept[0][1]["text_encoder_2"], swept[1][1]["text_encoder_2"], strict=True))
 
 
 @pytest.mark.parametrize("where", ["keep", "free"])
@@ -119,13 +119,13 @@ def test_encoders_return_once_the_pictures_are_drawn(opened, monkeypatch, where)
     monkeypatch.setattr(device_weights, "away", lambda *_: where)
     engine, rows = opened([ROW])
     pipeline = engine.pipeline(rows)
-    states = prompts.encode(rows, engine.tokenizers, pipeline, 1)
+    states = prompts.encode(rows, engine.inputs, pipeline, 1)
     waited, wait = [], jax.block_until_ready
     monkeypatch.setattr("fluxbatch.generation.pipeline.jax.block_until_ready", lambda x: waited.append(x) or wait(x))
     pipeline.encoders_out(again=True)
-    pictures = pipeline.decode(pipeline.denoise(rows, *states.batch(rows)), 32, 32)
+    pictures = pipeline.decode(pipeline.denoise(rows, states.batch(rows)), 32, 32)
     del waited[:]
-    prompts.encode(rows, engine.tokenizers, pipeline, 1)
+    prompts.encode(rows, engine.inputs, pipeline, 1)
     assert any(x is pictures for x in waited) == (where == "free")
 
 
@@ -138,11 +138,11 @@ def test_transformer_and_encoders_take_turns_where_both_do_not_fit(opened, monke
         engine, resolved = opened(rows, sweep=False)
         pipeline, made, here = engine.pipeline(resolved), [], []
         for row in resolved:
-            states = prompts.encode([row], engine.tokenizers, pipeline, 1)
-            here.append([pipeline.networks[name].here for name in ("t5", "flux")])
+            states = prompts.encode([row], engine.inputs, pipeline, 1)
+            here.append([pipeline.networks[name].here for name in ("text_encoder_2", "transformer")])
             pipeline.encoders_out(again=True)
-            made.append(np.asarray(pipeline.decode(pipeline.denoise([row], *states.batch([row])), 32, 32)[0]))
-            here.append([pipeline.networks[name].here for name in ("t5", "flux")])
+            made.append(np.asarray(pipeline.decode(pipeline.denoise([row], states.batch([row])), 32, 32)[0]))
+            here.append([pipeline.networks[name].here for name in ("text_encoder_2", "transformer")])
         return made, here
 
     monkeypatch.setattr(device_weights, "away", lambda *_: where)

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from fluxbatch.distributed.mesh import Layout, Pairs, Placement, batch_sharding, make_mesh, mesh_shape, put, replicated
 from fluxbatch.models import attention
+from fluxbatch.models.flux1.definition import PromptEmbeds
 from fluxbatch.models.flux1.transformer import Flux, FluxConfig, rope_table
 
 CONFIG = FluxConfig(16, 16, 2, 3, 4, 16, 24, 16, True, (4, 6, 6))
@@ -53,11 +54,11 @@ def velocity(shape, *args):
 
     def modulate(state, pooled, t, guidance):
         model = nnx.merge(graph, state)
-        return model.modulation(model.condition(pooled, t[:, None], guidance, jnp.float32))
+        return model.step_inputs(PromptEmbeds(None, pooled), t[:, None], guidance, jnp.float32)
 
     def step(state, img, txt, mod, rope):
         model = nnx.merge(graph, state)
-        return model.velocity(img, model.embed_text(txt, jnp.float32), mod.at(0), rope)
+        return model.velocity(img, model.embed(PromptEmbeds(txt, None), jnp.float32), jax.tree.map(lambda x: x[:, 0], mod), rope)
 
     modulate, step = (jax.jit(program, out_shardings=batch_sharding(mesh)) for program in (modulate, step))
     modulate = modulate.lower(state, pooled, t, guidance).compile()

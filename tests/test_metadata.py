@@ -19,7 +19,7 @@ from fluxbatch.reporting import columns
 from fluxbatch.results.ledger import Ledger
 from fluxbatch.results.location import SHEET
 from fluxbatch.results.resume import left_out, mix, with_extra
-from fluxbatch.storage.base import open_store
+from fluxbatch.storage.registry import open_store
 from fluxbatch.types import UserError
 
 DOCS = pathlib.Path(__file__).parents[1] / "jobs/docs/metadata.md"

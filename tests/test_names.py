@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from fluxbatch.results.file_names import Namer
 from fluxbatch.results.ledger import Ledger
-from fluxbatch.storage.base import LocalStore
+from fluxbatch.storage.local import LocalStore
 from fluxbatch.types import UserError
 
 
@@ -107,7 +107,9 @@ def test_a_name_that_the_locale_cannot_write_is_refused_before_anything_is_drawn
 
 def test_places_that_the_locale_cannot_write_are_one_line():
     script = r"""if True:
-        from fluxbatch.storage.base import StorageError, LocalStore, open_stream
+        from fluxbatch.storage.base import StorageError
+        from fluxbatch.storage.local import LocalStore
+        from fluxbatch.storage.registry import open_stream
         store = LocalStore("\xe4")
         for act in (open_stream("\xe4.jsonl").__enter__, lambda: store.write("a", b""), lambda: store.read("a")):
             try:

@@ -14,11 +14,12 @@ from conftest import GOLDEN, images, psnr
 from flax import nnx
 
 from fluxbatch.distributed.mesh import make_mesh
-from fluxbatch.generation import sampling
-from fluxbatch.models import autoencoder
+from fluxbatch.models import autoencoder, autoencoder_keys
 from fluxbatch.models.flux1 import clip, keys, t5, transformer
+from fluxbatch.models.flux1.definition import Flux1
+from fluxbatch.models.noise import torch_normal
+from fluxbatch.models.schedulers import FlowMatchEuler
 from fluxbatch.weights import load
-from fluxbatch.weights.checkpoint import KINDS
 from fluxbatch.weights.headers import read_headers
 from fluxbatch.weights.source import Source, Tensor
 
@@ -131,9 +132,9 @@ def test_vae(generate, tmp_path, options):
         decoded = model.decode(latents / 0.36 + (model.config.shift_factor or 0)).sample.permute(0, 2, 3, 1).numpy()
         encoded = model.encode(image).latent_dist.mean.permute(0, 2, 3, 1).numpy()
     stem = "diffusion_pytorch_model"
-    decoder = ours(model, tmp_path, autoencoder.Decoder, autoencoder.VaeConfig, keys.VAE_DECODER, stem)
+    decoder = ours(model, tmp_path, autoencoder.Decoder, autoencoder.VaeConfig, autoencoder_keys.VAE_DECODER, stem)
     close(call(decoder, jnp.asarray(latents.permute(0, 2, 3, 1).numpy())), decoded)
-    encoder = ours(model, tmp_path, autoencoder.Encoder, autoencoder.VaeConfig, keys.VAE_ENCODER, stem)
+    encoder = ours(model, tmp_path, autoencoder.Encoder, autoencoder.VaeConfig, autoencoder_keys.VAE_ENCODER, stem)
     mean, _ = nnx.jit(lambda m, x: m(x))(encoder, jnp.asarray(image.permute(0, 2, 3, 1).numpy()))
     close(np.asarray(mean), encoded)
 
@@ -145,10 +146,10 @@ def test_noise_and_schedule():
     for seed in (0, 1, 12345, 2**32 + 5, 2**63 - 1):
         for size in (16, 17, 100, 16384):
             expected = torch.randn(size, generator=torch.Generator("cpu").manual_seed(seed)).numpy()
-            assert np.abs(sampling.torch_normal(seed, size) - expected).max() < 1e-6
+            assert np.abs(torch_normal(seed, size) - expected).max() < 1e-6
     for dynamic in (False, True):
         scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=dynamic)
-        schedule = sampling.Schedule.of(dict(scheduler.config), None, None, None)
+        schedule = FlowMatchEuler.of(dict(scheduler.config), None, None, None)
         for steps in (1, 4, 28, 50):
             for tokens in (64, 256, 4096, 5000):
                 scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps), mu=calculate_shift(tokens, 256, 4096, 0.5, 1.15))
@@ -184,9 +185,9 @@ def test_full_size_names_and_shapes(name, guidance):
             "text_encoder_2": lambda: T5EncoderModel(T5Config(**config)),
         }[name]()
     tensors = {k: Tensor(k, "f", np.dtype(np.float32), tuple(v.shape), 0, 4 * v.numel()) for k, v in model.named_parameters()}
-    kind = KINDS[name]
+    kind = Flux1.components[name]
     cfg = kind.config.from_json(config)
-    plan = load.plan(lambda rngs: kind.module(cfg, rngs=rngs), tensors, kind.table, Source("/"))
+    plan = load.plan(lambda rngs: kind.module(cfg, rngs=rngs), tensors, kind.namings[-1].table_for(tensors), Source("/"))
     if name == "transformer":
         size = sum(v.size for v in jax.tree.leaves(plan.state))
         assert size == 11_901_408_320 if guidance else size < 11_901_408_320

@@ -14,9 +14,12 @@ from conftest import filled
 from flax import nnx
 
 from fluxbatch.distributed.mesh import Layout, make_mesh
-from fluxbatch.generation import pipeline, programs, sampling
+from fluxbatch.generation import pipeline, programs
+from fluxbatch.generation.steps import STEPS
 from fluxbatch.models.autoencoder import Decoder, VaeConfig
+from fluxbatch.models.flux1.definition import Flux1, PromptEmbeds
 from fluxbatch.models.flux1.transformer import Flux, FluxConfig, rope_table, timestep_embedding
+from fluxbatch.models.schedulers import FlowMatchEuler
 
 FLUX = FluxConfig(16, 16, 2, 3, 4, 16, 24, 16, True, (4, 6, 6))
 
@@ -43,19 +46,19 @@ def flux():
 
 def test_steps_with_modulation_made_before_are_the_plain_steps(flux):
     """More steps than are prepared at a time; rows of a batch with other counts, one of them a single step."""
-    schedule = sampling.Schedule.of({"use_dynamic_shifting": True}, None, None, None)
-    networks = {"flux": Loaded(flux), "vae": Loaded(decoder_module())}
-    whole = pipeline.Pipeline(networks, FLUX, VAE, make_mesh((1, 1)), "float32", schedule, pipeline.Watcher())
-    counts = (2 * sampling.STEPS + 3, 1, sampling.STEPS)
+    schedule = FlowMatchEuler.of({"use_dynamic_shifting": True}, None, None, None)
+    networks = {"transformer": Loaded(flux), "vae": Loaded(decoder_module())}
+    whole = pipeline.Pipeline(family(), networks, make_mesh((1, 1)), "float32", schedule, pipeline.Watcher())
+    counts = (2 * STEPS + 3, 1, STEPS)
     rows = [plain.row(i, height=12, width=8, num_inference_steps=n, guidance_scale=float(i)) for i, n in enumerate(counts)]
     rng = np.random.default_rng(2)
     text, pooled = (rng.normal(size=shape).astype(np.float32) for shape in ((3, 5, 24), (3, 16)))
-    found = np.asarray(whole.denoise(rows, text, pooled))
-    assert whole._denoise._cache_size() == whole._modulate._cache_size() == 1
+    found = np.asarray(whole.denoise(rows, PromptEmbeds(text, pooled)))
+    assert whole._denoise._cache_size() == whole._step_inputs._cache_size() == 1
     velocity = jax.jit(flux)
     rope = rope_table(5, 3, 2, FLUX.axes_dims_rope)
     for i, row in enumerate(rows):
-        x, sigmas = sampling.noise(row.seed, 4, 6, 4)[None], schedule.sigmas(counts[i], 6)
+        x, sigmas = family().noise(row.seed, 12, 8)[None], schedule.sigmas(counts[i], 6)
         for now, then in zip(sigmas, sigmas[1:], strict=False):
             one = text[i : i + 1], pooled[i : i + 1], np.array([now]), np.array([row.guidance_scale], np.float32)
             x = x + (then - now) * np.asarray(velocity(x, *one, rope))
@@ -77,14 +80,14 @@ class Waits(pipeline.Watcher):
 
 
 def test_a_wait_for_the_decoder_is_no_work_of_the_denoiser(flux):
-    networks, watcher = {"flux": Loaded(flux), "vae": Loaded(decoder_module())}, Waits()
-    schedule = sampling.Schedule.of({"use_dynamic_shifting": True}, None, None, None)
-    one = pipeline.Pipeline(networks, FLUX, VAE, make_mesh((1, 1)), "float32", schedule, watcher)
+    networks, watcher = {"transformer": Loaded(flux), "vae": Loaded(decoder_module())}, Waits()
+    schedule = FlowMatchEuler.of({"use_dynamic_shifting": True}, None, None, None)
+    one = pipeline.Pipeline(family(), networks, make_mesh((1, 1)), "float32", schedule, watcher)
     compiled = Future()
     compiled.set_result([])
     one._compiled = {(part, 12, 8): compiled for part in ("denoise", "decode")}
     row = plain.row(0, height=12, width=8, num_inference_steps=1)
-    latents = one.denoise([row], np.zeros((1, 5, 24), np.float32), np.zeros((1, 16), np.float32))
+    latents = one.denoise([row], PromptEmbeds(np.zeros((1, 5, 24), np.float32), np.zeros((1, 16), np.float32)))
     one.decode(latents, 12, 8)
     assert watcher.seen == ["compiling", "drawing", "compiling", "drawing"]
 
@@ -95,11 +98,12 @@ def test_denoising_does_not_receive_the_weights_that_make_modulation(flux):
     apart = size([flux.double_blocks.img.mod, flux.double_blocks.txt.mod, flux.single_blocks.mod, flux.final_mod, flux.time_in, flux.vector_in,
                   flux.guidance_in])  # fmt: skip
     shape = jax.ShapeDtypeStruct
+    text = shape((2, 5, 24), "float32")
     sigmas, left, pooled, guidance = shape((2, 9), "float32"), shape((2,), "int32"), shape((2, 16), "float32"), shape((2,), "float32")
-    modulate = jax.jit(functools.partial(programs.modulate, graph, jnp.dtype("float32"))).lower(state, pooled, sigmas, guidance).compile()
+    modulate = jax.jit(functools.partial(programs.step_inputs, graph, jnp.dtype("float32"))).lower(state, PromptEmbeds(text, pooled), sigmas, guidance).compile()
     mod = modulate.out_info
-    latents, text, rope = shape((2, 6, 16), "float32"), shape((2, 5, 24), "float32"), 2 * (shape((11, 8), "float32"),)
-    denoise = jax.jit(functools.partial(programs.denoise, graph, jnp.dtype("float32"))).lower(state, latents, text, mod, sigmas, left, jnp.int32(8), rope).compile()
+    latents, rope = shape((2, 6, 16), "float32"), 2 * (shape((11, 8), "float32"),)
+    denoise = jax.jit(functools.partial(programs.denoise, FlowMatchEuler.step, graph, jnp.dtype("float32"))).lower(state, latents, PromptEmbeds(text, pooled), mod, sigmas, left, jnp.int32(8), rope).compile()
     given = sum(np.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves((latents, text, mod, sigmas, left, rope)))
     received = denoise.memory_analysis().argument_size_in_bytes
     assert apart > 0.25 * size([flux]) and denoise.out_info.shape == latents.shape
@@ -107,6 +111,10 @@ def test_denoising_does_not_receive_the_weights_that_make_modulation(flux):
 
 
 VAE = VaeConfig(4, (8, 8), 1, 4, 1.0, 0.0, False, False, False)
+
+
+def family():
+    return Flux1({"transformer": FLUX, "text_encoder": None, "text_encoder_2": None, "vae": VAE})
 
 
 def decoder_module():
@@ -119,8 +127,8 @@ def decoder():
 
 def decode(dtype, latents):
     graph, state = decoder()
-    program = jax.jit(functools.partial(programs.decode, graph, jnp.dtype(dtype)), static_argnums=(2, 3, 4))
-    pixels, finite = program(state, latents, 8, 8, 1 << 20)
+    program = jax.jit(functools.partial(programs.decode, family(), graph, jnp.dtype(dtype)), static_argnums=(2, 3, 4))
+    pixels, finite = program(state, latents, 16, 16, 1 << 20)
     return np.asarray(pixels), np.asarray(finite)
 
 
@@ -155,7 +163,7 @@ def test_large_pictures_are_decoded_a_few_at_a_time():
     many = jax.random.normal(jax.random.key(0), (8, 16, 16)).at[5].multiply(1e6).at[6, 0, 0].set(jnp.nan)
 
     def run(pixels):
-        program = jax.jit(functools.partial(programs.decode, graph, jnp.dtype("float16")), static_argnums=(2, 3, 4)).lower(state, many, 8, 8, pixels).compile()
+        program = jax.jit(functools.partial(programs.decode, family(), graph, jnp.dtype("float16")), static_argnums=(2, 3, 4)).lower(state, many, 16, 16, pixels).compile()
         assert "dim_labels=b01f_01io->b01f" in (text := program.as_text()) and "_oi01->" not in text  # for the latter XLA:CPU has plain loops alone
         return [np.asarray(x) for x in program(state, many)], program.memory_analysis().temp_size_in_bytes
 
@@ -174,7 +182,7 @@ def test_times_are_float32_whatever_the_activations_are(flux):
     angles = 1000.0 * times.astype(np.float64)[:, None] * np.exp(-np.log(10_000) * np.arange(128) / 128)
     exact = np.concatenate([np.cos(angles), np.sin(angles)], axis=-1)
     assert np.abs(np.asarray(timestep_embedding(jnp.asarray(times))) - exact).max() < 2e-4
-    vec = flux.condition(jnp.zeros((1, FLUX.pooled_projection_dim)), jnp.asarray(times)[None], jnp.ones(1), jnp.bfloat16)
+    vec = flux._vector(jnp.zeros((1, FLUX.pooled_projection_dim)), jnp.asarray(times)[None], jnp.ones(1), jnp.bfloat16)
     assert vec.dtype == jnp.bfloat16 and not np.array_equal(*np.asarray(vec[0], np.float32))
 
 
@@ -185,7 +193,7 @@ def test_who_convolves_on_a_cpu(monkeypatch, flags, expected):
     programs._stops_at_avx2.cache_clear()
     try:
         for channels, wanted in ((8, ""), (64, expected)):
-            options = programs.decoder_options("cpu", VaeConfig(16, (channels, channels), 1, 8, 1.0, 0.0, True, False, False))
+            options = programs.decoder_options("cpu", channels)
             assert (options or {}).get("xla_cpu_experimental_ynn_fusion_type") == wanted
     finally:
         programs._stops_at_avx2.cache_clear()

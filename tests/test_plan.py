@@ -16,8 +16,12 @@ from flax import nnx
 import fluxbatch.config.application
 from fluxbatch.distributed import chips
 from fluxbatch.distributed.mesh import make_mesh
+from fluxbatch.generation import programs
 from fluxbatch.generation.model_spec import open_engine
+from fluxbatch.generation.steps import STEPS
+from fluxbatch.models import autoencoder_cost
 from fluxbatch.models.autoencoder import Decoder, VaeConfig
+from fluxbatch.models.family import Footprint
 from fluxbatch.models.flux1 import cost
 from fluxbatch.models.flux1.clip import ClipConfig
 from fluxbatch.models.flux1.t5 import T5Config
@@ -42,7 +46,7 @@ def test_flops_of_flux_at_1024(text, linear, attention, step):
 
 def test_flops_of_the_rest():
     doubled = 9 * 2 * (512**2 * 256**2 + 512**2 * 512**2 + 256**2 * 1024**2) / T  # of 3×3 kernels over doubled pixels: 4/9 of it is needed
-    assert cost.vae_decode(VAE, 1024, 1024) / T == pytest.approx(10.4 - 5 / 9 * doubled, abs=0.1)
+    assert autoencoder_cost.decode_flops(VAE, 1024, 1024) / T == pytest.approx(10.4 - 5 / 9 * doubled, abs=0.1)
     assert cost.t5(T5XXL, 512) / T == pytest.approx(4.845, abs=0.001)
     assert cost.clip(CLIP_L, 77) / T == pytest.approx(0.0134, rel=0.05)
 
@@ -84,7 +88,7 @@ def test_flops_against_the_compilers_count():
     shape = lambda *s: jax.ShapeDtypeStruct(s, np.float32)  # noqa: E731
     inputs = shape(1, 1024, 64), shape(1, 128, 4096), shape(1, 768), shape(1), shape(1), (shape(1152, 64), shape(1152, 64))
     assert counted(lambda: Flux(flux, rngs=nnx.Rngs(0)), *inputs) == pytest.approx(cost.flux_step(flux, 1024, 128), rel=0.02)
-    assert counted(lambda: Decoder(VAE, rngs=nnx.Rngs(0)), shape(1, 44, 44, 16)) == pytest.approx(cost.vae_decode(VAE, 352, 352), rel=0.02)
+    assert counted(lambda: Decoder(VAE, rngs=nnx.Rngs(0)), shape(1, 44, 44, 16)) == pytest.approx(autoencoder_cost.decode_flops(VAE, 352, 352), rel=0.02)
 
 
 # ---- the command
@@ -152,7 +156,7 @@ def test_time_and_cost_follow_from_the_flops(planned):
     text = planned([{"prompt": "x", "num_inference_steps": 4}], "target=h100", "price_per_chip_hour=2", "resolution=2048")
     config = [json.loads((pathlib.Path(__file__).parent / "golden/dev" / part / "config.json").read_text()) for part in ("transformer", "vae")]
     flux, vae = FluxConfig.from_json(config[0]), VaeConfig.from_json(config[1])
-    image = 4 * cost.flux_step(flux, (2048 // (2 * vae.scale)) ** 2, 24) + cost.vae_decode(vae, 2048, 2048)
+    image = 4 * cost.flux_step(flux, (2048 // (2 * vae.scale)) ** 2, 24) + autoencoder_cost.decode_flops(vae, 2048, 2048)
     assert f"{image / 1e12:.3g} TFLOP of it for the picture alone" in text
     assert "at the peak of 989 TFLOP/s" in text and "at 52% of it" in text and "cost " in text and "(estimate)" in text
 
@@ -194,7 +198,7 @@ def test_memory_against_the_compiler(side, images, text=32):
     args = f"resolution={side}", f"per_device_batch_size={images}", f"max_sequence_length={text}", "offload_encoders=free"
     job, engine = opened("flux-mini", *args)
     phases = {phase.name: phase for phase in memory.Situation.of(job, engine, "cpu", [(side, side)], again=False).phases()}
-    needs = {need.name: need for need in aot.needs(engine, images, (engine.tokenizers.lengths[0], text), side, side)}
+    needs = {need.name: need for need in aot.needs(engine, images, side, side)}
     for name, phase in phases.items():
         assert phase.total == pytest.approx(phase.weights + needs[name].more, rel=0.1), name
     assert phases["encode"].weights == needs["encode"].held
@@ -210,7 +214,12 @@ def test_memory_of_a_decoder_against_its_compiler(platform, side, sharded, figur
     v6e-4. One H100, and eight with fsdp."""
     _, state = nnx.split(Decoder(VAE, rngs=None))
     weights = 2 * sum(math.prod(leaf.get_value().shape) for _, leaf in nnx.to_flat_state(state))
-    assert memory.decode(VAE, 1, side, side, platform) + sharded * weights == pytest.approx(figure * 2**30, rel=0.1)
+    assert autoencoder_cost.decode_bytes(VAE, footprint(1, side, platform)) + sharded * weights == pytest.approx(figure * 2**30, rel=0.1)
+
+
+def footprint(images, side, platform):
+    at_once = programs.together(images, side, side, programs.pixels_at_once(platform))
+    return Footprint(images, side, side, platform, 2, 2, {}, False, STEPS, at_once)
 
 
 @pytest.mark.parametrize("mesh", [(1, 1), (4, 1), (1, 4)])

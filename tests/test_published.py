@@ -19,8 +19,9 @@ from test_weights import model
 
 from fluxbatch.distributed.mesh import make_mesh
 from fluxbatch.generation.tokenizers import Absent, Tokenizer
-from fluxbatch.weights import load, published, single_files
-from fluxbatch.weights.checkpoint import KINDS, open_checkpoint
+from fluxbatch.weights import load, published
+from fluxbatch.models.flux1.definition import Flux1
+from fluxbatch.weights.checkpoint import open_checkpoint
 from fluxbatch.weights.find import EMBEDDED
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -66,7 +67,7 @@ def test_every_model_of_the_configuration_can_be_planned():
 @pytest.mark.parametrize(("name", "flux"), [("dev", 11_901_408_320), ("schnell", 11_891_178_560)])
 def test_published_sizes(name, flux, cache):
     found = published.open_or_known(model(f"black-forest-labs/FLUX.1-{name}"))
-    assert found.unseen == f"black-forest-labs/FLUX.1-{name}{UNSEEN}" and found.tokenizer == found.tokenizer_2 == ""
+    assert found.unseen == f"black-forest-labs/FLUX.1-{name}{UNSEEN}" and set(found.tokenizers.values()) == {""}
     configs = [found.components[part].config for part in ("transformer", "text_encoder_2", "text_encoder", "vae")]
     assert configs == [dataclasses.replace(DEV, guidance_embeds=name == "dev"), T5XXL, CLIP_L, VAE]
     sizes = {"transformer": flux, "text_encoder_2": 4_762_310_656, "text_encoder": 123_060_480, "vae": 49_545_475}
@@ -74,7 +75,7 @@ def test_published_sizes(name, flux, cache):
         plan = found.components[part].plan()
         assert sum(math.prod(leaf.get_value().shape) for _, leaf in nnx.to_flat_state(plan.state)) == size
         assert plan.nbytes == 2 * size  # bfloat16
-    assert found.scheduler == single_files.schedule(name == "dev") | {"num_train_timesteps": 1000}
+    assert found.scheduler == found.family.published_scheduler() | {"num_train_timesteps": 1000}
     assert set(cache.asked) == {"openai/clip-vit-large-patch14", "google/t5-v1_1-xxl"}  # tokenizers, which are small
 
 
@@ -127,7 +128,7 @@ def test_what_is_not_known_stays_an_error(planned, golden):
 @pytest.fixture
 def small(golden, monkeypatch):
     """The golden dev checkpoint is published as ``bfl/small``, and known by its configurations."""
-    read = {part: json.loads((golden / "dev" / part / "config.json").read_text()) for part in KINDS}
+    read = {part: json.loads((golden / "dev" / part / "config.json").read_text()) for part in Flux1.components}
     scheduler = json.loads((golden / "dev/scheduler/scheduler_config.json").read_text())
     known = {"repository": "bfl/small", "file": "small.safetensors", "dtype": "float32", "components": read}
     known["scheduler"] = scheduler
@@ -155,7 +156,7 @@ def test_a_component_of_another_known_repository(planned, golden, cache, small):
 @pytest.mark.parametrize("mesh", [(1, 1), (1, 4), (4, 1)])
 def test_sizes_are_those_of_the_headers(small, golden, mesh):
     real, known = open_checkpoint(model(golden / "dev")), published.open_or_known(model("bfl/small"))
-    for part in KINDS:
+    for part in Flux1.components:
         plans = real.components[part].plan(), known.components[part].plan()
         assert plans[0].shapes == plans[1].shapes and plans[0].nbytes == plans[1].nbytes
         read = {load.to_read(plan, make_mesh(mesh), {}) for plan in plans}
@@ -225,7 +226,7 @@ def test_prompts_that_may_be_cut_are_counted_without_tokenizers(planned, tmp_pat
 @pytest.mark.parametrize("part", ["tokenizer", "tokenizer_2"])
 def test_what_words_alone_tell_is_so(part):
     """Held against tokenizers that are here."""
-    tokenizer, absent = Tokenizer(str(EMBEDDED / "flux-mini" / part)), Absent(77)
+    tokenizer, absent = Tokenizer(str(EMBEDDED / "flux-mini" / part)), Absent()
     texts = ["a " * n + tail for n in range(0, 20) for tail in ("", "fox", "überfuchs", "x" * 12, "\n.\t,")]
     for limit in (4, 9, 16):
         longer, doubtful = absent.longer(texts, limit), absent.doubtful(texts, limit)

@@ -7,7 +7,7 @@ import time
 import plain
 import pytest
 
-from fluxbatch.generation.prompts import TextStates
+from fluxbatch.generation.prompts import PromptEmbeds
 from fluxbatch.reporting import terminal
 from fluxbatch.shards import progress
 from fluxbatch.shards.progress import EVERY, Progress
@@ -144,7 +144,7 @@ def test_the_devices_time_for_a_batch_is_without_their_waits(monkeypatch):
 def test_a_text_counts_once_however_many_shards_have_it(capsys):
     seen = terminal.Report(quiet=True)
     for keys, encoded in (("abc", "a"), ("abd", "d"), ("ab", "a")):
-        seen.encoded(TextStates(dict.fromkeys(keys), str, frozenset(encoded)))
+        seen.encoded(PromptEmbeds(dict.fromkeys(keys), str, frozenset(encoded), tuple))
     seen.summary({"rows": 1, "made": 1, "before": 0, "rejected": 0}, "there")
     assert "texts      4 distinct: 2 encoded, 2 from the cache; 1 encoded once more for later shards\n" in capsys.readouterr().out
 

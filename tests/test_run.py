@@ -24,7 +24,9 @@ from fluxbatch import __version__
 from fluxbatch.generation.pipeline import Pipeline
 from fluxbatch.results.image_files import pixel_sha256
 from fluxbatch.results.location import LOCK
-from fluxbatch.storage.base import LocalStore, StorageError, open_store
+from fluxbatch.storage.base import StorageError
+from fluxbatch.storage.local import LocalStore
+from fluxbatch.storage.registry import open_store
 
 
 def flags(golden, tmp_path, name="run", variant="dev", **more):
@@ -93,7 +95,7 @@ def test_one_compilation_per_shape(cli, golden, tmp_path, mixed, monkeypatch, ca
         jax.config.update("jax_log_compiles", False)
     (one,) = made
     compiled = [record for record in caplog.records if record.message.startswith("Finished XLA compilation")]
-    for name, count in {"encode": 1, "modulate": 1, "denoise": 2, "decode": 3}.items():
+    for name, count in {"encode": 1, "step_inputs": 1, "denoise": 2, "decode": 3}.items():
         threads = [record.threadName for record in compiled if f"({name})" in record.message]
         assert len(threads) == count and all(thread.startswith("compile") for thread in threads)
     assert one._denoise._cache_size() == 2

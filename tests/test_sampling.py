@@ -3,7 +3,10 @@
 import numpy as np
 import pytest
 
-from fluxbatch.generation import sampling
+from fluxbatch.generation.steps import STEPS, padded_sigmas
+from fluxbatch.models.latents import pack, unpack
+from fluxbatch.models.noise import torch_normal
+from fluxbatch.models.schedulers import FlowMatchEuler
 from fluxbatch.shards import batching
 from fluxbatch.types import Row, UserError
 
@@ -13,40 +16,40 @@ def row(i=0, height=64, width=64, steps=4):
 
 
 def test_noise_is_one_stream_per_seed():
-    a = sampling.torch_normal(7, 1000)
-    assert np.array_equal(a[:984], sampling.torch_normal(7, 1008)[:984])  # whole blocks do not depend on the size
-    assert not np.array_equal(a[-16:], sampling.torch_normal(7, 1008)[984:1000])  # a partial block is drawn afresh
-    assert not np.array_equal(a, sampling.torch_normal(8, 1000))
-    assert np.array_equal(a, sampling.torch_normal(7 + 2**32, 1000))  # torch keeps 32 bits
+    a = torch_normal(7, 1000)
+    assert np.array_equal(a[:984], torch_normal(7, 1008)[:984])  # whole blocks do not depend on the size
+    assert not np.array_equal(a[-16:], torch_normal(7, 1008)[984:1000])  # a partial block is drawn afresh
+    assert not np.array_equal(a, torch_normal(8, 1000))
+    assert np.array_equal(a, torch_normal(7 + 2**32, 1000))  # torch keeps 32 bits
     assert abs(a.mean()) < 0.1 and abs(a.std() - 1) < 0.1
 
 
 def test_noise_known_values():
     """The first values of torch.manual_seed(0), as everyone knows them."""
-    assert sampling.torch_normal(0, 16)[:4] == pytest.approx([-1.1258, -1.1524, -0.2506, -0.4339], abs=1e-4)
+    assert torch_normal(0, 16)[:4] == pytest.approx([-1.1258, -1.1524, -0.2506, -0.4339], abs=1e-4)
 
 
 def test_noise_needs_a_block():
     with pytest.raises(ValueError, match="at least 16"):
-        sampling.torch_normal(0, 15)
+        torch_normal(0, 15)
 
 
 @pytest.mark.parametrize("channels,height,width", [(4, 4, 6), (16, 8, 8)])
 def test_unpack_inverts_pack(channels, height, width):
     latents = np.random.default_rng(0).normal(size=(channels, height, width)).astype(np.float32)
-    tokens = sampling.pack(latents)
+    tokens = pack(latents)
     assert tokens.shape == (height // 2 * width // 2, 4 * channels)
     assert tokens[1, :4].tolist() == latents[0, :2, 2:4].reshape(-1).tolist()  # second patch of the first channel
-    assert np.array_equal(np.asarray(sampling.unpack(tokens[None], height, width))[0], latents.transpose(1, 2, 0))
+    assert np.array_equal(np.asarray(unpack(tokens[None], height, width))[0], latents.transpose(1, 2, 0))
 
 
 def test_schedules():
-    dev = sampling.Schedule.of({"use_dynamic_shifting": True, "shift": 3.0}, None, None, None)
+    dev = FlowMatchEuler.of({"use_dynamic_shifting": True, "shift": 3.0}, None, None, None)
     assert dev.sigmas(4, 4096) == pytest.approx([1, 0.9045, 0.7595, 0.5128, 0], abs=1e-4)  # mu = 1.15
     assert dev.sigmas(4, 256) == pytest.approx([1, 0.8318, 0.6225, 0.3546, 0], abs=1e-4)  # mu = 0.5
-    schnell = sampling.Schedule.of({"shift": 1.0}, None, None, None)
+    schnell = FlowMatchEuler.of({"shift": 1.0}, None, None, None)
     assert schnell.sigmas(4, 4096) == pytest.approx([1, 0.75, 0.5, 0.25, 0])
-    forced = sampling.Schedule.of({"shift": 1.0}, True, 0.5, 1.15)
+    forced = FlowMatchEuler.of({"shift": 1.0}, True, 0.5, 1.15)
     assert np.array_equal(forced.sigmas(4, 1024), dev.sigmas(4, 1024))
 
 
@@ -58,13 +61,13 @@ def test_schedules():
 ])  # fmt: skip
 def test_schedules_that_cannot_be(config, text):
     with pytest.raises(UserError, match=f"scheduler_config.json: {text}"):
-        sampling.Schedule.of(config, None, None, None)
+        FlowMatchEuler.of(config, None, None, None)
 
 
 def test_padded_sigmas_keep_their_shape():
-    schedule = sampling.Schedule.of({}, None, None, None)
-    levels, counts = sampling.padded_sigmas([schedule.sigmas(n, 64) for n in (1, 4, 50)])
-    assert levels.shape == (3, 7 * sampling.STEPS + 1) and counts.tolist() == [1, 4, 50]
+    schedule = FlowMatchEuler.of({}, None, None, None)
+    levels, counts = padded_sigmas([schedule.sigmas(n, 64) for n in (1, 4, 50)])
+    assert levels.shape == (3, 7 * STEPS + 1) and counts.tolist() == [1, 4, 50]
     assert levels[0, 1:].max() == 0
 
 

@@ -18,8 +18,10 @@ import plain
 import pytest
 
 from fluxbatch.manifest.rows import read_rows
-from fluxbatch.storage import base
-from fluxbatch.storage.base import LocalStore, NotFound, StorageError, join, open_store, open_stream, read_bytes
+from fluxbatch.storage import local
+from fluxbatch.storage.base import NotFound, StorageError, join
+from fluxbatch.storage.local import LocalStore
+from fluxbatch.storage.registry import open_store, open_stream, read_bytes
 from fluxbatch.types import UserError
 
 
@@ -181,7 +183,7 @@ def test_one_start_at_a_time_or_those_that_share(tmp_path, first, second, refuse
 def test_a_killed_start_holds_nothing(tmp_path):
     script = (
         "import os, sys\n"
-        "from fluxbatch.storage.base import LocalStore\n"
+        "from fluxbatch.storage.local import LocalStore\n"
         "with LocalStore(sys.argv[1]).hold('lock', shared=False):\n"
         "    print('held', flush=True)\n"
         "    sys.stdin.read()\n"
@@ -257,14 +259,14 @@ def test_only_one_writer_creates_without_hard_links(linkless, tmp_path):
 def test_a_writer_that_is_killed_in_its_turn_is_waited_for_and_leaves_nothing_under_the_name(linkless, tmp_path, monkeypatch):
     script = (
         "import errno, os, sys\n"
-        "from fluxbatch.storage.base import LocalStore\n"
+        "from fluxbatch.storage.local import LocalStore\n"
         "def no_link(*_): raise OSError(errno.EPERM, 'no links')\n"
         "os.link, os.replace = no_link, lambda *_: os._exit(9)\n"
         "LocalStore(sys.argv[1]).write('job.json', b'killed', if_absent=True)\n"
     )
     assert subprocess.run([sys.executable, "-c", script, tmp_path]).returncode == 9
     assert len(os.listdir(tmp_path)) == 2 and list(linkless.list()) == [] and not linkless.exists("job.json")
-    monkeypatch.setattr(base, "_TURN", 0.2)
+    monkeypatch.setattr(local, "_TURN", 0.2)
     began = time.monotonic()
     assert linkless.write("job.json", b"next", if_absent=True) and time.monotonic() - began > 0.2
     assert linkless.write("job.json", b"late", if_absent=True) is False

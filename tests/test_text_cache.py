@@ -202,9 +202,9 @@ def run(cli, golden, tmp_path, monkeypatch):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     encoded, encode = [], pipeline.Pipeline.encode
 
-    def counted(self, clip_ids, t5_ids, rows):
+    def counted(self, inputs, rows):
         encoded.extend({row.prompt for row in rows})
-        return encode(self, clip_ids, t5_ids, rows)
+        return encode(self, inputs, rows)
 
     monkeypatch.setattr(pipeline.Pipeline, "encode", counted)
 
@@ -290,7 +290,7 @@ def test_what_decides_the_encoding_is_in_the_name(opened, golden, tmp_path):
     def name(*words, prompt="x", batch=1):
         engine, (row,) = opened([{"prompt": prompt}], *words)
         cache = engine.text_cache(str(tmp_path / "cache"), 1.0, [row])
-        return cache.name(row, [ids[0] for ids in engine.tokenizers([row.prompt], [row.prompt_2])], batch)
+        return cache.name(row, [ids[0] for each in engine.inputs for ids in each([each.text(row)])], batch)
 
     base, lora = name(), adapter(tmp_path)
     others = [name(prompt="y"), name(batch=2), name("max_sequence_length=16"), name("activations_dtype=bfloat16"), name("weights_dtype=bfloat16"),
@@ -302,9 +302,9 @@ def test_what_decides_the_encoding_is_in_the_name(opened, golden, tmp_path):
 
 
 def test_the_bound(run, tmp_path):
-    """T5's states of a prompt are 24 × 32 × 4 bytes here: a job of more than fit does without a cache, others share it."""
+    """T5's states of a prompt are 24 × 32 × 4 bytes here, CLIP's vector 32 × 4: a job of more than fit does without a cache, others share it."""
     assert run("a", "text_cache_gigabytes=9e-6") == 3 and not (tmp_path / "cache").exists()
-    assert "fluxbatch: text_cache_gigabytes=9e-06: the prompts encode to 9.22e-06 GB, none is kept\n" in run.said
+    assert "fluxbatch: text_cache_gigabytes=9e-06: the prompts encode to 9.6e-06 GB, none is kept\n" in run.said
     assert run("a2", "text_cache_gigabytes=11e-6") == 3 and "is kept" not in run.said
     (tmp_path / "rows.jsonl").write_text('{"prompt": "other"}\n{"prompt": "words"}\n')
     time.sleep(0.01)

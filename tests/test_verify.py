@@ -13,7 +13,7 @@ from fluxbatch import verify
 from fluxbatch.config.schema import ImageFormat, Output
 from fluxbatch.results.image_files import EXTENSIONS, encode
 from fluxbatch.results.location import LOCK
-from fluxbatch.storage.base import open_store
+from fluxbatch.storage.registry import open_store
 
 ROWS = [plain.row(k, height=8, width=8) for k in range(6)]
 

@@ -19,7 +19,7 @@ from test_weights import FLUX, model, plans
 from test_weights_layouts import gcs, web  # noqa: F401
 
 from fluxbatch.distributed.mesh import make_mesh
-from fluxbatch.storage.base import open_store
+from fluxbatch.storage.registry import open_store
 from fluxbatch.types import UserError
 from fluxbatch.weights import convert, load, source, zarr
 from fluxbatch.weights.checkpoint import open_checkpoint

@@ -213,13 +213,15 @@ EXPECTED = {
 @pytest.mark.parametrize("name", FULL)
 def test_sizes_from_shapes(name):
     """A file without any config beside it is FLUX.1."""
-    from fluxbatch.weights.checkpoint import KINDS
+    from fluxbatch.models.flux1.definition import Flux1
+    from fluxbatch.models.key_tables import shapes_of
     from fluxbatch.weights.source import Tensor
 
     tensors = {key: Tensor(key, "f", np.dtype(np.float16), shape, 0, 0) for key, shape in FULL[name].items()}
-    own, table, _ = single_files.recognise(name, tensors)
-    sizes = single_files.sizes(name, own, table)
-    assert KINDS[name].config.from_json(single_files.constants(name, sizes) | sizes) == KINDS[name].config(**EXPECTED[name])
+    component = Flux1.components[name]
+    own, table, _ = single_files.recognise(component, tensors)
+    sizes = component.sizes(*shapes_of(own, table))
+    assert component.config.from_json(component.constants(sizes) | sizes) == component.config(**EXPECTED[name])
 
 
 def quantized(tensors, how):
@@ -367,15 +369,16 @@ def test_what_is_there_instead_is_said(golden, tmp_path):
 
 def test_tokenizers_of_single_files(golden, tmp_path):
     """They come without: beside them, else from the public repositories that have FLUX.1's (offline here)."""
-    from fluxbatch.weights.checkpoint import TOKENIZERS, _tokenizer
+    from fluxbatch.models.flux1.definition import Flux1
+    from fluxbatch.weights.checkpoint import find_tokenizer
     from fluxbatch.weights.source import Source
 
     beside = Source(str(golden / "dev/tokenizer"))
     nothing = Source(str(tmp_path / "tokenizer"))
-    for _, _, repo in TOKENIZERS.values():
-        assert _tokenizer([nothing, beside], repo) == beside.url
+    for repo in (files.repo for files in Flux1.tokenizers.values()):
+        assert find_tokenizer([nothing, beside], repo) == beside.url
         with pytest.raises(UserError, match=f"{nothing.url}: no tokenizer, and {repo} has it, but"):
-            _tokenizer([nothing], repo)
+            find_tokenizer([nothing], repo)
 
 
 class Ranges(http.server.SimpleHTTPRequestHandler):

@@ -15,12 +15,16 @@ import numpy as np
 import pytest
 from test_weights_layouts import web  # noqa: F401
 
+from fluxbatch.models.flux1.definition import Flux1
 from fluxbatch.models.flux1.transformer import Flux, FluxConfig
+from fluxbatch.models.key_tables import shapes_of
 from fluxbatch.weights import load, single_files
 from fluxbatch.weights.source import Source, Tensor
 
 JOB = pathlib.Path(__file__).parents[1] / "jobs/weights"
 ALLOWED = load.IN_FLIGHT + (128 << 20)
+
+TRANSFORMER = Flux1.components["transformer"]
 
 
 def script(name):
@@ -114,9 +118,9 @@ def test_the_full_size_is_covered(guidance):
     """Black Forest Labs' files of dev and schnell: every key used, every parameter filled, without weights."""
     shapes = random_model.flux_shapes(3072, 19, 38, guidance)
     tensors = {name: Tensor(name, "f", np.dtype("float16"), shape, 0, 0) for name, shape in shapes.items()}
-    own, table, _ = single_files.recognise("transformer", tensors)
-    sizes = single_files.sizes("transformer", own, table)
-    config = FluxConfig.from_json(single_files.constants("transformer", sizes) | sizes)
+    own, table, _ = single_files.recognise(TRANSFORMER, tensors)
+    sizes = TRANSFORMER.sizes(*shapes_of(own, table))
+    config = FluxConfig.from_json(TRANSFORMER.constants(sizes) | sizes)
     plan = load.plan(lambda rngs: Flux(config, rngs=rngs), own, table, Source("/"))
     assert config.num_attention_heads == 24 and config.guidance_embeds == guidance
     assert plan.nbytes == 2 * (11_901_408_320 if guidance else 11_891_178_560)

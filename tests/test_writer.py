@@ -25,7 +25,9 @@ from fluxbatch.results.image_files import EXTENSIONS, decode, pixel_sha256
 from fluxbatch.results.ledger import Ledger
 from fluxbatch.results.resume import decisive, left_out
 from fluxbatch.results.writer import TooManyFailures, Writer
-from fluxbatch.storage.base import LocalStore, StorageError, open_store
+from fluxbatch.storage.base import StorageError
+from fluxbatch.storage.local import LocalStore
+from fluxbatch.storage.registry import open_store
 
 FACTS = {
     "model": "flux-mini",

@@ -13,7 +13,7 @@ GIB = 1 << 30
 @dataclass(frozen=True)
 class Chip:
     """``peak``: dense bfloat16 TFLOP/s as the maker gives it, without sparsity. ``memory``: GiB that the driver
-    or the compiler hands out of what the maker counts. ``reached``: the share of the peak that FLUX.1 at
+    or the compiler hands out of what the maker counts. ``reached``: the share of the peak that a 12B transformer at
     1024 × 1024 may be expected to reach; where nobody has published one, 0.4."""
 
     name: str
@@ -27,7 +27,9 @@ class Chip:
     @property
     def limit(self) -> int:
         """Bytes that a program may use; of a GPU, JAX takes a part and keeps to it."""
-        from fluxbatch.distributed.process_group import gpu_share  # with JAX, which the table's readers need not wait for
+        from fluxbatch.distributed.process_group import (
+            gpu_share,  # with JAX, which the table's readers need not wait for
+        )
 
         share = gpu_share() if self.platform == "gpu" else 1.0
         return int(self.memory * share * GIB)

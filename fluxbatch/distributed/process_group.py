@@ -45,7 +45,7 @@ def tell_compiler(xla: Sequence[str], libtpu: Sequence[str]) -> None:
 
 def gpu_share() -> float:
     """The part of a GPU's memory that JAX takes: 0.9, unless the environment says another. Of its own accord it takes 0.75,
-    which is less of 40 GB than FLUX.1 and T5 need when the next shard's texts are encoded."""
+    which is less of 40 GB than a 12B transformer and its text encoders need when the next shard's texts are encoded."""
     return float(next(filter(None, map(os.environ.get, GPU_SHARES)), 0.9))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,17 +17,17 @@ from fluxbatch.distributed import chips, process_group
 from fluxbatch.distributed.mesh import Layout, batch_ways, open_mesh
 from fluxbatch.generation.pipeline import Pipeline, Watcher
 from fluxbatch.generation.prompts import TextCache
-from fluxbatch.generation.sampling import Schedule
-from fluxbatch.generation.tokenizers import Tokenizers
+from fluxbatch.generation.tokenizers import Absent, Tokenizer
 from fluxbatch.lora import apply
 from fluxbatch.lora.apply import Loras
 from fluxbatch.models import attention
 from fluxbatch.models.autoencoder import TPU_BANDS
-from fluxbatch.models.flux1 import cost
+from fluxbatch.models.family import Family, TextInput
+from fluxbatch.models.schedulers import Scheduler
 from fluxbatch.storage import cache
 from fluxbatch.types import Row, UserError, public
 from fluxbatch.weights import device_weights, load
-from fluxbatch.weights.block_streaming import StreamedFlux
+from fluxbatch.weights.block_streaming import StreamedNetwork
 from fluxbatch.weights.checkpoint import Checkpoint, open_checkpoint
 from fluxbatch.weights.device_weights import Network
 
@@ -37,8 +38,8 @@ class Engine:
 
     checkpoint: Checkpoint
     plans: Mapping[str, load.Plan]
-    tokenizers: Tokenizers
-    schedule: Schedule
+    inputs: tuple[TextInput, ...]  # what the text encoders read of a row
+    scheduler: Scheduler
     mesh: jax.sharding.Mesh
     weights_dtype: str
     activations_dtype: str
@@ -58,9 +59,13 @@ class Engine:
         return batch_ways(self.mesh)
 
     @property
+    def family(self) -> Family:
+        return self.checkpoint.family
+
+    @property
     def multiple(self) -> int:
         """Heights and widths must be multiples of this many pixels."""
-        return 2 * self.checkpoint.components["vae"].config.scale
+        return self.family.size_multiple
 
     @property
     def peak(self) -> float | None:
@@ -70,9 +75,7 @@ class Engine:
 
     def flops(self, height: int, width: int, steps: int) -> int:
         """Floating-point operations from noise to picture."""
-        flux, vae = (self.checkpoint.components[part].config for part in ("transformer", "vae"))
-        tokens = height * width // self.multiple**2
-        return steps * cost.flux_step(flux, tokens, self.tokenizers.max_sequence_length) + cost.vae_decode(vae, height, width)
+        return steps * self.family.step_flops(height, width, self.inputs) + self.family.decode_flops(height, width)
 
     def floor(self, row: Row) -> float | None:
         """Seconds that this process's devices would take for the row's image at their peak; None where that is not known."""
@@ -101,19 +104,18 @@ class Engine:
         mixes = self.lora.mixes(rows) or [self.lora.own]
         beside = self.lora if len(mixes) > 1 else None
         identity = (self.identity, beside and tuple(beside.facts.items()))
-        edits = {name: {} if beside else self.lora.edits(part, mixes[0]) for name, part in PARTS.items()}
+        edits = {name: {} if beside else self.lora.edits(name, mixes[0]) for name in self.plans}
         tag = None if beside else tuple((self.lora.facts[name], scale) for name, scale in mixes[0])
         kept, _kept[:] = _kept[:], []
         if kept and kept[0].identity == identity:
             pipeline = kept[0].pipeline
-            pipeline.schedule, pipeline.watcher = self.schedule, watcher
+            pipeline.reuse(self.scheduler, watcher)
             for name, network in pipeline.networks.items() if kept[0].tag != tag else ():
                 network.merge(edits[name])
         else:
             kept.clear()  # its memory is needed
-            networks = {name: self._network(part, edits[name], beside) for name, part in PARTS.items()}
-            flux, vae = (self.checkpoint.components[part].config for part in ("transformer", "vae"))
-            pipeline = Pipeline(networks, flux, vae, self.mesh, self.activations_dtype, self.schedule, watcher, beside)
+            networks = {name: self._network(name, edits[name], beside) for name in self.plans}
+            pipeline = Pipeline(self.family, networks, self.mesh, self.activations_dtype, self.scheduler, watcher, beside)
         if self.keep:
             _kept.append(Kept(identity, pipeline, tag))
         return pipeline
@@ -136,16 +138,20 @@ class Engine:
 
     def text_bytes(self, rows: Sequence[Row]) -> int:
         """About what the prompts of ``rows`` encode to."""
-        size = self.tokenizers.max_sequence_length * self.checkpoint.components["text_encoder_2"].config.d_model * jnp.dtype(self.activations_dtype).itemsize
-        return len({(row.prompt, row.prompt_2) for row in rows}) * size
+        numbers = sum(math.prod(shape) for shape in self.family.conditioning_shapes(self.inputs))
+        return len(self.distinct(rows)) * numbers * jnp.dtype(self.activations_dtype).itemsize
+
+    def distinct(self, rows: Sequence[Row]) -> set[tuple[str, ...]]:
+        """The different texts that ``rows`` have the encoders read."""
+        return {tuple(each.text(row) for each in self.inputs) for row in rows}
 
     def _network(self, part: str, edits: load.Edits, beside: Loras | None) -> Network:
         plan, dtype = self.plans[part], jnp.dtype(self.weights_dtype)
-        if self.stream and part == "transformer":
+        if self.stream and part == self.family.denoiser:
             hold = device_weights.pinned(self.mesh) and device_weights.room(load.held(plan, self.mesh, dtype))
-            return StreamedFlux(plan, self.mesh, dtype, edits, hold)
+            return StreamedNetwork(plan, self.mesh, dtype, edits, hold)
         attach = (lambda module: beside.attach(part, module, plan, self.mesh, dtype)) if beside else lambda module: None
-        away = self.away if part in apply.TEXT else self.turns if part == "transformer" else "keep"
+        away = self.away if part in self.family.encoders else self.turns if part == self.family.denoiser else "keep"
         return Network(plan, self.mesh, dtype, edits, away, attach)
 
 
@@ -159,7 +165,6 @@ class Kept:
 
 
 _kept: list[Kept] = []  # at most one
-PARTS = {"t5": "text_encoder_2", "clip": "text_encoder", "flux": "transformer", "vae": "vae"}
 
 
 def open_engine(
@@ -179,28 +184,22 @@ def open_engine(
     except ValueError as error:
         raise UserError(str(error)) from error
     checkpoint = opened(job.model)
-    tensor, heads = mesh.shape["tensor"], checkpoint.components["transformer"].config.num_attention_heads
+    family = checkpoint.family
+    tensor, heads = mesh.shape["tensor"], family.heads
     if heads % tensor:
         raise UserError(f"sharding.ici_tensor_parallelism={tensor}: expected a divisor of the transformer's {heads} attention heads")
     layout = Layout(mesh if mesh.size > 1 else None)
-    options: dict[str, Mapping[str, Any]] = {
-        "transformer": {"attention": layout.attention(attend), "split_head_dim": hardware.split_head_dim},
-        "vae": {"bands": TPU_BANDS if platform == "tpu" else 1},
-    }
+    options = family.options(layout.attention(attend), hardware.split_head_dim, TPU_BANDS if platform == "tpu" else 1)
     plans = _collect({name: lambda c=c, o=options.get(name, {}): c.plan(layout=layout, **o) for name, c in checkpoint.components.items()})
-    places = checkpoint.components["text_encoder"].config.max_position_embeddings
-    tokenizers = Tokenizers(checkpoint.tokenizer, checkpoint.tokenizer_2, sampler.max_sequence_length, places)
-    length = tokenizers.lengths[0]
-    if type(length) is not int or not 1 < length <= places:  # beyond them JAX would take the last place again and again
-        got = f"{length:,}" if type(length) is int else repr(length)
-        raise UserError(f"{checkpoint.tokenizer}: model_max_length is {got}, expected from 2 (start and end) to CLIP's {places} positions")
-    schedule = Schedule.of(checkpoint.scheduler, sampler.time_shift, sampler.base_shift, sampler.max_shift)
+    tokenizers = {name: Tokenizer(folder) if folder else Absent() for name, folder in checkpoint.tokenizers.items()}
+    inputs = family.text_inputs(tokenizers, sampler.max_sequence_length)
+    scheduler = family.scheduler(checkpoint.scheduler, sampler.time_shift, sampler.base_shift, sampler.max_shift)
     facts = {
         "model_digest": checkpoint.digest(),
         "weights_dtype": weights,
         "activations_dtype": activations,
         "max_sequence_length": sampler.max_sequence_length,
-        "schedule": dataclasses.asdict(schedule),
+        "schedule": dict(scheduler.facts()),
     }
     record = {"model": public(_name(job.model.pretrained_model_name_or_path)), "model_digest": facts["model_digest"]}
     record |= {"model_revision": checkpoint.revision or ""}
@@ -208,11 +207,11 @@ def open_engine(
     record |= {"fluxbatch_version": __version__, "jax_version": jax.__version__, "device_kind": mesh.devices.flat[0].device_kind}
     record |= {"device_count": mesh.size, "per_device_batch_size": sharding.per_device_batch_size}
     record |= {"quality": 100 if job.output.format.name == "png" else job.output.quality}
-    adapters = apply.read(job, plans)
+    adapters = apply.read(job, plans, family)
     if adapters.adapters:
         facts["lora"] = adapters.facts
     held = {part: load.held(plan, mesh, weights) for part, plan in plans.items()}
-    text = sum(held[part] for part in apply.TEXT)
+    text = sum(held[part] for part in family.encoders)
     away, turns = device_weights.away(hardware.offload_encoders, mesh, text), "keep"
     if away != "keep" and not hardware.stream_blocks:
         both = [size // mesh.size for size in (text, sum(held.values()) - text)]
@@ -222,11 +221,11 @@ def open_engine(
     if hardware.stream_blocks and (split or processes > 1):
         got = f"a mesh of {', '.join(f'{axis} {size}' for axis, size in split.items())}" if split else f"{processes} processes"
         raise UserError(f"hardware.stream_blocks=true: got {got}: expected whole blocks on each device of one process: sharding=single or ddp")
-    programs = (hardware.attention.name, hardware.split_head_dim, str(hardware.flash_block_sizes), away, turns, hardware.stream_blocks)
+    programs = (type(scheduler), hardware.attention.name, hardware.split_head_dim, str(hardware.flash_block_sizes), away, turns, hardware.stream_blocks)
     identity = (tuple(plan.source.url for plan in plans.values()), facts["model_digest"], weights, activations, tuple(mesh.shape.values()), *programs)
     return Engine(
-        checkpoint, plans, tokenizers, schedule, mesh, weights, activations, hardware.stream_blocks, away, turns, facts, record, adapters, identity,
-        _remarks(job.model.flux_name, checkpoint), bool(job.sweep))  # fmt: skip
+        checkpoint, plans, inputs, scheduler, mesh, weights, activations, hardware.stream_blocks, away, turns, facts, record, adapters, identity,
+        family.warnings(job.model.flux_name), bool(job.sweep))  # fmt: skip
 
 
 def _name(given: str) -> str:
@@ -234,16 +233,6 @@ def _name(given: str) -> str:
     query, which may hold a token."""
     path = os.path.abspath(os.path.expanduser(given.removeprefix("file://")))
     return os.path.basename(path) if os.path.exists(path) else given.partition("?")[0]
-
-
-def _remarks(flux_name: str, checkpoint: Checkpoint) -> tuple[str, ...]:
-    """A dev model under schnell's settings, or the other way round."""
-    guided = checkpoint.components["transformer"].config.guidance_embeds
-    for kind, expected in (("schnell", False), ("dev", True)):
-        if kind in flux_name.split("-") and guided != expected:
-            has = "a" if guided else "no"
-            return (f"model.flux_name={flux_name}, but the checkpoint has {has} guidance embedding: are the sampler's settings meant for it?",)
-    return ()
 
 
 def _collect(makers: Mapping[str, Callable[[], load.Plan]]) -> dict[str, load.Plan]:

@@ -20,14 +20,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from fluxbatch.distributed.mesh import batch_sharding, put, replicated
-from fluxbatch.generation import programs, sampling
+from fluxbatch.generation import programs
+from fluxbatch.generation.steps import STEPS, padded_sigmas
 from fluxbatch.lora.apply import Loras
-from fluxbatch.models.autoencoder import VaeConfig
-from fluxbatch.models.flux1.transformer import FluxConfig, rope_table
+from fluxbatch.models.family import Conditioning, Family, TextInput
+from fluxbatch.models.schedulers import Scheduler
 from fluxbatch.types import Row
-from fluxbatch.weights.block_streaming import StreamedFlux
+from fluxbatch.weights.block_streaming import StreamedNetwork
 from fluxbatch.weights.device_weights import Network
 from fluxbatch.weights.load import Progress
+
+Inputs = tuple[tuple[np.ndarray, ...], ...]  # of each text input its arrays [B, T]
 
 
 class Watcher:
@@ -54,68 +57,76 @@ class Pipeline:
     """Runs batches of rows; returns device arrays without waiting for them."""
 
     def __init__(
-        self, networks: Mapping[str, Network], flux: FluxConfig, vae: VaeConfig, mesh: jax.sharding.Mesh, dtype: Any,
-        schedule: sampling.Schedule, watcher: Watcher, lora: Loras | None = None,
+        self, family: Family, networks: Mapping[str, Network], mesh: jax.sharding.Mesh, dtype: Any, scheduler: Scheduler, watcher: Watcher,
+        lora: Loras | None = None,
     ):  # fmt: skip
-        """``networks``: t5, clip, flux and vae. ``lora``: the adapters that stand beside the weights, mixed
-        row by row."""
-        self.networks, self.flux_config, self.vae_config = networks, flux, vae
-        self.mesh, self.dtype, self.schedule, self.watcher, self._lora = mesh, jnp.dtype(dtype), schedule, watcher, lora
+        """``networks``: one for each component. ``lora``: the adapters that stand beside the weights, mixed row by row."""
+        self.family, self.networks = family, networks
+        self.mesh, self.dtype, self.scheduler, self.watcher, self._lora = mesh, jnp.dtype(dtype), scheduler, watcher, lora
         self._compiled: dict[Hashable, Future[list[Future[Any]]]] = {}
         self._since: float | None = None  # when the devices got the first program of those under way
         self._pictures: Any = None  # the last ones, perhaps still to be drawn
 
-        def jit(function: Callable[..., Any], **options: Any) -> Any:
-            function = functools.partial(function)  # of its own, so that its programs go with this pipeline
+        def jit(function: Callable[..., Any], *bound: Any, **options: Any) -> Any:
+            function = functools.partial(function, *bound)  # of its own, so that its programs go with this pipeline
             return jax.jit(function, out_shardings=batch_sharding(mesh), **options)
 
-        self._encode = jit(programs.encode, static_argnames=("clip_graph", "t5_graph", "dtype"))
-        self._modulate = jit(programs.modulate, static_argnames=("graph", "dtype"))
-        self._denoise = jit(programs.denoise, static_argnames=("graph", "dtype"), donate_argnames="latents")
-        self._condition = jit(programs.condition, static_argnames=("graph", "dtype"))
-        self._layer = jit(programs.layer, static_argnames="graph")
+        self._encode = jit(programs.encode, family, static_argnames=("graphs", "dtype"))
+        self._step_inputs = jit(programs.step_inputs, static_argnames=("graph", "dtype"))
+        self._denoise = jit(programs.denoise, scheduler.step, static_argnames=("graph", "dtype"), donate_argnames="latents")
+        self._step_vector = jit(programs.step_vector, static_argnames=("graph", "dtype"))
+        self._step_layer = jit(programs.step_layer, static_argnames="graph")
         self._embed = jit(programs.embed, static_argnames=("graph", "dtype"))
         self._block = jit(programs.block, static_argnames=("block_graph", "graph"))
-        self._step = jit(programs.step, static_argnames="graph", donate_argnames="latents")
+        self._step = jit(programs.step, scheduler.step, static_argnames="graph", donate_argnames="latents")
         platform = mesh.devices.flat[0].platform
-        decode, options = functools.partial(programs.decode, at_once=programs.pixels_at_once(platform)), programs.decoder_options(platform, vae)
-        self._decode = jit(decode, static_argnames=("graph", "dtype", "height", "width"), compiler_options=options)
+        self._decode = jit(
+            functools.partial(programs.decode, family, at_once=programs.pixels_at_once(platform)),
+            static_argnames=("graph", "dtype", "height", "width"), compiler_options=programs.decoder_options(platform, family.decoder_width))  # fmt: skip
+
+    def reuse(self, scheduler: Scheduler, watcher: Watcher) -> None:
+        """For another job of a sweep, whose scheduler is of the same class: its noise levels are data to the programs."""
+        self.scheduler, self.watcher = scheduler, watcher
 
     @property
-    def multiple(self) -> int:
-        """Heights and widths must be whole numbers of packed tokens: this many pixels."""
-        return 2 * self.vae_config.scale
+    def _denoiser(self) -> Network:
+        return self.networks[self.family.denoiser]
 
-    def encode(self, clip_ids: np.ndarray, t5_ids: np.ndarray, rows: Sequence[Row]) -> tuple[jax.Array, jax.Array]:
-        """Ids ``[B, 77]``, ``[B, T]`` of rows → T5 states ``[B, T, D]`` and pooled vectors ``[B, P]``."""
-        if not self.networks["t5"].here:
+    def encode(self, inputs: Inputs, rows: Sequence[Row]) -> Conditioning:
+        """Arrays ``[B, T]`` of each text input of rows → their conditioning ``[B, …]``."""
+        if not self.networks[self.family.encoders[-1]].here:
             jax.block_until_ready(self._pictures)
-            self.networks["flux"].leave()  # where there is no room for both
-        (clip, clip_state), (t5, t5_state) = self._ready("clip", "t5", program="encode")
-        encoded = self._launch(self._encode, clip, t5, self.dtype, clip_state, t5_state, *self._put(clip_ids, t5_ids, *self._scales(rows)))
+            self._denoiser.leave()  # where there is no room for both
+        parts = self._ready(*self.family.encoders, program="encode")
+        encoded = self._launch(self._encode, *self._encoders(parts), *self._put((inputs, *self._scales(rows))))
         return self._told(encoded, pictures=False)
+
+    def _encoders(self, parts: Sequence[tuple[Any, Any]]) -> tuple[Any, Any, dict[str, Any]]:
+        """The first arguments of ``programs.encode``."""
+        graphs, states = zip(*parts, strict=True)
+        return graphs, self.dtype, dict(zip(self.family.encoders, states, strict=True))
 
     def text_mix(self, row: Row) -> Hashable:
         """What the encoding of a row's prompts depends on besides them."""
         return () if self._lora is None else self._lora.text_mix(row)
 
     def encoders_out(self, again: bool) -> None:
-        """CLIP and T5 make room for the transformer; ``again``: whether there will be more to encode."""
-        for name in ("clip", "t5"):
+        """The text encoders make room for the denoiser; ``again``: whether there will be more to encode."""
+        for name in self.family.encoders:
             self.networks[name].leave(again)
 
     @contextlib.contextmanager
-    def compiling(self, rows: Sequence[Row], batch: int, texts: tuple[int, int]) -> Iterator[None]:
+    def compiling(self, rows: Sequence[Row], batch: int, inputs: Sequence[TextInput]) -> Iterator[None]:
         """Within it threads compile, in the rows' order, all programs that their batches take, while weights are
-        on their way. ``texts``: tokens of CLIP's prompts and of T5's.
+        on their way.
 
         What a program is called with later must be what it is compiled for here, or it is compiled once more.
         """
         sizes = dict.fromkeys((row.height, row.width) for row in rows)
-        whole = not isinstance(self.networks["flux"], StreamedFlux)
-        jobs: dict[Hashable, Callable[[], Iterator[Any]]] = {"encode": lambda: self._lower_encode(batch, texts)}
+        whole = not isinstance(self._denoiser, StreamedNetwork)
+        jobs: dict[Hashable, Callable[[], Iterator[Any]]] = {"encode": lambda: self._lower_encode(batch, inputs)}
         for size in sizes:
-            jobs |= {("denoise", *size): functools.partial(self._lower_denoise, batch, texts[1], *size)} if whole else {}
+            jobs |= {("denoise", *size): functools.partial(self._lower_denoise, batch, inputs, *size)} if whole else {}
             jobs |= {("decode", *size): functools.partial(self._lower_decode, batch, *size)}
         # Python traces one program at a time however many threads it has, so the one that is needed first goes first.
         with ThreadPoolExecutor(2, "compile") as compiler, ThreadPoolExecutor(1, "trace") as tracer:
@@ -129,41 +140,43 @@ class Pipeline:
                 self._compiled = {}
 
     def programs(
-        self, batch: int, texts: tuple[int, int], height: int, width: int, parts: Sequence[str]
+        self, batch: int, inputs: Sequence[TextInput], height: int, width: int, parts: Sequence[str]
     ) -> Iterator[tuple[str, jax.stages.Lowered]]:  # fmt: skip
         """Names and programs that pictures of one size take for these ``parts`` of the way (encode, denoise, decode), from
         shapes alone: each is lowered when its turn comes, and is yet to be compiled."""
-        lower = {"encode": lambda: self._lower_encode(batch, texts), "denoise": lambda: self._lower_denoise(batch, texts[1], height, width),
+        lower = {"encode": lambda: self._lower_encode(batch, inputs), "denoise": lambda: self._lower_denoise(batch, inputs, height, width),
                  "decode": lambda: self._lower_decode(batch, height, width)}  # fmt: skip
         for part in parts:
             yield from lower[part]()
 
-    def _lower_encode(self, batch: int, texts: tuple[int, int]) -> Iterator[tuple[str, jax.stages.Lowered]]:
-        (clip, clip_state), (t5, t5_state) = (self.networks[name].abstract() for name in ("clip", "t5"))
-        ids = [self._shape(np.int32, batch, length) for length in texts]
-        yield "encode", self._run(self._encode.lower, clip, t5, self.dtype, clip_state, t5_state, *ids, *self._abstract_scales(batch))
+    def _lower_encode(self, batch: int, inputs: Sequence[TextInput]) -> Iterator[tuple[str, jax.stages.Lowered]]:
+        parts = [self.networks[name].abstract() for name in self.family.encoders]
+        arrays = tuple(tuple(self._shape(np.int32, batch, *shape) for shape in each.shapes()) for each in inputs)
+        yield "encode", self._run(self._encode.lower, *self._encoders(parts), arrays, *self._abstract_scales(batch))
 
-    def _lower_denoise(self, batch: int, length: int, height: int, width: int) -> Iterator[tuple[str, jax.stages.Lowered]]:
-        cfg, (flux, state) = self.flux_config, self.networks["flux"].abstract()
+    def _lower_denoise(
+        self, batch: int, inputs: Sequence[TextInput], height: int, width: int
+    ) -> Iterator[tuple[str, jax.stages.Lowered]]:  # fmt: skip
+        graph, state = self._denoiser.abstract()
         latents = self._latents(batch, height, width)
-        tokens = latents.shape[1]
-        text = self._shape(self.dtype, batch, length, cfg.joint_attention_dim)
-        pooled = self._shape(self.dtype, batch, cfg.pooled_projection_dim)
-        sigmas, left, guidance = self._shape(np.float32, batch, sampling.STEPS + 1), self._shape(np.int32, batch), self._shape(np.float32, batch)
-        rope = 2 * (jax.ShapeDtypeStruct((length + tokens, sum(cfg.axes_dims_rope) // 2), np.float32, sharding=replicated(self.mesh)),)
-        turns, scales = jax.ShapeDtypeStruct((), np.int32, sharding=replicated(self.mesh)), self._abstract_scales(batch)
-        modulate = self._run(self._modulate.lower, flux, self.dtype, state, pooled, sigmas, guidance, *scales)
-        yield "modulate", modulate
-        mod = jax.tree.map(lambda x: self._shape(x.dtype, *x.shape), modulate.out_info)
-        yield "denoise", self._run(self._denoise.lower, flux, self.dtype, state, latents, text, mod, sigmas, left, turns, rope, *scales)
+        shapes = self.family.conditioning_shapes(inputs)
+        conditioning = self.family.conditioning(*(self._shape(self.dtype, batch, *shape) for shape in shapes))
+        sigmas, left, guidance = self._shape(np.float32, batch, STEPS + 1), self._shape(np.int32, batch), self._shape(np.float32, batch)
+        everywhere = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(self.mesh))  # noqa: E731
+        positions = jax.tree.map(everywhere, self.family.positions(conditioning, height, width))
+        turns, scales = everywhere(np.array(0, np.int32)), self._abstract_scales(batch)
+        lowered = self._run(self._step_inputs.lower, graph, self.dtype, state, conditioning, sigmas, guidance, *scales)
+        yield "step_inputs", lowered
+        steps = jax.tree.map(lambda x: self._shape(x.dtype, *x.shape), lowered.out_info)
+        arguments = state, latents, conditioning, steps, sigmas, left, turns, positions
+        yield "denoise", self._run(self._denoise.lower, graph, self.dtype, *arguments, *scales)
 
     def _lower_decode(self, batch: int, height: int, width: int) -> Iterator[tuple[str, jax.stages.Lowered]]:
-        graph, state = self.networks["vae"].abstract()
-        scale = self.vae_config.scale
-        yield "decode", self._run(self._decode.lower, graph, self.dtype, state, self._latents(batch, height, width), height // scale, width // scale)
+        graph, state = self.networks[self.family.decoder].abstract()
+        yield "decode", self._run(self._decode.lower, graph, self.dtype, state, self._latents(batch, height, width), height, width)
 
     def _latents(self, batch: int, height: int, width: int) -> jax.ShapeDtypeStruct:
-        return self._shape(np.float32, batch, (height // self.multiple) * (width // self.multiple), self.flux_config.in_channels)
+        return self._shape(np.float32, batch, *self.family.latent_shape(height, width))
 
     def _shape(self, dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(self.mesh))
@@ -186,60 +199,60 @@ class Pipeline:
                     program.result()
         return [network.parts() for network in networks]
 
-    def denoise(self, rows: Sequence[Row], text: np.ndarray, pooled: np.ndarray) -> jax.Array:
-        """Latents ``[B, L, 4C]`` float32 of rows of one size, from their own seeds."""
-        height, width = (side // self.vae_config.scale for side in (rows[0].height, rows[0].width))
-        tokens = (height // 2) * (width // 2)
-        noise = {row.seed: None for row in rows}
-        for seed in noise:
-            noise[seed] = sampling.noise(seed, self.flux_config.in_channels // 4, height, width)
+    def denoise(self, rows: Sequence[Row], conditioning: Conditioning) -> jax.Array:
+        """Latents ``[B, L, C]`` float32 of rows of one size, from their own seeds."""
+        height, width = rows[0].height, rows[0].width
+        seeds = dict.fromkeys(row.seed for row in rows)
+        noise = {seed: self.family.noise(seed, height, width) for seed in seeds}
         latents = np.stack([noise[row.seed] for row in rows])
-        sigmas, counts = sampling.padded_sigmas([self.schedule.sigmas(row.num_inference_steps, tokens) for row in rows])
+        tokens = self.family.tokens(height, width)
+        sigmas, counts = padded_sigmas([self.scheduler.sigmas(row.num_inference_steps, tokens) for row in rows])
         guidance = np.array([row.guidance_scale for row in rows], np.float32)
-        rope = rope_table(text.shape[1], height // 2, width // 2, self.flux_config.axes_dims_rope)
-        rope = tuple(put(table, replicated(self.mesh)) for table in rope)
-        (graph, state), _ = self._ready("flux", "vae", program=("denoise", rows[0].height, rows[0].width))  # the VAE on the same bar
-        if isinstance(self.networks["flux"], StreamedFlux):
-            return self._told(self._denoise_streamed(self.networks["flux"], latents, text, pooled, sigmas, counts, guidance, rope))
-        latents, text, pooled, guidance, *scales = self._put(latents, text, pooled, guidance, *self._scales(rows))
-        for first in range(0, counts.max(), sampling.STEPS):
-            levels, left = self._put(sigmas[:, first : first + sampling.STEPS + 1], counts - first)
-            turns = put(np.array(min(counts.max() - first, sampling.STEPS), np.int32), replicated(self.mesh))
-            mod = self._launch(self._modulate, graph, self.dtype, state, pooled, levels, guidance, *scales)
-            latents = self._launch(self._denoise, graph, self.dtype, state, latents, text, mod, levels, left, turns, rope, *scales)
+        positions = jax.tree.map(lambda x: put(x, replicated(self.mesh)), self.family.positions(conditioning, height, width))
+        # the decoder on the same bar
+        (graph, state), _ = self._ready(self.family.denoiser, self.family.decoder, program=("denoise", height, width))
+        if isinstance(self._denoiser, StreamedNetwork):
+            return self._told(self._denoise_streamed(self._denoiser, latents, conditioning, sigmas, counts, guidance, positions))
+        latents, conditioning, guidance, *scales = self._put((latents, conditioning, guidance, *self._scales(rows)))
+        for first in range(0, counts.max(), STEPS):
+            levels, left = self._put((sigmas[:, first : first + STEPS + 1], counts - first))
+            turns = put(np.array(min(counts.max() - first, STEPS), np.int32), replicated(self.mesh))
+            inputs = self._launch(self._step_inputs, graph, self.dtype, state, conditioning, levels, guidance, *scales)
+            arguments = state, latents, conditioning, inputs, levels, left, turns, positions
+            latents = self._launch(self._denoise, graph, self.dtype, *arguments, *scales)
         return self._told(latents)  # by now: decoding may have to wait for its program
 
-    def _denoise_streamed(self, flux: StreamedFlux, latents, text, pooled, sigmas, counts, guidance, rope) -> jax.Array:
+    def _denoise_streamed(self, network: StreamedNetwork, latents, conditioning, sigmas, counts, guidance, positions) -> jax.Array:
         """What ``denoise`` computes, with the transformer's blocks passing through the devices."""
-        graph, state = flux.parts()
-        latents, text, pooled, guidance, sigmas, left = self._put(latents, text, pooled, guidance, sigmas, counts)
-        vec, final = self._launch(self._condition, graph, self.dtype, state, pooled, sigmas, guidance)
-        with flux.modulators(self.watcher.streaming) as layers:
-            mods = {name: jax.block_until_ready(self._told(self._launch(self._layer, *layer, vec))) for name, layer in layers}
+        graph, state = network.parts()
+        latents, conditioning, guidance, sigmas, left = self._put((latents, conditioning, guidance, sigmas, counts))
+        vector, last = self._launch(self._step_vector, graph, self.dtype, state, conditioning, sigmas, guidance)
+        with network.step_layers(self.watcher.streaming) as layers:
+            inputs = {name: jax.block_until_ready(self._told(self._launch(self._step_layer, *layer, vector))) for name, layer in layers}
         steps = counts.max()
-        with flux.blocks(steps, self.watcher.streaming) as blocks:
+        with network.blocks(steps, self.watcher.streaming) as blocks:
             for i in range(steps):
-                x = self._told(self._launch(self._embed, graph, self.dtype, state, latents, text))
-                for name, (block_graph, block) in itertools.islice(blocks, len(flux)):
-                    mod = [mods[layer] for layer in flux.modulators_of(name)]
-                    x = self._launch(self._block, block_graph, graph, block, state, x, mod, i, rope)
+                x = self._told(self._launch(self._embed, graph, self.dtype, state, latents, conditioning))
+                for name, (block_graph, block) in itertools.islice(blocks, len(network)):
+                    own = [inputs[layer] for layer in network.step_layers_of(name)]
+                    x = self._launch(self._block, block_graph, graph, block, state, x, own, i, positions)
                     jax.block_until_ready(self._told(x))  # or blocks would pile up behind the computation
-                latents = self._launch(self._step, graph, state, latents, x, final, i, sigmas, left)
+                latents = self._launch(self._step, graph, state, latents, x, last, i, sigmas, left)
         return latents
 
     def decode(self, latents: jax.Array, height: int, width: int) -> tuple[jax.Array, jax.Array]:
         """Latents → pixels ``[B, height, width, 3]`` uint8, and whether each image is finite ``[B]``."""
-        scale = self.vae_config.scale
-        ((graph, state),) = self._ready("vae", program=("decode", height, width))
-        self._pictures = self._told(self._launch(self._decode, graph, self.dtype, state, latents, height // scale, width // scale))
+        ((graph, state),) = self._ready(self.family.decoder, program=("decode", height, width))
+        self._pictures = self._told(self._launch(self._decode, graph, self.dtype, state, latents, height, width))
         return self._pictures
 
     def _scales(self, rows: Sequence[Row]) -> list[np.ndarray]:
         """Each row's mix of adapters, if it has one of its own."""
         return [] if self._lora is None else [self._lora.scales(rows)]
 
-    def _put(self, *arrays: np.ndarray) -> list[jax.Array]:
-        return [put(array, batch_sharding(self.mesh)) for array in arrays]
+    def _put(self, arrays: Any) -> Any:
+        """The pytree of host arrays, dealt over the devices by their first axis."""
+        return jax.tree.map(lambda array: put(array, batch_sharding(self.mesh)), arrays)
 
     def _run(self, program: Any, *args: Any) -> Any:
         # float32 means float32: TPUs and GPUs would multiply in bfloat16 or TF32.

@@ -1,4 +1,4 @@
-"""What the devices run, as pure functions of arrays: text → states, latents a step on, latents → pixels.
+"""What the devices run, as pure functions of arrays: text → conditioning, latents a step on, latents → pixels.
 
 ``graph`` is a network's definition and ``state`` its parameters, as ``nnx.split`` gives them; ``scales`` are those of each
 row's adapters. ``pipeline.py`` compiles them.
@@ -16,9 +16,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fluxbatch.distributed.mesh import batch_ways
-from fluxbatch.generation import sampling
-from fluxbatch.models.autoencoder import VaeConfig
-from fluxbatch.models.flux1.transformer import DoubleBlock
 from fluxbatch.models.layers import gathered, set_rows
 
 # XLA:CPU leaves products, convolutions and sums to a library, YNNPACK. On a CPU without AVX-512 (EPYC) its convolutions are
@@ -39,74 +36,78 @@ def _model(graph, state, scales=None):
     return model if scales is None else set_rows(model, scales)
 
 
-def encode(clip_graph, t5_graph, dtype, clip, t5, clip_ids, t5_ids, scales=None):
-    pooled = _model(clip_graph, clip, scales)(clip_ids, dtype)
-    return _model(t5_graph, t5, scales)(t5_ids, dtype), pooled
+def encode(family, graphs, dtype, states, inputs, scales=None):
+    """Conditioning of the arrays of each text input. ``graphs``, ``states``: of each text encoder."""
+    models = {name: _model(graph, states[name], scales) for name, graph in zip(family.encoders, graphs, strict=True)}
+    return family.encode(models, inputs, dtype)
 
 
-def modulate(graph, dtype, state, pooled, sigmas, guidance, scales=None):
-    """All that ``denoise`` needs of time, guidance and pooled text, and of the weights that it can do without."""
-    flux = _model(graph, state, scales)
-    return flux.modulation(flux.condition(pooled, sigmas[:, :-1], guidance, dtype))
+def step_inputs(graph, dtype, state, conditioning, sigmas, guidance, scales=None):
+    """All that ``denoise`` needs of the steps, and of the weights that it can do without."""
+    return _model(graph, state, scales).step_inputs(conditioning, sigmas[:, :-1], guidance, dtype)
 
 
-def denoise(graph, dtype, state, latents, text, mod, sigmas, left, turns, rope, scales=None):
-    """As many Euler steps as ``turns``; a row that has none ``left`` stands still. (Devices would have to meet to find
+def denoise(scheduler_step, graph, dtype, state, latents, conditioning, inputs, sigmas, left, turns, positions, scales=None):
+    """As many steps as ``turns``; a row that has none ``left`` stands still. (Devices would have to meet to find
     the largest of ``left``.)
 
-    The layers that make modulation are in ``state`` but not in the program: jit drops what is not used.
+    The layers that make step inputs are in ``state`` but not in the program: jit drops what is not used.
     """
-    flux = _model(graph, state, scales)
-    flux.drop_modulators()
-    text = flux.embed_text(text, dtype)
-    step = lambda i, x: _euler(x, flux.velocity(x.astype(dtype), text, mod.at(i), rope), i, sigmas, left)  # noqa: E731
-    return jax.lax.fori_loop(0, turns, step, latents)
+    model = _model(graph, state, scales)
+    model.drop_step_layers()
+    embedded = model.embed(conditioning, dtype)
+
+    def body(i, x):
+        velocity = model.velocity(x.astype(dtype), embedded, _at(inputs, i), positions)
+        return _step(scheduler_step, x, velocity, i, sigmas, left)
+
+    return jax.lax.fori_loop(0, turns, body, latents)
 
 
-def _euler(x, velocity, i, sigmas, left):
-    moved = x + (sigmas[:, i + 1] - sigmas[:, i])[:, None, None] * velocity.astype(jnp.float32)
+def _at(inputs, i):
+    """The inputs of one step."""
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, 1, keepdims=False), inputs)
+
+
+def _step(scheduler_step, x, velocity, i, sigmas, left):
+    moved = scheduler_step(x, velocity, sigmas[:, i], sigmas[:, i + 1])
     return jnp.where((i < left)[:, None, None], moved, x)
 
 
 # The same in parts, for blocks that come one at a time.
 
 
-def condition(graph, dtype, state, pooled, sigmas, guidance):
-    flux = nnx.merge(graph, state)
-    vec = flux.condition(pooled, sigmas[:, :-1], guidance, dtype)
-    return vec, flux.modulation(vec).final
+def step_vector(graph, dtype, state, conditioning, sigmas, guidance):
+    return nnx.merge(graph, state).step_vector(conditioning, sigmas[:, :-1], guidance, dtype)
 
 
-def layer(graph, state, vec):
-    return nnx.merge(graph, state)(vec)
+def step_layer(graph, state, vector):
+    return nnx.merge(graph, state)(vector)
 
 
-def embed(graph, dtype, state, latents, text):
-    flux = nnx.merge(graph, state)
-    return flux.embed_image(latents.astype(dtype)), flux.embed_text(text, dtype)
+def embed(graph, dtype, state, latents, conditioning):
+    return nnx.merge(graph, state).embed_tokens(latents, conditioning, dtype)
 
 
-def block(block_graph, graph, block, state, x, mod, i, rope):
-    """``x``: image and text; in single blocks one sequence of both, text first. ``mod``: of all steps."""
-    block, flux = nnx.merge(block_graph, block), nnx.merge(graph, state)
-    img, txt = x
-    mod = [part[:, i] for part in mod]
-    if isinstance(block, DoubleBlock):
-        return block(x, mod, rope, flux)
-    both = block(jnp.concatenate([txt, img], axis=1), *mod, rope, flux)
-    return both[:, txt.shape[1] :], both[:, : txt.shape[1]]
+def block(block_graph, graph, block, state, x, inputs, i, positions):
+    """``inputs``: what the block's step layers made, of all steps."""
+    return nnx.merge(graph, state).block(nnx.merge(block_graph, block), x, [part[:, i] for part in inputs], positions)
 
 
-def step(graph, state, latents, x, final, i, sigmas, left):
-    return _euler(latents, nnx.merge(graph, state).finish(x[0], final[:, i]), i, sigmas, left)
+def step(scheduler_step, graph, state, latents, x, inputs, i, sigmas, left):
+    velocity = nnx.merge(graph, state).finish(x, inputs[:, i])
+    return _step(scheduler_step, latents, velocity, i, sigmas, left)
 
 
-def decode(graph, dtype, state, latents, height, width, at_once):
-    """Non-finite pictures of finite latents are decoded once more in float32. A device decodes as many together as have
-    ``at_once`` pixels."""
+def decode(family, graph, dtype, state, latents, height, width, at_once):
+    """Latents ``[B, L, C]`` → uint8 pictures ``[B, height, width, 3]``, and whether each is finite.
+
+    Non-finite pictures of finite latents are decoded once more in float32. A device decodes as many together as have
+    ``at_once`` pixels.
+    """
     # Whole weights: the compiler would divide convolutions by channels too, on some meshes wrongly (jax 0.10).
     vae = nnx.merge(graph, gathered(state, nnx.merge(graph, state).layout))
-    scale, mesh = vae.cfg.scale, vae.layout.mesh
+    mesh = vae.layout.mesh
 
     def pictures(grid):
         picture = lambda dtype: vae(grid.astype(dtype)).astype(jnp.float32)  # noqa: E731
@@ -120,12 +121,12 @@ def decode(graph, dtype, state, latents, height, width, at_once):
         return jnp.where(finite[:, None, None, None], pixels, 0).astype(jnp.uint8), finite
 
     ways = 1 if mesh is None else batch_ways(mesh)
-    return _in_turns(pictures, sampling.unpack(latents, height, width), ways, together(len(latents) // ways, scale * height, scale * width, at_once))
+    return _in_turns(pictures, family.unpack(latents, height, width), ways, together(len(latents) // ways, height, width, at_once))
 
 
-def decoder_options(platform: str, vae: VaeConfig) -> Mapping[str, str] | None:
-    """What the compiler is told for ``decode`` alone."""
-    if platform == "cpu" and vae.block_out_channels[0] < _NARROW:
+def decoder_options(platform: str, channels: int) -> Mapping[str, str] | None:
+    """What the compiler is told for ``decode`` alone. ``channels``: of the decoder's last level, the fewest."""
+    if platform == "cpu" and channels < _NARROW:
         return {_YNN: ""}
     if platform == "cpu" and _stops_at_avx2():
         return {_YNN: _SUMS}

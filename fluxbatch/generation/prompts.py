@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fluxbatch.distributed import process_group
+from fluxbatch.models.family import Conditioning, Family, TextInput
 from fluxbatch.storage.cache import Cache
 from fluxbatch.types import Row
 
@@ -20,27 +21,29 @@ from fluxbatch.types import Row
 class Encoders(Protocol):
     """What of ``pipeline.Pipeline`` is needed here."""
 
-    def encode(self, clip_ids: np.ndarray, t5_ids: np.ndarray, rows: Sequence[Row]) -> tuple[Any, Any]: ...
+    family: Family
+
+    def encode(self, inputs: Any, rows: Sequence[Row]) -> Conditioning: ...
 
     def text_mix(self, row: Row) -> Hashable: ...
 
 
-Tokenize = Callable[[Sequence[str], Sequence[str]], tuple[np.ndarray, np.ndarray]]  # as tokens.Tokenizers does
-State = tuple[np.ndarray, np.ndarray]  # T5's states [T, D] and CLIP's pooled vector [P] of one prompt
+State = tuple[np.ndarray, ...]  # the arrays of one prompt's conditioning, without the batch axis
 
 
 @dataclasses.dataclass(frozen=True)
-class TextStates:
+class PromptEmbeds:
     """What a shard's distinct prompts encode to, on the host."""
 
     states: dict[Hashable, State]
     key: Callable[[Row], Hashable]
     encoded: frozenset[Hashable]  # the keys of those that were not in the cache
+    conditioning: Callable[..., Conditioning]  # the family's, of its arrays
 
-    def batch(self, rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray]:
-        """T5 states ``[B, T, D]`` and pooled CLIP vectors ``[B, P]``."""
-        states, pooled = zip(*(self.states[self.key(row)] for row in rows), strict=True)
-        return np.stack(states), np.stack(pooled)
+    def batch(self, rows: Sequence[Row]) -> Conditioning:
+        """``[B, …]`` of the rows of a batch."""
+        columns = zip(*(self.states[self.key(row)] for row in rows), strict=True)
+        return self.conditioning(*(np.stack(column) for column in columns))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,29 +81,28 @@ def _unpacked(data: bytes) -> State:
         array = np.frombuffer(data, jnp.dtype(dtype), math.prod(shape), at).reshape(shape)
         arrays.append(array)
         at += array.nbytes
-    t5, pooled = arrays
-    return t5, pooled
+    return tuple(arrays)
 
 
-def encode(rows: Iterable[Row], tokenize: Tokenize, encoders: Encoders, batch_size: int, cache: TextCache | None = None) -> TextStates:
-    """Encodes each distinct (prompt, prompt_2) once, ``batch_size`` at a time (one compiled shape);
-    once for each mix where adapters change the encoders. What is in ``cache`` is taken from there.
+def encode(rows: Iterable[Row], inputs: Sequence[TextInput], encoders: Encoders, batch_size: int, cache: TextCache | None = None) -> PromptEmbeds:
+    """Encodes each distinct prompt once, ``batch_size`` at a time (one compiled shape); once for each mix where
+    adapters change the encoders. What is in ``cache`` is taken from there.
     """
 
     def key(row: Row) -> Hashable:
-        return row.prompt, row.prompt_2, encoders.text_mix(row)
+        return *(each.text(row) for each in inputs), encoders.text_mix(row)
 
     distinct = {key(row): row for row in rows}
     keys, own = list(distinct), list(distinct.values())
-    clip_ids, t5_ids = tokenize([row.prompt for row in own], [row.prompt_2 for row in own])
-    names = [cache.name(row, ids, encoders.text_mix(row), batch_size) for row, *ids in zip(own, clip_ids, t5_ids, strict=True)] if cache else []
+    arrays = tuple(each([each.text(row) for row in own]) for each in inputs)
+    names = [cache.name(row, _of(arrays, i), encoders.text_mix(row), batch_size) for i, row in enumerate(own)] if cache else []
     states = {keys[i]: state for i, state in enumerate(cache.read(names) if cache else ()) if state is not None}
     lacking = [i for i, key in enumerate(keys) if key not in states]
 
-    def collect(chunk: list[int], encoded: tuple[Any, Any]) -> None:
-        t5, pooled = process_group.whole(encoded[0]), process_group.whole(encoded[1])
+    def collect(chunk: list[int], encoded: Conditioning) -> None:
+        whole = [process_group.whole(array) for array in encoded]
         for at, i in enumerate(chunk):
-            states[keys[i]] = t5[at], pooled[at]
+            states[keys[i]] = tuple(array[at] for array in whole)
             if cache:
                 cache.write(names[i], states[keys[i]])
 
@@ -108,7 +110,7 @@ def encode(rows: Iterable[Row], tokenize: Tokenize, encoders: Encoders, batch_si
     for at in range(0, len(lacking), batch_size):
         chunk = lacking[at : at + batch_size]
         full = chunk + [chunk[-1]] * (batch_size - len(chunk))
-        launched = encoders.encode(clip_ids[full], t5_ids[full], [own[i] for i in full])
+        launched = encoders.encode(tuple(tuple(x[full] for x in each) for each in arrays), [own[i] for i in full])
         if before is not None:  # copied back while the device encodes the next ones
             collect(*before)
         before = chunk, launched
@@ -116,4 +118,9 @@ def encode(rows: Iterable[Row], tokenize: Tokenize, encoders: Encoders, batch_si
         collect(*before)
         if cache:
             cache.entries.trim()
-    return TextStates(states, key, frozenset(keys[i] for i in lacking))
+    return PromptEmbeds(states, key, frozenset(keys[i] for i in lacking), encoders.family.conditioning)
+
+
+def _of(arrays: Sequence[Sequence[np.ndarray]], i: int) -> list[np.ndarray]:
+    """What the encoders read of text ``i``."""
+    return [x[i] for each in arrays for x in each]

@@ -18,8 +18,11 @@ from fluxbatch.types import UserError
 class Tokenizer:
     """One of them; its ids are those of transformers."""
 
+    here, unit = True, ""
+
     def __init__(self, folder: str):
         """UserError if ``folder`` has none that can be read."""
+        self.folder = folder
         try:
             self._backend, self.max_length, self._padding, self._side = _open(Path(folder))
         except Exception as error:  # transformers and tokenizers raise whatever their parsers raise
@@ -46,7 +49,7 @@ class Tokenizer:
         Both tokenizers go word by word, and words repeat: most texts are told apart by what their words have, in a
         tenth of the time. Others may go another way, which a hundred texts will show.
         """
-        # a character of ASCII is a token at most; beside them stand a start, an end and T5's leading space
+        # a character of ASCII is a token at most; beside them stand a start, an end and a leading space
         texts = [text for text in dict.fromkeys(texts) if len(text) > limit - 3 or not text.isascii()]
         plain = {text: text.split() for text in texts if text.isascii() and text.isprintable()}
         least, most = self._bounds(plain)
@@ -56,6 +59,10 @@ class Tokenizer:
         doubtful = [text for text in texts if text not in least or least[text] - 1 <= limit < most[text] + 1]
         found = {text for text, count in zip(doubtful, self.count(doubtful), strict=True) if count > limit}
         return found.union(text for text, count in least.items() if count - 1 > limit)
+
+    def doubtful(self, texts: Iterable[str], limit: int) -> set[str]:
+        """None: of all ``longer`` says whether they have more tokens."""
+        return set()
 
     def _bounds(self, texts: Mapping[str, Sequence[str]]) -> tuple[dict[str, int], dict[str, int]]:
         """The least and the most tokens that texts of these words, all of ASCII, can have: the same but for words that are there once."""
@@ -91,8 +98,8 @@ def _open(folder: Path) -> tuple[Backend, int, dict[str, object], str]:
 class Absent:
     """In the place of a tokenizer that is not here: what words and characters tell without one."""
 
-    def __init__(self, max_length: int):
-        self.max_length = max_length
+    folder, here, unit = "", False, " words"
+    max_length = None  # nobody knows
 
     def count(self, texts: Sequence[str]) -> list[int]:
         """Their words, of at least a token each."""
@@ -106,28 +113,3 @@ class Absent:
         """Those that may have more: of others each character is a token at most, as ``Tokenizer.longer`` has it."""
         texts = {text for text in texts if len(text) > limit - 3 or not text.isascii()}
         return texts - self.longer(texts, limit)
-
-
-class Tokenizers:
-    """CLIP's and T5's; prompts become fixed-length, padded, truncated ids. In a plan they may be absent."""
-
-    def __init__(self, clip: str, t5: str, max_sequence_length: int, clip_length: int = 77):
-        """``clip_length``: of CLIP's ids, if it has no tokenizer to say so."""
-        self.clip = Tokenizer(clip) if clip else Absent(clip_length)
-        self.t5 = Tokenizer(t5) if t5 else Absent(max_sequence_length)
-        self.max_sequence_length = max_sequence_length
-
-    @property
-    def lengths(self) -> tuple[int, int]:
-        """Of CLIP's and T5's ids."""
-        return self.clip.max_length, self.max_sequence_length
-
-    def __call__(self, prompts: Sequence[str], prompts_2: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Ids of ``prompts`` for CLIP ``[B, 77]`` and of ``prompts_2`` for T5 ``[B, max_sequence_length]``."""
-        clip, t5 = self.lengths
-        return self.clip(prompts, clip), self.t5(prompts_2, t5)
-
-    def cut(self, prompts: Iterable[str], prompts_2: Iterable[str]) -> tuple[set[str], set[str]]:
-        """Those of ``prompts`` that are too long for CLIP and of ``prompts_2`` for T5."""
-        clip, t5 = self.lengths
-        return self.clip.longer(prompts, clip), self.t5.longer(prompts_2, t5)

@@ -17,9 +17,18 @@ from typing import Any
 
 import numpy as np
 
-from fluxbatch.lora.deltas import Decomposed, Delta, Hadamard, Kronecker, Product, Replacement, Whole
+from fluxbatch.lora.deltas import (
+    Decomposed,
+    Delta,
+    Hadamard,
+    Kronecker,
+    Product,
+    Replacement,
+    Whole,
+)
 from fluxbatch.lora.files import Spec, locate, settings_of
 from fluxbatch.lora.formats import KINDS, Site, Target, read_key
+from fluxbatch.models.family import LoraKeys
 from fluxbatch.types import UserError, public
 from fluxbatch.weights.headers import read_header
 from fluxbatch.weights.load import Plan
@@ -84,7 +93,7 @@ class Adapter:
         yield from (f"  warning: left out: {line}" for line in self.skipped)
 
 
-def read_adapter(spec: Spec, plans: Mapping[str, Plan], strict: bool) -> Adapter:
+def read_adapter(spec: Spec, plans: Mapping[str, Plan], keys: LoraKeys, strict: bool) -> Adapter:
     """Reads the file and finds the place of everything in it; UserError lists whatever has none."""
     source, file = locate(spec)
     data = source.read(file)
@@ -102,7 +111,7 @@ def read_adapter(spec: Spec, plans: Mapping[str, Plan], strict: bool) -> Adapter
     sites: dict[tuple[str, str], Site] = {}
     kinds: dict[str, None] = {}
     for key, tensor in tensors.items():
-        site = read_key(key)
+        site = read_key(key, keys)
         if site is None or not all(_fits(plans[site.component], target) for target in site.targets):
             unknown.append(key)
         elif site.targets:
@@ -119,7 +128,7 @@ def read_adapter(spec: Spec, plans: Mapping[str, Plan], strict: bool) -> Adapter
             if site.role in KINDS:
                 kinds[f"{KINDS[site.role]} as {site.writer} names it"] = None
 
-    reader = _Reader(plans, spec, settings)
+    reader = _Reader(plans, keys, spec, settings)
     for key, group in groups.items():
         try:
             reader.add(sites[key], group)
@@ -141,8 +150,8 @@ def _fits(plan: Plan, target: Target) -> bool:
 class _Reader:
     """Turns the tensors of one module after the other into changes of the model's parameters."""
 
-    def __init__(self, plans: Mapping[str, Plan], spec: Spec, settings: Mapping[str, Mapping[str, Any]]):
-        self.plans, self.spec, self.settings = plans, spec, settings
+    def __init__(self, plans: Mapping[str, Plan], keys: LoraKeys, spec: Spec, settings: Mapping[str, Mapping[str, Any]]):
+        self.plans, self.keys, self.spec, self.settings = plans, keys, spec, settings
         self.changes: dict[str, dict[Place, Delta]] = {}
         self._lines: dict[str, list[tuple[str, str, int, int, float, int, float]]] = collections.defaultdict(list)
         self._of: dict[str, int] = {}
@@ -222,7 +231,7 @@ class _Reader:
             return 1.0, alpha  # LoKr of two whole matrices is not scaled
         settings = self.settings.get(site.component, {})
         if alpha is None and (given := settings.get("lora_alpha", settings.get("alpha"))) is not None:
-            name = re.sub(r"^(base_model\.model\.|transformer\.|text_encoder\.)", "", site.module)
+            name = re.sub(r"^base_model\.model\.", "", site.module).removeprefix(f"{site.component}.")
             rank = rank or _by_pattern(settings, "rank_pattern", name, settings.get("r"))
             alpha = float(_by_pattern(settings, "alpha_pattern", name, given))
             if rank and settings.get("use_rslora"):
@@ -232,10 +241,10 @@ class _Reader:
     def _cover(self, component: str, target: Target, rank: int, alpha: float, count: int, norm2: float) -> None:
         first, _, rest = target.path.partition(".")
         part = first
-        if first == "double_blocks":
+        if first in self.keys.split_stacks:
             second, _, rest = rest.partition(".")
             part = f"{first}.{second}"
-        part = part if component == "transformer" else f"{component} {part}"
+        part = part if component == self.keys.main else f"{component} {part}"
         self._of[part] = self.plans[component].shapes[f"{target.path}.{target.leaf}"][0] or 1
         self._lines[part].append((rest or first, target.path, target.layer, rank, alpha, count, norm2))
 

@@ -20,12 +20,12 @@ from fluxbatch.distributed.mesh import Placement, put
 from fluxbatch.lora.adapter import Adapter, Place, read_adapter
 from fluxbatch.lora.deltas import Delta
 from fluxbatch.lora.files import specs
+from fluxbatch.models.family import Family
 from fluxbatch.models.layers import LowRank
 from fluxbatch.types import Row, UserError
 from fluxbatch.weights.load import Edit, Edits, Plan
 
 Mix = tuple[tuple[str, float], ...]  # adapter → scale, sorted by name
-TEXT = ("text_encoder", "text_encoder_2")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Loras:
     """All adapters of a job, read and checked."""
 
     adapters: tuple[Adapter, ...] = ()
+    encoders: tuple[str, ...] = ()  # the components that read text
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -134,21 +135,21 @@ class Loras:
 
     def text_mix(self, row: Row) -> Mix:
         """The part of the row's mix that its prompt's encoding depends on."""
-        reading = {a.name for a in self.adapters if any(part in a.changes for part in TEXT)}
+        reading = {a.name for a in self.adapters if any(part in a.changes for part in self.encoders)}
         return tuple((name, scale) for name, scale in _effective(row.lora) if name in reading)
 
 
-def read(job: Job, plans: Mapping[str, Plan]) -> Loras:
+def read(job: Job, plans: Mapping[str, Plan], family: Family) -> Loras:
     """Reads the job's adapters; one UserError with the complaints about all of them."""
     adapters, lines = [], []
     for spec in specs(job):
         try:
-            adapters.append(read_adapter(spec, plans, job.lora_config.strict))
+            adapters.append(read_adapter(spec, plans, family.lora, job.lora_config.strict))
         except UserError as error:
             lines += error.lines
     if lines:
         raise UserError(*lines)
-    return Loras(tuple(adapters))
+    return Loras(tuple(adapters), family.encoders)
 
 
 def _effective(mix: Mix | None) -> Mix:

@@ -15,7 +15,8 @@ from fluxbatch.config.schema import Job
 from fluxbatch.manifest import formats
 from fluxbatch.manifest.formats import TAB, BadLine, Line, described, shown
 from fluxbatch.results.image_files import MAX_SIDE, SIDES
-from fluxbatch.storage.base import StorageError, open_stream
+from fluxbatch.storage.base import StorageError
+from fluxbatch.storage.registry import open_stream
 from fluxbatch.types import Reject, Row, UserError
 
 MAX_SEED = 2**64 - 1

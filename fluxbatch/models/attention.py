@@ -63,8 +63,12 @@ def splash(
 ) -> Array:  # fmt: skip
     """Splash attention (Pallas, TPU). Tokens are padded to a whole number of blocks and masked out
     with segment ids; ``blocks``: sizes that are not to be chosen."""
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_kernel as kernel,
+    )
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_mask as masks,
+    )
 
     heads, length, width = q.shape[1:]
     sizes = splash_blocks(k.shape[2], chip, blocks) | {"block_q": splash_blocks(length, chip, blocks)["block_q"]}

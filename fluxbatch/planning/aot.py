@@ -58,14 +58,14 @@ def devices(target: Target) -> list[Any]:
     return list(topologies.get_topology_desc(platform="tpu", topology_name=f"{target.chip.name}:{target.topology}", **options).devices)
 
 
-def needs(engine: Any, batch: int, texts: tuple[int, int], height: int, width: int, parts: Sequence[str] = ("encode", "denoise", "decode")) -> Iterator[Need]:
+def needs(engine: Any, batch: int, height: int, width: int, parts: Sequence[str] = ("encode", "denoise", "decode")) -> Iterator[Need]:
     """Compiles the programs of one size for the engine's mesh. No weight is read."""
     import jax
     from flax import nnx
 
     pipeline = dataclasses.replace(engine, keep=False).pipeline()
-    for name, lowered in pipeline.programs(batch, texts, height, width, parts):
-        if name not in parts:  # what makes modulation runs once for many steps
+    for name, lowered in pipeline.programs(batch, engine.inputs, height, width, parts):
+        if name not in parts:  # what makes step inputs runs once for many steps
             continue
         start = time.monotonic()
         try:
@@ -73,8 +73,9 @@ def needs(engine: Any, batch: int, texts: tuple[int, int], height: int, width: i
         except jax.errors.JaxRuntimeError as error:
             yield Need(name, 0, 0, 0, time.monotonic() - start, " ".join(str(error).split())[:300])
             continue
-        inputs = [arg for arg in lowered.args_info[0] if not isinstance(arg, nnx.State)]
-        given = sum(info.dtype.itemsize * math.prod(info.shape) for info in jax.tree.leaves(inputs)) // engine.ways
+        states = lambda x: isinstance(x, nnx.State)  # noqa: E731
+        inputs = [x for x in jax.tree.leaves(lowered.args_info[0], is_leaf=states) if not states(x)]
+        given = sum(info.dtype.itemsize * math.prod(info.shape) for info in inputs) // engine.ways
         found = program.memory_analysis()
         more = given + temporaries + found.output_size_in_bytes - found.alias_size_in_bytes
         yield Need(name, found.argument_size_in_bytes - given, more, temporaries, time.monotonic() - start)
@@ -114,8 +115,7 @@ def main() -> None:
     process_group.tell_compiler(job.hardware.xla_flags, job.hardware.libtpu_init_args)
     engine = open_engine(job, target.platform, devices(target), target.hosts, open_or_known)
     batch = job.sharding.per_device_batch_size * engine.ways
-    texts = engine.tokenizers.lengths
-    for need in needs(engine, batch, texts, height, width, parts=("denoise", "decode")):
+    for need in needs(engine, batch, height, width, parts=("denoise", "decode")):
         print(json.dumps(dataclasses.asdict(need)), flush=True)
 
 

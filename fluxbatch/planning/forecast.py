@@ -15,9 +15,7 @@ import jax.numpy as jnp
 from fluxbatch.config.schema import Job, shown
 from fluxbatch.distributed.chips import Target
 from fluxbatch.distributed.process_group import GPU_SHARES, gpu_share
-from fluxbatch.generation.model_spec import PARTS, Engine
-from fluxbatch.lora.apply import TEXT
-from fluxbatch.models.flux1 import cost
+from fluxbatch.generation.model_spec import Engine
 from fluxbatch.planning import aot, memory
 from fluxbatch.reporting import columns, startup_warnings
 from fluxbatch.results.resume import left_out
@@ -35,7 +33,6 @@ class Work:
     engine: Engine
     shards: Sequence[Shard]
     size: int  # images of a batch
-    text: int  # T5 tokens
 
     @classmethod
     def of(cls, job: Job, engine: Engine, rows: Sequence[Row]) -> Work:
@@ -46,7 +43,7 @@ class Work:
         else:
             portions = batching.portions(rows, size, job.shard_size)
             shards = [Shard(i, tuple(batching.batches(portion, size))) for i, portion in enumerate(portions)]
-        return cls(engine, shards, size, job.sampler.max_sequence_length)
+        return cls(engine, shards, size)
 
     @functools.cached_property
     def batches(self) -> list[Batch]:
@@ -62,8 +59,7 @@ class Work:
 
     def prompt(self) -> int:
         """FLOPs of encoding one."""
-        clip, t5 = (self.engine.checkpoint.components[part].config for part in ("text_encoder", "text_encoder_2"))
-        return cost.clip(clip, clip.max_position_embeddings) + cost.t5(t5, self.text)
+        return self.engine.family.encode_flops(self.engine.inputs)
 
     def drawn(self, batches: Sequence[Batch]) -> int:
         """FLOPs of these batches, what fills them up included: a batch takes as many steps as its longest row."""
@@ -79,7 +75,7 @@ class Work:
 
     def encoded(self) -> int:
         """Prompts that are encoded: a shard's distinct ones, in whole batches."""
-        distinct = (len({(row.prompt, row.prompt_2) for row in shard.rows}) for shard in self.shards)
+        distinct = (len(self.engine.distinct(shard.rows)) for shard in self.shards)
         return sum(-(-count // self.size) * self.size for count in distinct)
 
 
@@ -88,7 +84,7 @@ def lines(
 ) -> Iterator[str]:  # fmt: skip
     """The whole plan; ``todo``: those of the rows that have no image; ``ahead``: with what the compiler says of the largest picture."""
     work = Work.of(job, engine, todo)
-    yield from _rows(job, rows, rejects)
+    yield from _rows(job, engine, rows, rejects)
     if len(todo) < len(rows):
         yield _line("done", f"{len(rows) - len(todo):,} of them have their image; what follows is of the {len(todo):,} to make")
     yield from _model(job, engine, target, rows)
@@ -103,8 +99,8 @@ def lines(
             yield from _compiled(job, engine, target, work)
 
 
-def _rows(job: Job, rows: Sequence[Row], rejects: Sequence[Reject]) -> Iterator[str]:
-    distinct = len({(row.prompt, row.prompt_2) for row in rows})
+def _rows(job: Job, engine: Engine, rows: Sequence[Row], rejects: Sequence[Reject]) -> Iterator[str]:
+    distinct = len(engine.distinct(rows))
     yield _line("rows", f"{len(rows):,} of {shown(job.manifest or job.prompt)}, {distinct:,} distinct prompts")
     if rejects:
         yield _line("rejects", f"{len(rejects):,} bad lines are set aside: {startup_warnings.some([reject.where.rpartition('/')[2] for reject in rejects])}")
@@ -114,7 +110,7 @@ def _rows(job: Job, rows: Sequence[Row], rejects: Sequence[Reject]) -> Iterator[
 
 
 def _model(job: Job, engine: Engine, target: Target, rows: Sequence[Row]) -> Iterator[str]:
-    counts = ", ".join(f"{name} {_scaled(memory.parameters(engine, part), 1000, ('', 'k', 'M', 'G'))}" for name, part in PARTS.items())
+    counts = ", ".join(f"{part} {_scaled(memory.parameters(engine, part), 1000, ('', 'k', 'M', 'G'))}" for part in engine.plans)
     yield _line("model", f"{job.model.flux_name}: {shown(job.model.pretrained_model_name_or_path)}; parameters: {counts}; {engine.weights_dtype}")
     mesh = " × ".join(f"{axis} {size}" for axis, size in engine.mesh.shape.items() if size > 1) or "one device"
     if (idle := target.chips - engine.mesh.size) > 0:
@@ -142,7 +138,7 @@ def _batches(work: Work) -> Iterator[str]:
 
 
 def _text(engine: Engine, rows: Sequence[Row]) -> Iterator[str]:
-    for i, (reads, cut) in enumerate(startup_warnings.cut(engine.tokenizers, rows)):
+    for i, (reads, cut) in enumerate(startup_warnings.cut(engine.inputs, rows)):
         yield _line("" if i else "text", f"{reads}: {cut or 'no prompt is cut'}")
 
 
@@ -177,7 +173,7 @@ def _compiled(job: Job, engine: Engine, target: Target, work: Work) -> Iterator[
     if target.topology:
         needs = aot.compiled(job, target, height, width)
     else:
-        needs = aot.needs(engine, work.size, (engine.tokenizers.lengths[0], work.text), height, width, ("denoise", "decode"))
+        needs = aot.needs(engine, work.size, height, width, ("denoise", "decode"))
     for need in needs:
         words = f"{_bytes(need.held)} weights + {_bytes(need.more)}, of it temporary {_bytes(need.temporaries)}" if not need.fault else need.fault
         yield _line("compiled" if need.name == "denoise" else "", f"{need.name:8} {words}; {_time(need.seconds)} for {height}×{width}")
@@ -193,7 +189,7 @@ def _reads(job: Job, engine: Engine, target: Target, work: Work) -> Iterator[str
         read[part] = max(load.to_read(plan, engine.mesh, edits, devices=devices) for devices in hosts)
     again = ""
     if job.hardware.offload_encoders == "free" and len(work.shards) > 1:
-        again = f", and {_bytes(sum(read[part] for part in TEXT))} of text encoders again for each of {len(work.shards):,} shards"
+        again = f", and {_bytes(sum(read[part] for part in engine.family.encoders))} of text encoders again for each of {len(work.shards):,} shards"
     if engine.stream:
         steps = sum(max(row.num_inference_steps for row in batch.rows) for batch in work.batches)
         again += f", and the transformer's blocks for each of {steps:,} steps (from memory as long as it holds them)"

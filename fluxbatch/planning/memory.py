@@ -17,15 +17,11 @@ from flax import nnx
 
 from fluxbatch.config.schema import Job
 from fluxbatch.distributed.mesh import make_mesh
-from fluxbatch.generation.model_spec import PARTS, Engine
+from fluxbatch.generation.model_spec import Engine
 from fluxbatch.generation.programs import pixels_at_once, together
-from fluxbatch.generation.sampling import STEPS
-from fluxbatch.lora import apply
+from fluxbatch.generation.steps import STEPS
 from fluxbatch.models import attention
-from fluxbatch.models.autoencoder import VaeConfig
-from fluxbatch.models.flux1.clip import ClipConfig
-from fluxbatch.models.flux1.t5 import T5Config
-from fluxbatch.models.flux1.transformer import FluxConfig
+from fluxbatch.models.family import Footprint
 from fluxbatch.weights import device_weights, load
 
 
@@ -50,7 +46,6 @@ class Situation:
     platform: str
     sizes: Sequence[tuple[int, int]]  # heights and widths of the pictures
     images: int  # of a device at once
-    text: int  # T5 tokens
     stay: bool  # whether the text encoders stay on the devices
     again: bool  # whether they come back once the transformer is there
     scores: bool  # whether attention writes all its scores down
@@ -66,35 +61,39 @@ class Situation:
         offload = job.hardware.offload_encoders
         stay = offload is False or (platform == "cpu" and offload != "free")  # a CPU has no other memory
         scores = platform != "cpu" and attention.chosen(job.hardware.attention.name, platform, engine.activations_dtype) == "dot_product"
-        images, text = job.sharding.per_device_batch_size, job.sampler.max_sequence_length
-        return cls(engine, platform, sizes, images, text, stay, again, scores, limit, devices or list(engine.mesh.devices.flat))
+        images = job.sharding.per_device_batch_size
+        return cls(engine, platform, sizes, images, stay, again, scores, limit, devices or list(engine.mesh.devices.flat))
 
     @property
     def turns(self) -> bool:
         """Whether the transformer makes room for the encoders when they come back."""
-        drawing = sum(on_a_device(self.engine, PARTS[name]) for name in ("flux", "vae"))
+        drawing = sum(on_a_device(self.engine, part) for part in self.engine.plans) - encoders(self.engine)
         return not (self.stay or self.engine.stream) and device_weights.crowded(encoders(self.engine), drawing, self.limit)
 
     def phases(self) -> list[Phase]:
         """Encode, denoise and decode, each for the largest picture."""
-        engine, images = self.engine, self.images
-        t5, clip, vae = (engine.checkpoint.components[part].config for part in ("text_encoder_2", "text_encoder", "vae"))
-        weights = {part: on_a_device(engine, part) for part in PARTS.values()}
+        engine, family = self.engine, self.engine.family
+        weights = {part: on_a_device(engine, part) for part in engine.plans}
         if engine.stream:
-            weights["transformer"] = streamed(engine)
-        dtype = jnp.dtype(engine.activations_dtype).itemsize
-        cut = jnp.dtype(engine.weights_dtype).itemsize if self.platform == "cpu" else 0
-        drawing = weights["transformer"] + weights["vae"] + self.beside
-        height, width = max(self.sizes, key=math.prod)
-        tokens = height * width // engine.multiple**2
-        text = encoders(engine)
+            weights[family.denoiser] = streamed(engine)
+        text, decoder = encoders(engine), weights[family.decoder]
+        drawing = sum(weights.values()) - text + self.beside
         resident = drawing + (text if self.stay else 0)
-        beside = (weights["vae"] if self.turns else drawing) if self.stay or self.again else 0
+        beside = (decoder if self.turns else drawing) if self.stay or self.again else 0
+        at = self.footprint()
         return [
-            Phase("encode", text + beside, encode(t5, clip, images, self.text, dtype, cut)),
-            Phase("denoise", resident, denoise(engine, images, tokens, self.text, self.platform, self.scores)),
-            Phase("decode", resident, decode(vae, images, height, width, self.platform) + gathered(engine, "vae")),
+            Phase("encode", text + beside, family.encode_bytes(at, engine.inputs)),
+            Phase("denoise", resident, family.denoise_bytes(at, engine.inputs)),
+            Phase("decode", resident, family.decode_bytes(at) + gathered(engine, family.decoder)),
         ]
+
+    def footprint(self) -> Footprint:
+        """Of the largest picture."""
+        engine = self.engine
+        height, width = max(self.sizes, key=math.prod)
+        dtypes = (jnp.dtype(name).itemsize for name in (engine.activations_dtype, engine.weights_dtype))
+        at_once = together(self.images, height, width, pixels_at_once(self.platform))
+        return Footprint(self.images, height, width, self.platform, *dtypes, dict(engine.mesh.shape), self.scores, STEPS, at_once)
 
     def way_out(self, limit: int) -> tuple[str, ...]:
         """The fewest settings with which every phase fits in ``limit``, slow ones last; none if nothing does."""
@@ -133,8 +132,8 @@ def adapters(engine: Engine) -> int:
 
 
 def encoders(engine: Engine) -> int:
-    """Bytes of T5's and CLIP's weights on a device."""
-    return sum(on_a_device(engine, part) for part in apply.TEXT)
+    """Bytes of the text encoders' weights on a device."""
+    return sum(on_a_device(engine, part) for part in engine.family.encoders)
 
 
 def on_a_device(engine: Engine, part: str) -> int:
@@ -148,54 +147,16 @@ def gathered(engine: Engine, part: str) -> int:
 
 
 def streamed(engine: Engine) -> int:
-    """What is on a device when the transformer's blocks pass through it: two of them without what makes their
-    modulation, which has passed before, and what lies in none."""
-    rest, blocks = 0, {"double_blocks": 0, "single_blocks": 0}
-    for path, (_, shape) in engine.plans["transformer"].shapes.items():
+    """What is on a device when the denoiser's blocks pass through it: two of them without their step layers, which have
+    passed before, and what lies in none."""
+    plan = engine.plans[engine.family.denoiser]
+    stream = nnx.merge(plan.graph, plan.state).stream()
+    layers = [f"{layer}." for each in stream.step_layers.values() for layer in each]
+    rest, blocks = 0, {stack: 0 for stack, _ in stream.blocks}
+    for path, (_, shape) in plan.shapes.items():
         stack, numbers = path.partition(".")[0], math.prod(shape)
         if stack not in blocks:
             rest += numbers
-        elif ".mod." not in path:
+        elif not path.startswith(tuple(layers)):
             blocks[stack] += numbers
     return (rest + 2 * max(blocks.values())) * jnp.dtype(engine.weights_dtype).itemsize
-
-
-def denoise(engine: Engine, images: int, tokens: int, text: int, platform: str, scores: bool) -> int:
-    """The modulation of some steps, and in a single block: the sequence and its normed form, and in heads and hidden
-    units q, k, v and the MLP's four widths; what else there is differs from compiler to compiler. ``tokens``, ``text``:
-    of an image. ``scores``: attention's too, in float32."""
-    cfg: FluxConfig = engine.checkpoint.components["transformer"].config
-    shape, d = engine.mesh.shape, cfg.width
-    dtype, weight = (jnp.dtype(name).itemsize for name in (engine.activations_dtype, engine.weights_dtype))
-    modulation = images * STEPS * d * dtype * (12 * cfg.num_layers + 3 * cfg.num_single_layers + 2)
-    width = images * (tokens + text) // shape["context"] * d * dtype
-    layer = 12 * d * d * weight // shape["tensor"]  # of a single block; a double one has twice that
-    if platform == "cpu":  # cuts each layer from its stack
-        return modulation + max(layer + 13 * width, 2 * layer + 6 * width)
-    gathered = layer + layer // 2 if shape["fsdp"] > 1 else 0  # three quarters of a double block: its MLPs come ahead
-    written = 4 * images * cfg.num_attention_heads * (tokens + text) ** 2 // (shape["context"] * shape["tensor"]) if scores else 0
-    return modulation + gathered + 2 * width + 6 * width // shape["tensor"] + written
-
-
-def encode(t5: T5Config, clip: ClipConfig, images: int, text: int, dtype: int, weight: int) -> int:
-    """Scores in float32, twice, T5's bias, and what a block works on. ``weight``: bytes of a number of those layers
-    that the CPU cuts from their stack; else 0."""
-    scores, length = 4 * t5.num_heads * text**2, clip.max_position_embeddings
-    of_t5 = scores * (1 + 2 * images) + 4 * images * text * t5.d_model * dtype
-    of_clip = 4 * images * length * (clip.num_attention_heads * length + 4 * clip.hidden_size)
-    layer_t5 = t5.d_model * (4 * t5.num_heads * t5.d_kv + 3 * t5.d_ff)
-    layer_clip = clip.hidden_size * (4 * clip.hidden_size + 2 * clip.intermediate_size)
-    return max(of_t5 + weight * layer_t5, of_clip + weight * layer_clip)
-
-
-def decode(cfg: VaeConfig, images: int, height: int, width: int, platform: str) -> int:
-    """The widest resnet in float32, in which pictures that bfloat16 cannot hold are decoded again, of the pictures that are
-    decoded at once: its input, once as it is and once as the convolution that doubled the pixels left it, the normed form and
-    the outputs of its convolutions. Of TPUs and GPUs the factor lies between libtpu's figures for FLUX.1 on one v6e, 6 % more
-    at 1024 × 1024, and XLA:GPU's and those of meshes of four TPUs, 5 % less. What cuDNN takes to work in is not known before."""
-    widest, pixels = 0.0, height * width
-    sizes = cfg.block_out_channels
-    for size, before in zip(sizes, (*sizes[1:], sizes[-1]), strict=True):
-        widest = max(widest, pixels * (2.13 * before if platform != "cpu" else max(3 * before, before + 3 * size)))
-        pixels //= 4
-    return int(4 * together(images, height, width, pixels_at_once(platform)) * widest) + 3 * images * height * width

@@ -11,9 +11,9 @@ from typing import Any
 from fluxbatch.config.overrides import meant
 from fluxbatch.config.schema import Job
 from fluxbatch.generation.model_spec import Engine
-from fluxbatch.generation.tokenizers import Absent, Tokenizers
 from fluxbatch.manifest.formats import shown
 from fluxbatch.manifest.rows import FIELDS
+from fluxbatch.models.family import TextInput
 from fluxbatch.reporting import columns
 from fluxbatch.results.resume import left_out
 from fluxbatch.storage import cache
@@ -57,7 +57,7 @@ def lines(job: Job, engine: Engine, given: Sequence[Row], rows: Sequence[Row], t
     if fields := unread(rows):
         yield fields
     yield from odd(rows)
-    yield from (f"{reads}: {hit}" for reads, hit in cut(engine.tokenizers, todo) if hit)
+    yield from (f"{reads}: {hit}" for reads, hit in cut(engine.inputs, todo) if hit)
     yield from caches(job, engine, todo)
     yield from engine.lora.table()
 
@@ -93,7 +93,7 @@ def lost(files: Sequence[str]) -> Iterator[str]:
 def unguided(engine: Engine, rows: Sequence[Row]) -> Iterator[str]:
     """That rows have guidance, and the checkpoint has nothing that reads it."""
     count = sum(row.guidance_scale != 0 for row in rows)
-    if count and not engine.remarks and not engine.checkpoint.components["transformer"].config.guidance_embeds:
+    if count and not engine.remarks and not engine.family.guided:
         yield f"guidance_scale decides nothing ({count:,} rows have one): the checkpoint has no guidance embedding"
 
 
@@ -146,24 +146,22 @@ def strangers(count: int, overwrite: bool) -> Iterator[str]:
         yield f"records of no row of this manifest: {count:,}; {drop if overwrite else stay}"
 
 
-def cut(tokenizers: Tokenizers, rows: Sequence[Row]) -> Iterator[tuple[str, str | None]]:
+def cut(inputs: Sequence[TextInput], rows: Sequence[Row]) -> Iterator[tuple[str, str | None]]:
     """What each text encoder reads, and the rows that it does not read to their end."""
-    clip, t5 = tokenizers.cut((row.prompt for row in rows), (row.prompt_2 for row in rows))
-    for name, tokenizer, limit, texts, of in (
-        ("CLIP", tokenizers.clip, tokenizers.lengths[0], clip, lambda row: row.prompt),
-        ("T5", tokenizers.t5, tokenizers.lengths[1], t5, lambda row: row.prompt_2),
-    ):
-        hit = [row for row in rows if of(row) in texts] if texts else []
-        lines = {row.where: of(row) for row in hit}
-        first, unit = dict(itertools.islice(lines.items(), SHOWN)), " words" if isinstance(tokenizer, Absent) else ""
-        sizes = zip(first, tokenizer.count([*first.values()]), strict=True)
-        named = [f"{where.rpartition('/')[2]} has {size}{unit}" for where, size in sizes]
+    for each in inputs:
+        texts = {text: None for row in rows if (text := each.text(row)) is not None}
+        longer, doubtful = each.truncated(texts), each.doubtful(texts)
+        hit = [row for row in rows if each.text(row) in longer] if longer else []
+        lines = {row.where: each.text(row) for row in hit}
+        first = dict(itertools.islice(lines.items(), SHOWN))
+        sizes = zip(first, each.tokenizer.count([*first.values()]), strict=True)
+        named = [f"{where.rpartition('/')[2]} has {size}{each.tokenizer.unit}" for where, size in sizes]
         said = [f"{len(hit):,} rows are cut: {some(named, count=len(lines))}"] if hit else []
-        if isinstance(tokenizer, Absent) and (doubtful := tokenizer.doubtful(map(of, rows), limit)):
-            count = sum(of(row) in doubtful for row in rows)
+        if doubtful:
+            count = sum(each.text(row) in doubtful for row in rows)
             others = f"{count:,} more" if hit else f"{count:,}"
             said.append(f"whether {others} rows are cut cannot be told, as its tokenizer is not here")
-        yield f"{name} reads {limit} tokens", "; ".join(said) or None
+        yield f"{each.name} reads {each.length} tokens", "; ".join(said) or None
 
 
 def some(items: Sequence[str], shown: int = SHOWN, count: int | None = None) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from fluxbatch.generation.pipeline import Watcher
-from fluxbatch.generation.prompts import TextStates
+from fluxbatch.generation.prompts import PromptEmbeds
 from fluxbatch.shards import progress
 from fluxbatch.shards.progress import Lines
 
@@ -145,7 +145,7 @@ class Report(Watcher):
     def launched(self, since: float, outputs: Any, pictures: bool) -> None:
         self.devices.launched(since, outputs, pictures)
 
-    def encoded(self, states: TextStates) -> None:
+    def encoded(self, states: PromptEmbeds) -> None:
         """A shard's texts are there; those of an earlier shard count once."""
         for key in states.states:
             if hash(key) not in self._texts:

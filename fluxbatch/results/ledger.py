@@ -15,8 +15,27 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 
 from fluxbatch.results.file_names import Namer
-from fluxbatch.results.location import HIDDEN, IMAGES, JOB, METADATA, REJECTS, STATUS, WAY_OUT, refuse_foreign
-from fluxbatch.results.resume import Record, RecordId, describe, difference, digest, key_under, match, row_key, with_extra
+from fluxbatch.results.location import (
+    HIDDEN,
+    IMAGES,
+    JOB,
+    METADATA,
+    REJECTS,
+    STATUS,
+    WAY_OUT,
+    refuse_foreign,
+)
+from fluxbatch.results.resume import (
+    Record,
+    RecordId,
+    describe,
+    difference,
+    digest,
+    key_under,
+    match,
+    row_key,
+    with_extra,
+)
 from fluxbatch.storage.base import NotFound, Store, join
 from fluxbatch.storage.log import Log, in_parallel, json_line, object_of
 from fluxbatch.types import Reject, Row, UserError

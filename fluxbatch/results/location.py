@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 
 from fluxbatch.config.schema import Job
-from fluxbatch.storage.base import Store, join, open_store
+from fluxbatch.storage.base import Store, join
+from fluxbatch.storage.registry import open_store
 from fluxbatch.types import UserError
 
 METADATA, REJECTS, STATUS, CONFIG = "metadata.jsonl", "rejects.jsonl", "status.json", "config.yaml"

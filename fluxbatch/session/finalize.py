@@ -19,7 +19,8 @@ from fluxbatch.results.gallery import write_contact_sheet, write_gallery, write_
 from fluxbatch.results.ledger import Ledger, Tally
 from fluxbatch.results.location import CONFIG, JOB, METADATA, REJECTS, SHEET
 from fluxbatch.shards.assignment import Work
-from fluxbatch.storage.base import StorageError, Store, join, open_store
+from fluxbatch.storage.base import StorageError, Store, join
+from fluxbatch.storage.registry import open_store
 from fluxbatch.types import Exit, UserError
 
 REASONS = {

@@ -1,16 +1,15 @@
-"""FLUX one block at a time, for devices and hosts smaller than the transformer.
+"""A transformer one block at a time, for devices and hosts smaller than the transformer.
 
 Every step goes through the blocks anew; the next one is read and put on the devices while this one computes.
-What makes their modulation has passed before, once for all steps.
+The layers that make their step inputs have passed before, once for all steps.
 They come from the checkpoint, that is from the page cache as long as the host's memory holds the file, else from
 disk or bucket; or, where they are held, from pinned host memory after the first step. At most two blocks (0.9 GB
-of FLUX.1 in bfloat16) are on the devices, and in the host's memory if it does not hold them all.
+of a 12B transformer in bfloat16) are on the devices, and in the host's memory if it does not hold them all.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterator
@@ -20,33 +19,27 @@ from typing import Any
 import jax
 from flax import nnx
 
-from fluxbatch.models.flux1.transformer import DoubleBlock, Flux, FluxConfig, SingleBlock, without_modulators
 from fluxbatch.weights import load
 from fluxbatch.weights.device_weights import Network, moved
 
 Part = tuple[Any, Any]  # graph definition and parameters
 Reading = Callable[[], contextlib.AbstractContextManager[load.Progress]]
-Name = tuple[str, int]  # of a block, or of what makes its modulation: its stack, and its place there
-
-MODULATORS = {"double_blocks": ("double_blocks.img.mod", "double_blocks.txt.mod"), "single_blocks": ("single_blocks.mod",)}
-
+Name = tuple[str, int]  # of a block or a step layer: its stack, and its place there
 
 def _untold() -> contextlib.AbstractContextManager[load.Progress]:
     return contextlib.nullcontext(lambda count: None)
 
 
-class StreamedFlux(Network):
+class StreamedNetwork(Network):
     """As a network it is what lies in no block; ``blocks`` has the others."""
 
     def __init__(self, plan: load.Plan, mesh: jax.sharding.Mesh, dtype: Any, edits: load.Edits, hold: bool = False):
         """``hold``: keep the blocks in pinned host memory."""
         self._whole, self._hold, self._held = plan, hold, {}
-        flux = nnx.merge(plan.graph, plan.state)
-        cfg = flux.cfg
-        self._names = [("double_blocks", i) for i in range(cfg.num_layers)] + [("single_blocks", i) for i in range(cfg.num_single_layers)]
-        self._shapes = _shapes(cfg)
-        bare = dataclasses.replace(cfg, num_layers=0, num_single_layers=0)
-        graph, state = _abstract(lambda rngs: Flux(bare, rngs=rngs, attention=flux.attention, split_head_dim=flux.split_head_dim))
+        self._stream = nnx.merge(plan.graph, plan.state).stream()
+        self._names = [(stack, i) for stack, count in self._stream.blocks for i in range(count)]
+        self._shapes = {path: _abstract(make) for path, make in self._stream.makers.items()}
+        graph, state = _abstract(self._stream.rest)
         pieces = {path: plan.pieces[path] for path in _paths(state)}
         super().__init__(load.Plan(plan.source, graph, state, pieces), mesh, dtype, edits)
 
@@ -57,17 +50,17 @@ class StreamedFlux(Network):
         super().merge(edits)
         self._held.clear()
 
-    def modulators(self, reading: Reading = _untold) -> _Ahead:
-        """The layers that make the blocks' modulation, with their names; to be used with ``with``. ``reading``: what
+    def step_layers(self, reading: Reading = _untold) -> _Ahead:
+        """The layers that make the blocks' step inputs, with their names; to be used with ``with``. ``reading``: what
         surrounds each one's reading and is told of its bytes, in a thread."""
-        return _Ahead(itertools.chain.from_iterable(map(self.modulators_of, self._names)), functools.partial(self._part, reading))
+        return _Ahead(itertools.chain.from_iterable(map(self.step_layers_of, self._names)), functools.partial(self._part, reading))
 
-    def modulators_of(self, name: Name) -> list[Name]:
+    def step_layers_of(self, name: Name) -> list[Name]:
         """The names of a block's own."""
-        return [(layer, name[1]) for layer in MODULATORS[name[0]]]
+        return [(layer, name[1]) for layer in self._stream.step_layers[name[0]]]
 
     def blocks(self, steps: int, reading: Reading = _untold) -> _Ahead:
-        """All blocks in their order with their names, ``steps`` times over; as ``modulators``."""
+        """All blocks in their order with their names, ``steps`` times over; as ``step_layers``."""
         return _Ahead(itertools.chain.from_iterable(itertools.repeat(self._names, steps)), functools.partial(self._part, reading))
 
     def _part(self, reading: Reading, name: Name) -> Part:
@@ -83,18 +76,6 @@ class StreamedFlux(Network):
         if self._hold:
             self._held[name] = part[0], jax.block_until_ready(moved(part[1], "pinned_host"))
         return part
-
-
-def _shapes(cfg: FluxConfig) -> dict[str, Part]:
-    """Of the layers that make modulation, each by itself, and of the blocks without them."""
-    makers: dict[str, Callable[[nnx.Rngs | None], nnx.Module]] = {
-        "double_blocks.img.mod": lambda rngs: DoubleBlock(cfg, rngs=rngs).img.mod,
-        "double_blocks.txt.mod": lambda rngs: DoubleBlock(cfg, rngs=rngs).txt.mod,
-        "single_blocks.mod": lambda rngs: SingleBlock(cfg, rngs=rngs).mod,
-        "double_blocks": lambda rngs: without_modulators(DoubleBlock(cfg, rngs=rngs)),
-        "single_blocks": lambda rngs: without_modulators(SingleBlock(cfg, rngs=rngs)),
-    }
-    return {stack: _abstract(make) for stack, make in makers.items()}
 
 
 def _abstract(make: Callable[[nnx.Rngs | None], nnx.Module]) -> Part:

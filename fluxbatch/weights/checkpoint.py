@@ -1,4 +1,4 @@
-"""A FLUX checkpoint as a set of components, opened from headers and configs alone.
+"""A checkpoint as a set of components, opened from headers and configs alone.
 
 Three layouts, told apart by what is there: diffusers' directory, single files (Black Forest Labs',
 ComfyUI's), and the converted copy that ``fluxbatch.convert`` writes.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
+import fnmatch
 import functools
 import hashlib
 import json
@@ -18,20 +19,15 @@ import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from flax import nnx
-
 from fluxbatch.config.schema import Model, shown
-from fluxbatch.models.autoencoder import Decoder, VaeConfig
-from fluxbatch.models.flux1 import keys
-from fluxbatch.models.flux1.clip import ClipConfig, ClipTextEncoder
-from fluxbatch.models.flux1.t5 import T5Config, T5Encoder
-from fluxbatch.models.flux1.transformer import Flux, FluxConfig
+from fluxbatch.models.family import Component, Family
+from fluxbatch.models.key_tables import NATIVE, Table, shapes_of
+from fluxbatch.models.registry import by_pipeline, families
 from fluxbatch.types import UserError
 from fluxbatch.weights import load, single_files, zarr
 from fluxbatch.weights.digests import verify
 from fluxbatch.weights.find import SMALL, SUFFIX, SUFFIXES, find, snapshot, split
 from fluxbatch.weights.headers import held, read_header, read_headers, with_scales
-from fluxbatch.weights.matching import Table
 from fluxbatch.weights.source import Source, Tensor, sampled
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt", "spiece.model",
@@ -39,41 +35,10 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
 
 
 @dataclasses.dataclass(frozen=True)
-class Kind:
-    """What a component is: its config, model, names and the stems of its weight files."""
+class Opened:
+    """A component of a checkpoint, as its config and headers have it."""
 
-    config: Any
-    module: Callable[..., nnx.Module]
-    table: Table
-    stems: tuple[str, ...]
-    classes: tuple[str, ...]  # what its config.json may say it is
-    key: str | None = None  # of the configuration, naming where it lives if not with the base model
-    files: tuple[str, ...] = ()  # its usual names as a single file
-    folders: tuple[str, ...] = ()  # ComfyUI's, beside the transformer's
-
-
-CLIP_FILES = ("clip_l.safetensors",)
-T5_FILES = ("t5xxl_fp16.safetensors", "t5xxl_fp8_e4m3fn_scaled.safetensors", "t5xxl_fp8_e4m3fn.safetensors")
-KINDS = {
-    "transformer": Kind(FluxConfig, Flux, keys.FLUX_DIFFUSERS, ("diffusion_pytorch_model", "model"), ("FluxTransformer2DModel",)),
-    "text_encoder": Kind(ClipConfig, ClipTextEncoder, keys.CLIP, ("model",), ("CLIPTextModel", "CLIPModel"),
-                         "clip_model_name_or_path", CLIP_FILES, ("text_encoders", "clip")),
-    "text_encoder_2": Kind(T5Config, T5Encoder, keys.T5, ("model",), ("T5EncoderModel", "T5ForConditionalGeneration", "T5Model"),
-                           "t5xxl_model_name_or_path", T5_FILES, ("text_encoders", "clip")),
-    "vae": Kind(VaeConfig, Decoder, keys.VAE_DECODER, ("diffusion_pytorch_model", "model"), ("AutoencoderKL",),
-                "vae_model_name_or_path", ("ae.safetensors", "ae.sft"), ("vae",)),
-}  # fmt: skip
-# Each tokenizer's encoder, and for FLUX.1's vocabularies the public repository that has it: single files
-# come without one.
-TOKENIZERS = {
-    "tokenizer": ("text_encoder", 49408, "openai/clip-vit-large-patch14"),
-    "tokenizer_2": ("text_encoder_2", 32128, "google/t5-v1_1-xxl"),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Component:
-    kind: Kind
+    definition: Component
     source: Source
     config: Any
     tensors: Mapping[str, Tensor]
@@ -82,15 +47,15 @@ class Component:
 
     def plan(self, **options: Any) -> load.Plan:
         """Which bytes fill which parameter; UserError lists every disagreement."""
-        make = lambda rngs: self.kind.module(self.config, rngs=rngs, **options)  # noqa: E731
+        make = lambda rngs: self.definition.module(self.config, rngs=rngs, **options)  # noqa: E731
         return load.plan(make, dict(self.tensors), self.table, self.source)
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    components: Mapping[str, Component]
-    tokenizer: str  # local directory of CLIP's tokenizer; empty in a plan that has none
-    tokenizer_2: str  # and of T5's
+    family: Family
+    components: Mapping[str, Opened]
+    tokenizers: Mapping[str, str]  # local directories; empty in a plan that has none
     scheduler: Mapping[str, Any]
     revision: str | None  # commit of a Hugging Face snapshot
     converted_from: str | None = None  # digest of what a converted copy was made from
@@ -102,7 +67,7 @@ class Checkpoint:
         if self.converted_from and all(isinstance(c.source, zarr.Arrays) for c in self.components.values()):
             return self.converted_from
         digest = hashlib.sha256(json.dumps(self.scheduler, sort_keys=True).encode() + self._weights(self.components))
-        for folder in (self.tokenizer, self.tokenizer_2):
+        for folder in self.tokenizers.values():
             for file in TOKENIZER_FILES:
                 if os.path.exists(path := os.path.join(folder, file)):
                     with open(path, "rb") as f:
@@ -111,9 +76,9 @@ class Checkpoint:
 
     def text_digest(self) -> str:
         """Likewise, over what decides the encoding of token ids: it is the same for models that share their encoders."""
-        return self._weights({name: self.components[name] for name in ("text_encoder", "text_encoder_2")}).hex()
+        return self._weights({name: self.components[name] for name in self.family.encoders}).hex()
 
-    def _weights(self, components: Mapping[str, Component]) -> bytes:
+    def _weights(self, components: Mapping[str, Opened]) -> bytes:
         digest = hashlib.sha256((self.converted_from or "").encode())
         for name, component in sorted(components.items()):
             digest.update(name.encode() + json.dumps(dataclasses.asdict(component.config), sort_keys=True).encode())
@@ -133,7 +98,7 @@ class Checkpoint:
         return found
 
 
-def files(components: Mapping[str, Component]) -> list[tuple[Source, str, int]]:
+def files(components: Mapping[str, Opened]) -> list[tuple[Source, str, int]]:
     """Each file of weights once, in a fixed order, with its size in bytes."""
     found = {}
     for _, component in sorted(components.items()):
@@ -143,97 +108,116 @@ def files(components: Mapping[str, Component]) -> list[tuple[Source, str, int]]:
 
 
 def open_checkpoint(model: Model) -> Checkpoint:
-    """Finds the checkpoint and reads its configs and headers; UserError for anything unsound."""
+    """Finds the checkpoint and its family, and reads its configs and headers; UserError for anything unsound."""
     place, revision = find(model.pretrained_model_name_or_path, "model.pretrained_model_name_or_path", model.revision, *_wanted(model))
     folder, file = split(place)
     root = Source(folder)
     index = root.json("model_index.json") if file is None and root.exists("model_index.json") else {}
-    if index.get("_class_name", "FluxPipeline") not in ("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline"):
-        raise UserError(f"{root.path('model_index.json')}: a {index['_class_name']}, expected a FluxPipeline")
     marker = zarr.read_marker(root) if file is None else None
     file = file or (_only_file(root) if marker is None else None)
     whole = _read_file(root, file) if file else {}
+    family = _family_of(root, index.get("_class_name"), file, whole)
 
-    opened = {name: open_component(name, model, root, file, whole, marker) for name in KINDS}
+    opened = {name: open_component(family, name, model, root, file, whole, marker) for name in family.components}
     components = {name: component for name, (component, _) in opened.items()}
     if file:
-        prefixes = {found[2] for name in KINDS if (found := single_files.recognise(name, whole))}
-        single_files.check_whole(whole, list(prefixes), root.path(file))
+        prefixes = {found[2] for component in family.components.values() if (found := single_files.recognise(component, whole))}
+        single_files.check_whole(whole, list(prefixes), family.leftovers, root.path(file))
     if model.verify.name == "digest" and marker is None:  # a converted copy has checksums of its own
         verify(files(components))
-    agree(components)
-    flux = components["transformer"]
+    whole_family = agreed(family, components)
     tokenizers = {}
-    for name, (encoder, vocabulary, repo) in TOKENIZERS.items():
-        known = repo if components[encoder].config.vocab_size == vocabulary else None
-        home = opened[encoder][1]  # a model directory of its own has its tokenizer beside the weights
-        tokenizers[name] = _tokenizer([*([home / name, home] if home else []), root / name], known)
+    for name, published in family.tokenizers.items():
+        known = published.repo if components[published.component].config.vocab_size == published.vocabulary else None
+        home = opened[published.component][1]  # a model directory of its own has its tokenizer beside the weights
+        tokenizers[name] = find_tokenizer([*([home / name, home] if home else []), root / name], known)
     if file and not root.exists("scheduler/scheduler_config.json"):
-        scheduler = single_files.schedule(flux.config.guidance_embeds)
+        scheduler = whole_family.published_scheduler()
     else:
         scheduler = (root / "scheduler").json("scheduler_config.json")
-    return Checkpoint(components, **tokenizers, scheduler=scheduler, revision=revision or (marker or {}).get("revision"),
-                      converted_from=(marker or {}).get("digest"))  # fmt: skip
+    return Checkpoint(whole_family, components, tokenizers, scheduler, revision or (marker or {}).get("revision"), (marker or {}).get("digest"))
 
 
-def agree(components: Mapping[str, Component]) -> None:
-    """UserError where the transformer is not made for the other components."""
-    flux, vae, t5, clip = (components[name] for name in ("transformer", "vae", "text_encoder_2", "text_encoder"))
-    for key, expected, of in (
-        ("in_channels", 4 * vae.config.latent_channels, "4 × the VAE's latent_channels"),
-        ("joint_attention_dim", t5.config.d_model, "T5's d_model"),
-        ("pooled_projection_dim", clip.config.hidden_size, "CLIP's hidden_size"),
-    ):
-        if (got := getattr(flux.config, key)) != expected:
-            raise UserError(f"{flux.where}: {key} is {got}, expected {expected} ({of})")
+def _family_of(root: Source, pipeline: str | None, file: str | None, whole: Mapping[str, Tensor]) -> type[Family]:
+    """By what ``model_index.json`` says; without one by the denoiser's config, or by its tensors in a single file."""
+    if file:
+        known = (family for family in families() if single_files.recognise(family.components[family.denoiser], whole))
+        if (found := next(known, None)) is None:
+            names = ", ".join(family.denoiser for family in families()[:1])
+            raise UserError(f"{root.path(file)}: no {names} in it: its tensors are called {', '.join(list(whole)[:3])}, …")
+        return found
+    if pipeline is not None:
+        if (named := by_pipeline(pipeline)) is None:
+            firsts = " or ".join(family.pipelines[0] for family in families())
+            raise UserError(f"{root.path('model_index.json')}: a {pipeline}, expected a {firsts}")
+        return named
+    for family in families():
+        path = f"{family.denoiser}/config.json"
+        if root.exists(path) and _class_of(root.json(path)) in family.components[family.denoiser].classes:
+            return family
+    return families()[0]  # which says what is missing
+
+
+def agreed(family: type[Family], components: Mapping[str, Opened]) -> Family:
+    """The family with these components' configs; UserError where they do not fit each other."""
+    found = family({name: component.config for name, component in components.items()})
+    for name, key, got, expected, of in found.mismatches():
+        raise UserError(f"{components[name].where}: {key} is {got}, expected {expected} ({of})")
+    return found
 
 
 def _wanted(model: Model) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """What to fetch of the base model's repository; and with a transformer that is a file of it. No weights of what
+    """What to fetch of the base model's repository; and with a denoiser that is a file of it. No weights of what
     the configuration names apart."""
-    weights = [name for name, kind in KINDS.items() if not (kind.key and getattr(model, kind.key))]
-    beside = [f"{name}/*" for name in weights if name != "transformer"] + [*KINDS["vae"].files] * ("vae" in weights)
-    return (*SMALL, *(f"{name}/*" for name in weights)), (*SMALL, *beside)
+    all_of = [(name, component, name == family.denoiser) for family in families() for name, component in family.components.items()]
+    apart = {name for name, component, _ in all_of if component.home and getattr(model, component.home)}
+    names = [name for name in dict.fromkeys(name for name, *_ in all_of) if name not in apart]
+    denoisers = {name for name, _, is_denoiser in all_of if is_denoiser}
+    single = [file for family in families() if family.decoder not in apart for file in family.components[family.decoder].files]
+    beside = [f"{name}/*" for name in names if name not in denoisers] + single
+    return (*SMALL, *(f"{name}/*" for name in names)), (*SMALL, *dict.fromkeys(beside))
 
 
 def open_component(
-    name: str, model: Model, root: Source, file: str | None, whole: Mapping[str, Tensor], marker: Mapping[str, Any] | None
-) -> tuple[Component, Source | None]:
-    """A component, and the directory of a text encoder that the configuration names apart."""
-    kind = KINDS[name]
-    if kind.key and (given := getattr(model, kind.key)):
-        stems = (f"{folder}{stem}{end}" for folder in ("", f"{name}/") for stem in kind.stems for end in (SUFFIX, f"-*{SUFFIX}"))
-        place, other = split(find(given, f"model.{kind.key}", None, (*stems, *SMALL), SMALL)[0])
+    family: type[Family], name: str, model: Model, root: Source, file: str | None, whole: Mapping[str, Tensor], marker: Mapping[str, Any] | None
+) -> tuple[Opened, Source | None]:
+    """A component, and the directory of one that the configuration names apart."""
+    component = family.components[name]
+    if component.home and (given := getattr(model, component.home)):
+        stems = (f"{folder}{stem}{end}" for folder in ("", f"{name}/") for stem in component.stems for end in (SUFFIX, f"-*{SUFFIX}"))
+        place, other = split(find(given, f"model.{component.home}", None, (*stems, *SMALL), SMALL)[0])
         home = Source(place)
         if other:
-            return _from_file(name, home, other, _read_file(home, other)), home
-        return _from_directory(name, home / name if home.exists(f"{name}/config.json") else home), home
+            return _from_file(name, component, home, other, _read_file(home, other)), home
+        return _from_directory(name, component, home / name if home.exists(f"{name}/config.json") else home), home
     if marker is not None:
-        return _from_directory(name, root / name, marker), None
-    if file and (name == "transformer" or single_files.recognise(name, whole)):
-        return _from_file(name, root, file, whole), None
-    if _has_weights(name, root / name):
-        return _from_directory(name, root / name), None
-    folders = [root, *(root / f"../{folder}" for folder in kind.folders if root.local)]
+        return _from_directory(name, component, root / name, marker), None
+    if file and (name == family.denoiser or single_files.recognise(component, whole)):
+        return _from_file(name, component, root, file, whole), None
+    if _has_weights(component, root / name):
+        return _from_directory(name, component, root / name), None
+    folders = [root, *(root / f"../{folder}" for folder in component.folders if root.local)]
     for folder in folders:
-        for other in kind.files:
+        for other in component.files:
             if folder.exists(other):
-                return _from_file(name, folder, other, _read_file(folder, other)), None
+                return _from_file(name, component, folder, other, _read_file(folder, other)), None
     if not file:
-        return _from_directory(name, root / name, root=root), None  # says what is missing
-    raise UserError(f"{root.path(file)}: no {name} in it or beside it: expected {root.path(name)}/ or {kind.files[0]} in "
-                    f"{', '.join(folder.url for folder in folders)}, or model.{kind.key}=…")  # fmt: skip
+        return _from_directory(name, component, root / name, root=root), None  # says what is missing
+    usual = f" or {component.files[0]} in {', '.join(folder.url for folder in folders)}" if component.files else ""
+    other_home = f", or model.{component.home}=…" if component.home else ""
+    raise UserError(f"{root.path(file)}: no {name} in it or beside it: expected {root.path(name)}/{usual}{other_home}")
 
 
-def _has_weights(name: str, directory: Source) -> bool:
-    return any(directory.exists(f"{stem}.safetensors{end}") for stem in KINDS[name].stems for end in ("", ".index.json"))
+def _has_weights(component: Component, directory: Source) -> bool:
+    return any(directory.exists(f"{stem}.safetensors{end}") for stem in component.stems for end in ("", ".index.json"))
 
 
 def _only_file(root: Source) -> str | None:
-    """The transformer's file in a directory of single files."""
-    if _has_weights("transformer", root / "transformer"):
+    """The denoiser's file in a directory of single files."""
+    if any(_has_weights(family.components[family.denoiser], root / family.denoiser) for family in families()):
         return None
-    files = [name for name in root.top() if name.startswith("flux") and name.endswith(SUFFIXES)]
+    patterns = {pattern for family in families() for pattern in family.file_patterns}
+    files = [name for name in root.top() if name.endswith(SUFFIXES) and any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
     if len(files) > 1:
         raise UserError(f"{root.url}: holds {', '.join(files)}: name one of them")
     return files[0] if files else None
@@ -243,54 +227,56 @@ def _read_file(source: Source, file: str) -> dict[str, Tensor]:
     return with_scales(read_header(source, file), source.path(file))
 
 
-def _from_file(name: str, source: Source, file: str, whole: Mapping[str, Tensor]) -> Component:
-    kind, where = KINDS[name], source.path(file)
-    found = single_files.recognise(name, whole)
+def _from_file(name: str, component: Component, source: Source, file: str, whole: Mapping[str, Tensor]) -> Opened:
+    where = source.path(file)
+    found = single_files.recognise(component, whole)
     if found is None:
         raise UserError(f"{where}: no {name} in it: its tensors are called {', '.join(list(whole)[:3])}, …")
     tensors, table, _ = found
     try:
-        config = single_files.sizes(name, tensors, table)
-        beside = next((json for path in (f"{name}/config.json", "config.json") if (json := _declared(kind, source, path))), None)
-        config = (beside.get("text_config", beside) if beside else single_files.constants(name, config)) | config
-        return Component(kind, source, _parsed(kind, config), tensors, table, where)
+        config = component.sizes(*shapes_of(tensors, table))
+        beside = next((json for path in (f"{name}/config.json", "config.json") if (json := _declared(component, source, path))), None)
+        config = (beside.get("text_config", beside) if beside else component.constants(config)) | config
+        return Opened(component, source, _parsed(component, config), tensors, table, where)
     except KeyError as error:
         raise UserError(f"{where}: no tensor gives the size of {error} of the {name}") from error
     except (ValueError, TypeError, IndexError) as error:
         raise UserError(f"{where}: {error}") from error
 
 
-def _declared(kind: Kind, source: Source, path: str) -> dict[str, Any] | None:
+def _declared(component: Component, source: Source, path: str) -> dict[str, Any] | None:
     """The config at ``path`` if it says it is of this kind."""
     config = source.json(path) if source.exists(path) else {}
-    return config if _class_of(config) in kind.classes else None
+    return config if _class_of(config) in component.classes else None
 
 
 def _class_of(config: Mapping[str, Any]) -> str | None:
     return config.get("_class_name") or next(iter(config.get("architectures") or ()), None)
 
 
-def _from_directory(name: str, source: Source, marker: Mapping[str, Any] | None = None, root: Source | None = None) -> Component:
-    kind = KINDS[name]
+def _from_directory(
+    name: str, component: Component, source: Source, marker: Mapping[str, Any] | None = None, root: Source | None = None
+) -> Opened:  # fmt: skip
     if not source.exists("config.json"):
         raise UserError(f"{source.path('config.json')}: not found: the checkpoint has no {name}{held(source, *([root] if root else []))}")
     config = source.json("config.json")
     where = source.path("config.json")
     declared = _class_of(config)
-    if declared is not None and declared not in kind.classes:
-        raise UserError(f"{where}: is a {declared}, expected {' or '.join(kind.classes)}")
+    if declared is not None and declared not in component.classes:
+        raise UserError(f"{where}: is a {declared}, expected {' or '.join(component.classes)}")
     try:
-        parsed = _parsed(kind, config)
+        parsed = _parsed(component, config)
     except KeyError as error:
         raise UserError(f"{where}: key {error} is missing") from error
     except (ValueError, TypeError) as error:
         raise UserError(f"{where}: {error}") from error
     if marker is not None:
         arrays = zarr.Arrays(source.url)
-        return Component(kind, arrays, parsed, zarr.tensors(marker, name, arrays), keys.NATIVE, where)
-    tensors = read_headers(source, kind.stems)
-    own, table, prefix = single_files.recognise(name, tensors) or (tensors, kind.table, "")
-    return Component(kind, source, parsed, tensors if prefix else own, kind.table if prefix else table, where)
+        return Opened(component, arrays, parsed, zarr.tensors(marker, name, arrays), NATIVE, where)
+    tensors = read_headers(source, component.stems)
+    likeliest = component.namings[-1].table_for(tensors)
+    own, table, prefix = single_files.recognise(component, tensors) or (tensors, likeliest, "")
+    return Opened(component, source, parsed, tensors if prefix else own, likeliest if prefix else table, where)
 
 
 # What an entry of a config.json may be, by the type of its field.
@@ -303,20 +289,20 @@ _ENTRIES: dict[Any, tuple[Callable[[Any], bool], str]] = {
 }
 
 
-def _parsed(kind: Kind, config: Mapping[str, Any]) -> Any:
+def _parsed(component: Component, config: Mapping[str, Any]) -> Any:
     """The component's configuration; KeyError for an entry that is missing, ValueError for one that the model cannot have."""
     given = config.get("text_config", config)
-    for field in dataclasses.fields(kind.config):
+    for field in dataclasses.fields(component.config):
         sound, expected = _ENTRIES[field.type]
         if (value := given.get(field.name)) is not None and not sound(value):
             raise ValueError(f"{field.name} is {shown(json.dumps(value))}, expected {expected}")
-    parsed = kind.config.from_json(config)
+    parsed = component.config.from_json(config)
     if missing := [f.name for f in dataclasses.fields(parsed) if getattr(parsed, f.name) is None]:
         raise KeyError(missing[0])
     return parsed
 
 
-def _tokenizer(homes: list[Source], repo: str | None) -> str:
+def find_tokenizer(homes: list[Source], repo: str | None) -> str:
     """A local directory with the tokenizer's files: the first of ``homes`` that has them, else ``repo``."""
     for home in homes:
         present = [file for file in TOKENIZER_FILES if home.exists(file)]

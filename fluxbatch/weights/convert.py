@@ -22,13 +22,6 @@ from fluxbatch.weights.matching import Piece
 from fluxbatch.weights.source import Source
 
 WRITING = 256 << 20  # bytes of writes under way
-# What a config.json must say besides the fields of ours, for this reader and for others.
-CONFIGS = {
-    "transformer": {"_class_name": "FluxTransformer2DModel"},
-    "text_encoder": {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model"},
-    "text_encoder_2": {"architectures": ["T5EncoderModel"], "model_type": "t5", "feed_forward_proj": "gated-gelu"},
-    "vae": {"_class_name": "AutoencoderKL"},
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,14 +148,14 @@ def _written(root: Source, header: Mapping[str, Any]) -> set[str] | None:
 def _write_rest(checkpoint: Checkpoint, write: _Writer) -> None:
     """Configs and tokenizers, in diffusers' places."""
     for name, component in checkpoint.components.items():
-        write.file(f"{name}/config.json", CONFIGS[name] | dataclasses.asdict(component.config))
+        write.file(f"{name}/config.json", {**component.definition.saved, **dataclasses.asdict(component.config)})
     write.file("scheduler/scheduler_config.json", dict(checkpoint.scheduler))
-    for name, folder in (("tokenizer", checkpoint.tokenizer), ("tokenizer_2", checkpoint.tokenizer_2)):
+    for name, folder in checkpoint.tokenizers.items():
         for file in TOKENIZER_FILES:
             if os.path.exists(path := os.path.join(folder, file)):
                 with open(path, "rb") as f:
                     write.bytes(f"{name}/{file}", f.read())
-    write.file("model_index.json", {"_class_name": "FluxPipeline"})
+    write.file("model_index.json", {"_class_name": checkpoint.family.pipelines[0]})
 
 
 class _Writer:

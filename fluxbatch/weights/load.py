@@ -16,14 +16,21 @@ from typing import Any
 
 import jax
 import numpy as np
-import tensorstore as ts
 from flax import nnx
 
 from fluxbatch.distributed.mesh import Placement
+from fluxbatch.models.key_tables import Table
 from fluxbatch.weights import cast
-from fluxbatch.weights.matching import Piece, Table, assign
+from fluxbatch.weights.matching import Piece, assign
 from fluxbatch.weights.source import Source, Tensor
-from fluxbatch.weights.staging import IN_FLIGHT, Box, DeviceBox, HostBox, Index, local_parts
+from fluxbatch.weights.staging import (
+    IN_FLIGHT,
+    Box,
+    DeviceBox,
+    HostBox,
+    Index,
+    local_parts,
+)
 
 SMALL = 256 << 10  # a tensor up to this size is read whole, not part by part
 

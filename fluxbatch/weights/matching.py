@@ -12,30 +12,11 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
+from fluxbatch.models.key_tables import Table, split_layer
 from fluxbatch.types import UserError
 from fluxbatch.weights.source import FLOATS, Tensor
 
-# Rows (axis 0) start/of .. stop/of of the source, e.g. (1, 2, 3): the middle third.
-Rows = tuple[int, int, int]
-ALL: tuple[Rows, ...] = ((0, 1, 1),)
-
 MAX_LISTED = 20
-
-
-@dataclasses.dataclass(frozen=True)
-class Rule:
-    """``pattern`` (fullmatch) → ``target`` with ``{0}, {1}, …`` for the pattern's groups;
-    ``name[{0}]`` is layer {0} of a stack. ``rows`` are the source rows that make up the target."""
-
-    pattern: str
-    target: str
-    rows: tuple[Rows, ...] = ALL
-
-
-@dataclasses.dataclass(frozen=True)
-class Table:
-    rules: tuple[Rule, ...]
-    ignored: tuple[str, ...] = ()  # patterns of keys that inference does not need
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,18 +25,6 @@ class Piece:
 
     tensor: Tensor
     rows: tuple[tuple[int, int], ...]  # ranges of the tensor's rows, in the target's order
-
-
-def linear(pattern: str, target: str, rows: tuple[Rows, ...] = ALL, *, bias: bool = True) -> tuple[Rule, ...]:
-    """The rules of a linear or convolution layer."""
-    names = (("weight", "kernel"), ("bias", "bias")) if bias else (("weight", "kernel"),)
-    return tuple(Rule(rf"{pattern}\.{a}", f"{target}.{b}", rows) for a, b in names)
-
-
-def norm(pattern: str, target: str, *, bias: bool = True) -> tuple[Rule, ...]:
-    """The rules of a norm's scale and bias."""
-    names = (("weight", "scale"), ("bias", "bias")) if bias else (("weight", "scale"),)
-    return tuple(Rule(rf"{pattern}\.{a}", f"{target}.{b}") for a, b in names)
 
 
 def assign(
@@ -109,12 +78,3 @@ def listed(items: Iterable[str], what: str) -> list[str]:
     items = list(items)
     more = [f"… and {len(items) - MAX_LISTED} more of this kind"] if len(items) > MAX_LISTED else []
     return [f"{what}: {item}" for item in items[:MAX_LISTED]] + more
-
-
-def split_layer(target: str) -> tuple[str, int]:
-    """``double_blocks[3].img.mod`` → (``double_blocks.img.mod``, 3)."""
-    head, bracket, rest = target.partition("[")
-    if not bracket:
-        return target, 0
-    layer, _, tail = rest.partition("]")
-    return head + tail, int(layer)

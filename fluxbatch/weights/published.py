@@ -19,18 +19,11 @@ import yaml
 from flax import nnx
 
 from fluxbatch.config.schema import Model, shown
-from fluxbatch.models.flux1 import keys as tables
+from fluxbatch.models.family import Component, Family
+from fluxbatch.models.key_tables import NATIVE
+from fluxbatch.models.registry import by_pipeline
 from fluxbatch.types import UserError
-from fluxbatch.weights.checkpoint import (
-    KINDS,  # fmt: skip
-    TOKENIZERS,
-    Checkpoint,
-    Component,
-    _tokenizer,
-    agree,
-    open_checkpoint,
-    open_component,
-)
+from fluxbatch.weights.checkpoint import Checkpoint, Opened, agreed, find_tokenizer, open_checkpoint, open_component
 from fluxbatch.weights.find import EMBEDDED, PAGE
 from fluxbatch.weights.load import path_of
 from fluxbatch.weights.source import Source, Tensor
@@ -66,7 +59,7 @@ def open_or_known(model: Model) -> Checkpoint:
         return open_checkpoint(model)
     known, repo, file, revision = found
     folder = _cached(repo, "model_index.json", revision)
-    if folder and _whole(model, folder, file):
+    if folder and _whole(model, family_of(known), folder, file):
         here = os.path.join(folder, file) if file else folder
         return open_checkpoint(dataclasses.replace(model, pretrained_model_name_or_path=here))
     return _by_sizes(model, known, Source(folder) if folder else None)
@@ -80,19 +73,26 @@ def published() -> dict[str, Known]:
     return {known["repository"].lower(): known for known in read}
 
 
-def component(name: str, known: Known, where: str) -> Component:
+def family_of(known: Known) -> type[Family]:
+    """UserError is nobody's: the file comes with the package."""
+    family = by_pipeline(known["pipeline"])
+    assert family is not None, known["pipeline"]
+    return family
+
+
+def component(name: str, definition: Component, known: Known, where: str) -> Opened:
     """What is known of one, with a tensor for each layer of each parameter of the model that it describes."""
-    kind, kept = KINDS[name], dtype_of(known["dtype"])
-    parsed = kind.config.from_json(known["components"][name])
+    kept = dtype_of(known["dtype"])
+    parsed = definition.config.from_json(known["components"][name])
     assert kept is not None, known["dtype"]
     tensors = {}
-    for keys, leaf in nnx.to_flat_state(nnx.split(kind.module(parsed, rngs=None), nnx.Param, ...)[1]):
+    for keys, leaf in nnx.to_flat_state(nnx.split(definition.module(parsed, rngs=None), nnx.Param, ...)[1]):
         shape, path = tuple(leaf.get_value().shape), path_of(keys)
         stacked = len(shape) > len(leaf.get_metadata()["axes"])
         own = shape[1:] if stacked else shape
         for layer in layer_names(path, shape[0]) if stacked else [path]:
             tensors[layer] = Tensor(layer, name, kept, own, 0, kept.itemsize * math.prod(own))
-    return Component(kind, Named(where), parsed, tensors, tables.NATIVE, where)
+    return Opened(definition, Named(where), parsed, tensors, NATIVE, where)
 
 
 def _named(name: str, revision: str | None = None) -> tuple[Known, str, str | None, str | None] | None:
@@ -116,15 +116,15 @@ def _cached(repo: str, file: str, revision: str | None) -> str | None:
     return os.path.dirname(path) if isinstance(path, str) else None
 
 
-def _whole(model: Model, folder: str, file: str | None) -> bool:
+def _whole(model: Model, family: type[Family], folder: str, file: str | None) -> bool:
     """Whether a download has all files of weights that the job reads from it."""
-    for name, kind in KINDS.items():
-        if kind.key and getattr(model, kind.key):
+    for name, definition in family.components.items():
+        if definition.home and getattr(model, definition.home):
             continue
-        if file and name == "transformer":
+        if file and name == family.denoiser:
             if not os.path.exists(os.path.join(folder, file)):
                 return False
-        elif not _has_all(Source(folder) / name, kind.stems):
+        elif not _has_all(Source(folder) / name, definition.stems):
             return False
     return True
 
@@ -139,37 +139,40 @@ def _has_all(home: Source, stems: tuple[str, ...]) -> bool:
     return False
 
 
-def _apart(name: str, model: Model, base: str) -> tuple[Component, Source | None] | None:
+def _apart(family: type[Family], name: str, model: Model, base: str) -> tuple[Opened, Source | None] | None:
     """A component that the configuration names apart; of a known repository by its sizes too. None if it does not."""
-    kind = KINDS[name]
-    if not (kind.key and (given := getattr(model, kind.key))):
+    definition = family.components[name]
+    if not (definition.home and (given := getattr(model, definition.home))):
         return None
     if (found := _named(given)) and not found[2]:
         known, repo, _, revision = found
         folder = _cached(repo, f"{name}/config.json", revision)
-        if not folder or not _has_all(Source(folder), kind.stems):
-            return component(name, known, known["repository"]), None
-        model = dataclasses.replace(model, **{kind.key: os.path.dirname(folder)})
-    return open_component(name, model, Named(base), None, {}, None)
+        if not folder or not _has_all(Source(folder), definition.stems):
+            return component(name, definition, known, known["repository"]), None
+        model = dataclasses.replace(model, **{definition.home: os.path.dirname(folder)})
+    return open_component(family, name, model, Named(base), None, {}, None)
 
 
 def _by_sizes(model: Model, known: Known, downloaded: Source | None) -> Published:
     """``downloaded``: the part of it that is here, which may have the tokenizers."""
-    repo = known["repository"]
-    opened = {part: _apart(part, model, repo) or (component(part, known, repo), None) for part in KINDS}
+    repo, family = known["repository"], family_of(known)
+    opened = {
+        part: _apart(family, part, model, repo) or (component(part, definition, known, repo), None)
+        for part, definition in family.components.items()
+    }
     components = {part: found for part, (found, _) in opened.items()}
-    agree(components)
+    whole = agreed(family, components)
     tokenizers = {}
-    for part, (encoder, vocabulary, public) in TOKENIZERS.items():
-        homes = [home for home in (opened[encoder][1], downloaded) if home]
+    for part, files in family.tokenizers.items():
+        homes = [home for home in (opened[files.component][1], downloaded) if home]
         places = [place for home in homes for place in (home / part, home)]
         try:
-            same = components[encoder].config.vocab_size == vocabulary
-            tokenizers[part] = _tokenizer(places or [Named(repo)], public if same else None)
+            same = components[files.component].config.vocab_size == files.vocabulary
+            tokenizers[part] = find_tokenizer(places or [Named(repo)], files.repo if same else None)
         except UserError:
             tokenizers[part] = ""
     named = [part.where for part in components.values() if isinstance(part.source, Named)]
     named = dict.fromkeys([shown(model.pretrained_model_name_or_path), *named[1:]])
     unseen = (f"{', '.join(named)}: not here, or not all of it, so this goes by the sizes that come with fluxbatch; "
               "the checkpoint itself was not looked at")  # fmt: skip
-    return Published(components, **tokenizers, scheduler=known["scheduler"], revision=None, unseen=unseen)
+    return Published(whole, components, tokenizers, known["scheduler"], revision=None, unseen=unseen)

@@ -1,9 +1,9 @@
 """The converted layout: every parameter one zarr3 array with checksums, in chunks that divide the shards.
 
     fluxbatch.json                      the list of arrays, written last: without it nothing is read
-    model_index.json, scheduler/, tokenizer/, tokenizer_2/
+    model_index.json, scheduler/, the tokenizers' folders
     transformer/config.json
-    transformer/double_blocks.img.mlp_in.kernel/zarr.json, c/…
+    transformer/blocks.mlp_in.kernel/zarr.json, c/…
 
 A chunk that is missing, cut short or damaged is an error, never zeros.
 """
@@ -22,10 +22,18 @@ import google_crc32c
 import numpy as np
 import tensorstore as ts
 
+from fluxbatch.models.key_tables import split_layer
 from fluxbatch.types import UserError
 from fluxbatch.weights.find import CONVERTED
-from fluxbatch.weights.matching import split_layer
-from fluxbatch.weights.source import FLOATS, READERS, RETRIES, Place, Source, Tensor, store_spec
+from fluxbatch.weights.source import (
+    FLOATS,
+    READERS,
+    RETRIES,
+    Place,
+    Source,
+    Tensor,
+    store_spec,
+)
 
 MARKER = CONVERTED
 STARTED = "converting.json"
@@ -112,7 +120,7 @@ def tensors(marker: Mapping[str, Any], component: str, arrays: Arrays) -> dict[s
 
 
 def layer_names(path: str, count: int) -> list[str]:
-    """``double_blocks.img.mod.kernel`` → ``double_blocks[0].img.mod.kernel``, …"""
+    """``blocks.mod.kernel`` → ``blocks[0].mod.kernel``, …"""
     head, _, tail = path.partition(".")
     return [f"{head}[{i}].{tail}" for i in range(count)]
 

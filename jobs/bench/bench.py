@@ -137,13 +137,14 @@ def _lines(path: str) -> list[str]:
 
 def flops(checkpoint: pathlib.Path, case: Case) -> int:
     """Of one image, from noise to picture."""
+    from fluxbatch.models import autoencoder_cost
     from fluxbatch.models.autoencoder import VaeConfig
     from fluxbatch.models.flux1 import cost
     from fluxbatch.models.flux1.transformer import FluxConfig
 
     configs = (json.loads((checkpoint / part / "config.json").read_text()) for part in ("transformer", "vae"))
     flux, vae = (kind.from_json(config) for kind, config in zip((FluxConfig, VaeConfig), configs, strict=True))
-    return case.steps * cost.flux_step(flux, (case.side // (2 * vae.scale)) ** 2, case.text) + cost.vae_decode(vae, case.side, case.side)
+    return case.steps * cost.flux_step(flux, (case.side // (2 * vae.scale)) ** 2, case.text) + autoencoder_cost.decode_flops(vae, case.side, case.side)
 
 
 def compare(model: str, case: Case, ways: Sequence[str], rounds: int, kept: pathlib.Path, peak: float) -> None:

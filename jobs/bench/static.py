@@ -39,8 +39,11 @@ from fluxbatch.distributed.process_group import tell_compiler
 from fluxbatch.generation.pipeline import Pipeline, Watcher
 from fluxbatch.models import attention
 from fluxbatch.models.autoencoder import TPU_BANDS, Decoder, VaeConfig
+from fluxbatch.models.family import TextInput
 from fluxbatch.models.flux1 import cost
+from fluxbatch.models.flux1.definition import Flux1
 from fluxbatch.models.flux1.transformer import Flux, FluxConfig
+from fluxbatch.models.schedulers import FlowMatchEuler
 from fluxbatch.types import UserError
 from fluxbatch.weights.device_weights import Network
 from fluxbatch.weights.load import Plan
@@ -92,10 +95,16 @@ def compiled(target: chips.Target, sharding: str, side: int, text: int, images: 
         graph, state = nnx.split(module)
         return Network(Plan(None, graph, state, {}), mesh, "bfloat16", {})
 
-    networks = {"flux": network(Flux(DEV, rngs=None, attention=layout.attention(attend), layout=layout)), "vae": network(Decoder(VAE, rngs=None, layout=layout, bands=TPU_BANDS if target.platform == "tpu" else 1))}
-    pipeline = Pipeline(networks, DEV, VAE, mesh, "bfloat16", None, Watcher())
+    bands = TPU_BANDS if target.platform == "tpu" else 1
+    networks = {
+        "transformer": network(Flux(DEV, rngs=None, attention=layout.attention(attend), layout=layout)),
+        "vae": network(Decoder(VAE, rngs=None, layout=layout, bands=bands)),
+    }
+    family = Flux1({"transformer": DEV, "text_encoder": None, "text_encoder_2": None, "vae": VAE})
+    pipeline = Pipeline(family, networks, mesh, "bfloat16", FlowMatchEuler, Watcher())
     ways = math.prod(mesh.shape[axis] for axis in ("data", "fsdp"))
-    programs = pipeline.programs(images * ways, (77, text), side, side, (part,))
+    inputs = TextInput("CLIP", None, 77, "prompt"), TextInput("T5", None, text, "prompt_2")
+    programs = pipeline.programs(images * ways, inputs, side, side, (part,))
     return aot.compile_counted(next(lowered for name, lowered in programs if name == part), target.platform)
 
 

@@ -15,8 +15,9 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from fluxbatch.distributed.mesh import Pairs
+from fluxbatch.models import autoencoder_keys
 from fluxbatch.models.flux1 import keys
-from fluxbatch.weights.matching import Table, split_layer
+from fluxbatch.models.key_tables import Table, split_layer
 
 SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 1.0, "use_dynamic_shifting": False,
              "base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}  # fmt: skip
@@ -79,7 +80,7 @@ def write(
         "text_encoder": ({"architectures": ["CLIPTextModel"], "model_type": "clip_text_model"} | text["clip"], parts_of(params["clip"], keys.CLIP)),
         "text_encoder_2": ({"architectures": ["T5EncoderModel"], "model_type": "t5", "tie_word_embeddings": False, "is_encoder_decoder": False}
                            | text["t5"], parts_of(params["t5"], keys.T5)),
-        "vae": (vae, parts_of(vae_params[0], keys.VAE_ENCODER) | parts_of(vae_params[1], keys.VAE_DECODER)),
+        "vae": (vae, parts_of(vae_params[0], autoencoder_keys.VAE_ENCODER) | parts_of(vae_params[1], autoencoder_keys.VAE_DECODER)),
     }  # fmt: skip
     for name, (config, tensors) in parts.items():
         (folder / name).mkdir(parents=True, exist_ok=True)

@@ -94,8 +94,9 @@ def safetensors(path: str) -> Callable[[], object]:
 
 def planned(path: str):
     """The plan of a transformer from a BFL file or from a converted copy."""
-    from fluxbatch.models.flux1 import keys
+    from fluxbatch.models.flux1.definition import Flux1
     from fluxbatch.models.flux1.transformer import Flux, FluxConfig
+    from fluxbatch.models.key_tables import NATIVE, shapes_of
     from fluxbatch.weights import load, single_files, zarr
     from fluxbatch.weights.headers import read_header
     from fluxbatch.weights.source import Source
@@ -103,13 +104,14 @@ def planned(path: str):
     folder, file = os.path.split(path)
     if marker := zarr.read_marker(Source(path)):
         source = zarr.Arrays(os.path.join(path, "transformer"))
-        tensors, table = zarr.tensors(marker, "transformer", source), keys.NATIVE
+        tensors, table = zarr.tensors(marker, "transformer", source), NATIVE
         config = FluxConfig.from_json(source.json("config.json"))
     else:
         source = Source(folder)
-        tensors, table, _ = single_files.recognise("transformer", read_header(source, file))
-        sizes = single_files.sizes("transformer", tensors, table)
-        config = FluxConfig.from_json(single_files.constants("transformer", sizes) | sizes)
+        component = Flux1.components["transformer"]
+        tensors, table, _ = single_files.recognise(component, read_header(source, file))
+        sizes = component.sizes(*shapes_of(tensors, table))
+        config = FluxConfig.from_json(component.constants(sizes) | sizes)
     return load.plan(lambda rngs: Flux(config, rngs=rngs), tensors, table, source)
 
 
@@ -193,19 +195,22 @@ def in_process(way: str, path: pathlib.Path | str, mesh: str = "1,1", dtype: str
 
 def converted(file: pathlib.Path) -> pathlib.Path:
     """The transformer alone as ``fluxbatch.convert`` writes it."""
+    from fluxbatch.models.flux1.definition import Flux1
     from fluxbatch.models.flux1.transformer import FluxConfig
+    from fluxbatch.models.key_tables import shapes_of
     from fluxbatch.weights import convert, single_files
-    from fluxbatch.weights.checkpoint import KINDS, Checkpoint, Component
+    from fluxbatch.weights.checkpoint import Checkpoint, Opened
     from fluxbatch.weights.headers import read_header
     from fluxbatch.weights.source import Source
 
     source = Source(str(file.parent))
-    tensors, table, _ = single_files.recognise("transformer", read_header(source, file.name))
-    sizes = single_files.sizes("transformer", tensors, table)
-    config = FluxConfig.from_json(single_files.constants("transformer", sizes) | sizes)
-    transformer = Component(KINDS["transformer"], source, config, tensors, table, str(file))
+    component = Flux1.components["transformer"]
+    tensors, table, _ = single_files.recognise(component, read_header(source, file.name))
+    sizes = component.sizes(*shapes_of(tensors, table))
+    config = FluxConfig.from_json(component.constants(sizes) | sizes)
+    transformer = Opened(component, source, config, tensors, table, str(file))
     to = file.parent / "converted"
-    convert.convert(Checkpoint({"transformer": transformer}, "", "", {}, None), str(to), None)
+    convert.convert(Checkpoint(Flux1(dict.fromkeys(Flux1.components)), {"transformer": transformer}, {}, {}, None), str(to), None)
     return to
 
 

@@ -1,15 +1,16 @@
-"""Floating-point operations of the four networks: two for each multiply-add of a matrix product or convolution.
+"""What FLUX.1 costs: floating-point operations, two for each multiply-add, and bytes of activations.
 
 All figures are for one image. What is linear in the tokens (norms, activations, modulation) is less than 0.1 % and
 not counted. FLUX.1 dev at 1024 × 1024 with 512 text tokens: 74.4 T a step, and 8.9 T for the picture. What is asked for
-each row of a manifest is kept: its sizes are few.
+each row of a manifest is cached: its sizes are few. Bytes are estimates of what the compiler keeps alive at the widest
+point of each program; tests hold them against the compiler's own figures.
 """
 
 from __future__ import annotations
 
 import functools
 
-from fluxbatch.models.autoencoder import VaeConfig
+from fluxbatch.models.family import Footprint
 from fluxbatch.models.flux1.clip import ClipConfig
 from fluxbatch.models.flux1.t5 import T5Config
 from fluxbatch.models.flux1.transformer import FluxConfig
@@ -45,30 +46,27 @@ def clip(cfg: ClipConfig, tokens: int) -> int:
     return 2 * cfg.num_hidden_layers * tokens * (4 * d * d + 2 * d * cfg.intermediate_size + 2 * tokens * d)
 
 
-@functools.cache
-def vae_decode(cfg: VaeConfig, height: int, width: int) -> int:
-    """Latents to a picture of ``height`` × ``width`` pixels."""
-    pixels = (height // cfg.scale) * (width // cfg.scale)
-    sizes, c = cfg.block_out_channels[::-1], cfg.latent_channels
-    deepest = sizes[0]
-    total = _conv(c, deepest, 3) + 2 * _resnet(deepest, deepest) + (_conv(c, c, 1) if cfg.use_post_quant_conv else 0)
-    if cfg.mid_block_add_attention:
-        total += 2 * (4 * deepest * deepest + 2 * pixels * deepest)
-    total *= pixels
-    before = deepest
-    for i, size in enumerate(sizes):
-        total += pixels * (_resnet(before, size) + cfg.layers_per_block * _resnet(size, size))
-        if i + 1 < len(sizes):
-            pixels *= 4
-            total += pixels * _conv(size, size, 2)  # 3×3 over doubled pixels sees 2×2 of them: Conv.of_doubled
-        before = size
-    return total + pixels * _conv(before, 3, 3)
+def denoise_bytes(cfg: FluxConfig, at: Footprint, tokens: int, text: int) -> int:
+    """The modulation of some steps, and in a single block: the sequence and its normed form, and in heads and hidden
+    units q, k, v and the MLP's four widths; what else there is differs from compiler to compiler. ``tokens``, ``text``:
+    of an image."""
+    d = cfg.width
+    modulation = at.images * at.steps * d * at.activation_bytes * (12 * cfg.num_layers + 3 * cfg.num_single_layers + 2)
+    width = at.images * (tokens + text) // at.mesh["context"] * d * at.activation_bytes
+    layer = 12 * d * d * at.weight_bytes // at.mesh["tensor"]  # of a single block; a double one has twice that
+    if at.platform == "cpu":  # cuts each layer from its stack
+        return modulation + max(layer + 13 * width, 2 * layer + 6 * width)
+    gathered = layer + layer // 2 if at.mesh["fsdp"] > 1 else 0  # three quarters of a double block: its MLPs come ahead
+    scores = 4 * at.images * cfg.num_attention_heads * (tokens + text) ** 2 // (at.mesh["context"] * at.mesh["tensor"]) if at.scores else 0
+    return modulation + gathered + 2 * width + 6 * width // at.mesh["tensor"] + scores
 
 
-def _conv(c_in: int, c_out: int, size: int) -> int:
-    """Of one pixel."""
-    return 2 * size * size * c_in * c_out
-
-
-def _resnet(c_in: int, c_out: int) -> int:
-    return _conv(c_in, c_out, 3) + _conv(c_out, c_out, 3) + (_conv(c_in, c_out, 1) if c_in != c_out else 0)
+def encode_bytes(t5: T5Config, clip: ClipConfig, at: Footprint, text: int) -> int:
+    """Scores in float32, twice, T5's bias, and what a block works on; on a CPU also the layer that it cuts from its stack."""
+    scores, length = 4 * t5.num_heads * text**2, clip.max_position_embeddings
+    of_t5 = scores * (1 + 2 * at.images) + 4 * at.images * text * t5.d_model * at.activation_bytes
+    of_clip = 4 * at.images * length * (clip.num_attention_heads * length + 4 * clip.hidden_size)
+    layer_t5 = t5.d_model * (4 * t5.num_heads * t5.d_kv + 3 * t5.d_ff)
+    layer_clip = clip.hidden_size * (4 * clip.hidden_size + 2 * clip.intermediate_size)
+    cut = at.weight_bytes if at.platform == "cpu" else 0
+    return max(of_t5 + cut * layer_t5, of_clip + cut * layer_clip)

@@ -5,7 +5,7 @@ Targets are the attribute paths of ``models/``; ``name[{0}]`` is a layer of a st
 
 from __future__ import annotations
 
-from fluxbatch.weights.matching import Rule, Table, linear, norm
+from fluxbatch.models.key_tables import Rule, Table, linear, norm
 
 SWAP_HALVES = ((1, 2, 2), (0, 1, 2))
 
@@ -129,61 +129,3 @@ CLIP = Table(
     # the other half of a whole CLIP, and buffers of old checkpoints
     ignored=(r"vision_model\..*", r"(visual|text)_projection\.weight", "logit_scale", _TEXT + r"embeddings\.position_ids"),
 )
-
-
-def _vae_half(half: str, levels: str, to: str, sampler: str, resnets: str = "resnets") -> tuple[Rule, ...]:
-    rules = [
-        *linear(rf"{half}\.conv_in", "conv_in"),
-        *linear(rf"{half}\.conv_out", "conv_out"),
-        *norm(rf"{half}\.conv_norm_out", "norm_out"),
-        *linear(rf"{half}\.{levels}\.(\d+)\.{sampler}\.0\.conv", f"{to}.{{0}}.conv"),
-        *norm(rf"{half}\.mid_block\.attentions\.0\.group_norm", "mid.attn_1.norm"),
-        *linear(rf"{half}\.mid_block\.attentions\.0\.to_q", "mid.attn_1.q"),
-        *linear(rf"{half}\.mid_block\.attentions\.0\.to_k", "mid.attn_1.k"),
-        *linear(rf"{half}\.mid_block\.attentions\.0\.to_v", "mid.attn_1.v"),
-        *linear(rf"{half}\.mid_block\.attentions\.0\.to_out\.0", "mid.attn_1.out"),
-    ]
-    blocks = [(rf"{half}\.{levels}\.(\d+)\.{resnets}\.(\d+)", f"{to}.{{0}}.block.{{1}}")]
-    blocks += [(rf"{half}\.mid_block\.resnets\.{i}", f"mid.block_{i + 1}") for i in (0, 1)]
-    for src, dst in blocks:
-        rules += [*norm(rf"{src}\.norm1", f"{dst}.norm1"), *norm(rf"{src}\.norm2", f"{dst}.norm2")]
-        rules += [*linear(rf"{src}\.conv1", f"{dst}.conv1"), *linear(rf"{src}\.conv2", f"{dst}.conv2")]
-        rules += linear(rf"{src}\.conv_shortcut", f"{dst}.shortcut")
-    return tuple(rules)
-
-
-VAE_DECODER = Table(
-    (*_vae_half("decoder", "up_blocks", "up", "upsamplers"), *linear("post_quant_conv", "post_quant")),
-    ignored=(r"encoder\..*", r"quant_conv\..*"),
-)
-VAE_ENCODER = Table(
-    (*_vae_half("encoder", "down_blocks", "down", "downsamplers"), *linear("quant_conv", "quant")),
-    ignored=(r"decoder\..*", r"post_quant_conv\..*"),
-)
-
-
-def vae_bfl(levels: int) -> Table:
-    """``ae.safetensors``: the decoder's resolutions are counted from the finest, ours from the coarsest."""
-    rules = [
-        *linear(r"decoder\.conv_in", "conv_in"),
-        *linear(r"decoder\.conv_out", "conv_out"),
-        *norm(r"decoder\.norm_out", "norm_out"),
-        *norm(r"decoder\.mid\.attn_1\.norm", "mid.attn_1.norm"),
-        *(r for n in "qkv" for r in linear(rf"decoder\.mid\.attn_1\.{n}", f"mid.attn_1.{n}")),
-        *linear(r"decoder\.mid\.attn_1\.proj_out", "mid.attn_1.out"),
-        *linear("post_quant_conv", "post_quant"),
-    ]
-    blocks = [(rf"decoder\.mid\.block_{i}", f"mid.block_{i}") for i in (1, 2)]
-    for level in range(levels):
-        src, dst = rf"decoder\.up\.{levels - 1 - level}", f"up.{level}"
-        blocks.append((rf"{src}\.block\.(\d+)", f"{dst}.block.{{0}}"))
-        rules += linear(rf"{src}\.upsample\.conv", f"{dst}.conv")
-    for src, dst in blocks:
-        rules += [*norm(rf"{src}\.norm1", f"{dst}.norm1"), *norm(rf"{src}\.norm2", f"{dst}.norm2")]
-        rules += [*linear(rf"{src}\.conv1", f"{dst}.conv1"), *linear(rf"{src}\.conv2", f"{dst}.conv2")]
-        rules += linear(rf"{src}\.nin_shortcut", f"{dst}.shortcut")
-    return Table(tuple(rules), ignored=(r"encoder\..*", r"quant_conv\..*"))
-
-
-# A converted checkpoint has the model's own names.
-NATIVE = Table((Rule("(.+)", "{0}"),))

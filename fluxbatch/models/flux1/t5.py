@@ -14,7 +14,17 @@ from flax import nnx
 
 from fluxbatch.distributed.mesh import Layout
 from fluxbatch.models.attention import dot_product
-from fluxbatch.models.layers import Embedding, Linear, RMSNorm, from_heads, gelu_tanh, normal, param, scan, stack
+from fluxbatch.models.layers import (
+    Embedding,
+    Linear,
+    RMSNorm,
+    from_heads,
+    gelu_tanh,
+    normal,
+    param,
+    scan,
+    stack,
+)
 
 Array = jax.Array
 

@@ -18,7 +18,17 @@ from flax import nnx
 
 from fluxbatch.distributed.mesh import Layout, Pairs
 from fluxbatch.models import attention as attn
-from fluxbatch.models.layers import Linear, RMSNorm, each, from_heads, gelu_tanh, layer_norm, scan, stack
+from fluxbatch.models.family import StreamParts
+from fluxbatch.models.layers import (
+    Linear,
+    RMSNorm,
+    each,
+    from_heads,
+    gelu_tanh,
+    layer_norm,
+    scan,
+    stack,
+)
 
 Array = jax.Array
 Block = TypeVar("Block", "DoubleBlock", "SingleBlock")
@@ -125,10 +135,6 @@ class Modulation(NamedTuple):
     txt: Array | None
     single: Array | None  # [B, S, layers, 3D]
     final: Array  # [B, S, 2D]
-
-    def at(self, step: Array | int) -> Modulation:
-        """Of one step: without the axis S."""
-        return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, step, 1, keepdims=False), self)
 
 
 class MLPEmbedder(nnx.Module):
@@ -250,31 +256,81 @@ class Flux(nnx.Module):
     def __call__(self, img: Array, txt: Array, pooled: Array, t: Array, guidance: Array, rope: tuple[Array, Array]) -> Array:
         """img ``[B, L, C]``, txt ``[B, T, joint_attention_dim]``, pooled ``[B, P]``, t and guidance
         ``[B]`` (guidance is read only if the model was distilled with it), rope from ``rope_table``."""
-        vec = self.condition(pooled, t[:, None], guidance, img.dtype)
-        return self.velocity(img, self.embed_text(txt, img.dtype), self.modulation(vec).at(0), rope)
+        vec = self._vector(pooled, t[:, None], guidance, img.dtype)
+        mod = jax.tree.map(lambda x: x[:, 0], self._modulation(vec))
+        return self.velocity(img, self._embed_text(txt, img.dtype), mod, rope)
+
+    # What the programs call: models/family.py, Denoiser
+
+    def step_inputs(self, conditioning: Any, sigmas: Array, guidance: Array, dtype: Any) -> Modulation:
+        """The modulation of noise levels ``[B, S]``."""
+        return self._modulation(self._vector(conditioning.pooled, sigmas, guidance, dtype))
+
+    def drop_step_layers(self) -> None:
+        for blocks in (self.double_blocks, self.single_blocks):
+            if blocks is not None:
+                without_modulators(blocks)
+
+    def embed(self, conditioning: Any, dtype: Any) -> Array:
+        """``[B, T, D]`` of T5's states."""
+        return self._embed_text(conditioning.states, dtype)
 
     def velocity(self, img: Array, txt: Array, mod: Modulation, rope: tuple[Array, Array]) -> Array:
-        """The same of embedded text ``[B, T, D]`` and the modulation of one step."""
+        """Of packed latents ``[B, L, C]``, embedded text ``[B, T, D]`` and the modulation of one step."""
         sizes = txt.shape[1], img.shape[1]
         rope = tuple(self.layout.join((table[: sizes[0]], table[sizes[0] :]), 0, "tokens") for table in rope)
         by_layer = lambda mods: jax.tree.map(lambda x: x.swapaxes(0, 1), mods)  # noqa: E731
-        x = self.embed_image(img), txt
+        x = self._embed_image(img), txt
         x = scan(self.double_blocks, lambda block, x, mods: block(x, mods, rope, self), x, self.layout, by_layer((mod.img, mod.txt)))
         both = self.layout.join(x[::-1], 1, "tokens")
         both = scan(self.single_blocks, lambda block, x, mod: block(x, mod, rope, self), both, self.layout, by_layer(mod.single))
-        return self.finish(self.layout.split(both, sizes, 1, "tokens")[1], mod.final)
+        return self._velocity_of(self.layout.split(both, sizes, 1, "tokens")[1], mod.final)
+
+    # The same for blocks that come one at a time: StreamedDenoiser
+
+    def stream(self) -> StreamParts:
+        cfg = self.cfg
+        bare = dataclasses.replace(cfg, num_layers=0, num_single_layers=0)
+        return StreamParts(
+            blocks=(("double_blocks", cfg.num_layers), ("single_blocks", cfg.num_single_layers)),
+            step_layers={"double_blocks": ("double_blocks.img.mod", "double_blocks.txt.mod"), "single_blocks": ("single_blocks.mod",)},
+            makers={
+                "double_blocks.img.mod": lambda rngs: DoubleBlock(cfg, rngs=rngs).img.mod,
+                "double_blocks.txt.mod": lambda rngs: DoubleBlock(cfg, rngs=rngs).txt.mod,
+                "single_blocks.mod": lambda rngs: SingleBlock(cfg, rngs=rngs).mod,
+                "double_blocks": lambda rngs: without_modulators(DoubleBlock(cfg, rngs=rngs)),
+                "single_blocks": lambda rngs: without_modulators(SingleBlock(cfg, rngs=rngs)),
+            },
+            rest=lambda rngs: Flux(bare, rngs=rngs, attention=self.attention, split_head_dim=self.split_head_dim),
+        )
+
+    def step_vector(self, conditioning: Any, sigmas: Array, guidance: Array, dtype: Any) -> tuple[Array, Array]:
+        """``[B, S, D]``, and the modulation of ``finish``."""
+        vec = self._vector(conditioning.pooled, sigmas, guidance, dtype)
+        return vec, self._modulation(vec).final
+
+    def embed_tokens(self, latents: Array, conditioning: Any, dtype: Any) -> tuple[Array, Array]:
+        """Image and text ``[B, …, D]``."""
+        return self._embed_image(latents.astype(dtype)), self.embed(conditioning, dtype)
+
+    def block(self, block: nnx.Module, x: tuple[Array, Array], step: Sequence[Array], positions: tuple[Array, Array]) -> tuple[Array, Array]:
+        """Image and text after a block; single blocks read one sequence of both, text first."""
+        img, txt = x
+        if isinstance(block, DoubleBlock):
+            return block(x, step, positions, self)
+        both = block(jnp.concatenate([txt, img], axis=1), *step, positions, self)
+        return both[:, txt.shape[1] :], both[:, : txt.shape[1]]
+
+    def finish(self, x: tuple[Array, Array], step: Array) -> Array:
+        return self._velocity_of(x[0], step)
+
+    # The parts of both
 
     def residual(self, x: Array) -> Array:
         """``[B, L, D]`` between blocks: whole in its width, divided by images and tokens."""
         return self.layout.place(x, "batch", "tokens", None)
 
-    def drop_modulators(self) -> None:
-        """Takes out the layers that ``velocity`` does not need."""
-        for stack in (self.double_blocks, self.single_blocks):
-            if stack is not None:
-                without_modulators(stack)
-
-    def condition(self, pooled: Array, t: Array, guidance: Array, dtype: Any) -> Array:
+    def _vector(self, pooled: Array, t: Array, guidance: Array, dtype: Any) -> Array:
         """What all modulation is made of: ``[B, S, D]`` of times ``[B, S]``, one pooled vector and one guidance
         for each image."""
         vec = self.time_in(timestep_embedding(t).astype(dtype)) + self.vector_in(pooled.astype(dtype))[:, None]
@@ -282,22 +338,22 @@ class Flux(nnx.Module):
             vec = vec + self.guidance_in(timestep_embedding(guidance).astype(dtype))[:, None]
         return self._whole(jax.nn.silu(vec))
 
-    def modulation(self, vec: Array) -> Modulation:
-        """Of what ``condition`` returns."""
+    def _modulation(self, vec: Array) -> Modulation:
+        """Of what ``_vector`` returns."""
         of = lambda layers: jnp.moveaxis(each(layers, lambda layer: layer(vec), self.layout), 0, 2)  # noqa: E731
         double, single = self.double_blocks, self.single_blocks
         img, txt = (of(double.img.mod), of(double.txt.mod)) if double else (None, None)
         return jax.tree.map(self._whole, Modulation(img, txt, of(single.mod) if single else None, self.final_mod(vec)))
 
-    def embed_image(self, img: Array) -> Array:
+    def _embed_image(self, img: Array) -> Array:
         """``[B, L, C]`` → ``[B, L, D]``."""
         return self.residual(self.img_in(img))
 
-    def embed_text(self, txt: Array, dtype: Any) -> Array:
+    def _embed_text(self, txt: Array, dtype: Any) -> Array:
         """``[B, T, joint_attention_dim]`` → ``[B, T, D]``."""
         return self.residual(self.txt_in(txt.astype(dtype)))
 
-    def finish(self, img: Array, mod: Array) -> Array:
+    def _velocity_of(self, img: Array, mod: Array) -> Array:
         """``[B, L, D]`` as the blocks leave it, and its modulation ``[B, 2D]`` → velocity ``[B, L, C]``."""
         return self.final_out(modulate(img, *jnp.split(mod, 2, axis=-1)))
 

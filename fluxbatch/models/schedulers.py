@@ -1,14 +1,11 @@
-"""Noise, schedule and packing: what diffusers' FluxPipeline does around the transformer.
-
-Shapes: C latent channels, h × w latents, L = h/2 · w/2 packed tokens of 4·C channels.
-"""
+"""Schedulers: the noise levels of a denoising run, and the step from one to the next."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -16,55 +13,24 @@ import numpy as np
 
 from fluxbatch.types import UserError
 
-STEPS = 8  # of a schedule that are prepared and run at a time
 
+class Scheduler(Protocol):
+    """What a run needs of one. ``sigmas`` runs on the host, row by row; ``step`` is part of the compiled program and goes by
+    its arguments alone."""
 
-def torch_normal(seed: int, size: int) -> np.ndarray:
-    """``size`` ≥ 16 float32 normals, as ``torch.randn`` draws them on the CPU after ``manual_seed(seed)``.
+    def sigmas(self, steps: int, tokens: int) -> np.ndarray:
+        """``[steps + 1]`` float32 noise levels from 1 down to 0 for an image of ``tokens`` tokens."""
 
-    Mersenne Twister, 24 bits a value, Box-Muller over blocks of 16 (8 radii, 8 angles); a last
-    partial block is replaced by 16 fresh values. Equal to torch within float32 rounding.
-    """
-    if size < 16:
-        raise ValueError(f"noise of {size} values: at least 16 are needed")
-    state = np.random.RandomState(seed & 0xFFFFFFFF)  # torch keeps the low 32 bits
-    tail = 16 if size % 16 else 0
-    raw = state.randint(0, 2**32, size=size + tail, dtype=np.uint32)
-    uniform = (raw & 0xFFFFFF).astype(np.float32) * np.float32(2**-24)
-    normal = np.empty(size, np.float32)
-    whole = size - size % 16
-    normal[:whole] = _box_muller(uniform[:whole].reshape(-1, 2, 8)).reshape(-1)
-    if tail:
-        normal[-16:] = _box_muller(uniform[size:].reshape(1, 2, 8)).reshape(-1)
-    return normal
+    @staticmethod
+    def step(latents: jax.Array, velocity: jax.Array, sigma: jax.Array, next_sigma: jax.Array) -> jax.Array:
+        """``latents`` ``[B, L, C]`` float32 moved from noise level ``sigma`` ``[B]`` to ``next_sigma``."""
 
-
-def _box_muller(uniform: np.ndarray) -> np.ndarray:
-    radius = np.sqrt(np.float32(-2) * np.log(np.float32(1) - uniform[:, 0]))
-    angle = np.float32(2 * np.pi) * uniform[:, 1]
-    return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
-
-
-def noise(seed: int, channels: int, height: int, width: int) -> np.ndarray:
-    """Packed noise ``[L, 4C]`` float32 of an image of ``height`` × ``width`` latents."""
-    return pack(torch_normal(seed, channels * height * width).reshape(channels, height, width))
-
-
-def pack(latents: np.ndarray) -> np.ndarray:
-    """``[C, h, w]`` → ``[h/2 · w/2, 4C]``: each token is a 2×2 patch, channels first."""
-    c, h, w = latents.shape
-    return latents.reshape(c, h // 2, 2, w // 2, 2).transpose(1, 3, 0, 2, 4).reshape(h // 2 * (w // 2), c * 4)
-
-
-def unpack(tokens: jax.Array, height: int, width: int) -> jax.Array:
-    """``[B, L, 4C]`` → ``[B, h, w, C]``."""
-    b, _, c = tokens.shape
-    patches = tokens.reshape(b, height // 2, width // 2, c // 4, 2, 2)
-    return jnp.transpose(patches, (0, 1, 4, 2, 5, 3)).reshape(b, height, width, c // 4)
+    def facts(self) -> Mapping[str, Any]:
+        """What of it decides pixels, as plain values."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Schedule:
+class FlowMatchEuler:
     """Flow-matching Euler times, as diffusers' FlowMatchEulerDiscreteScheduler has them for FLUX."""
 
     time_shift: bool  # shift by the number of image tokens (dev), else by the constant ``shift``
@@ -75,7 +41,7 @@ class Schedule:
     max_tokens: int
 
     @classmethod
-    def of(cls, config: Mapping[str, Any], time_shift: bool | None, base_shift: float | None, max_shift: float | None) -> Schedule:
+    def of(cls, config: Mapping[str, Any], time_shift: bool | None, base_shift: float | None, max_shift: float | None) -> FlowMatchEuler:
         """From ``scheduler_config.json``; arguments that are not None win. UserError for samplers that
         this is not."""
         plain = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False, "invert_sigmas": False,
@@ -116,13 +82,10 @@ class Schedule:
             sigmas = self.shift * sigmas / (1 + (self.shift - 1) * sigmas)
         return np.append(sigmas, 0).astype(np.float32)
 
+    @staticmethod
+    def step(latents: jax.Array, velocity: jax.Array, sigma: jax.Array, next_sigma: jax.Array) -> jax.Array:
+        """An Euler step, in float32."""
+        return latents + (next_sigma - sigma)[:, None, None] * velocity.astype(jnp.float32)
 
-def padded_sigmas(rows: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Schedules of a batch as data: levels ``[B, S + 1]``, zero after each row's end, and step counts
-    ``[B]``. S is a multiple of ``STEPS``: programs take that many, so that another count compiles nothing."""
-    counts = np.array([len(row) - 1 for row in rows], np.int32)
-    size = -(-counts.max() // STEPS) * STEPS
-    levels = np.zeros((len(rows), size + 1), np.float32)
-    for level, row in zip(levels, rows, strict=True):
-        level[: len(row)] = row
-    return levels, counts
+    def facts(self) -> Mapping[str, Any]:
+        return dataclasses.asdict(self)

@@ -1,0 +1,293 @@
+"""What a model family is to the rest of the program: data about its checkpoints, and a few functions.
+
+A folder ``models/<family>/`` has a ``definition.py`` with one subclass of ``Family``, called ``FAMILY`` there. Its class
+attributes describe checkpoints; an instance has the configs of one checkpoint. Conditioning, step inputs and positions
+are pytrees that only the family understands; the runner batches, shards and caches them.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Protocol
+
+import jax
+import numpy as np
+from flax import nnx
+
+from fluxbatch.models.key_tables import Naming, Rule, Table
+from fluxbatch.models.schedulers import Scheduler
+from fluxbatch.types import Row, UserError
+
+Config = Any  # a component's frozen dataclass with ``from_json``
+Conditioning = Any  # a NamedTuple of arrays [B, …]: what a prompt encodes to
+StepInputs = Any  # a pytree of arrays [B, S, …]: what depends on the step and not on the image
+Positions = Any  # a pytree of arrays without a batch axis
+
+
+@dataclasses.dataclass(frozen=True)
+class Component:
+    """A component of a checkpoint: its config, module, names and files."""
+
+    config: Any  # the config's class
+    module: Callable[..., nnx.Module]  # of (config, rngs=…, **options)
+    namings: tuple[Naming, ...]  # how its tensors are named in files; the last is a folder's
+    stems: tuple[str, ...]  # of its weight files in a folder
+    classes: tuple[str, ...]  # what its config.json may say it is
+    saved: Mapping[str, Any]  # what a config.json says besides the config's fields
+    sizes: Callable[[Mapping[str, tuple[int, ...]], Mapping[str, int]], dict[str, Any]]
+    """Entries of config.json that shapes and layer counts give away; KeyError for a parameter that is not there."""
+    constants: Callable[[Mapping[str, Any]], dict[str, Any]]
+    """The entries that shapes do not give away: the published values; ValueError where they would be a guess."""
+    home: str | None = None  # key of the configuration that names another home
+    files: tuple[str, ...] = ()  # its usual names as a single file
+    folders: tuple[str, ...] = ()  # of ComfyUI, beside the transformer's
+    prefixes: tuple[str, ...] = ("",)  # what its names begin with in a file: nothing, or its place in a whole checkpoint
+    same: tuple[tuple[str, str], ...] = ()  # (name, other name) of a tensor that may be saved under either
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerFiles:
+    """Where a tokenizer comes from."""
+
+    component: str  # the encoder whose home may have it
+    vocabulary: int  # of the published encoder,
+    repo: str  # whose tokenizer this public repository has
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LoraKeys:
+    """What the keys of adapter files begin with and name."""
+
+    prefixes: tuple[tuple[str, str, str], ...]  # (prefix, component, what writes it); the first that leads to a module holds
+    namings: Mapping[str, Mapping[str, tuple[Rule, ...]]]  # component → name of the naming → its rules
+    unread: Mapping[str, str] = dataclasses.field(default_factory=dict)  # component → pattern of modules that inference never reads
+    split_stacks: tuple[str, ...] = ()  # stacks whose parts are reported apart
+    main: str = "transformer"  # the component that reports do not name
+
+
+class Tokenizer(Protocol):
+    """What of ``generation/tokenizers.py`` is needed here."""
+
+    folder: str
+    here: bool  # False: a plan's stand-in for one that is not
+    unit: str  # of its counts, if it is not tokens
+    max_length: Any
+
+    def __call__(self, texts: Sequence[str], length: int) -> np.ndarray: ...
+    def longer(self, texts: Iterable[str], limit: int) -> set[str]: ...
+    def doubtful(self, texts: Iterable[str], limit: int) -> set[str]: ...
+    def count(self, texts: Sequence[str]) -> list[int]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class TextInput:
+    """What one text encoder reads of a row."""
+
+    name: str  # for messages
+    tokenizer: Tokenizer
+    length: int  # tokens, padding included
+    field: str  # of the row
+
+    def text(self, row: Row) -> str:
+        return getattr(row, self.field)
+
+    def __call__(self, texts: Sequence[str]) -> tuple[np.ndarray, ...]:
+        """Arrays ``[B, length]`` int32 of ``texts``: ids, padded and truncated."""
+        return (self.tokenizer(texts, self.length),)
+
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Of one text's arrays."""
+        return ((self.length,),)
+
+    def truncated(self, texts: Iterable[str]) -> set[str]:
+        """Those that have more tokens than are read."""
+        return self.tokenizer.longer(texts, self.length)
+
+    def doubtful(self, texts: Iterable[str]) -> set[str]:
+        """Those of which nobody can tell, for want of a tokenizer."""
+        return self.tokenizer.doubtful(texts, self.length)
+
+
+class Denoiser(Protocol):
+    """A transformer as the programs use it."""
+
+    def step_inputs(self, conditioning: Conditioning, sigmas: jax.Array, guidance: jax.Array, dtype: Any) -> StepInputs:
+        """Of noise levels ``[B, S]`` and guidance ``[B]``."""
+
+    def drop_step_layers(self) -> None:
+        """Take out the layers that only ``step_inputs`` needs."""
+
+    def embed(self, conditioning: Conditioning, dtype: Any) -> Any:
+        """What of the conditioning is the same in all steps."""
+
+    def velocity(self, latents: jax.Array, embedded: Any, step: StepInputs, positions: Positions) -> jax.Array:
+        """``[B, L, C]`` of ``latents`` ``[B, L, C]``; ``step``: of one step, without the axis S."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamParts:
+    """A transformer in parts that pass through the device one at a time: its blocks, in order, and the layers that make
+    their step inputs, which pass first."""
+
+    blocks: tuple[tuple[str, int], ...]  # (stack, number of layers)
+    step_layers: Mapping[str, tuple[str, ...]]  # stack → paths of its blocks' step layers
+    makers: Mapping[str, Callable[[nnx.Rngs | None], nnx.Module]]  # one block (without step layers) or step layer, by path
+    rest: Callable[[nnx.Rngs | None], nnx.Module]  # what lies in no block
+
+
+class StreamedDenoiser(Denoiser, Protocol):
+    """The same for blocks that come one at a time."""
+
+    def stream(self) -> StreamParts: ...
+
+    def step_vector(self, conditioning: Conditioning, sigmas: jax.Array, guidance: jax.Array, dtype: Any) -> tuple[Any, Any]:
+        """What step layers read, and the step inputs ``[B, S, …]`` of ``finish``."""
+
+    def embed_tokens(self, latents: jax.Array, conditioning: Conditioning, dtype: Any) -> Any:
+        """What the first block reads."""
+
+    def block(self, block: nnx.Module, x: Any, step: Sequence[jax.Array], positions: Positions) -> Any:
+        """``x`` after ``block``; ``step``: the outputs of its step layers, of one step."""
+
+    def finish(self, x: Any, step: jax.Array) -> jax.Array:
+        """``x`` after the last block → velocity ``[B, L, C]``."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Footprint:
+    """What decides how many bytes activations take on one device."""
+
+    images: int
+    height: int
+    width: int
+    platform: str
+    activation_bytes: int  # of a number
+    weight_bytes: int
+    mesh: Mapping[str, int]  # axis → size
+    scores: bool  # whether attention writes all its scores down
+    steps: int  # whose step inputs are made at once
+    at_once: int  # images that are decoded together
+
+
+class Family(abc.ABC):
+    """A model family. Class attributes describe its checkpoints; an instance has the configs of one."""
+
+    name: ClassVar[str]
+    pipelines: ClassVar[tuple[str, ...]]  # what model_index.json may call itself
+    components: ClassVar[Mapping[str, Component]]
+    encoders: ClassVar[tuple[str, ...]]  # the components that read text
+    denoiser: ClassVar[str] = "transformer"
+    decoder: ClassVar[str] = "vae"
+    tokenizers: ClassVar[Mapping[str, TokenizerFiles]]
+    conditioning: ClassVar[Callable[..., Conditioning]]
+    lora: ClassVar[LoraKeys]
+    file_patterns: ClassVar[tuple[str, ...]] = ()  # patterns of the denoiser's file in a directory of single files
+    leftovers: ClassVar[str] = r"(?!)"  # names in a whole checkpoint that belong to no component
+
+    def __init__(self, configs: Mapping[str, Config]):
+        self.configs = dict(configs)
+
+    # The checkpoint
+
+    @abc.abstractmethod
+    def mismatches(self) -> Iterator[tuple[str, str, Any, Any, str]]:
+        """(component, key, found, expected, of what) where components do not fit each other."""
+
+    @abc.abstractmethod
+    def scheduler(self, config: Mapping[str, Any], time_shift: bool | None, base_shift: float | None, max_shift: float | None) -> Scheduler:
+        """From ``scheduler_config.json``; arguments that are not None win. UserError for one that this is not."""
+
+    @abc.abstractmethod
+    def published_scheduler(self) -> dict[str, Any]:
+        """The ``scheduler_config.json`` of a checkpoint that comes without one."""
+
+    def options(self, attention: Any, split_head_dim: bool, bands: int) -> Mapping[str, Mapping[str, Any]]:
+        """Arguments of the components' modules besides config and layout."""
+        return {self.denoiser: {"attention": attention, "split_head_dim": split_head_dim}, self.decoder: {"bands": bands}}
+
+    @property
+    @abc.abstractmethod
+    def heads(self) -> int:
+        """Attention heads of the denoiser, over which tensor parallelism divides it."""
+
+    @property
+    @abc.abstractmethod
+    def guided(self) -> bool:
+        """Whether the checkpoint reads ``guidance_scale``."""
+
+    def warnings(self, flux_name: str) -> tuple[str, ...]:
+        """What of ``model.flux_name`` does not go with the checkpoint."""
+        return ()
+
+    # Text
+
+    @abc.abstractmethod
+    def text_inputs(self, tokenizers: Mapping[str, Tokenizer], max_sequence_length: int) -> tuple[TextInput, ...]:
+        """What the encoders read, in the order of ``encoders``; UserError for a tokenizer that does not fit."""
+
+    @abc.abstractmethod
+    def encode(self, encoders: Mapping[str, Any], inputs: Sequence[tuple[jax.Array, ...]], dtype: Any) -> Conditioning:
+        """``inputs``: the arrays of each text input ``[B, …]``."""
+
+    @abc.abstractmethod
+    def conditioning_shapes(self, inputs: Sequence[TextInput]) -> Conditioning:
+        """Shapes of one row's."""
+
+    # Latents
+
+    @property
+    @abc.abstractmethod
+    def size_multiple(self) -> int:
+        """Heights and widths must be multiples of this many pixels."""
+
+    @abc.abstractmethod
+    def latent_shape(self, height: int, width: int) -> tuple[int, int]:
+        """Tokens and channels of an image of this many pixels."""
+
+    def tokens(self, height: int, width: int) -> int:
+        return self.latent_shape(height, width)[0]
+
+    @abc.abstractmethod
+    def noise(self, seed: int, height: int, width: int) -> np.ndarray:
+        """``[L, C]`` float32."""
+
+    @abc.abstractmethod
+    def positions(self, conditioning: Conditioning, height: int, width: int) -> Positions:
+        """Of text and image tokens, NumPy. ``conditioning``: of a batch, or its shapes."""
+
+    @abc.abstractmethod
+    def unpack(self, latents: jax.Array, height: int, width: int) -> jax.Array:
+        """``[B, L, C]`` → what the decoder reads, ``[B, h, w, …]``."""
+
+    @property
+    @abc.abstractmethod
+    def decoder_width(self) -> int:
+        """Channels of the decoder's finest level."""
+
+    # Costs: FLOPs of one image or prompt, and bytes of activations on one device
+
+    @abc.abstractmethod
+    def encode_flops(self, inputs: Sequence[TextInput]) -> int: ...
+
+    @abc.abstractmethod
+    def step_flops(self, height: int, width: int, inputs: Sequence[TextInput]) -> int: ...
+
+    @abc.abstractmethod
+    def decode_flops(self, height: int, width: int) -> int: ...
+
+    @abc.abstractmethod
+    def encode_bytes(self, at: Footprint, inputs: Sequence[TextInput]) -> int: ...
+
+    @abc.abstractmethod
+    def denoise_bytes(self, at: Footprint, inputs: Sequence[TextInput]) -> int: ...
+
+    @abc.abstractmethod
+    def decode_bytes(self, at: Footprint) -> int: ...
+
+
+__all__ = [
+    "Component", "Conditioning", "Config", "Denoiser", "Family", "Footprint", "LoraKeys", "Naming", "Positions", "StepInputs", "StreamParts",
+    "StreamedDenoiser", "Table", "TextInput", "Tokenizer", "TokenizerFiles", "UserError",
+]  # fmt: skip

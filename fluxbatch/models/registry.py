@@ -1,0 +1,22 @@
+"""The families that there are: every folder of ``models/`` with a ``definition.py``."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import pkgutil
+
+from fluxbatch import models
+from fluxbatch.models.family import Family
+
+
+@functools.cache
+def families() -> tuple[type[Family], ...]:
+    """All of them, by folder name."""
+    folders = sorted(module.name for module in pkgutil.iter_modules(models.__path__) if module.ispkg)
+    return tuple(importlib.import_module(f"{models.__name__}.{folder}.definition").FAMILY for folder in folders)
+
+
+def by_pipeline(name: str) -> type[Family] | None:
+    """The family whose checkpoints call themselves ``name`` in model_index.json."""
+    return next((family for family in families() if name in family.pipelines), None)
