@@ -106,13 +106,13 @@ def _ahead(job: PlanJob, target: Target) -> bool:
 def _machine(job: PlanJob) -> tuple[Target, Any]:
     """The target and devices of this process in its place, None for all that there are."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a GPU may be at work for others
-    from fluxbatch.distributed import chips, process_group
+    from fluxbatch.distributed import backend, chips
 
     wanted = job.hardware.platform.name
     if job.target is None:
         import jax
 
-        platform, devices = process_group.start(wanted, None), jax.devices()
+        platform, devices = backend.start(wanted, None), jax.devices()
         kind = devices[0].device_kind
         return chips.Target(f"this machine, {kind}", platform, chips.of_kind(kind), len(devices), jax.process_count()), None
     target = chips.target(job.target)

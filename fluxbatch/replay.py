@@ -46,7 +46,7 @@ def replay(job: ReplayJob) -> int:
     import numpy as np
     import yaml
 
-    from fluxbatch.distributed import process_group
+    from fluxbatch.distributed import backend
     from fluxbatch.generation import prompts
     from fluxbatch.generation.model_spec import open_engine
     from fluxbatch.results.image_files import decode, pixel_sha256
@@ -80,11 +80,11 @@ def replay(job: ReplayJob) -> int:
         raise UserError(f"id={job.id}: {store.url} has no record of such a row, nor of such an image")
     recorded = _recorded(job, found, facts, record, anew)
 
-    process_group.tell_compiler(recorded.hardware.xla_flags, recorded.hardware.libtpu_init_args)
+    backend.tell_compiler(recorded.hardware.xla_flags, recorded.hardware.libtpu_init_args)
     programs = cache.find("jax_cache_dir", recorded.jax_cache_dir)
     if programs.error and "jax_cache_dir" in anew:
         raise programs.error  # else the directory was another machine's
-    engine = open_engine(recorded, process_group.start(recorded.hardware.platform.name, programs.path, programs.writable))
+    engine = open_engine(recorded, backend.start(recorded.hardware.platform.name, programs.path, programs.writable))
     for line in difference(facts, engine.facts):
         print(f"changed since: {line}")
     # all rows decide how adapters are applied, as they did then

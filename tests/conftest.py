@@ -61,14 +61,6 @@ def filled(module):
     return nnx.merge(graph, jax.tree.map(lambda x: jax.numpy.asarray(rng.normal(0, 0.2, x.shape), "float32"), state))
 
 
-@pytest.fixture(autouse=True)
-def nothing_is_kept():
-    """No weights pass from a sweep in one test to another test."""
-    yield
-    if engine := sys.modules.get("fluxbatch.generation.model_spec"):
-        engine._kept.clear()
-
-
 @pytest.fixture
 def golden() -> pathlib.Path:
     return GOLDEN

@@ -280,7 +280,7 @@ def test_a_time_of_day_is_a_run_name_where_the_system_takes_colons(command, tmp_
     assert command(f"run_name={name}", "prompt=x").run_name == name
     command("-m", f"run_name={name}", "prompt=x", "seed=1,2", "output_dir=out")
     assert (tmp_path / "out" / name / "multirun.yaml").exists()
-    monkeypatch.setattr("fluxbatch.config.COLONS", False)
+    monkeypatch.setattr("fluxbatch.config.schema.COLONS", False)
     command(f"run_name={name}", "prompt=x", expect=2)
     assert "and without colons" in command.err
 
@@ -655,7 +655,7 @@ def test_closed_streams_can_be_written_to_and_no_file_gets_their_numbers(tmp_pat
 
 
 def test_the_environment_s_flags_win(monkeypatch):
-    from fluxbatch.distributed.process_group import tell_compiler
+    from fluxbatch.distributed.backend import tell_compiler
 
     monkeypatch.setenv("XLA_FLAGS", "--a=1 --b")
     monkeypatch.delenv("LIBTPU_INIT_ARGS", raising=False)
@@ -666,12 +666,12 @@ def test_the_environment_s_flags_win(monkeypatch):
 @pytest.mark.parametrize("given", [{}, {"XLA_CLIENT_MEM_FRACTION": "0.3"}, {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.3"}])
 def test_the_share_of_a_gpu_is_told_once(monkeypatch, given):
     """JAX knows it by two names, and does not start if it is told both."""
-    from fluxbatch.distributed import process_group
+    from fluxbatch.distributed import backend
 
-    for name in (*process_group.GPU_SHARES, "XLA_FLAGS", "LIBTPU_INIT_ARGS"):
+    for name in (*backend.GPU_SHARES, "XLA_FLAGS", "LIBTPU_INIT_ARGS"):
         monkeypatch.setenv(name, "")
     for name, value in given.items():
         monkeypatch.setenv(name, value)
-    process_group.tell_compiler([], [])
-    assert [os.environ[name] for name in process_group.GPU_SHARES if os.environ[name]] == list(given.values() or ["0.9"])
-    assert process_group.gpu_share() == (0.3 if given else 0.9)
+    backend.tell_compiler([], [])
+    assert [os.environ[name] for name in backend.GPU_SHARES if os.environ[name]] == list(given.values() or ["0.9"])
+    assert backend.gpu_share() == (0.3 if given else 0.9)

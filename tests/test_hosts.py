@@ -18,7 +18,7 @@ from conftest import GOLDEN, images, metadata, psnr, xla_flags
 from jax.experimental import multihost_utils
 
 from fluxbatch.distributed import process_group
-from fluxbatch.distributed.process_group import HEARTBEAT
+from fluxbatch.distributed.backend import HEARTBEAT
 from fluxbatch.distributed.replica import hold_port
 from fluxbatch.storage.base import StorageError
 from fluxbatch.types import Exit, UserError
@@ -150,11 +150,11 @@ def test_a_process_ends_as_the_one_that_failed(monkeypatch, error, code):
         return np.array([words[1], 7], np.uint32)
 
     monkeypatch.setattr(multihost_utils, "process_allgather", allgather)
-    with pytest.raises(type(error)), process_group.together():
+    with pytest.raises(type(error)), process_group.ProcessGroup().together():
         raise error
     monkeypatch.setattr(multihost_utils, "process_allgather", lambda word: np.array([words[1], word[0]], np.uint32))
     with pytest.raises(process_group.KnownToAll, match="process 0 of this replica has failed") as known:
-        process_group.agree("manifest", [1])
+        process_group.ProcessGroup().agree("manifest", [1])
     assert known.value.code == code
 
 
@@ -231,7 +231,7 @@ def test_a_cut_link_ends_both_sides(tmp_path, cache, two_hosts):
     """Nobody dies and nobody answers: with a heartbeat of 10 s both end within 15 s, and the next start completes."""
     places, link = two_hosts
     more = {"manifest": long_manifest(tmp_path), "resolution": 16, "shard_size": 32, "places": places, "devices": 1, "num_inference_steps": 2}
-    impatient = "from fluxbatch.distributed import process_group\nprocess_group.HEARTBEAT = 10\nfrom fluxbatch import run\nrun.main()"
+    impatient = "from fluxbatch.distributed import backend\nbackend.HEARTBEAT = 10\nfrom fluxbatch import run\nrun.main()"
     processes = replica(tmp_path, cache, 2, program=("-c", impatient), **more)
     wait_for(processes, tmp_path / "run", 12)
     link("down")

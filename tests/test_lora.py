@@ -17,7 +17,7 @@ from conftest import metadata
 from flax import nnx
 
 from fluxbatch.config import application
-from fluxbatch.distributed import process_group
+from fluxbatch.distributed import backend
 from fluxbatch.generation import prompts
 from fluxbatch.generation.model_spec import open_engine
 from fluxbatch.lora import adapter
@@ -340,7 +340,7 @@ def opened(golden, tmp_path, monkeypatch):
         with pytest.raises(SystemExit):
             application.main(lambda job: jobs.append(job) or 0)
         job = dataclasses.replace(jobs[0], sweep={"x": 1} if sweep else {})
-        engine = open_engine(job, process_group.start("cpu", None))
+        engine = open_engine(job, backend.start("cpu", None))
         return engine, engine.resolve(read_rows(job, multiple=engine.multiple)[0])
 
     return open_

@@ -17,7 +17,7 @@ import test_lora
 from conftest import GOLDEN, psnr
 
 from fluxbatch.config import application
-from fluxbatch.distributed import process_group
+from fluxbatch.distributed import backend
 from fluxbatch.generation import prompts
 from fluxbatch.generation.model_spec import open_engine
 from fluxbatch.lora import adapter as lora
@@ -98,7 +98,7 @@ def ours(model, tmp_path, monkeypatch, adapters, mixes, **options) -> list[np.nd
     with pytest.raises(SystemExit):
         application.main(lambda job: jobs.append(job) or 0)
     jobs[0].sweep = {"lora": mixes}  # so that weights stay and only what adapters touch is loaded anew
-    engine = open_engine(jobs[0], process_group.start("cpu", CACHE))
+    engine = open_engine(jobs[0], backend.start("cpu", CACHE))
     rows = engine.resolve(read_rows(jobs[0], multiple=engine.multiple)[0])
     pipeline = engine.pipeline(rows)
     states = prompts.encode(rows, engine.inputs, pipeline, len(rows))

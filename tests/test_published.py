@@ -89,7 +89,7 @@ def test_published_sizes(name, flux, cache):
 ])  # fmt: skip
 def test_a_plan_without_checkpoint_token_or_network(planned, words):
     text = planned(*words)
-    assert text.count(UNSEEN) == 1 and "t5 4.76 G, clip 123 M, flux 11.9 G, vae 49.5 M" in text
+    assert text.count(UNSEEN) == 1 and "transformer 11.9 G, text_encoder 123 M, text_encoder_2 4.76 G, vae 49.5 M" in text
     assert all(name in text for name in ("encode  ", "denoise ", "decode  ", "reads     ", "time      "))
 
 
@@ -130,7 +130,7 @@ def small(golden, monkeypatch):
     """The golden dev checkpoint is published as ``bfl/small``, and known by its configurations."""
     read = {part: json.loads((golden / "dev" / part / "config.json").read_text()) for part in Flux1.components}
     scheduler = json.loads((golden / "dev/scheduler/scheduler_config.json").read_text())
-    known = {"repository": "bfl/small", "file": "small.safetensors", "dtype": "float32", "components": read}
+    known = {"repository": "bfl/small", "file": "small.safetensors", "pipeline": "FluxPipeline", "dtype": "float32", "components": read}
     known["scheduler"] = scheduler
     monkeypatch.setattr(published, "published", lambda: {"bfl/small": known})
     return "sampler=dev", "resolution=64", "max_sequence_length=24", "aot=false"

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from jax.experimental import multihost_utils
 
-from fluxbatch.distributed import join, peers, process_group
+from fluxbatch.distributed import backend, join, peers, process_group
 from fluxbatch.distributed.mesh import open_mesh
 from fluxbatch.distributed.replica import hold_port
 from fluxbatch.types import Exit, UserError
@@ -226,10 +226,11 @@ def test_what_jax_cannot_read_is_one_line(environment, monkeypatch):
 
 MEETING = """
 import jax
-from fluxbatch.dist import hosts
-hosts.start("cpu", None)
+from fluxbatch.distributed import backend
+from fluxbatch.distributed.process_group import ProcessGroup
+backend.start("cpu", None)
 print(f"process {jax.process_index()} of {jax.process_count()}", flush=True)
-hosts.meet()
+ProcessGroup().meet()
 """
 
 
@@ -270,11 +271,11 @@ def test_a_platform_that_is_not_here_is_named_by_its_variable(monkeypatch, varia
     monkeypatch.setenv(variable, "cuda")
     monkeypatch.setattr(jax, "default_backend", nothing)
     with pytest.raises(UserError, match=f"^{variable}=cuda: JAX finds none here: Unable .*; .* {variable} unset"):
-        process_group.start("auto", None)
+        backend.start("auto", None)
     before = jax.config.jax_platforms
     try:
         with pytest.raises(UserError, match="^hardware=gpu: JAX finds none here"):
-            process_group.start("gpu", None)
+            backend.start("gpu", None)
     finally:
         jax.config.update("jax_platforms", before)
 
@@ -287,4 +288,4 @@ def test_tasks_with_a_job_of_their_own_each_are_told_how_to_start(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(multihost_utils, "process_allgather", lambda word: np.array([word[0], 7], np.uint32))
     with pytest.raises(UserError, match=f"process 1 .* sees another manifest than process 0: .* {way_out}"):
-        process_group.agree("manifest", [1])
+        process_group.ProcessGroup().agree("manifest", [1])

@@ -16,8 +16,8 @@ from conftest import metadata
 from safetensors.numpy import load_file, save_file
 from test_lora import SMALL, opened  # noqa: F401 (a fixture)
 
-from fluxbatch.distributed import process_group
-from fluxbatch.generation import model_spec, pipeline
+from fluxbatch.distributed import backend
+from fluxbatch.generation import pipeline
 from fluxbatch.storage.cache import Cache, Place, find
 from fluxbatch.types import UserError
 
@@ -183,12 +183,12 @@ def test_a_directory_that_can_only_be_read_is_read(tmp_path, monkeypatch):
 def test_programs_are_not_added_to_what_can_only_be_read(tmp_path, monkeypatch):
     said = {}
     monkeypatch.setattr("jax.config.update", said.__setitem__)
-    process_group.start("auto", str(tmp_path), writable=False)
+    backend.start("auto", str(tmp_path), writable=False)
     assert said == {"jax_compilation_cache_dir": str(tmp_path), "jax_persistent_cache_min_compile_time_secs": 1e9}
     monkeypatch.setattr("jax.default_backend", lambda: "gpu")
-    process_group.start("auto", str(tmp_path), writable=False)
+    backend.start("auto", str(tmp_path), writable=False)
     assert said.pop("jax_persistent_cache_enable_xla_caches") == "none"  # XLA would write there as well
-    process_group.start("auto", str(tmp_path))
+    backend.start("auto", str(tmp_path))
     assert "jax_persistent_cache_enable_xla_caches" not in said and said["jax_persistent_cache_min_compile_time_secs"] == 0.2
 
 
@@ -218,7 +218,6 @@ def run(cli, golden, tmp_path, monkeypatch):
         code, err = cli(*[word for word in more if word.startswith("-")], *words)
         assert code == expect, err
         call.said = err
-        model_spec._kept.clear()
         return len(encoded) if expect == 0 else err
 
     return call

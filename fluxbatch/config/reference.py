@@ -100,7 +100,7 @@ def own(schema: type[Job]) -> list[tuple[str, str]]:
 
 def header(about: str, task: Callable[..., int], schema: type[Job]) -> str:
     """How --help begins: how the command is called, and the keys that it has for itself."""
-    module = sys.modules[task.__module__].__spec__
+    module = sys.modules[getattr(task, "func", task).__module__].__spec__
     command = f"-m {module.name}" if module else sys.argv[0]  # else a script's
     lines = [about, "", f"Usage: python {command} [option] [key=value …] [group=name …]"]
     if keys := own(schema):

@@ -13,8 +13,10 @@ import jax.numpy as jnp
 
 from fluxbatch import __version__
 from fluxbatch.config.schema import Job, Model
-from fluxbatch.distributed import chips, process_group
+from fluxbatch.distributed import chips
 from fluxbatch.distributed.mesh import Layout, batch_ways, open_mesh
+from fluxbatch.distributed.process_group import ProcessGroup
+from fluxbatch.generation.kept import KeptPipeline
 from fluxbatch.generation.pipeline import Pipeline, Watcher
 from fluxbatch.generation.prompts import TextCache
 from fluxbatch.generation.tokenizers import Absent, Tokenizer
@@ -52,6 +54,7 @@ class Engine:
     identity: tuple[Any, ...]  # two engines that agree in it load the same weights and programs
     remarks: tuple[str, ...]  # what is allowed and probably not meant
     keep: bool  # whether the next job of this process may want the weights: one of a sweep
+    group: ProcessGroup
 
     @property
     def ways(self) -> int:
@@ -94,30 +97,27 @@ class Engine:
                             "expected one mix for all rows, which is merged into the blocks as they pass")  # fmt: skip
         return rows
 
-    def pipeline(self, rows: Sequence[Row] = (), watcher: Watcher = Watcher()) -> Pipeline:
+    def pipeline(self, rows: Sequence[Row] = (), watcher: Watcher = Watcher(), kept: KeptPipeline | None = None) -> Pipeline:
         """What draws ``rows`` (resolved); weights stream onto the mesh as they are first needed, under the
         eyes of ``watcher``.
 
-        Adapters are merged into the weights if all rows have one mix, else they stand beside them. Within a
-        sweep the weights of the job before stay, but for what adapters change.
+        Adapters are merged into the weights if all rows have one mix, else they stand beside them. Weights that ``kept`` has of a job before stay, but for what adapters change.
         """
         mixes = self.lora.mixes(rows) or [self.lora.own]
         beside = self.lora if len(mixes) > 1 else None
         identity = (self.identity, beside and tuple(beside.facts.items()))
         edits = {name: {} if beside else self.lora.edits(name, mixes[0]) for name in self.plans}
         tag = None if beside else tuple((self.lora.facts[name], scale) for name, scale in mixes[0])
-        kept, _kept[:] = _kept[:], []
-        if kept and kept[0].identity == identity:
-            pipeline = kept[0].pipeline
+        kept = kept or KeptPipeline()
+        if (pipeline := kept.take(identity)) is not None:
             pipeline.reuse(self.scheduler, watcher)
-            for name, network in pipeline.networks.items() if kept[0].tag != tag else ():
+            for name, network in pipeline.networks.items() if kept.tag != tag else ():
                 network.merge(edits[name])
         else:
-            kept.clear()  # its memory is needed
             networks = {name: self._network(name, edits[name], beside) for name in self.plans}
-            pipeline = Pipeline(self.family, networks, self.mesh, self.activations_dtype, self.scheduler, watcher, beside)
+            pipeline = Pipeline(self.family, networks, self.mesh, self.activations_dtype, self.scheduler, watcher, beside, self.group)
         if self.keep:
-            _kept.append(Kept(identity, pipeline, tag))
+            kept.put(identity, pipeline, tag)
         return pipeline
 
     def text_cache(self, folder: str | None, gigabytes: float, rows: Sequence[Row]) -> TextCache | None:
@@ -128,7 +128,7 @@ class Engine:
         place = cache.find("text_cache_dir", folder)
         if place.error:
             raise place.error
-        if not process_group.all_say(place.path is not None):
+        if not self.group.all_say(place.path is not None):
             return None
         entries = cache.Cache(place.path or "", int(gigabytes * 1e9))
         device = self.mesh.devices.flat[0].device_kind
@@ -148,28 +148,16 @@ class Engine:
     def _network(self, part: str, edits: load.Edits, beside: Loras | None) -> Network:
         plan, dtype = self.plans[part], jnp.dtype(self.weights_dtype)
         if self.stream and part == self.family.denoiser:
-            hold = device_weights.pinned(self.mesh) and device_weights.room(load.held(plan, self.mesh, dtype))
+            hold = device_weights.pinned(self.mesh) and device_weights.room(load.held(plan, self.mesh, dtype), self.group)
             return StreamedNetwork(plan, self.mesh, dtype, edits, hold)
         attach = (lambda module: beside.attach(part, module, plan, self.mesh, dtype)) if beside else lambda module: None
         away = self.away if part in self.family.encoders else self.turns if part == self.family.denoiser else "keep"
         return Network(plan, self.mesh, dtype, edits, away, attach)
 
 
-@dataclasses.dataclass(frozen=True)
-class Kept:
-    """What a job of a sweep leaves to the next one."""
-
-    identity: Any
-    pipeline: Pipeline
-    tag: Any  # which adapters are merged, at which scales
-
-
-_kept: list[Kept] = []  # at most one
-
-
 def open_engine(
     job: Job, platform: str, devices: Sequence[jax.Device] | None = None, processes: int | None = None,
-    opened: Callable[[Model], Checkpoint] = open_checkpoint,
+    opened: Callable[[Model], Checkpoint] = open_checkpoint, group: ProcessGroup = ProcessGroup(),
 ) -> Engine:  # fmt: skip
     """Opens the checkpoint and checks it against the job; UserError for anything that cannot work. ``devices``:
     those to use instead of all, as if they belonged to so many ``processes``. ``opened``: how a plan opens it."""
@@ -212,11 +200,11 @@ def open_engine(
         facts["lora"] = adapters.facts
     held = {part: load.held(plan, mesh, weights) for part, plan in plans.items()}
     text = sum(held[part] for part in family.encoders)
-    away, turns = device_weights.away(hardware.offload_encoders, mesh, text), "keep"
+    away, turns = device_weights.away(hardware.offload_encoders, mesh, text, group), "keep"
     if away != "keep" and not hardware.stream_blocks:
         both = [size // mesh.size for size in (text, sum(held.values()) - text)]
-        fits = process_group.all_say(not device_weights.crowded(*both, device_weights.device_memory(mesh)))
-        turns = "keep" if fits else device_weights.away(True, mesh, sum(held.values()))
+        fits = group.all_say(not device_weights.crowded(*both, device_weights.device_memory(mesh)))
+        turns = "keep" if fits else device_weights.away(True, mesh, sum(held.values()), group)
     split = {axis: size for axis, size in mesh.shape.items() if size > 1 and axis != "data"}
     if hardware.stream_blocks and (split or processes > 1):
         got = f"a mesh of {', '.join(f'{axis} {size}' for axis, size in split.items())}" if split else f"{processes} processes"
@@ -225,7 +213,7 @@ def open_engine(
     identity = (tuple(plan.source.url for plan in plans.values()), facts["model_digest"], weights, activations, tuple(mesh.shape.values()), *programs)
     return Engine(
         checkpoint, plans, inputs, scheduler, mesh, weights, activations, hardware.stream_blocks, away, turns, facts, record, adapters, identity,
-        family.warnings(job.model.flux_name), bool(job.sweep))  # fmt: skip
+        family.warnings(job.model.flux_name), bool(job.sweep), group)  # fmt: skip
 
 
 def _name(given: str) -> str:

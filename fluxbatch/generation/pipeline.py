@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fluxbatch.distributed.mesh import batch_sharding, put, replicated
+from fluxbatch.distributed.process_group import ProcessGroup
 from fluxbatch.generation import programs
 from fluxbatch.generation.steps import STEPS, padded_sigmas
 from fluxbatch.lora.apply import Loras
@@ -58,10 +59,10 @@ class Pipeline:
 
     def __init__(
         self, family: Family, networks: Mapping[str, Network], mesh: jax.sharding.Mesh, dtype: Any, scheduler: Scheduler, watcher: Watcher,
-        lora: Loras | None = None,
+        lora: Loras | None = None, group: ProcessGroup = ProcessGroup(),
     ):  # fmt: skip
         """``networks``: one for each component. ``lora``: the adapters that stand beside the weights, mixed row by row."""
-        self.family, self.networks = family, networks
+        self.family, self.networks, self.group = family, networks, group
         self.mesh, self.dtype, self.scheduler, self.watcher, self._lora = mesh, jnp.dtype(dtype), scheduler, watcher, lora
         self._compiled: dict[Hashable, Future[list[Future[Any]]]] = {}
         self._since: float | None = None  # when the devices got the first program of those under way
@@ -168,7 +169,7 @@ class Pipeline:
         lowered = self._run(self._step_inputs.lower, graph, self.dtype, state, conditioning, sigmas, guidance, *scales)
         yield "step_inputs", lowered
         steps = jax.tree.map(lambda x: self._shape(x.dtype, *x.shape), lowered.out_info)
-        arguments = state, latents, conditioning, steps, sigmas, left, turns, positions
+        arguments = state, latents, self.family.in_steps(conditioning), steps, sigmas, left, turns, positions
         yield "denoise", self._run(self._denoise.lower, graph, self.dtype, *arguments, *scales)
 
     def _lower_decode(self, batch: int, height: int, width: int) -> Iterator[tuple[str, jax.stages.Lowered]]:
@@ -218,7 +219,7 @@ class Pipeline:
             levels, left = self._put((sigmas[:, first : first + STEPS + 1], counts - first))
             turns = put(np.array(min(counts.max() - first, STEPS), np.int32), replicated(self.mesh))
             inputs = self._launch(self._step_inputs, graph, self.dtype, state, conditioning, levels, guidance, *scales)
-            arguments = state, latents, conditioning, inputs, levels, left, turns, positions
+            arguments = state, latents, self.family.in_steps(conditioning), inputs, levels, left, turns, positions
             latents = self._launch(self._denoise, graph, self.dtype, *arguments, *scales)
         return self._told(latents)  # by now: decoding may have to wait for its program
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import jax.numpy as jnp
 import numpy as np
 
-from fluxbatch.distributed import process_group
+from fluxbatch.distributed.process_group import ProcessGroup
 from fluxbatch.models.family import Conditioning, Family, TextInput
 from fluxbatch.storage.cache import Cache
 from fluxbatch.types import Row
@@ -22,6 +22,7 @@ class Encoders(Protocol):
     """What of ``pipeline.Pipeline`` is needed here."""
 
     family: Family
+    group: ProcessGroup
 
     def encode(self, inputs: Any, rows: Sequence[Row]) -> Conditioning: ...
 
@@ -59,10 +60,10 @@ class TextCache:
     def name(self, row: Row, ids: Sequence[np.ndarray], *more: Hashable) -> str:
         return hashlib.sha256(repr((self.of(row), *more, [x.tolist() for x in ids])).encode()).hexdigest()
 
-    def read(self, names: Sequence[str]) -> list[State | None]:
+    def read(self, names: Sequence[str], group: ProcessGroup) -> list[State | None]:
         """The states of those names that every process of the replica has."""
         found = [_unpacked(data) if (data := self.entries.get(name)) is not None else None for name in names]
-        everywhere = process_group.all_have([state is not None for state in found])
+        everywhere = group.all_have([state is not None for state in found])
         return [state if here else None for state, here in zip(found, everywhere, strict=True)]
 
     def write(self, name: str, state: State) -> None:
@@ -96,11 +97,11 @@ def encode(rows: Iterable[Row], inputs: Sequence[TextInput], encoders: Encoders,
     keys, own = list(distinct), list(distinct.values())
     arrays = tuple(each([each.text(row) for row in own]) for each in inputs)
     names = [cache.name(row, _of(arrays, i), encoders.text_mix(row), batch_size) for i, row in enumerate(own)] if cache else []
-    states = {keys[i]: state for i, state in enumerate(cache.read(names) if cache else ()) if state is not None}
+    states = {keys[i]: state for i, state in enumerate(cache.read(names, encoders.group) if cache else ()) if state is not None}
     lacking = [i for i, key in enumerate(keys) if key not in states]
 
     def collect(chunk: list[int], encoded: Conditioning) -> None:
-        whole = [process_group.whole(array) for array in encoded]
+        whole = [encoders.group.whole(array) for array in encoded]
         for at, i in enumerate(chunk):
             states[keys[i]] = tuple(array[at] for array in whole)
             if cache:

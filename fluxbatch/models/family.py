@@ -235,6 +235,10 @@ class Family(abc.ABC):
     def conditioning_shapes(self, inputs: Sequence[TextInput]) -> Conditioning:
         """Shapes of one row's."""
 
+    def in_steps(self, conditioning: Conditioning) -> Conditioning:
+        """What of it each step reads, with None for what only step inputs are made of."""
+        return conditioning
+
     # Latents
 
     @property

@@ -107,12 +107,12 @@ def compiled(job: Job, target: Target, height: int, width: int) -> list[Need]:
 
 def main() -> None:
     """The subprocess's part."""
-    from fluxbatch.distributed import process_group
+    from fluxbatch.distributed import backend
     from fluxbatch.generation.model_spec import open_engine
     from fluxbatch.weights.published import open_or_known
 
     job, target, height, width = pickle.load(sys.stdin.buffer)
-    process_group.tell_compiler(job.hardware.xla_flags, job.hardware.libtpu_init_args)
+    backend.tell_compiler(job.hardware.xla_flags, job.hardware.libtpu_init_args)
     engine = open_engine(job, target.platform, devices(target), target.hosts, open_or_known)
     batch = job.sharding.per_device_batch_size * engine.ways
     for need in needs(engine, batch, height, width, parts=("denoise", "decode")):

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from fluxbatch.config.schema import Job, shown
 from fluxbatch.distributed.chips import Target
-from fluxbatch.distributed.process_group import GPU_SHARES, gpu_share
+from fluxbatch.distributed.backend import GPU_SHARES, gpu_share
 from fluxbatch.generation.model_spec import Engine
 from fluxbatch.planning import aot, memory
 from fluxbatch.reporting import columns, startup_warnings

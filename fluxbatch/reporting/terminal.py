@@ -115,6 +115,17 @@ class Report(Watcher):
                 self._bars.remove(bar)
 
     @contextlib.contextmanager
+    def generating(self, total: int | None, peak: float | None) -> Iterator[None]:
+        """The bar of ``total`` images, which ``advance`` moves on. ``peak``: FLOP/s of all devices, where it is known."""
+        self.peak = peak
+        with self.stage("generate"), self.bar(total, "images", "img") as self._images_bar:
+            yield
+
+    def advance(self, images: int) -> None:
+        """So many more rows are recorded. Called from threads."""
+        self._images_bar.update(images)
+
+    @contextlib.contextmanager
     def loading(self, total: int) -> Iterator[Callable[[int], None]]:
         """A bar over ``total`` bytes of weights, with its GB/s; yields what is told of the bytes read."""
 

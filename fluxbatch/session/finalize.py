@@ -12,7 +12,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from fluxbatch.config.schema import Job
-from fluxbatch.distributed import process_group
+from fluxbatch.distributed.process_group import LOST, ProcessGroup
 from fluxbatch.generation.model_spec import Engine
 from fluxbatch.reporting.terminal import Report
 from fluxbatch.results.gallery import write_contact_sheet, write_gallery, write_grid
@@ -26,7 +26,7 @@ from fluxbatch.types import Exit, UserError
 REASONS = {
     Exit.OK: "every row has its image",
     Exit.REJECTED_ROWS: "finished; some rows were rejected, see rejects.jsonl",
-    Exit.PEER_LOST: process_group.LOST,
+    Exit.PEER_LOST: LOST,
     Exit.PREEMPTED: "stopped before every row had its image: run the same command again",
 }
 
@@ -36,6 +36,7 @@ class Outcome:
     """What there is to say about a run once it is over, however it ended."""
 
     job: Job
+    group: ProcessGroup
     engine: Engine
     store: Store
     ledger: Ledger
@@ -46,7 +47,7 @@ class Outcome:
 
     def started(self) -> None:
         """Leaves the resolved configuration with the output, for whoever finds it there later."""
-        if not process_group.is_first():
+        if not self.group.is_first:
             return
         self.store.write(CONFIG, self._config())
         self.work.started()
@@ -57,7 +58,7 @@ class Outcome:
         try:
             yield
         except Exception as error:
-            if process_group.is_loss(error):
+            if self.group.is_loss(error):
                 self._lost_a_peer(error)
             mistake = self._too_large() if "RESOURCE_EXHAUSTED" in str(error) else error
             code, reason = 1, f"{type(error).__name__}: {error}"[:500]
@@ -79,7 +80,7 @@ class Outcome:
         """Merges what is recorded and leaves the status, each as far as the place allows: the error that ended the run is
         the one to tell of."""
         counts = self.work.progress.counts
-        if self.work.merges and process_group.is_first():
+        if self.work.merges and self.group.is_first:
             with contextlib.suppress(Exception):
                 counts = self._counts(self.ledger.merge())
         with contextlib.suppress(StorageError):
@@ -89,20 +90,20 @@ class Outcome:
         """What this process has made is recorded; a regular exit would wait for the peer that is gone."""
         with contextlib.suppress(StorageError):
             self.work.ended(Exit.PEER_LOST, REASONS[Exit.PEER_LOST], self.work.progress.counts)
-        process_group.lost(error)
+        self.group.lost(error)
 
     def finished(self, cut: Exit | None) -> int:
         """All batches are through, or the run was drained (``cut``). The first process of a replica speaks
         for all, once all have recorded what they made; if it fails, all end as it does."""
-        process_group.meet()
+        self.group.meet()
         code = 1
         try:
-            if process_group.is_first():
+            if self.group.is_first:
                 code = self._finished(cut)
         except StorageError as error:
             code = self._failed(error)
         finally:
-            code = process_group.first_says(code)
+            code = self.group.first_says(code)
         return code
 
     def _finished(self, cut: Exit | None) -> int:
@@ -134,7 +135,7 @@ class Outcome:
     def stopped(self, error: Exception) -> int:
         """The output place failed or too many rows did; what was written stays and counts."""
         code = self._failed(error)
-        process_group.leave(code)
+        self.group.leave(code)
         return code
 
     def _failed(self, error: Exception) -> int:

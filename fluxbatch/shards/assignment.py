@@ -18,9 +18,10 @@ from typing import Protocol
 import numpy as np
 
 from fluxbatch.config.schema import Job
-from fluxbatch.distributed import process_group
 from fluxbatch.distributed.peers import refuse_strangers
+from fluxbatch.distributed.process_group import ProcessGroup
 from fluxbatch.distributed.replica import Replica, counted_by, find
+from fluxbatch.distributed.shutdown import Drain
 from fluxbatch.results.ledger import Ledger, utc_now, write_status
 from fluxbatch.shards import batching, progress
 from fluxbatch.shards.claims import REPLICAS, Claims, Holder, Life
@@ -51,14 +52,15 @@ def replica(job: Job) -> Replica:
 
 
 def open_work(
-    job: Job, place: Replica, store: Store, ledger: Ledger, start: str, rows: Sequence[Row], todo: Sequence[Row], batch_size: int
+    job: Job, group: ProcessGroup, place: Replica, store: Store, ledger: Ledger, start: str, rows: Sequence[Row], todo: Sequence[Row],
+    batch_size: int,
 ) -> Work:
     """``rows``: the whole manifest; ``todo``: what had no record at the start. ``start``: how the writer ids of
     this replica's processes begin."""
     if place.count == 1:
-        return Whole(store, batching.plan(todo, batch_size, job.shard_size), before=len(rows) - len(todo))
+        return Whole(group, store, batching.plan(todo, batch_size, job.shard_size), before=len(rows) - len(todo))
     portions = batching.portions(rows, batch_size, job.shard_size)
-    return Shared(place, store, ledger, start, portions, todo, batch_size, job.replica_expiry)
+    return Shared(group, place, store, ledger, start, portions, todo, batch_size, job.replica_expiry)
 
 
 class Work(Protocol):
@@ -66,7 +68,7 @@ class Work(Protocol):
     merges: bool  # whether this replica merges the records in the end
     progress: Progress
 
-    def shards(self, drain: process_group.Drain) -> Iterator[Shard]:
+    def shards(self, drain: Drain) -> Iterator[Shard]:
         """To be asked for the next one when the records of the one before are on their way."""
 
     def ends_with(self, shard: Shard) -> bool:
@@ -84,15 +86,15 @@ class Whole:
 
     alone = merges = True
 
-    def __init__(self, store: Store, shards: Sequence[Shard], before: int):
-        self._store, self._shards = store, shards
+    def __init__(self, group: ProcessGroup, store: Store, shards: Sequence[Shard], before: int):
+        self._group, self._store, self._shards = group, store, shards
         self._speed: Mapping[str, float] = {}
         self._news, self._over = threading.Event(), False
         self._thread = threading.Thread(target=self._live, name="sign of life", daemon=True)
         self.progress = Progress(before, sum(len(batch.rows) for shard in shards for batch in shard.batches), self._tell)
 
-    def shards(self, drain: process_group.Drain) -> Iterator[Shard]:
-        if process_group.is_first():
+    def shards(self, drain: Drain) -> Iterator[Shard]:
+        if self._group.is_first:
             self._thread.start()
         return iter(self._shards)
 
@@ -133,10 +135,10 @@ class Shared:
     alone = False
 
     def __init__(
-        self, replica: Replica, store: Store, ledger: Ledger, start: str, portions: Sequence[Sequence[Row]], todo: Sequence[Row],
+        self, group: ProcessGroup, replica: Replica, store: Store, ledger: Ledger, start: str, portions: Sequence[Sequence[Row]], todo: Sequence[Row],
         batch_size: int, expiry: float,
     ):  # fmt: skip
-        self.merges = False
+        self._group, self.merges = group, False
         rows = sum(map(len, portions))
         self.progress, self._lacking = Progress(rows - len(todo), None, self._tell), len(todo)
         self._speed: Mapping[str, float] = {}
@@ -144,7 +146,7 @@ class Shared:
         lacking = {row.id for row in todo}
         self._left = [[row for row in portion if row.id in lacking] for portion in portions]
         self._costs = [sum(map(batching.cost, left)) for left in self._left]
-        if process_group.is_first():
+        if self._group.is_first:
             holder = Holder(replica.index, start)
             plan = _digest(portions, ledger.key)
             self._life = Life(store, holder, expiry, plan, self._words)
@@ -170,14 +172,14 @@ class Shared:
 
     def _tell(self, counts: Mapping[str, int], speed: Mapping[str, float]) -> None:
         self._speed = speed
-        if process_group.is_first():
+        if self._group.is_first:
             self._life.renew()
 
     def _words(self) -> Mapping[str, object]:
         return {"reason": running(), "counts": self.progress.counts, **({"speed": self._speed} if self._speed else {})}
 
     def ended(self, code: int, reason: str, counts: Mapping[str, int], **more: Mapping[str, float]) -> None:
-        if not process_group.is_first():
+        if not self._group.is_first:
             return
         if self.merges:
             write_status(self._store, code, reason, counts)
@@ -185,16 +187,16 @@ class Shared:
                 self._claims.finish()
         self._life.end(code, reason, {"counts": self.progress.counts, **more})
 
-    def shards(self, drain: process_group.Drain) -> Iterator[Shard]:
+    def shards(self, drain: Drain) -> Iterator[Shard]:
         longest = max(map(len, self._left), default=0)
         pause = _PAUSE
         while True:
-            recorded = process_group.least(self._ledger.compactions)
+            recorded = self._group.least(self._ledger.compactions)
             message = np.zeros(1 + longest, np.int32)  # the portion's number, and which of its rows are left
-            if process_group.is_first():
+            if self._group.is_first:
                 message[0], left = self._next(recorded)
                 message[1 : 1 + len(left)] = left
-            number, *left = process_group.first_has(message).tolist()
+            number, *left = self._group.first_has(message).tolist()
             if number == _FAILED:
                 raise self._error or StorageError(f"{self._store.url}: process 0 could not claim the next shard there")
             if number == _END:
@@ -206,7 +208,7 @@ class Shared:
                     return
                 continue
             pause = _PAUSE
-            if not self._given and process_group.is_first():
+            if not self._given and self._group.is_first:
                 self._say()
             self._given.append(number)
             rows = [row for row, is_left in zip(self._left[number], left, strict=False) if is_left]

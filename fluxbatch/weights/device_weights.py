@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from fluxbatch.distributed import process_group
+from fluxbatch.distributed.process_group import ProcessGroup
 from fluxbatch.weights import load
 
 PROC, CGROUPS = pathlib.Path("/proc"), pathlib.Path("/sys/fs/cgroup")
@@ -93,13 +93,13 @@ def moved(state: Any, kind: str) -> Any:
     return jax.tree.map(lambda x: jax.device_put(x, x.sharding.with_memory_kind(kind)), state)
 
 
-def away(offload: bool | str, mesh: jax.sharding.Mesh, held: int) -> str:
+def away(offload: bool | str, mesh: jax.sharding.Mesh, held: int, group: ProcessGroup = ProcessGroup()) -> str:
     """The place for ``held`` bytes of weights that are not needed: for True pinned host memory if the hosts have
     room for it, else the checkpoint; on the CPU, whose device memory is the host's, they stay."""
     if offload in (True, "host"):
         if not pinned(mesh):
             return "keep" if load.on_host(mesh) else "free"
-        return "host" if offload == "host" or room(held) else "free"
+        return "host" if offload == "host" or room(held, group) else "free"
     return "free" if offload == "free" else "keep"
 
 
@@ -117,9 +117,9 @@ def device_memory(mesh: jax.sharding.Mesh) -> int | None:
     return (stats or {}).get("bytes_limit")
 
 
-def room(held: int) -> bool:
+def room(held: int, group: ProcessGroup) -> bool:
     """Whether all hosts have the memory for ``held`` bytes each; the page cache wants some too."""
-    return process_group.all_say(held <= host_memory() // 2)
+    return group.all_say(held <= host_memory() // 2)
 
 
 def pinned(mesh: jax.sharding.Mesh) -> bool:

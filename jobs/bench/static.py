@@ -35,7 +35,7 @@ from omegaconf import OmegaConf
 
 from fluxbatch.distributed import chips
 from fluxbatch.distributed.mesh import AXES, Layout, open_mesh
-from fluxbatch.distributed.process_group import tell_compiler
+from fluxbatch.distributed.backend import tell_compiler
 from fluxbatch.generation.pipeline import Pipeline, Watcher
 from fluxbatch.models import attention
 from fluxbatch.models.autoencoder import TPU_BANDS, Decoder, VaeConfig

@@ -169,6 +169,9 @@ class Flux1(Family):
     def conditioning_shapes(self, inputs: Sequence[TextInput]) -> PromptEmbeds:
         return PromptEmbeds((inputs[1].length, self.transformer.joint_attention_dim), (self.transformer.pooled_projection_dim,))
 
+    def in_steps(self, conditioning: PromptEmbeds) -> PromptEmbeds:
+        return PromptEmbeds(conditioning.states, None)
+
     # Latents
 
     @property

@@ -1,0 +1,80 @@
+"""The run's side of the devices: shards and batches in, pixels out."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Self
+
+import jax
+
+from fluxbatch.generation import prompts
+from fluxbatch.generation.kept import KeptPipeline
+from fluxbatch.generation.model_spec import Engine
+from fluxbatch.generation.pipeline import Pipeline
+from fluxbatch.generation.prompts import PromptEmbeds, TextCache
+from fluxbatch.reporting.profiler import Trace
+from fluxbatch.reporting.terminal import Report
+from fluxbatch.shards import batching
+from fluxbatch.shards.assignment import Work
+from fluxbatch.storage.base import Store
+from fluxbatch.types import Batch, Row, Shard
+
+
+class Images(NamedTuple):
+    """A batch on its way. Padding stands behind the rows."""
+
+    pixels: jax.Array  # [B, H, W, 3] uint8
+    finite: jax.Array  # [B]
+    seconds: Callable[[], float]  # the devices' time for it, once it is there
+
+
+class Generator:
+    """Begins with its first shard: a run that has nothing to do compiles and loads nothing."""
+
+    def __init__(
+        self, engine: Engine, rows: Sequence[Row], todo: Sequence[Row], batch_size: int, texts: TextCache | None, work: Work, report: Report,
+        profile: Store | None, kept: KeptPipeline | None,
+    ):  # fmt: skip
+        """``profile``: where a trace of two batches goes."""
+        self._engine, self._rows, self._todo, self._batch_size = engine, rows, todo, batch_size
+        self._texts, self._work, self._report, self._kept = texts, work, report, kept
+        self._trace = Trace(profile, report.say)
+        self._pipeline: Pipeline | None = None
+        self._until_end = contextlib.ExitStack()
+
+    def encode(self, shard: Shard) -> PromptEmbeds:
+        """What the shard's distinct prompts encode to, on the host; then the text encoders make room."""
+        pipeline = self._begun()
+        embeds = prompts.encode(shard.rows, self._engine.inputs, pipeline, self._batch_size, self._texts)
+        self._report.encoded(embeds)
+        pipeline.encoders_out(again=self._engine.keep or not self._work.ends_with(shard))
+        return embeds
+
+    def denoise(self, batch: Batch, embeds: PromptEmbeds) -> jax.Array:
+        """Latents ``[B, L, C]`` of a batch, launched and not waited for."""
+        padded = batching.padded(batch.rows, batch.size)
+        return self._begun().denoise(padded, embeds.batch(padded))
+
+    def decode(self, batch: Batch, latents: jax.Array) -> Images:
+        """Their pixels, likewise."""
+        pixels, finite = self._begun().decode(latents, *batch.shape)
+        flops = sum(self._engine.flops(*batch.shape, row.num_inference_steps) for row in batch.rows)
+        took = self._report.drawing(len(batch.rows), flops)
+        self._trace.batch(pixels)
+        return Images(pixels, finite, took.result)
+
+    def _begun(self) -> Pipeline:
+        if self._pipeline is None:
+            self._pipeline = self._engine.pipeline(self._rows, self._report, self._kept)
+            enter = self._until_end.enter_context
+            enter(self._pipeline.compiling(self._todo, self._batch_size, self._engine.inputs))
+            enter(self._report.generating(self._work.progress.rows, self._engine.peak))
+            enter(self._trace)
+        return self._pipeline
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> bool | None:
+        return self._until_end.__exit__(*error)  # type: ignore[arg-type]

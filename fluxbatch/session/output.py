@@ -1,0 +1,49 @@
+"""The run's side of the output: batches in, files and records of this process's own images out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Self
+
+from fluxbatch.config.schema import Job
+from fluxbatch.distributed.process_group import ProcessGroup
+from fluxbatch.generation.model_spec import Engine
+from fluxbatch.reporting.terminal import Report
+from fluxbatch.results.ledger import Ledger
+from fluxbatch.results.writer import Writer
+from fluxbatch.session.generator import Images
+from fluxbatch.shards.progress import Progress
+from fluxbatch.storage.base import Store
+from fluxbatch.types import Batch, Row, Shard
+
+
+class Output:
+    """Of a batch that several processes generate each writes the images of its own devices."""
+
+    def __init__(
+        self, job: Job, group: ProcessGroup, store: Store, ledger: Ledger, names: Mapping[int, str], engine: Engine, progress: Progress,
+        report: Report,
+    ):  # fmt: skip
+        self._group, self._names, self._progress, self._report = group, names, progress, report
+        self._writer = Writer(store, ledger, job, facts=engine.record, floor=engine.floor, on_image=self._on_image)
+
+    def submit(self, batch: Batch, images: Images) -> None:
+        """Hand over a batch, once the one before it is recorded. Raises what went wrong with an earlier one."""
+        own, (pixels, finite) = self._group.own(batch.rows, images.pixels, images.finite)
+        if own:
+            self._progress.beside(own[-1], len(batch.rows) - len(own))
+            self._writer.put(own, self._names, pixels, finite, images.seconds)
+
+    def commit(self, shard: Shard) -> None:
+        """The records of a shard become one object, behind the devices."""
+        self._writer.compact()
+
+    def _on_image(self, row: Row, ok: bool) -> None:
+        self._report.advance(self._progress.through(row, ok))
+
+    def __enter__(self) -> Self:
+        self._writer.__enter__()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        self._writer.__exit__(kind, *rest)

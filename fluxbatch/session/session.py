@@ -1,0 +1,132 @@
+"""A run as one object: opened before a weight is read, worked through shard by shard, closed with an exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
+
+from fluxbatch.config.schema import Job
+from fluxbatch.distributed import backend
+from fluxbatch.distributed.process_group import ProcessGroup
+from fluxbatch.distributed.shutdown import Drain, drain_on_signals
+from fluxbatch.generation.kept import KeptPipeline
+from fluxbatch.generation.model_spec import Engine, open_engine
+from fluxbatch.generation.prompts import TextCache
+from fluxbatch.manifest.rows import read_rows
+from fluxbatch.reporting import startup_warnings
+from fluxbatch.reporting.terminal import Report
+from fluxbatch.results.image_files import EXTENSIONS
+from fluxbatch.results.ledger import Ledger
+from fluxbatch.results.location import LOCK, open_place
+from fluxbatch.results.writer import TooManyFailures
+from fluxbatch.session.finalize import Outcome
+from fluxbatch.session.generator import Generator
+from fluxbatch.session.output import Output
+from fluxbatch.shards import assignment
+from fluxbatch.shards.assignment import Work
+from fluxbatch.storage import cache
+from fluxbatch.storage.base import StorageError, Store
+from fluxbatch.types import Batch, Exit, Row, Shard
+
+
+@dataclasses.dataclass
+class Session:
+    """What the steps of a run share. ``exit_code`` holds once the session is closed."""
+
+    job: Job
+    group: ProcessGroup
+    drain: Drain
+    report: Report
+    engine: Engine
+    rows: Sequence[Row]  # the whole manifest
+    todo: Sequence[Row]  # those that had no image at the start
+    store: Store
+    ledger: Ledger
+    names: Mapping[int, str]  # of image files, by row index
+    texts: TextCache | None
+    work: Work
+    outcome: Outcome
+    batch_size: int
+    kept: KeptPipeline | None
+    exit_code: int = 1
+
+    def shards(self) -> Iterator[Shard]:
+        """The shards of this replica, until the run is asked to stop."""
+        if self.drain.asked():
+            return
+        for shard in self.work.shards(self.drain):
+            yield shard
+            if self.drain.stopped:
+                return
+
+    def batches(self, shard: Shard) -> Iterator[Batch]:
+        """The batches of a shard, until the run is asked to stop."""
+        for batch in shard.batches:
+            if self.drain.asked():
+                return
+            yield batch
+
+    def generator(self) -> Generator:
+        """What generates the images; to be used with ``with``."""
+        store = self.store if self.job.profile and self.group.is_first else None
+        return Generator(self.engine, self.rows, self.todo, self.batch_size, self.texts, self.work, self.report, store, self.kept)
+
+    def writer(self) -> Output:
+        """What writes the images; to be used with ``with``, within the generator's."""
+        return Output(self.job, self.group, self.store, self.ledger, self.names, self.engine, self.work.progress, self.report)
+
+
+@contextlib.contextmanager
+def open_session(job: Job, kept: KeptPipeline | None = None) -> Iterator[Session]:
+    """Open everything that can be wrong, before a weight is read; finish the run on leaving.
+
+    Raises UserError for what is wrong with configuration, manifest, checkpoint or output.
+    """
+    replica = assignment.replica(job)
+    backend.tell_compiler(job.hardware.xla_flags, job.hardware.libtpu_init_args)
+    programs = cache.find("jax_cache_dir", job.jax_cache_dir)
+    platform = backend.start(job.hardware.platform.name, programs.path, programs.writable)
+    group = ProcessGroup()
+    report = Report(quiet=not group.is_first)
+    with drain_on_signals() as drain, contextlib.ExitStack() as until_end:
+        with report.stage("open"), group.together():
+            if programs.error:
+                raise programs.error
+            engine = open_engine(job, platform, group=group)
+            given, bad_lines = read_rows(job, multiple=engine.multiple)
+            rows = engine.resolve(given)  # each row with its mix of LoRA adapters
+            store = open_place(job)
+            facts = engine.facts | job.output.facts()
+            start = group.start_id()
+            with group.first_goes_first():
+                if group.is_first:
+                    until_end.enter_context(store.hold(LOCK, shared=replica.count > 1))
+                ledger = Ledger(store, facts, writer_id=f"{start}-{group.index}", overwrite=job.overwrite)
+                todo = ledger.remaining(rows, bad_lines, look=group.is_first)
+            cached = job.text_cache_dir is not None and job.text_cache_gigabytes
+            alike = chain([replica, job.run_name, facts, cached], ((row.id, ledger.key(row)) for row in rows))
+            group.agree("manifest or configuration", alike)
+            todo = group.as_first_sees(todo, rows)
+            names = ledger.names(todo, job.output.filename, EXTENSIONS[job.output.format.name])
+            group.agree("ledger", names.items())
+            texts = engine.text_cache(job.text_cache_dir, job.text_cache_gigabytes, todo)
+            batch_size = job.sharding.per_device_batch_size * engine.ways
+            work = assignment.open_work(job, group, replica, store, ledger, start, rows, todo, batch_size)
+            counted = {"rows": len(rows), "before": len(rows) - len(todo)}
+            outcome = Outcome(job, group, engine, store, ledger, report, work, **counted)
+            outcome.started()
+            if group.is_first:
+                strangers, lost = startup_warnings.strangers(ledger.strangers, job.overwrite), startup_warnings.lost(ledger.lost)
+                for line in chain(lost, startup_warnings.lines(job, engine, given, rows, todo), strangers):
+                    report.say(line)
+        drain.draws()
+        until_end.enter_context(outcome.unforeseen())
+        session = Session(
+            job, group, drain, report, engine, rows, todo, store, ledger, names, texts, work, outcome, batch_size, kept)  # fmt: skip
+        try:
+            yield session
+            session.exit_code = outcome.finished(Exit.PREEMPTED if drain.stopped else None)
+        except (StorageError, TooManyFailures) as error:
+            session.exit_code = outcome.stopped(error)
