@@ -57,7 +57,7 @@ def replay(job: ReplayJob) -> int:
     from fluxbatch.storage import cache
     from fluxbatch.storage.base import NotFound, join
     from fluxbatch.storage.log import object_of
-    from fluxbatch.verify import fault_of
+    from fluxbatch.results.damage import fault_of
 
     anew = _anew()
     saved = None if job.save is None else _place_of(job.save)

@@ -8,7 +8,6 @@ start of the same job makes them again. Without ``run_name`` every run in the pl
 from __future__ import annotations
 
 import dataclasses
-import json
 import secrets
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -18,10 +17,10 @@ from tqdm import tqdm
 
 from fluxbatch.config import application
 from fluxbatch.config.schema import Job
-from fluxbatch.results.image_files import decode, parameters, pixel_sha256
+from fluxbatch.results.damage import fault_of
 from fluxbatch.results.ledger import HIDDEN, IMAGES, METADATA, RECORDS, Record, read_records, remove
 from fluxbatch.results.location import LOCK, SHEET
-from fluxbatch.storage.base import NotFound, Store, join
+from fluxbatch.storage.base import Store, join
 from fluxbatch.storage.registry import open_store
 from fluxbatch.storage.log import Log, in_parallel
 from fluxbatch.types import Exit, UserError
@@ -66,27 +65,6 @@ def check(store: Store) -> Findings:
                 damaged[record["file_name"]] = fault
     orphaned = [n for n in store.list() if n.endswith(IMAGES) and n != SHEET and n not in recorded]
     return Findings(len(recorded), tuple(missing), damaged, tuple(orphaned))
-
-
-def fault_of(store: Store, record: Record) -> str | None:
-    """What is wrong with the record's image: "" nothing, None it is not there."""
-    try:
-        data = store.read(record["file_name"])
-        pixels = decode(data)
-        said = {} if record["file_name"].endswith(".png") else parameters(data)
-    except NotFound:
-        return None
-    except ValueError as error:
-        return str(error)
-    height, width, _ = pixels.shape
-    if (height, width) != (record["height"], record["width"]):
-        return f"{width}×{height} pixels, but {record['width']}×{record['height']} were recorded"
-    if record["file_name"].endswith(".png"):
-        return "" if pixel_sha256(pixels) == record["sha256"] else "other pixels than were recorded"
-    # a lossy file's own pixels are not what was hashed
-    if said and (said.get("key"), said.get("sha256")) != (record["key"], record["sha256"]):
-        return f"another image than was recorded: of id {json.dumps(said.get('id'), ensure_ascii=False)}"
-    return ""
 
 
 def _report(store: Store, repair: bool) -> Findings:

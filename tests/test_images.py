@@ -14,7 +14,8 @@ from PIL import Image
 
 from fluxbatch.config.schema import ImageFormat
 from fluxbatch.manifest.rows import read_rows
-from fluxbatch.results.image_files import MAX_SIDE, SIDES, decode, encode, is_flat, pixel_sha256
+from fluxbatch.config.schema import MAX_SIDE, SIDES
+from fluxbatch.results.image_files import decode, encode, is_flat, pixel_sha256
 from fluxbatch.types import UserError
 
 OPTIONS = {"png_level": 6, "quality": 90}

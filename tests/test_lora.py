@@ -19,6 +19,7 @@ from flax import nnx
 from fluxbatch.config import application
 from fluxbatch.distributed import backend
 from fluxbatch.generation import prompts
+from fluxbatch.generation.kept import KeptPipeline
 from fluxbatch.generation.model_spec import open_engine
 from fluxbatch.lora import adapter
 from fluxbatch.lora.deltas import Decomposed, Hadamard, Kronecker, Product, Whole
@@ -386,7 +387,8 @@ def test_a_hundred_swaps_leave_no_trace(opened, adapters):
     engine, _ = opened([{"prompt": "x"}], *arrays(adapters))
     row = Row(0, "0", "x", "x", 0, 32, 32, 1, 1.0)
     mixes = [tuple(sorted(mix.items())) for mix in MIXES[1:]]
-    load = lambda mix: engine.pipeline([dataclasses.replace(row, lora=mix)])  # noqa: E731
+    kept = KeptPipeline()
+    load = lambda mix: engine.pipeline([dataclasses.replace(row, lora=mix)], kept=kept)  # noqa: E731
     weights = lambda: {name: jax.tree.map(np.array, state) for name, state in states(pipeline).items()}  # noqa: E731
     pipeline = load(())
     fresh, arrays_before = weights(), jax.tree.leaves(states(pipeline)["transformer"])

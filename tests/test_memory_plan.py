@@ -14,6 +14,7 @@ from test_lora import adapters, arrays, opened, states  # noqa: F401
 from test_weights import FLUX, copy, plans  # noqa: F401
 
 from fluxbatch.distributed.mesh import make_mesh
+from fluxbatch.generation.kept import KeptPipeline
 from fluxbatch.generation import prompts
 from fluxbatch.types import UserError
 from fluxbatch.weights import device_weights, load
@@ -100,11 +101,12 @@ def test_adapters_on_encoders_that_come_and_go(opened, adapters, monkeypatch, wh
 
     def weights(mix, sweep=True):
         engine, rows = opened([ROW | {"lora": mix}], *arrays(adapters), sweep=sweep)
-        pipeline = engine.pipeline(rows)
+        pipeline = engine.pipeline(rows, kept=kept)
         values = {name: [np.array(x) for x in jax.tree.leaves(state)] for name, state in states(pipeline).items()}
         pipeline.encoders_out(again=True)
         return pipeline, values
 
+    kept = KeptPipeline()
     one, two = {"kohya": 0.8}, {"kohya": 0.4, "lokr": 1.0}
     swept = [weights(mix) for mix in (one, {}, two, one)]
     assert len({id(pipeline) for pipeline, _ in swept}) == 1

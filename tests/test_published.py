@@ -149,7 +149,7 @@ def test_a_component_of_another_known_repository(planned, golden, cache, small):
     assert UNSEEN in planned(*words)
     download(cache, golden, without=("vae",))
     found = published.open_or_known(model("bfl/small", t5="bfl/small", clip=str(golden / "dev")))
-    assert found.unseen == f"bfl/small{UNSEEN}" and found.tokenizer == str(golden / "dev/tokenizer")
+    assert found.unseen == f"bfl/small{UNSEEN}" and found.tokenizers["tokenizer"] == str(golden / "dev/tokenizer")
     assert [isinstance(part.source, published.Named) for part in found.components.values()] == [True, False, False, True]
 
 

@@ -17,6 +17,7 @@ from conftest import images, metadata
 from test_hosts import ROWS, long_manifest, pictures, replica, said
 from test_ledger import FACTS, MemoryStore
 
+from fluxbatch.distributed.process_group import ProcessGroup
 from fluxbatch.distributed.replica import Replica, find
 from fluxbatch.results.ledger import Ledger
 from fluxbatch.results.resume import decisive
@@ -292,7 +293,7 @@ def work_through(store, index, count, rows, pause, dies_after=None, expiry=0.8, 
     start = f"start{index}x{random.randrange(10**9):09}"
     ledger = Ledger(store, FACTS, writer_id=f"{start}-0")
     todo = ledger.remaining(rows)
-    work = assignment.Shared(Replica(index, count), store, ledger, start, batching.portions(rows, 2, 16), todo, 2, expiry)
+    work = assignment.Shared(ProcessGroup(), Replica(index, count), store, ledger, start, batching.portions(rows, 2, 16), todo, 2, expiry)
     work.started()
     drawn = 0
     try:
@@ -319,7 +320,7 @@ def test_who_wakes_up_after_the_end_draws_nothing_again():
     """Of its hand, which nobody claims any more as the claims are cleared away."""
     store, rows, made = MemoryStore(), mixed_rows(100), []
     ledger = Ledger(store, FACTS, writer_id="asleep-0")
-    asleep = assignment.Shared(Replica(0, 2), store, ledger, "asleep", batching.portions(rows, 2, 16), ledger.remaining(rows), 2, 60)
+    asleep = assignment.Shared(ProcessGroup(), Replica(0, 2), store, ledger, "asleep", batching.portions(rows, 2, 16), ledger.remaining(rows), 2, 60)
     asleep.started()
     merges, tally = work_through(store, 1, 2, rows, 0, made=made)
     assert merges and tally.done == len(made) == 100
@@ -370,7 +371,7 @@ def test_a_replica_that_works_says_how_far_it_is(monkeypatch):
     monkeypatch.setattr(progress, "EVERY", 0.0)
     store, rows = MemoryStore(), mixed_rows(40)
     ledger = Ledger(store, FACTS, writer_id="start-0")
-    work = assignment.Shared(Replica(0, 2), store, ledger, "start", batching.portions(rows, 2, 16), ledger.remaining(rows), 2, 1e3)
+    work = assignment.Shared(ProcessGroup(), Replica(0, 2), store, ledger, "start", batching.portions(rows, 2, 16), ledger.remaining(rows), 2, 1e3)
     work.started()
     assert json.loads(store.objects[".fluxbatch/replicas/0.json"])["counts"] == {"made": 0, "before": 0, "rejected": 0}
     next(work.shards(Never()))
@@ -435,7 +436,7 @@ def test_replicas_that_were_not_started_alike_do_not_go_on(change):
     def open_(index, seed=0, rows=40, facts=FACTS, batch_size=2):
         rows = [dataclasses.replace(row, seed=row.seed + seed) for row in mixed_rows(rows)]
         ledger = Ledger(store, facts, writer_id=f"start{index}-0")
-        work = assignment.Shared(Replica(index, 2), store, ledger, f"start{index}", batching.portions(rows, batch_size, 16), rows, batch_size, 0.04)
+        work = assignment.Shared(ProcessGroup(), Replica(index, 2), store, ledger, f"start{index}", batching.portions(rows, batch_size, 16), rows, batch_size, 0.04)
         work.started()
         return work
 
@@ -456,7 +457,7 @@ def test_who_lost_its_records_place_says_so():
     """The first process cannot claim: one line, and no claim is left behind as done."""
     store, rows = MemoryStore(), mixed_rows(40)
     ledger = Ledger(store, FACTS, writer_id="start-0")
-    work = assignment.Shared(Replica(0, 2), store, ledger, "start", batching.portions(rows, 2, 16), ledger.remaining(rows), 2, 60)
+    work = assignment.Shared(ProcessGroup(), Replica(0, 2), store, ledger, "start", batching.portions(rows, 2, 16), ledger.remaining(rows), 2, 60)
     work.started()
     shards = work.shards(Never())
     next(shards)

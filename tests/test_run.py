@@ -161,7 +161,7 @@ def test_a_start_where_another_is_at_work_changes_nothing(cli, golden, tmp_path)
 
 def test_a_signal_while_the_run_opens_ends_it_at_once(cli, golden, tmp_path, monkeypatch):
     """As it might be fetching a checkpoint for minutes."""
-    from fluxbatch.manifest import rows
+    from fluxbatch.session import session
 
     def preempted(*_, **__):
         os.kill(os.getpid(), signal.SIGTERM)
@@ -170,7 +170,7 @@ def test_a_signal_while_the_run_opens_ends_it_at_once(cli, golden, tmp_path, mon
     def ends(code):
         raise SystemExit(code)
 
-    monkeypatch.setattr(rows, "read_rows", preempted)
+    monkeypatch.setattr(session, "read_rows", preempted)
     monkeypatch.setattr(os, "_exit", ends)
     before = signal.signal(signal.SIGTERM, lambda *_: None)  # or it would end the tests
     try:

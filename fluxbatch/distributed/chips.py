@@ -27,7 +27,7 @@ class Chip:
     @property
     def limit(self) -> int:
         """Bytes that a program may use; of a GPU, JAX takes a part and keeps to it."""
-        from fluxbatch.distributed.process_group import (
+        from fluxbatch.distributed.backend import (
             gpu_share,  # with JAX, which the table's readers need not wait for
         )
 

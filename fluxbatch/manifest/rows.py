@@ -11,10 +11,9 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from fluxbatch.config.schema import Job
+from fluxbatch.config.schema import MAX_SIDE, SIDES, Job
 from fluxbatch.manifest import formats
 from fluxbatch.manifest.formats import TAB, BadLine, Line, described, shown
-from fluxbatch.results.image_files import MAX_SIDE, SIDES
 from fluxbatch.storage.base import StorageError
 from fluxbatch.storage.registry import open_stream
 from fluxbatch.types import Reject, Row, UserError

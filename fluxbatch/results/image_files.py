@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
+from fluxbatch.config.schema import MAX_SIDE
+
 EXTENSIONS = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
-SIDES = {"png": 2**31 - 1, "jpeg": 65_500, "webp": 16_383}  # the most pixels of a file's width or height
-MAX_SIDE = 16_384  # pixels that a row may ask for
 Image.MAX_IMAGE_PIXELS = MAX_SIDE**2  # what was written is read again; by default Pillow takes the larger ones for an attack
 
 _IMAGE_DESCRIPTION = 0x010E

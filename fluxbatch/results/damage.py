@@ -1,0 +1,30 @@
+"""Whether an image is the one that its record speaks of."""
+
+from __future__ import annotations
+
+import json
+
+from fluxbatch.results.image_files import decode, parameters, pixel_sha256
+from fluxbatch.results.ledger import Record
+from fluxbatch.storage.base import NotFound, Store
+
+
+def fault_of(store: Store, record: Record) -> str | None:
+    """What is wrong with the record's image: "" nothing, None it is not there."""
+    try:
+        data = store.read(record["file_name"])
+        pixels = decode(data)
+        said = {} if record["file_name"].endswith(".png") else parameters(data)
+    except NotFound:
+        return None
+    except ValueError as error:
+        return str(error)
+    height, width, _ = pixels.shape
+    if (height, width) != (record["height"], record["width"]):
+        return f"{width}×{height} pixels, but {record['width']}×{record['height']} were recorded"
+    if record["file_name"].endswith(".png"):
+        return "" if pixel_sha256(pixels) == record["sha256"] else "other pixels than were recorded"
+    # a lossy file's own pixels are not what was hashed
+    if said and (said.get("key"), said.get("sha256")) != (record["key"], record["sha256"]):
+        return f"another image than was recorded: of id {json.dumps(said.get('id'), ensure_ascii=False)}"
+    return ""
