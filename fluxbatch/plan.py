@@ -21,7 +21,7 @@ from fluxbatch.types import Exit, Row, UserError
 
 if TYPE_CHECKING:
     from fluxbatch.distributed.chips import Target
-    from fluxbatch.generation.model_spec import Engine
+    from fluxbatch.generation.model_spec import ModelSpec
 
 STAND_INS = 256  # CPU devices in place of a target's chips: they cost 0.1 s
 
@@ -37,7 +37,7 @@ class PlanJob(Job):
 
 def plan(job: PlanJob) -> int:
     """Prints the plan."""
-    from fluxbatch.generation.model_spec import open_engine
+    from fluxbatch.generation.model_spec import open_model_spec
     from fluxbatch.manifest.rows import read_rows
     from fluxbatch.planning import forecast
     from fluxbatch.reporting import startup_warnings
@@ -46,17 +46,17 @@ def plan(job: PlanJob) -> int:
     if job.price_per_chip_hour is not None and not 0 <= job.price_per_chip_hour < float("inf"):
         raise UserError(f"price_per_chip_hour={job.price_per_chip_hour}: expected a number from 0")
     target, devices = _machine(job)
-    engine = open_engine(job, target.platform, devices, target.hosts, open_or_known)
-    given, rejects = read_rows(job, multiple=engine.multiple)
-    rows = engine.resolve(given)
-    for line in startup_warnings.mixed(engine, given):
+    spec = open_model_spec(job, target.platform, devices, target.hosts, open_or_known)
+    given, rejects = read_rows(job, size_multiple=spec.size_multiple)
+    rows = spec.resolve(given)
+    for line in startup_warnings.mixed(spec, given):
         print(f"fluxbatch: {line}", file=sys.stderr)
-    for line in forecast.lines(job, engine, target, rows, _todo(job, engine, rows), rejects, job.price_per_chip_hour, _ahead(job, target)):
+    for line in forecast.lines(job, spec, target, rows, _todo(job, spec, rows), rejects, job.price_per_chip_hour, _ahead(job, target)):
         print(line, flush=True)
     return Exit.OK
 
 
-def _todo(job: PlanJob, engine: Engine, rows: Sequence[Row]) -> Sequence[Row]:
+def _todo(job: PlanJob, spec: ModelSpec, rows: Sequence[Row]) -> Sequence[Row]:
     """The rows that the output place has no image of, as far as its records can be read; writes nothing there."""
     from fluxbatch.reporting import startup_warnings
     from fluxbatch.results.ledger import read_records
@@ -65,11 +65,11 @@ def _todo(job: PlanJob, engine: Engine, rows: Sequence[Row]) -> Sequence[Row]:
     from fluxbatch.storage.base import NotFound, StorageError, join
     from fluxbatch.storage.registry import open_store
 
-    facts = json.loads(json.dumps(engine.facts | job.output.facts()))  # as the place has them
+    facts = json.loads(json.dumps(spec.facts | job.output.facts()))  # as the place has them
     try:
         store = open_store(join(job.output_dir, *([job.run_name] if job.run_name else [])))
         there = json.loads(store.read(JOB))
-        if engine.checkpoint.unseen:  # whether it is the one that drew them cannot be told
+        if spec.checkpoint.unseen:  # whether it is the one that drew them cannot be told
             facts["model_digest"] = there.get("model_digest")
         if changed := difference(there, facts):
             print(f"fluxbatch: every row is planned, as {store.url} holds a job with another configuration: {'; '.join(changed)}", file=sys.stderr)

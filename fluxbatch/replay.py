@@ -48,7 +48,7 @@ def replay(job: ReplayJob) -> int:
 
     from fluxbatch.distributed import backend
     from fluxbatch.generation import prompts
-    from fluxbatch.generation.model_spec import open_engine
+    from fluxbatch.generation.model_spec import open_model_spec
     from fluxbatch.results.image_files import decode, pixel_sha256
     from fluxbatch.results.ledger import METADATA, read_records
     from fluxbatch.results.resume import difference
@@ -84,14 +84,14 @@ def replay(job: ReplayJob) -> int:
     programs = cache.find("jax_cache_dir", recorded.jax_cache_dir)
     if programs.error and "jax_cache_dir" in anew:
         raise programs.error  # else the directory was another machine's
-    engine = open_engine(recorded, backend.start(recorded.hardware.platform.name, programs.path, programs.writable))
-    for line in difference(facts, engine.facts):
+    spec = open_model_spec(recorded, backend.start(recorded.hardware.platform.name, programs.path, programs.writable))
+    for line in difference(facts, spec.facts):
         print(f"changed since: {line}")
     # all rows decide how adapters are applied, as they did then
-    pipeline = engine.pipeline(engine.resolve([_row(record) for record in records]))
+    pipeline = spec.pipeline(spec.resolve([_row(record) for record in records]))
     # by the same programs: rounding is another in a batch of another size
-    rows = [_row(record)] * (engine.ways * recorded.sharding.per_device_batch_size)
-    states = prompts.encode(rows, engine.inputs, pipeline, len(rows))
+    rows = [_row(record)] * (spec.data_parallel_size * recorded.sharding.per_device_batch_size)
+    states = prompts.encode(rows, spec.inputs, pipeline, len(rows))
     pipeline.encoders_out(again=False)
     pixels, finite = pipeline.decode(pipeline.denoise(rows, states.batch(rows)), record["height"], record["width"])
     made = np.asarray(pixels)[0]
@@ -115,9 +115,9 @@ def replay(job: ReplayJob) -> int:
         print(f"{job.id}: other pixels than were recorded; nothing to compare them with: {file}: {error}")
         return Exit.REJECTED_ROWS
     apart = int(np.abs(made.astype(int) - stored.astype(int)).max()) if made.shape == stored.shape else "another size"
-    by = ", ".join(difference(record, {key: engine.record[key] for key in PROGRAM}, only_new=True))
+    by = ", ".join(difference(record, {key: spec.provenance[key] for key in PROGRAM}, only_new=True))
     why = f"; made by another program, which rounds otherwise: {by}" if by else ""
-    if apart == 1 and engine.weights_dtype == engine.activations_dtype == "float32":
+    if apart == 1 and spec.weights_dtype == spec.activations_dtype == "float32":
         print(f"{job.id}: the same to rounding: largest difference {apart} of 255{why}")
         return Exit.OK
     print(f"{job.id}: other pixels than {file}; largest difference {apart} of 255{why}")

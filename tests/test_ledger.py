@@ -15,7 +15,7 @@ import pytest
 from fluxbatch.results import ledger as module
 from fluxbatch.results.image_files import decode, encode, pixel_sha256
 from fluxbatch.results.ledger import Ledger, read_records, row_key, write_status
-from fluxbatch.results.location import open_place
+from fluxbatch.results.location import open_location
 from fluxbatch.results.resume import decisive
 from fluxbatch.storage.base import NotFound, StorageError, check_name
 from fluxbatch.storage.registry import open_store
@@ -378,26 +378,26 @@ def test_a_run_does_not_write_over_its_own_manifest(tmp_path):
         for manifest in (run / "metadata.jsonl", run / ".." / "foo" / "metadata.jsonl", tmp_path / "link.jsonl"):
             job = plain.job(manifest=str(manifest), output_dir=str(tmp_path / "exp"), run_name="foo", overwrite=True)
             with pytest.raises(UserError, match=r"manifest=.*: the run would write its metadata.jsonl there; give another run_name"):
-                open_place(job)
-        open_ledger(open_place(dataclasses.replace(job, manifest=str(tmp_path / "other.jsonl"))), overwrite=True)
+                open_location(job)
+        open_ledger(open_location(dataclasses.replace(job, manifest=str(tmp_path / "other.jsonl"))), overwrite=True)
 
 
 def test_a_sweep_s_page_is_not_written_over_somebody_s(tmp_path):
     root, job = tmp_path / "s", plain.job(output_dir=str(tmp_path), run_name="s/seed=0", sweep={"seed": 0})
     job.output.gallery = True
-    open_place(job)
+    open_location(job)
     root.mkdir()
     (root / "index.html").write_bytes(b"somebody's")
     for _ in range(2):
         with pytest.raises(UserError, match=r"s/index.html: is there already, and no sweep's; .*overwrite=true"):
-            open_place(job)
+            open_location(job)
         open_ledger(open_store(str(root)), overwrite=True)  # nor over that of a run by itself
     job.output.gallery = False
-    open_place(job)
+    open_location(job)
     job.output.gallery = True
     shutil.rmtree(root / ".fluxbatch")
     open_ledger(open_store(str(root / "seed=1")))  # a job of the sweep that has left the page
-    open_place(job)
+    open_location(job)
 
 
 def test_what_else_a_row_says_may_change():

@@ -20,7 +20,7 @@ from fluxbatch.config import application
 from fluxbatch.distributed import backend
 from fluxbatch.generation import prompts
 from fluxbatch.generation.kept import KeptPipeline
-from fluxbatch.generation.model_spec import open_engine
+from fluxbatch.generation.model_spec import open_model_spec
 from fluxbatch.lora import adapter
 from fluxbatch.lora.deltas import Decomposed, Hadamard, Kronecker, Product, Whole
 from fluxbatch.manifest.rows import read_rows
@@ -341,8 +341,8 @@ def opened(golden, tmp_path, monkeypatch):
         with pytest.raises(SystemExit):
             application.main(lambda job: jobs.append(job) or 0)
         job = dataclasses.replace(jobs[0], sweep={"x": 1} if sweep else {})
-        engine = open_engine(job, backend.start("cpu", None))
-        return engine, engine.resolve(read_rows(job, multiple=engine.multiple)[0])
+        engine = open_model_spec(job, backend.start("cpu", None))
+        return engine, engine.resolve(read_rows(job, size_multiple=engine.size_multiple)[0])
 
     return open_
 

@@ -19,7 +19,7 @@ from conftest import GOLDEN, psnr
 from fluxbatch.config import application
 from fluxbatch.distributed import backend
 from fluxbatch.generation import prompts
-from fluxbatch.generation.model_spec import open_engine
+from fluxbatch.generation.model_spec import open_model_spec
 from fluxbatch.lora import adapter as lora
 from fluxbatch.lora import apply
 from fluxbatch.lora.formats import read_key
@@ -98,8 +98,8 @@ def ours(model, tmp_path, monkeypatch, adapters, mixes, **options) -> list[np.nd
     with pytest.raises(SystemExit):
         application.main(lambda job: jobs.append(job) or 0)
     jobs[0].sweep = {"lora": mixes}  # so that weights stay and only what adapters touch is loaded anew
-    engine = open_engine(jobs[0], backend.start("cpu", CACHE))
-    rows = engine.resolve(read_rows(jobs[0], multiple=engine.multiple)[0])
+    engine = open_model_spec(jobs[0], backend.start("cpu", CACHE))
+    rows = engine.resolve(read_rows(jobs[0], size_multiple=engine.size_multiple)[0])
     pipeline = engine.pipeline(rows)
     states = prompts.encode(rows, engine.inputs, pipeline, len(rows))
     pixels, _ = pipeline.decode(pipeline.denoise(rows, states.batch(rows)), 32, 32)

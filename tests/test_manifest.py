@@ -345,7 +345,7 @@ def test_a_bad_setting_of_the_job_is_named_by_its_key():
         "sampler.resolution: got 100, expected a multiple of 16 from 16 to 16384",
     )
     with pytest.raises(UserError, match="multiple of 48"):
-        read_rows(plain.job(prompt="a"), multiple=48)
+        read_rows(plain.job(prompt="a"), size_multiple=48)
 
 
 def test_a_long_line_is_never_held(manifest):

@@ -27,7 +27,7 @@ def leaves(net):
 
 
 def t5(place, where, mesh=(1, 1)):
-    return device_weights.Network(plans(place)["text_encoder_2"], make_mesh(mesh), np.float32, {}, where)
+    return device_weights.DeviceWeights(plans(place)["text_encoder_2"], make_mesh(mesh), np.float32, {}, where)
 
 
 @pytest.mark.parametrize("where", ["keep", "host", "free"])
@@ -57,7 +57,7 @@ def test_what_is_never_needed_again_is_not_copied(golden):
 
 
 def test_a_file_replaced_between_two_loads_is_noticed(copy):  # noqa: F811
-    net = device_weights.Network(plans(copy)["transformer"], make_mesh((1, 1)), np.float32, {}, "free")
+    net = device_weights.DeviceWeights(plans(copy)["transformer"], make_mesh((1, 1)), np.float32, {}, "free")
     net.load(lambda n: None)
     net.leave()
     time.sleep(0.02)
@@ -68,10 +68,10 @@ def test_a_file_replaced_between_two_loads_is_noticed(copy):  # noqa: F811
 
 def test_where_weights_go(golden, monkeypatch):
     mesh = make_mesh((1, 1))
-    assert [device_weights.away(offload, mesh, 1) for offload in (False, True, "host", "free")] == ["keep", "keep", "keep", "free"]
+    assert [device_weights.offload_policy(offload, mesh, 1) for offload in (False, True, "host", "free")] == ["keep", "keep", "keep", "free"]
     monkeypatch.setattr(load, "on_host", lambda mesh: False)
-    assert [device_weights.away(offload, mesh, 1) for offload in (False, True, "host", "free")] == ["keep", "host", "host", "free"]
-    assert device_weights.away(True, mesh, device_weights.host_memory()) == "free"  # no room
+    assert [device_weights.offload_policy(offload, mesh, 1) for offload in (False, True, "host", "free")] == ["keep", "host", "host", "free"]
+    assert device_weights.offload_policy(True, mesh, device_weights.host_memory()) == "free"  # no room
     assert 0 < device_weights.host_memory() < 1 << 50
 
 
@@ -97,7 +97,7 @@ def test_memory_of_the_groups_around_a_process(tmp_path, monkeypatch, cgroup, le
 @pytest.mark.parametrize("where", ["host", "free"])
 def test_adapters_on_encoders_that_come_and_go(opened, adapters, monkeypatch, where):  # noqa: F811
     """A sweep over mixes that change the text encoders, which are out of the way in between."""
-    monkeypatch.setattr(device_weights, "away", lambda *_: where)
+    monkeypatch.setattr(device_weights, "offload_policy", lambda *_: where)
 
     def weights(mix, sweep=True):
         engine, rows = opened([ROW | {"lora": mix}], *arrays(adapters), sweep=sweep)
@@ -118,7 +118,7 @@ def test_adapters_on_encoders_that_come_and_go(opened, adapters, monkeypatch, wh
 @pytest.mark.parametrize("where", ["keep", "free"])
 def test_encoders_return_once_the_pictures_are_drawn(opened, monkeypatch, where):  # noqa: F811
     """They may need that memory; where they never left, the next texts are encoded behind the pictures."""
-    monkeypatch.setattr(device_weights, "away", lambda *_: where)
+    monkeypatch.setattr(device_weights, "offload_policy", lambda *_: where)
     engine, rows = opened([ROW])
     pipeline = engine.pipeline(rows)
     states = prompts.encode(rows, engine.inputs, pipeline, 1)
@@ -147,7 +147,7 @@ def test_transformer_and_encoders_take_turns_where_both_do_not_fit(opened, monke
             here.append([pipeline.networks[name].here for name in ("text_encoder_2", "transformer")])
         return made, here
 
-    monkeypatch.setattr(device_weights, "away", lambda *_: where)
+    monkeypatch.setattr(device_weights, "offload_policy", lambda *_: where)
     beside, here = drawn()
     assert here[2] == [True, True]  # both fit
     monkeypatch.setattr(device_weights, "device_memory", lambda mesh: 1000)

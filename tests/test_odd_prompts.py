@@ -69,16 +69,16 @@ def test_records_of_no_row_are_counted_and_dropped_only_on_request():
     store = MemoryStore()
     run(store, rows)
     ledger = open_ledger(store)
-    assert ledger.remaining(rows) == [] and ledger.strangers == 0
+    assert ledger.remaining(rows) == [] and ledger.unlisted == 0
     changed = [*rows[:2], plain.row(5, id="new")]
     ledger = open_ledger(store)
-    assert [row.id for row in ledger.remaining(changed)] == ["new"] and ledger.strangers == 3
+    assert [row.id for row in ledger.remaining(changed)] == ["new"] and ledger.unlisted == 3
     ledger.merge()
     assert len(store.objects["metadata.jsonl"].splitlines()) == 5
     # a bad line may be the row of any of them
     ledger = open_ledger(store, overwrite=True)
     ledger.remaining(changed, [Reject("m.jsonl:3", "bad", index=2)])
-    assert ledger.strangers == 3 and sum(name.endswith(".png") for name in store.objects) == 5
+    assert ledger.unlisted == 3 and sum(name.endswith(".png") for name in store.objects) == 5
     ledger = open_ledger(store, overwrite=True)
     assert [row.id for row in ledger.remaining(changed)] == ["new"]
     ledger.merge()
@@ -92,7 +92,7 @@ def test_rows_that_moved_are_no_strangers():
     run(store, rows)
     ledger = open_ledger(store)
     ledger.remaining([plain.row(0, prompt=rows[2].prompt), plain.row(1, prompt=rows[1].prompt)])
-    assert ledger.strangers == 2
+    assert ledger.unlisted == 2
 
 
 def test_two_manifests_of_one_name_are_two_runs_and_one_that_grows_is_one(cli, golden, tmp_path, monkeypatch):

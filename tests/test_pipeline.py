@@ -48,7 +48,7 @@ def test_steps_with_modulation_made_before_are_the_plain_steps(flux):
     """More steps than are prepared at a time; rows of a batch with other counts, one of them a single step."""
     schedule = FlowMatchEuler.of({"use_dynamic_shifting": True}, None, None, None)
     networks = {"transformer": Loaded(flux), "vae": Loaded(decoder_module())}
-    whole = pipeline.Pipeline(family(), networks, make_mesh((1, 1)), "float32", schedule, pipeline.Watcher())
+    whole = pipeline.Pipeline(family(), networks, make_mesh((1, 1)), "float32", schedule, pipeline.ProgressObserver())
     counts = (2 * STEPS + 3, 1, STEPS)
     rows = [plain.row(i, height=12, width=8, num_inference_steps=n, guidance_scale=float(i)) for i, n in enumerate(counts)]
     rng = np.random.default_rng(2)
@@ -65,7 +65,7 @@ def test_steps_with_modulation_made_before_are_the_plain_steps(flux):
         assert np.allclose(found[i], x[0], atol=2e-5 * np.abs(x).max())
 
 
-class Waits(pipeline.Watcher):
+class Waits(pipeline.ProgressObserver):
     """What happens, in order; drawing stands for programs that were launched."""
 
     def __init__(self):
@@ -80,16 +80,16 @@ class Waits(pipeline.Watcher):
 
 
 def test_a_wait_for_the_decoder_is_no_work_of_the_denoiser(flux):
-    networks, watcher = {"transformer": Loaded(flux), "vae": Loaded(decoder_module())}, Waits()
+    networks, observer = {"transformer": Loaded(flux), "vae": Loaded(decoder_module())}, Waits()
     schedule = FlowMatchEuler.of({"use_dynamic_shifting": True}, None, None, None)
-    one = pipeline.Pipeline(family(), networks, make_mesh((1, 1)), "float32", schedule, watcher)
+    one = pipeline.Pipeline(family(), networks, make_mesh((1, 1)), "float32", schedule, observer)
     compiled = Future()
     compiled.set_result([])
     one._compiled = {(part, 12, 8): compiled for part in ("denoise", "decode")}
     row = plain.row(0, height=12, width=8, num_inference_steps=1)
     latents = one.denoise([row], PromptEmbeds(np.zeros((1, 5, 24), np.float32), np.zeros((1, 16), np.float32)))
     one.decode(latents, 12, 8)
-    assert watcher.seen == ["compiling", "drawing", "compiling", "drawing"]
+    assert observer.seen == ["compiling", "drawing", "compiling", "drawing"]
 
 
 def test_denoising_does_not_receive_the_weights_that_make_modulation(flux):

@@ -17,7 +17,7 @@ import fluxbatch.config.application
 from fluxbatch.distributed import chips
 from fluxbatch.distributed.mesh import make_mesh
 from fluxbatch.generation import programs
-from fluxbatch.generation.model_spec import open_engine
+from fluxbatch.generation.model_spec import open_model_spec
 from fluxbatch.generation.steps import STEPS
 from fluxbatch.models import autoencoder_cost
 from fluxbatch.models.autoencoder import Decoder, VaeConfig
@@ -189,7 +189,7 @@ def opened(checkpoint, *args):
     words = [f"pretrained_model_name_or_path={checkpoint}", "hardware=cpu", "prompt=x", *args]
     with pytest.raises(SystemExit):
         fluxbatch.config.application.main(lambda job: found.append(job) or 0, argv=words)
-    return found[0], open_engine(found[0], "cpu", jax.devices()[:1])
+    return found[0], open_model_spec(found[0], "cpu", jax.devices()[:1])
 
 
 @pytest.mark.parametrize(("side", "images"), [(128, 2), pytest.param(256, 4, marks=pytest.mark.slow), pytest.param(128, 1, marks=pytest.mark.slow),
@@ -232,11 +232,11 @@ def test_floor_of_an_image(monkeypatch):
     """At the peak of the devices that draw it, where that is known."""
     row = Row(0, "0", "", "", 0, 128, 128, 4, 0.0)
     engine = opened("flux-mini")[1]
-    assert engine.floor(row) is None  # a CPU
+    assert engine.roofline_seconds(row) is None  # a CPU
     monkeypatch.setattr(chips, "of_kind", lambda kind: chips.CHIPS["h100"])
-    assert engine.floor(row) is None  # the table has bfloat16's peak, activations are float32
+    assert engine.roofline_seconds(row) is None  # the table has bfloat16's peak, activations are float32
     engine = opened("flux-mini", "activations_dtype=bfloat16")[1]
-    assert engine.floor(row) == engine.flops(128, 128, 4) / (chips.CHIPS["h100"].peak * 1e12)
+    assert engine.roofline_seconds(row) == engine.flops(128, 128, 4) / (chips.CHIPS["h100"].peak * 1e12)
 
 
 def modulators(engine):
@@ -278,11 +278,11 @@ def test_what_makes_it_fit_on_what_is_there(golden):
 
     need = memory.Situation.of(job, engine, "tpu", [(64, 64)], again=False, devices=jax.devices()[:4])
     divided = dataclasses.replace(engine, mesh=make_mesh((1, 4), devices=jax.devices()[:4]))
-    assert way(need, engine=divided, stay=True) == ("sharding=fsdp",)
-    assert set(way(need, engine=divided, stay=False)) == {"sharding=fsdp", "offload_encoders=true"}
+    assert way(need, spec=divided, stay=True) == ("sharding=fsdp",)
+    assert set(way(need, spec=divided, stay=False)) == {"sharding=fsdp", "offload_encoders=true"}
     streaming = dataclasses.replace(engine, stream=True)
-    assert way(dataclasses.replace(need, devices=jax.devices()[:1]), engine=streaming) == ("stream_blocks=true",)
-    for_both = max(enough(need, engine=streaming), enough(need, engine=divided, stay=False))
+    assert way(dataclasses.replace(need, devices=jax.devices()[:1]), spec=streaming) == ("stream_blocks=true",)
+    for_both = max(enough(need, spec=streaming), enough(need, spec=divided, stay=False))
     assert set(need.way_out(for_both)) <= {"sharding=fsdp", "offload_encoders=true"} and need.way_out(for_both)
     on_cpu = dataclasses.replace(memory.Situation.of(job, engine, "cpu", [(64, 64)], again=False), stay=True)
     assert way(on_cpu, stay=False) == ("offload_encoders=free",)

@@ -58,7 +58,7 @@ def test_the_picture_that_was_made_is_saved(cli, run, tmp_path):
     ],
 )
 def test_where_it_cannot_be_saved_is_told_before_a_weight_is_read(cli, run, monkeypatch, name, expected):
-    monkeypatch.setattr(model_spec, "open_engine", None)
+    monkeypatch.setattr(model_spec, "open_model_spec", None)
     before = (run / "0/fox.png").read_bytes()
     place = f"save={run.parent}/{name}"
     code, said = cli(f"output_dir={run.parent}", "run_name=run", "id=fox", place, entry="replay")

@@ -22,7 +22,7 @@ from fluxbatch.distributed.replica import Replica, find
 from fluxbatch.results.ledger import Ledger
 from fluxbatch.results.resume import decisive
 from fluxbatch.shards import assignment, batching, progress
-from fluxbatch.shards.claims import Claims, Holder, Life
+from fluxbatch.shards.claims import Claims, Holder, Heartbeat
 from fluxbatch.storage.base import StorageError
 from fluxbatch.types import Row, UserError
 
@@ -114,8 +114,8 @@ def mixed_rows(count):
 
 
 def imbalance(costs, count):
-    """How much the costliest hand is above the mean; every portion is dealt once."""
-    hands = batching.deal(costs, count)
+    """How much the costliest hand is above the mean; every work_unit is dealt once."""
+    hands = batching.assign_units(costs, count)
     assert sorted(n for hand in hands for n in hand) == [n for n, cost in enumerate(costs) if cost]
     loads = [sum(costs[n] for n in hand) for hand in hands]
     return max(loads) / (sum(loads) / count) - 1
@@ -123,47 +123,47 @@ def imbalance(costs, count):
 
 def test_portions_are_whole_batches_of_one_size_and_every_row_once():
     rows = mixed_rows(20_000)
-    cut = batching.portions(rows, 8, 256)
-    assert sorted(row.index for portion in cut for row in portion) == list(range(len(rows)))
-    assert all(len({(row.height, row.width) for row in portion}) == 1 for portion in cut)
-    shapes = Counter((portion[0].height, portion[0].width) for portion in cut if len(portion) % 8)
+    cut = batching.work_units(rows, 8, 256)
+    assert sorted(row.index for work_unit in cut for row in work_unit) == list(range(len(rows)))
+    assert all(len({(row.height, row.width) for row in work_unit}) == 1 for work_unit in cut)
+    shapes = Counter((work_unit[0].height, work_unit[0].width) for work_unit in cut if len(work_unit) % 8)
     assert all(count == 1 for count in shapes.values())
     assert max(map(len, cut)) <= 256 and sum(map(len, cut)) / len(cut) > 16
     # ever smaller, so that few claims are many rows and the end is even
-    assert len(cut[0]) == 72 and [len(portion) for portion in cut if portion[0].height == 512][-2] == 8
+    assert len(cut[0]) == 72 and [len(work_unit) for work_unit in cut if work_unit[0].height == 512][-2] == 8
 
 
 def test_few_rows_are_divided_too():
-    assert len(batching.portions(mixed_rows(12)[:1] * 12, 4, 256)) == 3
-    assert batching.portions([], 4, 256) == [] and batching.deal([], 3) == [[], [], []]
+    assert len(batching.work_units(mixed_rows(12)[:1] * 12, 4, 256)) == 3
+    assert batching.work_units([], 4, 256) == [] and batching.assign_units([], 3) == [[], [], []]
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 16, 32])
 def test_hands_cost_the_same(count):
-    cut = batching.portions(mixed_rows(30_000), 4, 256)
-    costs = [sum(map(batching.cost, portion)) for portion in cut]
+    cut = batching.work_units(mixed_rows(30_000), 4, 256)
+    costs = [sum(map(batching.cost, work_unit)) for work_unit in cut]
     assert imbalance(costs, count) <= 0.01
-    # and after a restart, when half the portions are done
+    # and after a restart, when half the work_units are done
     assert imbalance([cost if n % 2 else 0.0 for n, cost in enumerate(costs)], count) <= 0.01
 
 
 def test_a_replica_compiles_few_sizes():
-    cut = batching.portions(mixed_rows(30_000), 4, 256)
-    hands = batching.deal([sum(map(batching.cost, portion)) for portion in cut], 16)
+    cut = batching.work_units(mixed_rows(30_000), 4, 256)
+    hands = batching.assign_units([sum(map(batching.cost, work_unit)) for work_unit in cut], 16)
     sizes = [len({(cut[n][0].height, cut[n][0].width) for n in hand}) for hand in hands]
-    assert sum(sizes) / 16 < 5 < len({(portion[0].height, portion[0].width) for portion in cut})
+    assert sum(sizes) / 16 < 5 < len({(work_unit[0].height, work_unit[0].width) for work_unit in cut})
 
 
 @pytest.mark.slow
 def test_a_million_rows_for_512_replicas(capsys):
     rows = mixed_rows(1_000_000)
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
-    cut = batching.portions(rows, 8, 256)
-    costs = [sum(map(batching.cost, portion)) for portion in cut]
+    cut = batching.work_units(rows, 8, 256)
+    costs = [sum(map(batching.cost, work_unit)) for work_unit in cut]
     dealt, worst = time.monotonic(), max(imbalance(costs, count) for count in (1, 2, 3, 5, 8, 13, 64, 100, 255, 256, 511, 512))
     now = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with capsys.disabled():
-        print(f"\n1,000,000 rows: {len(cut):,} portions in {dealt - start:.1f} s, 12 deals in {time.monotonic() - dealt:.1f} s,"
+        print(f"\n1,000,000 rows: {len(cut):,} work_units in {dealt - start:.1f} s, 12 deals in {time.monotonic() - dealt:.1f} s,"
               f" imbalance at most {worst:.2%}, {(now - before) >> 10} MiB above the rows' own, {now >> 10} MiB in all")  # fmt: skip
     assert worst <= 0.01
 
@@ -181,7 +181,7 @@ class Clock:
 
 def party(store, replica, clock=None, start=None, expiry=10.0):
     holder = Holder(replica, start or f"start-{replica}")
-    life = Life(store, holder, 4e6, "plan")  # it beats when told to
+    life = Heartbeat(store, holder, 4e6, "plan")  # it beats when told to
     life.begin()
     return life, Claims(store, "plan", holder, expiry, clock or Clock())
 
@@ -224,9 +224,9 @@ def test_who_has_ended_or_was_started_anew_is_not_waited_for():
 
 def test_a_later_start_of_a_replica_replaces_the_earlier():
     store = MemoryStore()
-    old = Life(store, Holder(0, "z-old"), 0.1, "plan")
+    old = Heartbeat(store, Holder(0, "z-old"), 0.1, "plan")
     old.begin()
-    new = Life(store, Holder(0, "a-new"), 0.1, "plan")
+    new = Heartbeat(store, Holder(0, "a-new"), 0.1, "plan")
     new.begin()
     end = time.monotonic() + 10
     while not old.replaced:
@@ -243,10 +243,10 @@ def test_a_later_start_of_a_replica_replaces_the_earlier():
 def test_a_replica_of_another_plan_is_met_if_it_lives():
     """Nor one that was killed, one that ended, and one of the same plan are."""
     store = MemoryStore()
-    others = {n: Life(store, Holder(n, f"start-{n}"), 4e6, "plan" if n == 3 else "other plan") for n in (1, 2, 3)}
+    others = {n: Heartbeat(store, Holder(n, f"start-{n}"), 4e6, "plan" if n == 3 else "other plan") for n in (1, 2, 3)}
     for life in others.values():
         life.begin()
-    mine = Life(store, Holder(0, "start-0"), 0.04, "plan")
+    mine = Heartbeat(store, Holder(0, "start-0"), 0.04, "plan")
     mine.begin()
     others[1].end(75, "drained", {})
     for beat in range(1, 6):
@@ -293,7 +293,7 @@ def work_through(store, index, count, rows, pause, dies_after=None, expiry=0.8, 
     start = f"start{index}x{random.randrange(10**9):09}"
     ledger = Ledger(store, FACTS, writer_id=f"{start}-0")
     todo = ledger.remaining(rows)
-    work = assignment.Shared(ProcessGroup(), Replica(index, count), store, ledger, start, batching.portions(rows, 2, 16), todo, 2, expiry)
+    work = assignment.ClaimedShards(ProcessGroup(), Replica(index, count), store, ledger, start, batching.work_units(rows, 2, 16), todo, 2, expiry)
     work.started()
     drawn = 0
     try:
@@ -320,7 +320,7 @@ def test_who_wakes_up_after_the_end_draws_nothing_again():
     """Of its hand, which nobody claims any more as the claims are cleared away."""
     store, rows, made = MemoryStore(), mixed_rows(100), []
     ledger = Ledger(store, FACTS, writer_id="asleep-0")
-    asleep = assignment.Shared(ProcessGroup(), Replica(0, 2), store, ledger, "asleep", batching.portions(rows, 2, 16), ledger.remaining(rows), 2, 60)
+    asleep = assignment.ClaimedShards(ProcessGroup(), Replica(0, 2), store, ledger, "asleep", batching.work_units(rows, 2, 16), ledger.remaining(rows), 2, 60)
     asleep.started()
     merges, tally = work_through(store, 1, 2, rows, 0, made=made)
     assert merges and tally.done == len(made) == 100
@@ -371,7 +371,7 @@ def test_a_replica_that_works_says_how_far_it_is(monkeypatch):
     monkeypatch.setattr(progress, "EVERY", 0.0)
     store, rows = MemoryStore(), mixed_rows(40)
     ledger = Ledger(store, FACTS, writer_id="start-0")
-    work = assignment.Shared(ProcessGroup(), Replica(0, 2), store, ledger, "start", batching.portions(rows, 2, 16), ledger.remaining(rows), 2, 1e3)
+    work = assignment.ClaimedShards(ProcessGroup(), Replica(0, 2), store, ledger, "start", batching.work_units(rows, 2, 16), ledger.remaining(rows), 2, 1e3)
     work.started()
     assert json.loads(store.objects[".fluxbatch/replicas/0.json"])["counts"] == {"made": 0, "before": 0, "rejected": 0}
     next(work.shards(Never()))
@@ -436,7 +436,7 @@ def test_replicas_that_were_not_started_alike_do_not_go_on(change):
     def open_(index, seed=0, rows=40, facts=FACTS, batch_size=2):
         rows = [dataclasses.replace(row, seed=row.seed + seed) for row in mixed_rows(rows)]
         ledger = Ledger(store, facts, writer_id=f"start{index}-0")
-        work = assignment.Shared(ProcessGroup(), Replica(index, 2), store, ledger, f"start{index}", batching.portions(rows, batch_size, 16), rows, batch_size, 0.04)
+        work = assignment.ClaimedShards(ProcessGroup(), Replica(index, 2), store, ledger, f"start{index}", batching.work_units(rows, batch_size, 16), rows, batch_size, 0.04)
         work.started()
         return work
 
@@ -457,7 +457,7 @@ def test_who_lost_its_records_place_says_so():
     """The first process cannot claim: one line, and no claim is left behind as done."""
     store, rows = MemoryStore(), mixed_rows(40)
     ledger = Ledger(store, FACTS, writer_id="start-0")
-    work = assignment.Shared(ProcessGroup(), Replica(0, 2), store, ledger, "start", batching.portions(rows, 2, 16), ledger.remaining(rows), 2, 60)
+    work = assignment.ClaimedShards(ProcessGroup(), Replica(0, 2), store, ledger, "start", batching.work_units(rows, 2, 16), ledger.remaining(rows), 2, 60)
     work.started()
     shards = work.shards(Never())
     next(shards)

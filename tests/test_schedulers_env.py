@@ -56,7 +56,7 @@ def environment(monkeypatch):
 ])  # fmt: skip
 def test_one_process(env):
     assert peers.find(env) is None
-    peers.refuse_strangers(env)
+    peers.refuse_unknown_peers(env)
 
 
 @pytest.mark.parametrize(("env", "count", "index", "address", "device"), [
@@ -81,7 +81,7 @@ def test_one_process(env):
 def test_peers(env, count, index, address, device):
     found = peers.find(env)
     assert found[:2] == (count, index) and (found.address, found.device) == (address, device)
-    peers.refuse_strangers(env)
+    peers.refuse_unknown_peers(env)
 
 
 @pytest.mark.parametrize(("nodes", "first"), [
@@ -134,9 +134,9 @@ def test_an_environment_that_does_not_say_how_peers_meet_is_one_line(env, words)
 ])  # fmt: skip
 def test_peers_that_know_nothing_of_each_other_do_not_each_do_all(env, word):
     with pytest.raises(UserError, match=word) as caught:
-        peers.refuse_strangers(env)
+        peers.refuse_unknown_peers(env)
     assert "replica_count=1 if this" in str(caught.value)
-    peers.refuse_strangers(env | ALONE)
+    peers.refuse_unknown_peers(env | ALONE)
 
 
 @pytest.mark.parametrize("env", [
@@ -146,7 +146,7 @@ def test_peers_that_know_nothing_of_each_other_do_not_each_do_all(env, word):
     {"SLURM_ARRAY_TASK_ID": "2", "SUBMITIT_EXECUTOR": "slurm"},
 ])  # fmt: skip
 def test_what_says_nothing_of_others_is_no_hindrance(env):
-    peers.refuse_strangers(env)
+    peers.refuse_unknown_peers(env)
 
 
 ONE = ("prompt=a fox", "hardware=cpu", "resolution=16", "num_inference_steps=1", "max_sequence_length=24",

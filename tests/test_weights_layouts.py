@@ -288,8 +288,8 @@ def test_layers_go_to_devices_one_by_one(golden, monkeypatch):
     host = parameters(golden / "dev", (2, 4), "bfloat16")
     monkeypatch.setattr(load, "on_host", lambda mesh: False)
     staged = []
-    put = load.Box._on_devices
-    monkeypatch.setattr(load.Box, "_on_devices", lambda self, parts, *a: staged.append(sum(b.nbytes for b in parts.values())) or put(self, parts, *a))
+    put = load.StagingBuffer._on_devices
+    monkeypatch.setattr(load.StagingBuffer, "_on_devices", lambda self, parts, *a: staged.append(sum(b.nbytes for b in parts.values())) or put(self, parts, *a))
     got = parameters(golden / "dev", (2, 4), "bfloat16")
     assert_equal(host, got)
     largest = max(max(p.tensor.row_bytes * p.tensor.shape[0] for p in ps) for plan in plans(golden / "dev").values() for ps in plan.pieces.values())

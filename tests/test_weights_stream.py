@@ -17,7 +17,7 @@ from test_weights_memory import ALLOWED, bench, written
 
 from fluxbatch.distributed.mesh import make_mesh
 from fluxbatch.weights import device_weights
-from fluxbatch.weights.block_streaming import StreamedNetwork
+from fluxbatch.weights.block_streaming import StreamedWeights
 
 
 def flags(golden, tmp_path, name, **more):
@@ -64,7 +64,7 @@ def test_at_most_two_blocks_are_in_memory(tmp_path):
     """A model of 0.8 GB passes through: what JAX holds on the devices, and the process's memory."""
     file = written(tmp_path, 0.8)
     plan = bench.planned(str(file))
-    streamed = StreamedNetwork(plan, make_mesh((1, 1)), "bfloat16", {})
+    streamed = StreamedWeights(plan, make_mesh((1, 1)), "bfloat16", {})
     streamed.load(lambda count: None)
     before = sum(x.nbytes for x in jax.live_arrays())
     largest = live = 0
@@ -85,7 +85,7 @@ def test_at_most_two_blocks_are_in_memory(tmp_path):
 
 def test_other_adapters_are_in_the_next_blocks(golden):
     """Blocks held in host memory too are read anew once other adapters are merged."""
-    streamed = StreamedNetwork(plans(golden / "dev")["transformer"], make_mesh((1, 1)), np.float32, {}, hold=True)
+    streamed = StreamedWeights(plans(golden / "dev")["transformer"], make_mesh((1, 1)), np.float32, {}, hold=True)
 
     def weights():
         with streamed.blocks(1) as blocks:

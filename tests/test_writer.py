@@ -105,7 +105,7 @@ def test_images_and_their_records(tmp_path):
 
 def test_fields_that_are_a_records_own_are_not_carried_and_said_to_be_left_out(tmp_path):
     store = open_store(str(tmp_path))
-    start(store, [plain.row(0)], floor=lambda row: 1e-9)
+    start(store, [plain.row(0)], roofline=lambda row: 1e-9)
     (record,) = (json.loads(line) for line in store.read("metadata.jsonl").splitlines())
     own = [key for key in record if key not in decisive(plain.row(0)) and key != "id"]
     assert "mfu" in own
@@ -155,9 +155,9 @@ def test_a_record_says_the_share_of_the_peak(tmp_path):
     from PIL import Image
 
     ledger = Ledger(open_store(str(tmp_path)), {}, writer_id="w")
-    floor = {0: 0.1, 1: None}
-    with Writer(open_store(str(tmp_path)), ledger, plain.job(), facts={}, floor=lambda row: floor[row.index]) as writer:
-        writer.put([plain.row(k) for k in floor], {0: "a.png", 1: "b.png"}, np.zeros((2, 8, 8, 3), np.uint8), [True] * 2, seconds=lambda: 0.6)
+    roofline = {0: 0.1, 1: None}
+    with Writer(open_store(str(tmp_path)), ledger, plain.job(), facts={}, roofline=lambda row: roofline[row.index]) as writer:
+        writer.put([plain.row(k) for k in roofline], {0: "a.png", 1: "b.png"}, np.zeros((2, 8, 8, 3), np.uint8), [True] * 2, seconds=lambda: 0.6)
     known, unknown = ledger.records()
     assert known["mfu"] == 0.333 and unknown["mfu"] == 0
     with Image.open(tmp_path / "a.png") as image:

@@ -125,7 +125,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, BATCH)
 
 
-def batch_ways(mesh: Mesh) -> int:
+def data_parallel_size_of(mesh: Mesh) -> int:
     """How many ways a batch is dealt."""
     return math.prod(mesh.shape[axis] for axis in SLOW)
 

@@ -67,7 +67,7 @@ def find(env: Mapping[str, str] = os.environ) -> Peers | None:
     return found
 
 
-def refuse_strangers(env: Mapping[str, str] = os.environ) -> None:
+def refuse_unknown_peers(env: Mapping[str, str] = os.environ) -> None:
     """UserError where this process is one of several that know nothing of each other: each would do all of the work."""
     found = find(env)
     if _get(env, COUNT) is not None:

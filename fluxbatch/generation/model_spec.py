@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from fluxbatch import __version__
 from fluxbatch.config.schema import Job, Model
 from fluxbatch.distributed import chips
-from fluxbatch.distributed.mesh import Layout, batch_ways, open_mesh
+from fluxbatch.distributed.mesh import Layout, data_parallel_size_of, open_mesh
 from fluxbatch.distributed.process_group import ProcessGroup
 from fluxbatch.generation.kept import KeptPipeline
-from fluxbatch.generation.pipeline import Pipeline, Watcher
+from fluxbatch.generation.pipeline import Pipeline, ProgressObserver
 from fluxbatch.generation.prompts import TextCache
 from fluxbatch.generation.tokenizers import Absent, Tokenizer
 from fluxbatch.lora import apply
@@ -29,13 +29,13 @@ from fluxbatch.models.schedulers import Scheduler
 from fluxbatch.storage import cache
 from fluxbatch.types import Row, UserError, public
 from fluxbatch.weights import device_weights, load
-from fluxbatch.weights.block_streaming import StreamedNetwork
+from fluxbatch.weights.block_streaming import StreamedWeights
 from fluxbatch.weights.checkpoint import Checkpoint, open_checkpoint
-from fluxbatch.weights.device_weights import Network
+from fluxbatch.weights.device_weights import DeviceWeights
 
 
 @dataclasses.dataclass(frozen=True)
-class Engine:
+class ModelSpec:
     """Everything about the model that can be known, and be wrong, before a weight is read."""
 
     checkpoint: Checkpoint
@@ -46,27 +46,27 @@ class Engine:
     weights_dtype: str
     activations_dtype: str
     stream: bool  # whether the transformer's blocks pass through the devices one at a time
-    away: str  # where the text encoders are while images are made
-    turns: str  # where the transformer is while text is encoded, which it is kept for if both fit
+    encoder_offload: str  # where the text encoders are while images are made
+    denoiser_offload: str  # where the transformer is while text is encoded, which it is kept for if both fit
     facts: Mapping[str, Any]  # what decides the pixels besides the row
-    record: Mapping[str, Any]  # what every image's record says of the model and of what runs it
+    provenance: Mapping[str, Any]  # what every image's record says of the model and of what runs it
     lora: Loras
     identity: tuple[Any, ...]  # two engines that agree in it load the same weights and programs
-    remarks: tuple[str, ...]  # what is allowed and probably not meant
+    warnings: tuple[str, ...]  # what is allowed and probably not meant
     keep: bool  # whether the next job of this process may want the weights: one of a sweep
     group: ProcessGroup
 
     @property
-    def ways(self) -> int:
+    def data_parallel_size(self) -> int:
         """How many devices, or groups of devices that make the same images, a batch is dealt over."""
-        return batch_ways(self.mesh)
+        return data_parallel_size_of(self.mesh)
 
     @property
     def family(self) -> Family:
         return self.checkpoint.family
 
     @property
-    def multiple(self) -> int:
+    def size_multiple(self) -> int:
         """Heights and widths must be multiples of this many pixels."""
         return self.family.size_multiple
 
@@ -80,7 +80,7 @@ class Engine:
         """Floating-point operations from noise to picture."""
         return steps * self.family.step_flops(height, width, self.inputs) + self.family.decode_flops(height, width)
 
-    def floor(self, row: Row) -> float | None:
+    def roofline_seconds(self, row: Row) -> float | None:
         """Seconds that this process's devices would take for the row's image at their peak; None where that is not known."""
         if self.peak is None:
             return None
@@ -97,7 +97,7 @@ class Engine:
                             "expected one mix for all rows, which is merged into the blocks as they pass")  # fmt: skip
         return rows
 
-    def pipeline(self, rows: Sequence[Row] = (), watcher: Watcher = Watcher(), kept: KeptPipeline | None = None) -> Pipeline:
+    def pipeline(self, rows: Sequence[Row] = (), observer: ProgressObserver = ProgressObserver(), kept: KeptPipeline | None = None) -> Pipeline:
         """What draws ``rows`` (resolved); weights stream onto the mesh as they are first needed, under the
         eyes of ``watcher``.
 
@@ -110,12 +110,12 @@ class Engine:
         tag = None if beside else tuple((self.lora.facts[name], scale) for name, scale in mixes[0])
         kept = kept or KeptPipeline()
         if (pipeline := kept.take(identity)) is not None:
-            pipeline.reuse(self.scheduler, watcher)
+            pipeline.reuse(self.scheduler, observer)
             for name, network in pipeline.networks.items() if kept.tag != tag else ():
                 network.merge(edits[name])
         else:
             networks = {name: self._network(name, edits[name], beside) for name in self.plans}
-            pipeline = Pipeline(self.family, networks, self.mesh, self.activations_dtype, self.scheduler, watcher, beside, self.group)
+            pipeline = Pipeline(self.family, networks, self.mesh, self.activations_dtype, self.scheduler, observer, beside, self.group)
         if self.keep:
             kept.put(identity, pipeline, tag)
         return pipeline
@@ -145,20 +145,20 @@ class Engine:
         """The different texts that ``rows`` have the encoders read."""
         return {tuple(each.text(row) for each in self.inputs) for row in rows}
 
-    def _network(self, part: str, edits: load.Edits, beside: Loras | None) -> Network:
+    def _network(self, part: str, edits: load.Edits, beside: Loras | None) -> DeviceWeights:
         plan, dtype = self.plans[part], jnp.dtype(self.weights_dtype)
         if self.stream and part == self.family.denoiser:
             hold = device_weights.pinned(self.mesh) and device_weights.room(load.held(plan, self.mesh, dtype), self.group)
-            return StreamedNetwork(plan, self.mesh, dtype, edits, hold)
+            return StreamedWeights(plan, self.mesh, dtype, edits, hold)
         attach = (lambda module: beside.attach(part, module, plan, self.mesh, dtype)) if beside else lambda module: None
-        away = self.away if part in self.family.encoders else self.turns if part == self.family.denoiser else "keep"
-        return Network(plan, self.mesh, dtype, edits, away, attach)
+        away = self.encoder_offload if part in self.family.encoders else self.denoiser_offload if part == self.family.denoiser else "keep"
+        return DeviceWeights(plan, self.mesh, dtype, edits, away, attach)
 
 
-def open_engine(
+def open_model_spec(
     job: Job, platform: str, devices: Sequence[jax.Device] | None = None, processes: int | None = None,
     opened: Callable[[Model], Checkpoint] = open_checkpoint, group: ProcessGroup = ProcessGroup(),
-) -> Engine:  # fmt: skip
+) -> ModelSpec:  # fmt: skip
     """Opens the checkpoint and checks it against the job; UserError for anything that cannot work. ``devices``:
     those to use instead of all, as if they belonged to so many ``processes``. ``opened``: how a plan opens it."""
     processes = processes or jax.process_count()
@@ -200,18 +200,18 @@ def open_engine(
         facts["lora"] = adapters.facts
     held = {part: load.held(plan, mesh, weights) for part, plan in plans.items()}
     text = sum(held[part] for part in family.encoders)
-    away, turns = device_weights.away(hardware.offload_encoders, mesh, text, group), "keep"
+    away, turns = device_weights.offload_policy(hardware.offload_encoders, mesh, text, group), "keep"
     if away != "keep" and not hardware.stream_blocks:
         both = [size // mesh.size for size in (text, sum(held.values()) - text)]
         fits = group.all_say(not device_weights.crowded(*both, device_weights.device_memory(mesh)))
-        turns = "keep" if fits else device_weights.away(True, mesh, sum(held.values()), group)
+        turns = "keep" if fits else device_weights.offload_policy(True, mesh, sum(held.values()), group)
     split = {axis: size for axis, size in mesh.shape.items() if size > 1 and axis != "data"}
     if hardware.stream_blocks and (split or processes > 1):
         got = f"a mesh of {', '.join(f'{axis} {size}' for axis, size in split.items())}" if split else f"{processes} processes"
         raise UserError(f"hardware.stream_blocks=true: got {got}: expected whole blocks on each device of one process: sharding=single or ddp")
     programs = (type(scheduler), hardware.attention.name, hardware.split_head_dim, str(hardware.flash_block_sizes), away, turns, hardware.stream_blocks)
     identity = (tuple(plan.source.url for plan in plans.values()), facts["model_digest"], weights, activations, tuple(mesh.shape.values()), *programs)
-    return Engine(
+    return ModelSpec(
         checkpoint, plans, inputs, scheduler, mesh, weights, activations, hardware.stream_blocks, away, turns, facts, record, adapters, identity,
         family.warnings(job.model.flux_name), bool(job.sweep), group)  # fmt: skip
 

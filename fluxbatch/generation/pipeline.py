@@ -27,14 +27,14 @@ from fluxbatch.lora.apply import Loras
 from fluxbatch.models.family import Conditioning, Family, TextInput
 from fluxbatch.models.schedulers import Scheduler
 from fluxbatch.types import Row
-from fluxbatch.weights.block_streaming import StreamedNetwork
-from fluxbatch.weights.device_weights import Network
+from fluxbatch.weights.block_streaming import StreamedWeights
+from fluxbatch.weights.device_weights import DeviceWeights
 from fluxbatch.weights.load import Progress
 
 Inputs = tuple[tuple[np.ndarray, ...], ...]  # of each text input its arrays [B, T]
 
 
-class Watcher:
+class ProgressObserver:
     """What a pipeline tells while it runs. This one tells nobody."""
 
     def loading(self, total: int) -> AbstractContextManager[Progress]:
@@ -58,12 +58,12 @@ class Pipeline:
     """Runs batches of rows; returns device arrays without waiting for them."""
 
     def __init__(
-        self, family: Family, networks: Mapping[str, Network], mesh: jax.sharding.Mesh, dtype: Any, scheduler: Scheduler, watcher: Watcher,
+        self, family: Family, networks: Mapping[str, DeviceWeights], mesh: jax.sharding.Mesh, dtype: Any, scheduler: Scheduler, observer: ProgressObserver,
         lora: Loras | None = None, group: ProcessGroup = ProcessGroup(),
     ):  # fmt: skip
         """``networks``: one for each component. ``lora``: the adapters that stand beside the weights, mixed row by row."""
         self.family, self.networks, self.group = family, networks, group
-        self.mesh, self.dtype, self.scheduler, self.watcher, self._lora = mesh, jnp.dtype(dtype), scheduler, watcher, lora
+        self.mesh, self.dtype, self.scheduler, self.observer, self._lora = mesh, jnp.dtype(dtype), scheduler, observer, lora
         self._compiled: dict[Hashable, Future[list[Future[Any]]]] = {}
         self._since: float | None = None  # when the devices got the first program of those under way
         self._pictures: Any = None  # the last ones, perhaps still to be drawn
@@ -85,12 +85,12 @@ class Pipeline:
             functools.partial(programs.decode, family, at_once=programs.pixels_at_once(platform)),
             static_argnames=("graph", "dtype", "height", "width"), compiler_options=programs.decoder_options(platform, family.decoder_width))  # fmt: skip
 
-    def reuse(self, scheduler: Scheduler, watcher: Watcher) -> None:
+    def reuse(self, scheduler: Scheduler, observer: ProgressObserver) -> None:
         """For another job of a sweep, whose scheduler is of the same class: its noise levels are data to the programs."""
-        self.scheduler, self.watcher = scheduler, watcher
+        self.scheduler, self.observer = scheduler, observer
 
     @property
-    def _denoiser(self) -> Network:
+    def _denoiser(self) -> DeviceWeights:
         return self.networks[self.family.denoiser]
 
     def encode(self, inputs: Inputs, rows: Sequence[Row]) -> Conditioning:
@@ -124,7 +124,7 @@ class Pipeline:
         What a program is called with later must be what it is compiled for here, or it is compiled once more.
         """
         sizes = dict.fromkeys((row.height, row.width) for row in rows)
-        whole = not isinstance(self._denoiser, StreamedNetwork)
+        whole = not isinstance(self._denoiser, StreamedWeights)
         jobs: dict[Hashable, Callable[[], Iterator[Any]]] = {"encode": lambda: self._lower_encode(batch, inputs)}
         for size in sizes:
             jobs |= {("denoise", *size): functools.partial(self._lower_denoise, batch, inputs, *size)} if whole else {}
@@ -191,11 +191,11 @@ class Pipeline:
         missing = sum(network.missing for network in networks)
         if not all(network.here for network in networks):
             jax.block_until_ready(self._pictures)  # what comes now may need the memory that they are drawn in
-        with self.watcher.loading(missing) if missing else contextlib.nullcontext(lambda count: None) as progress:
+        with self.observer.loading(missing) if missing else contextlib.nullcontext(lambda count: None) as progress:
             for network in networks:
                 network.load(progress)
         if compiled := self._compiled.pop(program, None):
-            with self.watcher.compiling():
+            with self.observer.compiling():
                 for program in compiled.result():
                     program.result()
         return [network.parts() for network in networks]
@@ -212,7 +212,7 @@ class Pipeline:
         positions = jax.tree.map(lambda x: put(x, replicated(self.mesh)), self.family.positions(conditioning, height, width))
         # the decoder on the same bar
         (graph, state), _ = self._ready(self.family.denoiser, self.family.decoder, program=("denoise", height, width))
-        if isinstance(self._denoiser, StreamedNetwork):
+        if isinstance(self._denoiser, StreamedWeights):
             return self._told(self._denoise_streamed(self._denoiser, latents, conditioning, sigmas, counts, guidance, positions))
         latents, conditioning, guidance, *scales = self._put((latents, conditioning, guidance, *self._scales(rows)))
         for first in range(0, counts.max(), STEPS):
@@ -223,15 +223,15 @@ class Pipeline:
             latents = self._launch(self._denoise, graph, self.dtype, *arguments, *scales)
         return self._told(latents)  # by now: decoding may have to wait for its program
 
-    def _denoise_streamed(self, network: StreamedNetwork, latents, conditioning, sigmas, counts, guidance, positions) -> jax.Array:
+    def _denoise_streamed(self, network: StreamedWeights, latents, conditioning, sigmas, counts, guidance, positions) -> jax.Array:
         """What ``denoise`` computes, with the transformer's blocks passing through the devices."""
         graph, state = network.parts()
         latents, conditioning, guidance, sigmas, left = self._put((latents, conditioning, guidance, sigmas, counts))
         vector, last = self._launch(self._step_vector, graph, self.dtype, state, conditioning, sigmas, guidance)
-        with network.step_layers(self.watcher.streaming) as layers:
+        with network.step_layers(self.observer.streaming) as layers:
             inputs = {name: jax.block_until_ready(self._told(self._launch(self._step_layer, *layer, vector))) for name, layer in layers}
         steps = counts.max()
-        with network.blocks(steps, self.watcher.streaming) as blocks:
+        with network.blocks(steps, self.observer.streaming) as blocks:
             for i in range(steps):
                 x = self._told(self._launch(self._embed, graph, self.dtype, state, latents, conditioning))
                 for name, (block_graph, block) in itertools.islice(blocks, len(network)):
@@ -270,6 +270,6 @@ class Pipeline:
     def _told(self, outputs: Any, pictures: bool = True) -> Any:
         """The outputs of the last of some programs, told to whoever watches."""
         assert self._since is not None
-        self.watcher.launched(self._since, outputs, pictures)
+        self.observer.launched(self._since, outputs, pictures)
         self._since = None
         return outputs

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fluxbatch.distributed.mesh import batch_ways
+from fluxbatch.distributed.mesh import data_parallel_size_of
 from fluxbatch.models.layers import gathered, set_rows
 
 # XLA:CPU leaves products, convolutions and sums to a library, YNNPACK. On a CPU without AVX-512 (EPYC) its convolutions are
@@ -120,7 +120,7 @@ def decode(family, graph, dtype, state, latents, height, width, at_once):
         pixels = jnp.round(jnp.clip(image * 0.5 + 0.5, 0, 1) * 255)
         return jnp.where(finite[:, None, None, None], pixels, 0).astype(jnp.uint8), finite
 
-    ways = 1 if mesh is None else batch_ways(mesh)
+    ways = 1 if mesh is None else data_parallel_size_of(mesh)
     return _in_turns(pictures, family.unpack(latents, height, width), ways, together(len(latents) // ways, height, width, at_once))
 
 

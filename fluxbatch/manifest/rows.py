@@ -33,7 +33,7 @@ FIELDS = ("prompt", "prompt_2", "id", "guidance_scale", "lora", *_INTEGERS)
 _FIELDS = frozenset(FIELDS)
 
 
-def read_rows(job: Job, *, multiple: int = 16) -> tuple[list[Row], list[Reject]]:
+def read_rows(job: Job, *, size_multiple: int = 16) -> tuple[list[Row], list[Reject]]:
     """The job's rows, from ``job.manifest`` (.jsonl, .txt, .tsv, .csv) or ``job.prompt``.
 
     ``multiple``: what heights and widths must divide by (the model's latent grid).
@@ -43,7 +43,7 @@ def read_rows(job: Job, *, multiple: int = 16) -> tuple[list[Row], list[Reject]]
     Raises UserError naming every bad line otherwise; also when there is no row at all.
     """
     extension = (job.manifest or "").rpartition(".")[2].lower()
-    resolve = _Resolver(job, multiple, empty=extension in _JSON)
+    resolve = _Resolver(job, size_multiple, empty=extension in _JSON)
     if job.manifest is None:
         if job.prompt is None:
             raise UserError("nothing to do: give manifest=FILE or prompt=TEXT")
@@ -163,10 +163,10 @@ def _converted(line: Line) -> Line:
 class _Resolver:
     """Named values of one line → its rows, with the job's settings where the line is silent."""
 
-    def __init__(self, job: Job, multiple: int, empty: bool):
+    def __init__(self, job: Job, size_multiple: int, empty: bool):
         sampler = job.sampler
         self._empty = empty  # whether an empty prompt is meant, as it is where it is written out
-        self._multiple = multiple
+        self._size_multiple = size_multiple
         self._format = job.output.format.name
         self._seed = job.seed
         self._prompt_2 = job.prompt_2
@@ -248,8 +248,8 @@ class _Resolver:
         largest = min(MAX_SIDE, SIDES[self._format])
         for key, low, high, step in (
             ("seed", 0, MAX_SEED, 1),
-            ("height", self._multiple, largest - largest % self._multiple, self._multiple),
-            ("width", self._multiple, largest - largest % self._multiple, self._multiple),
+            ("height", self._size_multiple, largest - largest % self._size_multiple, self._size_multiple),
+            ("width", self._size_multiple, largest - largest % self._size_multiple, self._size_multiple),
             ("num_inference_steps", 1, _MAX_STEPS, 1),
             ("num_images", 1, _MAX_IMAGES, 1),
         ):

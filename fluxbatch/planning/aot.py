@@ -58,24 +58,24 @@ def devices(target: Target) -> list[Any]:
     return list(topologies.get_topology_desc(platform="tpu", topology_name=f"{target.chip.name}:{target.topology}", **options).devices)
 
 
-def needs(engine: Any, batch: int, height: int, width: int, parts: Sequence[str] = ("encode", "denoise", "decode")) -> Iterator[Need]:
-    """Compiles the programs of one size for the engine's mesh. No weight is read."""
+def needs(spec: Any, batch: int, height: int, width: int, parts: Sequence[str] = ("encode", "denoise", "decode")) -> Iterator[Need]:
+    """Compiles the programs of one size for the spec's mesh. No weight is read."""
     import jax
     from flax import nnx
 
-    pipeline = dataclasses.replace(engine, keep=False).pipeline()
-    for name, lowered in pipeline.programs(batch, engine.inputs, height, width, parts):
+    pipeline = dataclasses.replace(spec, keep=False).pipeline()
+    for name, lowered in pipeline.programs(batch, spec.inputs, height, width, parts):
         if name not in parts:  # what makes step inputs runs once for many steps
             continue
         start = time.monotonic()
         try:
-            program, temporaries = compile_counted(lowered, engine.mesh.devices.flat[0].platform)
+            program, temporaries = compile_counted(lowered, spec.mesh.devices.flat[0].platform)
         except jax.errors.JaxRuntimeError as error:
             yield Need(name, 0, 0, 0, time.monotonic() - start, " ".join(str(error).split())[:300])
             continue
         states = lambda x: isinstance(x, nnx.State)  # noqa: E731
         inputs = [x for x in jax.tree.leaves(lowered.args_info[0], is_leaf=states) if not states(x)]
-        given = sum(info.dtype.itemsize * math.prod(info.shape) for info in inputs) // engine.ways
+        given = sum(info.dtype.itemsize * math.prod(info.shape) for info in inputs) // spec.data_parallel_size
         found = program.memory_analysis()
         more = given + temporaries + found.output_size_in_bytes - found.alias_size_in_bytes
         yield Need(name, found.argument_size_in_bytes - given, more, temporaries, time.monotonic() - start)
@@ -108,14 +108,14 @@ def compiled(job: Job, target: Target, height: int, width: int) -> list[Need]:
 def main() -> None:
     """The subprocess's part."""
     from fluxbatch.distributed import backend
-    from fluxbatch.generation.model_spec import open_engine
+    from fluxbatch.generation.model_spec import open_model_spec
     from fluxbatch.weights.published import open_or_known
 
     job, target, height, width = pickle.load(sys.stdin.buffer)
     backend.tell_compiler(job.hardware.xla_flags, job.hardware.libtpu_init_args)
-    engine = open_engine(job, target.platform, devices(target), target.hosts, open_or_known)
-    batch = job.sharding.per_device_batch_size * engine.ways
-    for need in needs(engine, batch, height, width, parts=("denoise", "decode")):
+    spec = open_model_spec(job, target.platform, devices(target), target.hosts, open_or_known)
+    batch = job.sharding.per_device_batch_size * spec.data_parallel_size
+    for need in needs(spec, batch, height, width, parts=("denoise", "decode")):
         print(json.dumps(dataclasses.asdict(need)), flush=True)
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from fluxbatch.config.schema import Job, shown
 from fluxbatch.distributed.chips import Target
 from fluxbatch.distributed.backend import GPU_SHARES, gpu_share
-from fluxbatch.generation.model_spec import Engine
+from fluxbatch.generation.model_spec import ModelSpec
 from fluxbatch.planning import aot, memory
 from fluxbatch.reporting import columns, startup_warnings
 from fluxbatch.results.resume import left_out
@@ -30,20 +30,20 @@ TERA = 1e12
 class Work:
     """Rows as the batches that will be drawn."""
 
-    engine: Engine
+    spec: ModelSpec
     shards: Sequence[Shard]
     size: int  # images of a batch
 
     @classmethod
-    def of(cls, job: Job, engine: Engine, rows: Sequence[Row]) -> Work:
+    def of(cls, job: Job, spec: ModelSpec, rows: Sequence[Row]) -> Work:
         """As ``dealing`` makes them of a whole manifest."""
-        size = job.sharding.per_device_batch_size * engine.ways
+        size = job.sharding.per_device_batch_size * spec.data_parallel_size
         if (job.replica_count or 1) == 1:
             shards = batching.plan(rows, size, job.shard_size)
         else:
-            portions = batching.portions(rows, size, job.shard_size)
-            shards = [Shard(i, tuple(batching.batches(portion, size))) for i, portion in enumerate(portions)]
-        return cls(engine, shards, size)
+            work_units = batching.work_units(rows, size, job.shard_size)
+            shards = [Shard(i, tuple(batching.batches(work_unit, size))) for i, work_unit in enumerate(work_units)]
+        return cls(spec, shards, size)
 
     @functools.cached_property
     def batches(self) -> list[Batch]:
@@ -59,7 +59,7 @@ class Work:
 
     def prompt(self) -> int:
         """FLOPs of encoding one."""
-        return self.engine.family.encode_flops(self.engine.inputs)
+        return self.spec.family.encode_flops(self.spec.inputs)
 
     def drawn(self, batches: Sequence[Batch]) -> int:
         """FLOPs of these batches, what fills them up included: a batch takes as many steps as its longest row."""
@@ -71,36 +71,36 @@ class Work:
 
     def _flops(self, pictures: Iterable[tuple[int, int, int]]) -> int:
         """Of heights, widths and steps: of few different ones."""
-        return sum(count * self.engine.flops(*picture) for picture, count in collections.Counter(pictures).items())
+        return sum(count * self.spec.flops(*picture) for picture, count in collections.Counter(pictures).items())
 
     def encoded(self) -> int:
         """Prompts that are encoded: a shard's distinct ones, in whole batches."""
-        distinct = (len(self.engine.distinct(shard.rows)) for shard in self.shards)
+        distinct = (len(self.spec.distinct(shard.rows)) for shard in self.shards)
         return sum(-(-count // self.size) * self.size for count in distinct)
 
 
 def lines(
-    job: Job, engine: Engine, target: Target, rows: Sequence[Row], todo: Sequence[Row], rejects: Sequence[Reject], price: float | None, ahead: bool
+    job: Job, spec: ModelSpec, target: Target, rows: Sequence[Row], todo: Sequence[Row], rejects: Sequence[Reject], price: float | None, ahead: bool
 ) -> Iterator[str]:  # fmt: skip
     """The whole plan; ``todo``: those of the rows that have no image; ``ahead``: with what the compiler says of the largest picture."""
-    work = Work.of(job, engine, todo)
-    yield from _rows(job, engine, rows, rejects)
+    work = Work.of(job, spec, todo)
+    yield from _rows(job, spec, rows, rejects)
     if len(todo) < len(rows):
         yield _line("done", f"{len(rows) - len(todo):,} of them have their image; what follows is of the {len(todo):,} to make")
-    yield from _model(job, engine, target, rows)
+    yield from _model(job, spec, target, rows)
     if todo:
         yield from _batches(work)
-        yield from _text(engine, todo)
-        yield from _lora(engine)
-        yield from _memory(job, engine, target, work)
-        yield from _reads(job, engine, target, work)
-        yield from _cost(job, engine, target, work, price)
+        yield from _text(spec, todo)
+        yield from _lora(spec)
+        yield from _memory(job, spec, target, work)
+        yield from _reads(job, spec, target, work)
+        yield from _cost(job, spec, target, work, price)
         if ahead:
-            yield from _compiled(job, engine, target, work)
+            yield from _compiled(job, spec, target, work)
 
 
-def _rows(job: Job, engine: Engine, rows: Sequence[Row], rejects: Sequence[Reject]) -> Iterator[str]:
-    distinct = len(engine.distinct(rows))
+def _rows(job: Job, spec: ModelSpec, rows: Sequence[Row], rejects: Sequence[Reject]) -> Iterator[str]:
+    distinct = len(spec.distinct(rows))
     yield _line("rows", f"{len(rows):,} of {shown(job.manifest or job.prompt)}, {distinct:,} distinct prompts")
     if rejects:
         yield _line("rejects", f"{len(rejects):,} bad lines are set aside: {startup_warnings.some([reject.where.rpartition('/')[2] for reject in rejects])}")
@@ -109,17 +109,17 @@ def _rows(job: Job, engine: Engine, rows: Sequence[Row], rejects: Sequence[Rejec
     yield from (_line("remark", remark) for remark in startup_warnings.odd(rows))
 
 
-def _model(job: Job, engine: Engine, target: Target, rows: Sequence[Row]) -> Iterator[str]:
-    counts = ", ".join(f"{part} {_scaled(memory.parameters(engine, part), 1000, ('', 'k', 'M', 'G'))}" for part in engine.plans)
-    yield _line("model", f"{job.model.flux_name}: {shown(job.model.pretrained_model_name_or_path)}; parameters: {counts}; {engine.weights_dtype}")
-    mesh = " × ".join(f"{axis} {size}" for axis, size in engine.mesh.shape.items() if size > 1) or "one device"
-    if (idle := target.chips - engine.mesh.size) > 0:
+def _model(job: Job, spec: ModelSpec, target: Target, rows: Sequence[Row]) -> Iterator[str]:
+    counts = ", ".join(f"{part} {_scaled(memory.parameters(spec, part), 1000, ('', 'k', 'M', 'G'))}" for part in spec.plans)
+    yield _line("model", f"{job.model.flux_name}: {shown(job.model.pretrained_model_name_or_path)}; parameters: {counts}; {spec.weights_dtype}")
+    mesh = " × ".join(f"{axis} {size}" for axis, size in spec.mesh.shape.items() if size > 1) or "one device"
+    if (idle := target.chips - spec.mesh.size) > 0:
         mesh += f", {idle} idle (sharding=ddp or fsdp takes all)"
     replicas = f", {job.replica_count} replicas of it" if (job.replica_count or 1) > 1 else ""
     yield _line("machine", f"{target}; {mesh}{replicas}")
-    unseen = filter(None, [engine.checkpoint.unseen])
+    unseen = filter(None, [spec.checkpoint.unseen])
     swept = startup_warnings.overridden(job.sweep, rows)
-    said = (*unseen, *engine.remarks, *startup_warnings.unguided(engine, rows), *swept, *left_out(rows, engine.record), *columns.lines(rows))
+    said = (*unseen, *spec.warnings, *startup_warnings.unguided(spec, rows), *swept, *left_out(rows, spec.provenance), *columns.lines(rows))
     for remark in said:
         yield _line("remark", remark)
 
@@ -137,22 +137,22 @@ def _batches(work: Work) -> Iterator[str]:
     yield _line("programs", f"{2 + lengths + sizes} to compile: text, modulation, {lengths} × denoising, {sizes} × decoding; {len(work.shards):,} shards")
 
 
-def _text(engine: Engine, rows: Sequence[Row]) -> Iterator[str]:
-    for i, (reads, cut) in enumerate(startup_warnings.cut(engine.inputs, rows)):
+def _text(spec: ModelSpec, rows: Sequence[Row]) -> Iterator[str]:
+    for i, (reads, cut) in enumerate(startup_warnings.truncated(spec.inputs, rows)):
         yield _line("" if i else "text", f"{reads}: {cut or 'no prompt is cut'}")
 
 
-def _lora(engine: Engine) -> Iterator[str]:
-    for i, line in enumerate(engine.lora.table()):
+def _lora(spec: ModelSpec) -> Iterator[str]:
+    for i, line in enumerate(spec.lora.table()):
         yield _line("" if i else "lora", line)
 
 
-def _memory(job: Job, engine: Engine, target: Target, work: Work) -> Iterator[str]:
-    limit = target.chip.limit if target.chip else device_weights.host_memory() // engine.mesh.size
+def _memory(job: Job, spec: ModelSpec, target: Target, work: Work) -> Iterator[str]:
+    limit = target.chip.limit if target.chip else device_weights.host_memory() // spec.mesh.size
     again, devices = len(work.shards) > 1, jax.devices()[: target.chips]
-    situation = memory.Situation.of(job, engine, target.platform, list(work.buckets), again, limit, devices)
-    if len(engine.lora.mixes(row for batch in work.batches for row in batch.rows)) > 1:  # adapters are not merged
-        situation = dataclasses.replace(situation, beside=memory.adapters(engine))
+    situation = memory.Situation.of(job, spec, target.platform, list(work.buckets), again, limit, devices)
+    if len(spec.lora.mixes(row for batch in work.batches for row in batch.rows)) > 1:  # adapters are not merged
+        situation = dataclasses.replace(situation, beside=memory.adapters(spec))
     phases = situation.phases()
     for i, phase in enumerate(phases):
         yield _line("" if i else "memory", f"{phase.name:8} {_bytes(phase.weights)} weights + about {_bytes(phase.activations)} = {_bytes(phase.total)} a device")
@@ -168,43 +168,43 @@ def _memory(job: Job, engine: Engine, target: Target, work: Work) -> Iterator[st
         yield _line("", f"fits with {' '.join(way)}" if way else "nothing here makes it fit: smaller pictures, or more or larger devices")
 
 
-def _compiled(job: Job, engine: Engine, target: Target, work: Work) -> Iterator[str]:
+def _compiled(job: Job, spec: ModelSpec, target: Target, work: Work) -> Iterator[str]:
     height, width = max(work.buckets, key=math.prod)
     if target.topology:
         needs = aot.compiled(job, target, height, width)
     else:
-        needs = aot.needs(engine, work.size, height, width, ("denoise", "decode"))
+        needs = aot.needs(spec, work.size, height, width, ("denoise", "decode"))
     for need in needs:
         words = f"{_bytes(need.held)} weights + {_bytes(need.more)}, of it temporary {_bytes(need.temporaries)}" if not need.fault else need.fault
         yield _line("compiled" if need.name == "denoise" else "", f"{need.name:8} {words}; {_time(need.seconds)} for {height}×{width}")
 
 
-def _reads(job: Job, engine: Engine, target: Target, work: Work) -> Iterator[str]:
-    mixes = engine.lora.mixes(row for batch in work.batches for row in batch.rows)
-    each = engine.mesh.size // target.hosts
-    hosts = [set(engine.mesh.devices.flat[i * each : (i + 1) * each]) for i in range(target.hosts)]
+def _reads(job: Job, spec: ModelSpec, target: Target, work: Work) -> Iterator[str]:
+    mixes = spec.lora.mixes(row for batch in work.batches for row in batch.rows)
+    each = spec.mesh.size // target.hosts
+    hosts = [set(spec.mesh.devices.flat[i * each : (i + 1) * each]) for i in range(target.hosts)]
     read = {}
-    for part, plan in engine.plans.items():
-        edits = engine.lora.edits(part, mixes[0]) if len(mixes) == 1 else {}
-        read[part] = max(load.to_read(plan, engine.mesh, edits, devices=devices) for devices in hosts)
+    for part, plan in spec.plans.items():
+        edits = spec.lora.edits(part, mixes[0]) if len(mixes) == 1 else {}
+        read[part] = max(load.to_read(plan, spec.mesh, edits, devices=devices) for devices in hosts)
     again = ""
     if job.hardware.offload_encoders == "free" and len(work.shards) > 1:
-        again = f", and {_bytes(sum(read[part] for part in engine.family.encoders))} of text encoders again for each of {len(work.shards):,} shards"
-    if engine.stream:
+        again = f", and {_bytes(sum(read[part] for part in spec.family.encoders))} of text encoders again for each of {len(work.shards):,} shards"
+    if spec.stream:
         steps = sum(max(row.num_inference_steps for row in batch.rows) for batch in work.batches)
         again += f", and the transformer's blocks for each of {steps:,} steps (from memory as long as it holds them)"
     yield _line("reads", f"{_bytes(sum(read.values()))} of weights {'a host' if target.hosts > 1 else ''}".rstrip() + again)
 
 
-def _cost(job: Job, engine: Engine, target: Target, work: Work, price: float | None) -> Iterator[str]:
+def _cost(job: Job, spec: ModelSpec, target: Target, work: Work, price: float | None) -> Iterator[str]:
     images, replicas = sum(len(batch.rows) for batch in work.batches), job.replica_count or 1
     total = work.drawn(work.batches) + work.encoded() * work.prompt()
     yield _line("work", f"{_flops(total)}, {_flops(total / images)} an image; {_flops(work.asked(work.batches) / images)} of it for the picture alone")
-    peak, reached, source = _speed(engine, target)
+    peak, reached, source = _speed(spec, target)
     if peak is None:
         yield _line("time", f"no estimate: {source}")
         return
-    chips, rented = (size * replicas for size in (engine.mesh.size, max(engine.mesh.size, target.chips)))
+    chips, rented = (size * replicas for size in (spec.mesh.size, max(spec.mesh.size, target.chips)))
     floor = total / (peak * TERA * chips)
     expected = floor / reached
     yield _line("time", f"{_time(floor)} at least ({source}); about {_time(expected)} at {reached:.0%} of it, {images / expected:.3g} images/s, "
@@ -213,14 +213,14 @@ def _cost(job: Job, engine: Engine, target: Target, work: Work, price: float | N
         yield _line("cost", f"about {rented * expected / 3600 * price:,.2f}: {rented} × {expected / 3600:,.2f} h × {price:g} (estimate)")
 
 
-def _speed(engine: Engine, target: Target) -> tuple[float | None, float, str]:
+def _speed(spec: ModelSpec, target: Target) -> tuple[float | None, float, str]:
     """TFLOP/s of a chip, the share that may be expected, and where the first is from."""
     if target.platform == "cpu":
-        rate = _matmul() / engine.mesh.size
-        return rate, 0.5, f"matrix products run at {rate * engine.mesh.size:.2f} TFLOP/s here and now"
+        rate = _matmul() / spec.mesh.size
+        return rate, 0.5, f"matrix products run at {rate * spec.mesh.size:.2f} TFLOP/s here and now"
     if target.chip is None:
         return None, 0.0, f"{target.name} is not in the table of chips"
-    if engine.activations_dtype == "float32":
+    if spec.activations_dtype == "float32":
         return None, 0.0, "the table has bfloat16's peak, activations are float32"
     return target.chip.peak, target.chip.reached, f"at the peak of {target.chip.peak:g} TFLOP/s"
 

@@ -17,7 +17,7 @@ from flax import nnx
 
 from fluxbatch.config.schema import Job
 from fluxbatch.distributed.mesh import make_mesh
-from fluxbatch.generation.model_spec import Engine
+from fluxbatch.generation.model_spec import ModelSpec
 from fluxbatch.generation.programs import pixels_at_once, together
 from fluxbatch.generation.steps import STEPS
 from fluxbatch.models import attention
@@ -42,7 +42,7 @@ class Phase:
 class Situation:
     """What decides how much memory is needed."""
 
-    engine: Engine
+    spec: ModelSpec
     platform: str
     sizes: Sequence[tuple[int, int]]  # heights and widths of the pictures
     images: int  # of a device at once
@@ -55,61 +55,61 @@ class Situation:
 
     @classmethod
     def of(
-        cls, job: Job, engine: Engine, platform: str, sizes: Sequence[tuple[int, int]], again: bool, limit: int | None = None,
+        cls, job: Job, spec: ModelSpec, platform: str, sizes: Sequence[tuple[int, int]], again: bool, limit: int | None = None,
         devices: Sequence[jax.Device] = (),
     ) -> Situation:  # fmt: skip
         offload = job.hardware.offload_encoders
         stay = offload is False or (platform == "cpu" and offload != "free")  # a CPU has no other memory
-        scores = platform != "cpu" and attention.chosen(job.hardware.attention.name, platform, engine.activations_dtype) == "dot_product"
+        scores = platform != "cpu" and attention.chosen(job.hardware.attention.name, platform, spec.activations_dtype) == "dot_product"
         images = job.sharding.per_device_batch_size
-        return cls(engine, platform, sizes, images, stay, again, scores, limit, devices or list(engine.mesh.devices.flat))
+        return cls(spec, platform, sizes, images, stay, again, scores, limit, devices or list(spec.mesh.devices.flat))
 
     @property
     def turns(self) -> bool:
         """Whether the transformer makes room for the encoders when they come back."""
-        drawing = sum(on_a_device(self.engine, part) for part in self.engine.plans) - encoders(self.engine)
-        return not (self.stay or self.engine.stream) and device_weights.crowded(encoders(self.engine), drawing, self.limit)
+        drawing = sum(on_a_device(self.spec, part) for part in self.spec.plans) - encoders(self.spec)
+        return not (self.stay or self.spec.stream) and device_weights.crowded(encoders(self.spec), drawing, self.limit)
 
     def phases(self) -> list[Phase]:
         """Encode, denoise and decode, each for the largest picture."""
-        engine, family = self.engine, self.engine.family
-        weights = {part: on_a_device(engine, part) for part in engine.plans}
-        if engine.stream:
-            weights[family.denoiser] = streamed(engine)
-        text, decoder = encoders(engine), weights[family.decoder]
+        spec, family = self.spec, self.spec.family
+        weights = {part: on_a_device(spec, part) for part in spec.plans}
+        if spec.stream:
+            weights[family.denoiser] = streamed(spec)
+        text, decoder = encoders(spec), weights[family.decoder]
         drawing = sum(weights.values()) - text + self.beside
         resident = drawing + (text if self.stay else 0)
         beside = (decoder if self.turns else drawing) if self.stay or self.again else 0
         at = self.footprint()
         return [
-            Phase("encode", text + beside, family.encode_bytes(at, engine.inputs)),
-            Phase("denoise", resident, family.denoise_bytes(at, engine.inputs)),
-            Phase("decode", resident, family.decode_bytes(at) + gathered(engine, family.decoder)),
+            Phase("encode", text + beside, family.encode_bytes(at, spec.inputs)),
+            Phase("denoise", resident, family.denoise_bytes(at, spec.inputs)),
+            Phase("decode", resident, family.decode_bytes(at) + gathered(spec, family.decoder)),
         ]
 
     def footprint(self) -> Footprint:
         """Of the largest picture."""
-        engine = self.engine
+        spec = self.spec
         height, width = max(self.sizes, key=math.prod)
-        dtypes = (jnp.dtype(name).itemsize for name in (engine.activations_dtype, engine.weights_dtype))
+        dtypes = (jnp.dtype(name).itemsize for name in (spec.activations_dtype, spec.weights_dtype))
         at_once = together(self.images, height, width, pixels_at_once(self.platform))
-        return Footprint(self.images, height, width, self.platform, *dtypes, dict(engine.mesh.shape), self.scores, STEPS, at_once)
+        return Footprint(self.images, height, width, self.platform, *dtypes, dict(spec.mesh.shape), self.scores, STEPS, at_once)
 
     def way_out(self, limit: int) -> tuple[str, ...]:
         """The fewest settings with which every phase fits in ``limit``, slow ones last; none if nothing does."""
-        engine, ways = self.engine, {}
+        spec, ways = self.spec, {}
         offload = "offload_encoders=free" if self.platform == "cpu" else "offload_encoders=true"
-        if self.scores and attention.chosen("auto", self.platform, engine.activations_dtype) != "dot_product":
+        if self.scores and attention.chosen("auto", self.platform, spec.activations_dtype) != "dot_product":
             ways["attention=auto"] = {"scores": False}
         ways[offload] = {"stay": False}
         if self.images > 1:
             ways["per_device_batch_size=1"] = {"images": 1}
-        whole = all(engine.mesh.shape[axis] == 1 for axis in ("fsdp", "context", "tensor"))
+        whole = all(spec.mesh.shape[axis] == 1 for axis in ("fsdp", "context", "tensor"))
         if whole and len(self.devices) > 1:
             mesh = make_mesh((1, len(self.devices)), devices=self.devices)
-            ways["sharding=fsdp"] = {"engine": replace(engine, mesh=mesh), "stay": True}  # as it has it, unless it is told otherwise
-        if whole and not engine.stream:
-            ways["stream_blocks=true"] = {"engine": replace(engine, stream=True)}
+            ways["sharding=fsdp"] = {"spec": replace(spec, mesh=mesh), "stay": True}  # as it has it, unless it is told otherwise
+        if whole and not spec.stream:
+            ways["stream_blocks=true"] = {"spec": replace(spec, stream=True)}
         tried = [names for count in range(1, len(ways) + 1) for names in itertools.combinations(ways, count)]
         for names in sorted(tried, key=lambda names: "stream_blocks=true" in names):
             if len({"sharding=fsdp", "stream_blocks=true"} & {*names}) < 2:
@@ -120,36 +120,36 @@ class Situation:
         return ()
 
 
-def parameters(engine: Engine, part: str) -> int:
+def parameters(spec: ModelSpec, part: str) -> int:
     """How many numbers a component has."""
-    return sum(math.prod(leaf.get_value().shape) for _, leaf in nnx.to_flat_state(engine.plans[part].state))
+    return sum(math.prod(leaf.get_value().shape) for _, leaf in nnx.to_flat_state(spec.plans[part].state))
 
 
-def adapters(engine: Engine) -> int:
+def adapters(spec: ModelSpec) -> int:
     """Bytes of all adapters beside the weights, as if no device shared them."""
-    numbers = sum(part.parameters for adapter in engine.lora.adapters for part in adapter.parts)
-    return numbers * jnp.dtype(engine.weights_dtype).itemsize
+    numbers = sum(part.parameters for adapter in spec.lora.adapters for part in adapter.parts)
+    return numbers * jnp.dtype(spec.weights_dtype).itemsize
 
 
-def encoders(engine: Engine) -> int:
+def encoders(spec: ModelSpec) -> int:
     """Bytes of the text encoders' weights on a device."""
-    return sum(on_a_device(engine, part) for part in engine.family.encoders)
+    return sum(on_a_device(spec, part) for part in spec.family.encoders)
 
 
-def on_a_device(engine: Engine, part: str) -> int:
+def on_a_device(spec: ModelSpec, part: str) -> int:
     """Bytes of a component's weights."""
-    return load.held(engine.plans[part], engine.mesh, engine.weights_dtype) // engine.mesh.size
+    return load.held(spec.plans[part], spec.mesh, spec.weights_dtype) // spec.mesh.size
 
 
-def gathered(engine: Engine, part: str) -> int:
+def gathered(spec: ModelSpec, part: str) -> int:
     """Bytes of a component's weights, made whole on a device where FSDP has divided them."""
-    return parameters(engine, part) * jnp.dtype(engine.weights_dtype).itemsize if engine.mesh.shape["fsdp"] > 1 else 0
+    return parameters(spec, part) * jnp.dtype(spec.weights_dtype).itemsize if spec.mesh.shape["fsdp"] > 1 else 0
 
 
-def streamed(engine: Engine) -> int:
+def streamed(spec: ModelSpec) -> int:
     """What is on a device when the denoiser's blocks pass through it: two of them without their step layers, which have
     passed before, and what lies in none."""
-    plan = engine.plans[engine.family.denoiser]
+    plan = spec.plans[spec.family.denoiser]
     stream = nnx.merge(plan.graph, plan.state).stream()
     layers = [f"{layer}." for each in stream.step_layers.values() for layer in each]
     rest, blocks = 0, {stack: 0 for stack, _ in stream.blocks}
@@ -159,4 +159,4 @@ def streamed(engine: Engine) -> int:
             rest += numbers
         elif not path.startswith(tuple(layers)):
             blocks[stack] += numbers
-    return (rest + 2 * max(blocks.values())) * jnp.dtype(engine.weights_dtype).itemsize
+    return (rest + 2 * max(blocks.values())) * jnp.dtype(spec.weights_dtype).itemsize

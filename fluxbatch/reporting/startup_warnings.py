@@ -10,7 +10,7 @@ from typing import Any
 
 from fluxbatch.config.overrides import meant
 from fluxbatch.config.schema import Job
-from fluxbatch.generation.model_spec import Engine
+from fluxbatch.generation.model_spec import ModelSpec
 from fluxbatch.manifest.formats import shown
 from fluxbatch.manifest.rows import FIELDS
 from fluxbatch.models.family import TextInput
@@ -45,39 +45,39 @@ ODD_IN_LISTS = {
 }
 
 
-def lines(job: Job, engine: Engine, given: Sequence[Row], rows: Sequence[Row], todo: Sequence[Row]) -> Iterator[str]:
+def lines(job: Job, spec: ModelSpec, given: Sequence[Row], rows: Sequence[Row], todo: Sequence[Row]) -> Iterator[str]:
     """Of ``rows``, which are the whole manifest, as they were ``given`` and with their mixes of adapters, and of what is
     to be drawn; and what each adapter touches."""
-    yield from engine.remarks
-    yield from mixed(engine, given)
-    yield from unguided(engine, rows)
+    yield from spec.warnings
+    yield from mixed(spec, given)
+    yield from unguided(spec, rows)
     yield from overridden(job.sweep, rows)
-    yield from left_out(rows, engine.record)
+    yield from left_out(rows, spec.provenance)
     yield from columns.lines(rows)
     if fields := unread(rows):
         yield fields
     yield from odd(rows)
-    yield from (f"{reads}: {hit}" for reads, hit in cut(engine.inputs, todo) if hit)
-    yield from caches(job, engine, todo)
-    yield from engine.lora.table()
+    yield from (f"{reads}: {hit}" for reads, hit in truncated(spec.inputs, todo) if hit)
+    yield from caches(job, spec, todo)
+    yield from spec.lora.table()
 
 
-def mixed(engine: Engine, given: Sequence[Row]) -> Iterator[str]:
+def mixed(spec: ModelSpec, given: Sequence[Row]) -> Iterator[str]:
     """That rows without a mix of their own get every adapter, where others have one: few who leave it out mean that."""
-    own = [f"{name} {scale:g}" for name, scale in engine.lora.own if scale]
+    own = [f"{name} {scale:g}" for name, scale in spec.lora.own if scale]
     without = [row for row in given if row.lora is None]
     if own and 0 < len(without) < len(given):
         counted, first = f"{len(without):,} of {len(given):,} rows have none", without[0].where.rpartition("/")[2]
         yield f'lora: {counted} (the first is {first}) and get {", ".join(own)}; "lora": {{}} in a row is for none'
 
 
-def caches(job: Job, engine: Engine, todo: Sequence[Row]) -> Iterator[str]:
+def caches(job: Job, spec: ModelSpec, todo: Sequence[Row]) -> Iterator[str]:
     """What is not kept for the next start, and why."""
     if remark := cache.find("jax_cache_dir", job.jax_cache_dir).remark:
         yield remark
     if job.text_cache_dir is None:
         return
-    if (size := engine.text_bytes(todo)) > job.text_cache_gigabytes * 1e9:
+    if (size := spec.text_bytes(todo)) > job.text_cache_gigabytes * 1e9:
         limit = f"text_cache_gigabytes={job.text_cache_gigabytes:g}"
         yield f"{limit}: the prompts encode to {size / 1e9:.3g} GB, none is kept"
     elif remark := cache.find("text_cache_dir", job.text_cache_dir).remark:
@@ -90,10 +90,10 @@ def lost(files: Sequence[str]) -> Iterator[str]:
         yield f"images that were made before and are not there, or empty: {len(files):,} are made again ({some(files)})"
 
 
-def unguided(engine: Engine, rows: Sequence[Row]) -> Iterator[str]:
+def unguided(spec: ModelSpec, rows: Sequence[Row]) -> Iterator[str]:
     """That rows have guidance, and the checkpoint has nothing that reads it."""
     count = sum(row.guidance_scale != 0 for row in rows)
-    if count and not engine.remarks and not engine.family.guided:
+    if count and not spec.warnings and not spec.family.guided:
         yield f"guidance_scale decides nothing ({count:,} rows have one): the checkpoint has no guidance embedding"
 
 
@@ -138,7 +138,7 @@ def odd(rows: Sequence[Row]) -> Iterator[str]:
         yield f"prompts that are {kind}, and drawn as they stand: {len(lines):,}; the first: {first}"
 
 
-def strangers(count: int, overwrite: bool) -> Iterator[str]:
+def unlisted(count: int, overwrite: bool) -> Iterator[str]:
     """That the place holds records of other rows than the manifest's."""
     stay = "they stay, in metadata.jsonl and with their images; overwrite=true drops them"
     drop = "overwrite=true drops them with their images, unless the manifest has bad lines"
@@ -146,7 +146,7 @@ def strangers(count: int, overwrite: bool) -> Iterator[str]:
         yield f"records of no row of this manifest: {count:,}; {drop if overwrite else stay}"
 
 
-def cut(inputs: Sequence[TextInput], rows: Sequence[Row]) -> Iterator[tuple[str, str | None]]:
+def truncated(inputs: Sequence[TextInput], rows: Sequence[Row]) -> Iterator[tuple[str, str | None]]:
     """What each text encoder reads, and the rows that it does not read to their end."""
     for each in inputs:
         texts = {text: None for row in rows if (text := each.text(row)) is not None}

@@ -13,7 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from fluxbatch.generation.pipeline import Watcher
+from fluxbatch.generation.pipeline import ProgressObserver
 from fluxbatch.generation.prompts import PromptEmbeds
 from fluxbatch.shards import progress
 from fluxbatch.shards.progress import Lines
@@ -60,7 +60,7 @@ class Devices:
         return (self._last - self._first, self._busy_before) if self._first is not None else (0.0, 0.0)
 
 
-class Report(Watcher):
+class Report(ProgressObserver):
     """Bars (or lines) on standard error, seconds by stage, and the closing lines on standard output."""
 
     def __init__(self, quiet: bool = False) -> None:

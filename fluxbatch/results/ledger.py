@@ -83,7 +83,7 @@ class Ledger:
         self._bad_lines: tuple[Reject, ...] = ()
         self._row_of: dict[RecordId, Row] = {}  # record → the row that it makes done
         self._files: dict[RecordId, str] = {}  # as ``remaining`` saw them
-        self.strangers = 0  # records that belong to no row of the manifest, as ``remaining`` saw them
+        self.unlisted = 0  # records that belong to no row of the manifest, as ``remaining`` saw them
         self.lost: list[str] = []  # images that were recorded and are not there, as ``remaining`` saw them
         self.compactions = 0  # calls of ``compact`` that are through
         self.committed = 0  # records of this process
@@ -129,10 +129,10 @@ class Ledger:
         if changed and not self._overwrite:
             raise UserError(*describe(changed), WAY_OUT)
         gone = {_id(record) for _, record in changed}
-        strangers = places.keys() - self._row_of.keys() - gone
-        self.strangers = len(strangers)
+        unlisted = places.keys() - self._row_of.keys() - gone
+        self.unlisted = len(unlisted)
         if self._overwrite and not bad_lines:  # a bad line may be that of a row which has its image
-            gone |= strangers
+            gone |= unlisted
         if gone:
             remove(self._store, self._records, lambda record: _id(record) in gone)
             files = {key: file for key, file in files.items() if key not in gone}

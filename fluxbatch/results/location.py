@@ -19,7 +19,7 @@ LOCK = HIDDEN + "lock"  # held by the start that is at work
 WAY_OUT = "give another run_name=…, or overwrite=true to replace what differs"
 
 
-def open_place(job: Job) -> Store:
+def open_location(job: Job) -> Store:
     """The job's store. UserError where a run would write over its own manifest or over somebody's files."""
     assert job.run_name is not None
     store = open_store(join(job.output_dir, job.run_name))

@@ -47,7 +47,7 @@ class Writer:
     """Context manager around one run; leaving it waits for everything that was put.
 
     ``facts``: what a record says besides its row and its file (model, digests, dtypes, …).
-    ``floor``: the least seconds a row's image takes on this process's devices, where that is known: its record then
+    ``roofline``: the least seconds a row's image takes on this process's devices, where that is known: its record then
     has the share of their peak (MFU) that it reached.
     ``retry``: makes a row again that came out non-finite → (uint8 [H, W, 3], finite).
     ``on_image``: called once for every row, with whether it has its image now; from a thread.
@@ -60,7 +60,7 @@ class Writer:
         job: Job,
         *,
         facts: Mapping[str, Any],
-        floor: Callable[[Row], float | None] = lambda row: None,
+        roofline: Callable[[Row], float | None] = lambda row: None,
         retry: Callable[[Row], tuple[np.ndarray, bool]] | None = None,
         on_image: Callable[[Row, bool], None] | None = None,
     ):
@@ -69,7 +69,7 @@ class Writer:
         self._output = job.output
         self._failures_that_end = 1 if job.on_error.name == "stop" else job.max_failures
         self._facts = dict(facts)
-        self._floor = floor
+        self._roofline = roofline
         self._retry = retry
         self._retrying = threading.Lock()  # it may need the device's memory: one row at a time
         self._on_image = on_image
@@ -204,7 +204,7 @@ class Writer:
             self.bytes += len(data)
 
     def _record(self, row: Row, name: str, pixels: np.ndarray, seconds: float) -> Record:
-        floor = self._floor(row)
+        roofline = self._roofline(row)
         record = {
             "file_name": name,
             "id": row.id,
@@ -213,7 +213,7 @@ class Writer:
             **self._facts,
             "sha256": pixel_sha256(pixels),
             "seconds": round(seconds, 4),
-            "mfu": float(f"{floor / seconds:.3g}") if floor and seconds else 0.0,  # which no picture reaches: not known
+            "mfu": float(f"{roofline / seconds:.3g}") if roofline and seconds else 0.0,  # which no picture reaches: not known
             "created": utc_now(),
             "flags": "flat" if is_flat(pixels) else "",
             "key": self._ledger.key(row),  # the last of our own, which tells them from the row's

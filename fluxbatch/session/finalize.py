@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from fluxbatch.config.schema import Job
 from fluxbatch.distributed.process_group import LOST, ProcessGroup
-from fluxbatch.generation.model_spec import Engine
+from fluxbatch.generation.model_spec import ModelSpec
 from fluxbatch.reporting.terminal import Report
 from fluxbatch.results.gallery import write_contact_sheet, write_gallery, write_grid
 from fluxbatch.results.ledger import Ledger, Tally
@@ -37,7 +37,7 @@ class Outcome:
 
     job: Job
     group: ProcessGroup
-    engine: Engine
+    spec: ModelSpec
     store: Store
     ledger: Ledger
     report: Report
@@ -165,7 +165,7 @@ class Outcome:
         """The resolved configuration, and what the checkpoint made of it."""
         job = OmegaConf.to_container(OmegaConf.structured(self.job), enum_to_str=True)
         assert isinstance(job, dict)
-        resolved = job | {"resolved": self.engine.facts, "lora_coverage": self.engine.lora.coverage()}
+        resolved = job | {"resolved": self.spec.facts, "lora_coverage": self.spec.lora.coverage()}
         return yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True).encode("utf-8", "surrogatepass")
 
 

@@ -10,7 +10,7 @@ import jax
 
 from fluxbatch.generation import prompts
 from fluxbatch.generation.kept import KeptPipeline
-from fluxbatch.generation.model_spec import Engine
+from fluxbatch.generation.model_spec import ModelSpec
 from fluxbatch.generation.pipeline import Pipeline
 from fluxbatch.generation.prompts import PromptEmbeds, TextCache
 from fluxbatch.reporting.profiler import Trace
@@ -33,11 +33,11 @@ class Generator:
     """Begins with its first shard: a run that has nothing to do compiles and loads nothing."""
 
     def __init__(
-        self, engine: Engine, rows: Sequence[Row], todo: Sequence[Row], batch_size: int, texts: TextCache | None, work: Work, report: Report,
+        self, spec: ModelSpec, rows: Sequence[Row], todo: Sequence[Row], batch_size: int, texts: TextCache | None, work: Work, report: Report,
         profile: Store | None, kept: KeptPipeline | None,
     ):  # fmt: skip
         """``profile``: where a trace of two batches goes."""
-        self._engine, self._rows, self._todo, self._batch_size = engine, rows, todo, batch_size
+        self._spec, self._rows, self._todo, self._batch_size = spec, rows, todo, batch_size
         self._texts, self._work, self._report, self._kept = texts, work, report, kept
         self._trace = Trace(profile, report.say)
         self._pipeline: Pipeline | None = None
@@ -46,9 +46,9 @@ class Generator:
     def encode(self, shard: Shard) -> PromptEmbeds:
         """What the shard's distinct prompts encode to, on the host; then the text encoders make room."""
         pipeline = self._begun()
-        embeds = prompts.encode(shard.rows, self._engine.inputs, pipeline, self._batch_size, self._texts)
+        embeds = prompts.encode(shard.rows, self._spec.inputs, pipeline, self._batch_size, self._texts)
         self._report.encoded(embeds)
-        pipeline.encoders_out(again=self._engine.keep or not self._work.ends_with(shard))
+        pipeline.encoders_out(again=self._spec.keep or not self._work.ends_with(shard))
         return embeds
 
     def denoise(self, batch: Batch, embeds: PromptEmbeds) -> jax.Array:
@@ -59,17 +59,17 @@ class Generator:
     def decode(self, batch: Batch, latents: jax.Array) -> Images:
         """Their pixels, likewise."""
         pixels, finite = self._begun().decode(latents, *batch.shape)
-        flops = sum(self._engine.flops(*batch.shape, row.num_inference_steps) for row in batch.rows)
+        flops = sum(self._spec.flops(*batch.shape, row.num_inference_steps) for row in batch.rows)
         took = self._report.drawing(len(batch.rows), flops)
         self._trace.batch(pixels)
         return Images(pixels, finite, took.result)
 
     def _begun(self) -> Pipeline:
         if self._pipeline is None:
-            self._pipeline = self._engine.pipeline(self._rows, self._report, self._kept)
+            self._pipeline = self._spec.pipeline(self._rows, self._report, self._kept)
             enter = self._until_end.enter_context
-            enter(self._pipeline.compiling(self._todo, self._batch_size, self._engine.inputs))
-            enter(self._report.generating(self._work.progress.rows, self._engine.peak))
+            enter(self._pipeline.compiling(self._todo, self._batch_size, self._spec.inputs))
+            enter(self._report.generating(self._work.progress.rows, self._spec.peak))
             enter(self._trace)
         return self._pipeline
 

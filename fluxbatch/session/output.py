@@ -7,7 +7,7 @@ from typing import Self
 
 from fluxbatch.config.schema import Job
 from fluxbatch.distributed.process_group import ProcessGroup
-from fluxbatch.generation.model_spec import Engine
+from fluxbatch.generation.model_spec import ModelSpec
 from fluxbatch.reporting.terminal import Report
 from fluxbatch.results.ledger import Ledger
 from fluxbatch.results.writer import Writer
@@ -21,11 +21,11 @@ class Output:
     """Of a batch that several processes generate each writes the images of its own devices."""
 
     def __init__(
-        self, job: Job, group: ProcessGroup, store: Store, ledger: Ledger, names: Mapping[int, str], engine: Engine, progress: Progress,
+        self, job: Job, group: ProcessGroup, store: Store, ledger: Ledger, names: Mapping[int, str], spec: ModelSpec, progress: Progress,
         report: Report,
     ):  # fmt: skip
         self._group, self._names, self._progress, self._report = group, names, progress, report
-        self._writer = Writer(store, ledger, job, facts=engine.record, floor=engine.floor, on_image=self._on_image)
+        self._writer = Writer(store, ledger, job, facts=spec.provenance, roofline=spec.roofline_seconds, on_image=self._on_image)
 
     def submit(self, batch: Batch, images: Images) -> None:
         """Hand over a batch, once the one before it is recorded. Raises what went wrong with an earlier one."""

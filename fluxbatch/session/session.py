@@ -12,14 +12,14 @@ from fluxbatch.distributed import backend
 from fluxbatch.distributed.process_group import ProcessGroup
 from fluxbatch.distributed.shutdown import Drain, drain_on_signals
 from fluxbatch.generation.kept import KeptPipeline
-from fluxbatch.generation.model_spec import Engine, open_engine
+from fluxbatch.generation.model_spec import ModelSpec, open_model_spec
 from fluxbatch.generation.prompts import TextCache
 from fluxbatch.manifest.rows import read_rows
 from fluxbatch.reporting import startup_warnings
 from fluxbatch.reporting.terminal import Report
 from fluxbatch.results.image_files import EXTENSIONS
 from fluxbatch.results.ledger import Ledger
-from fluxbatch.results.location import LOCK, open_place
+from fluxbatch.results.location import LOCK, open_location
 from fluxbatch.results.writer import TooManyFailures
 from fluxbatch.session.finalize import Outcome
 from fluxbatch.session.generator import Generator
@@ -39,7 +39,7 @@ class Session:
     group: ProcessGroup
     drain: Drain
     report: Report
-    engine: Engine
+    spec: ModelSpec
     rows: Sequence[Row]  # the whole manifest
     todo: Sequence[Row]  # those that had no image at the start
     store: Store
@@ -71,11 +71,11 @@ class Session:
     def generator(self) -> Generator:
         """What generates the images; to be used with ``with``."""
         store = self.store if self.job.profile and self.group.is_first else None
-        return Generator(self.engine, self.rows, self.todo, self.batch_size, self.texts, self.work, self.report, store, self.kept)
+        return Generator(self.spec, self.rows, self.todo, self.batch_size, self.texts, self.work, self.report, store, self.kept)
 
     def writer(self) -> Output:
         """What writes the images; to be used with ``with``, within the generator's."""
-        return Output(self.job, self.group, self.store, self.ledger, self.names, self.engine, self.work.progress, self.report)
+        return Output(self.job, self.group, self.store, self.ledger, self.names, self.spec, self.work.progress, self.report)
 
 
 @contextlib.contextmanager
@@ -94,11 +94,11 @@ def open_session(job: Job, kept: KeptPipeline | None = None) -> Iterator[Session
         with report.stage("open"), group.together():
             if programs.error:
                 raise programs.error
-            engine = open_engine(job, platform, group=group)
-            given, bad_lines = read_rows(job, multiple=engine.multiple)
-            rows = engine.resolve(given)  # each row with its mix of LoRA adapters
-            store = open_place(job)
-            facts = engine.facts | job.output.facts()
+            spec = open_model_spec(job, platform, group=group)
+            given, bad_lines = read_rows(job, size_multiple=spec.size_multiple)
+            rows = spec.resolve(given)  # each row with its mix of LoRA adapters
+            store = open_location(job)
+            facts = spec.facts | job.output.facts()
             start = group.start_id()
             with group.first_goes_first():
                 if group.is_first:
@@ -111,20 +111,20 @@ def open_session(job: Job, kept: KeptPipeline | None = None) -> Iterator[Session
             todo = group.as_first_sees(todo, rows)
             names = ledger.names(todo, job.output.filename, EXTENSIONS[job.output.format.name])
             group.agree("ledger", names.items())
-            texts = engine.text_cache(job.text_cache_dir, job.text_cache_gigabytes, todo)
-            batch_size = job.sharding.per_device_batch_size * engine.ways
+            texts = spec.text_cache(job.text_cache_dir, job.text_cache_gigabytes, todo)
+            batch_size = job.sharding.per_device_batch_size * spec.data_parallel_size
             work = assignment.open_work(job, group, replica, store, ledger, start, rows, todo, batch_size)
             counted = {"rows": len(rows), "before": len(rows) - len(todo)}
-            outcome = Outcome(job, group, engine, store, ledger, report, work, **counted)
+            outcome = Outcome(job, group, spec, store, ledger, report, work, **counted)
             outcome.started()
             if group.is_first:
-                strangers, lost = startup_warnings.strangers(ledger.strangers, job.overwrite), startup_warnings.lost(ledger.lost)
-                for line in chain(lost, startup_warnings.lines(job, engine, given, rows, todo), strangers):
+                unlisted, lost = startup_warnings.unlisted(ledger.unlisted, job.overwrite), startup_warnings.lost(ledger.lost)
+                for line in chain(lost, startup_warnings.lines(job, spec, given, rows, todo), unlisted):
                     report.say(line)
         drain.draws()
         until_end.enter_context(outcome.unforeseen())
         session = Session(
-            job, group, drain, report, engine, rows, todo, store, ledger, names, texts, work, outcome, batch_size, kept)  # fmt: skip
+            job, group, drain, report, spec, rows, todo, store, ledger, names, texts, work, outcome, batch_size, kept)  # fmt: skip
         try:
             yield session
             session.exit_code = outcome.finished(Exit.PREEMPTED if drain.stopped else None)

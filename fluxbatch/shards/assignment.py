@@ -1,9 +1,9 @@
 """The shards of this replica, one after another: all there are, or those it claims among several replicas.
 
-    manifest ─ portions ─ dealt by cost ─ claimed ─ shard ─ … ─ done ─ all done: one replica merges
+    manifest ─ work_units ─ dealt by cost ─ claimed ─ shard ─ … ─ done ─ all done: one replica merges
 
 A replica first claims what it was dealt. Then it takes what others have not begun, and what a lost one
-left behind. The deal is a preference and nothing more: every portion is somebody's in the end.
+left behind. The deal is a preference and nothing more: every work_unit is somebody's in the end.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from typing import Protocol
 import numpy as np
 
 from fluxbatch.config.schema import Job
-from fluxbatch.distributed.peers import refuse_strangers
+from fluxbatch.distributed.peers import refuse_unknown_peers
 from fluxbatch.distributed.process_group import ProcessGroup
 from fluxbatch.distributed.replica import Replica, counted_by, find
 from fluxbatch.distributed.shutdown import Drain
 from fluxbatch.results.ledger import Ledger, utc_now, write_status
 from fluxbatch.shards import batching, progress
-from fluxbatch.shards.claims import REPLICAS, Claims, Holder, Life
+from fluxbatch.shards.claims import REPLICAS, Claims, Holder, Heartbeat
 from fluxbatch.shards.progress import Progress
 from fluxbatch.storage.base import StorageError, Store
 from fluxbatch.types import Exit, Row, Shard, UserError
@@ -43,7 +43,7 @@ def replica(job: Job) -> Replica:
     """Which replica of how many this is; UserError when that is unclear, or not for several."""
     place = find(job.replica_index, job.replica_count)
     if job.replica_count is None and place.count == 1:
-        refuse_strangers()
+        refuse_unknown_peers()
     if job.overwrite and place.count > 1:
         by = f"replica_count={place.count}{f' ({counted_by()})' if job.replica_count is None else ''}"
         why = "as several would remove each other's images; replica_count=1 where this one has a run_name of its own"
@@ -58,9 +58,9 @@ def open_work(
     """``rows``: the whole manifest; ``todo``: what had no record at the start. ``start``: how the writer ids of
     this replica's processes begin."""
     if place.count == 1:
-        return Whole(group, store, batching.plan(todo, batch_size, job.shard_size), before=len(rows) - len(todo))
-    portions = batching.portions(rows, batch_size, job.shard_size)
-    return Shared(group, place, store, ledger, start, portions, todo, batch_size, job.replica_expiry)
+        return LocalShards(group, store, batching.plan(todo, batch_size, job.shard_size), before=len(rows) - len(todo))
+    work_units = batching.work_units(rows, batch_size, job.shard_size)
+    return ClaimedShards(group, place, store, ledger, start, work_units, todo, batch_size, job.replica_expiry)
 
 
 class Work(Protocol):
@@ -81,7 +81,7 @@ class Work(Protocol):
         """Leaves the status, last of all. ``counts``: of the whole place, where this replica merges; ``more``: of this replica."""
 
 
-class Whole:
+class LocalShards:
     """The work of the only replica. From its first shard to its end a thread renews the status, whatever devices do."""
 
     alone = merges = True
@@ -126,7 +126,7 @@ class Whole:
         write_status(self._store, code, reason, counts, **more)
 
 
-class Shared:
+class ClaimedShards:
     """The work of one replica among several. The first process claims; the others follow it.
 
     ``expiry``: seconds of silence after which another replica is taken for lost.
@@ -135,25 +135,25 @@ class Shared:
     alone = False
 
     def __init__(
-        self, group: ProcessGroup, replica: Replica, store: Store, ledger: Ledger, start: str, portions: Sequence[Sequence[Row]], todo: Sequence[Row],
+        self, group: ProcessGroup, replica: Replica, store: Store, ledger: Ledger, start: str, work_units: Sequence[Sequence[Row]], todo: Sequence[Row],
         batch_size: int, expiry: float,
     ):  # fmt: skip
         self._group, self.merges = group, False
-        rows = sum(map(len, portions))
+        rows = sum(map(len, work_units))
         self.progress, self._lacking = Progress(rows - len(todo), None, self._tell), len(todo)
         self._speed: Mapping[str, float] = {}
         self._replica, self._store, self._ledger, self._batch_size, self._patience = replica, store, ledger, batch_size, expiry / 4
         lacking = {row.id for row in todo}
-        self._left = [[row for row in portion if row.id in lacking] for portion in portions]
+        self._left = [[row for row in work_unit if row.id in lacking] for work_unit in work_units]
         self._costs = [sum(map(batching.cost, left)) for left in self._left]
         if self._group.is_first:
             holder = Holder(replica.index, start)
-            plan = _digest(portions, ledger.key)
-            self._life = Life(store, holder, expiry, plan, self._words)
+            plan = _digest(work_units, ledger.key)
+            self._life = Heartbeat(store, holder, expiry, plan, self._words)
             self._claims = Claims(store, plan, holder, expiry)
-            self._hand = batching.deal(self._costs, replica.count)[replica.index]
+            self._hand = batching.assign_units(self._costs, replica.count)[replica.index]
             self._dealt = True  # whether the hand is this replica's own
-        self._given: list[int] = []  # every portion that was handed out, in order
+        self._given: list[int] = []  # every work_unit that was handed out, in order
         self._said = 0  # how many of them were said to be done
         self._error: StorageError | None = None
 
@@ -192,7 +192,7 @@ class Shared:
         pause = _PAUSE
         while True:
             recorded = self._group.least(self._ledger.compactions)
-            message = np.zeros(1 + longest, np.int32)  # the portion's number, and which of its rows are left
+            message = np.zeros(1 + longest, np.int32)  # the work_unit's number, and which of its rows are left
             if self._group.is_first:
                 message[0], left = self._next(recorded)
                 message[1 : 1 + len(left)] = left
@@ -215,7 +215,7 @@ class Shared:
             yield Shard(number, tuple(batching.batches(rows, self._batch_size)))
 
     def _next(self, recorded: int) -> tuple[int, list[bool]]:
-        """The next portion and which of its rows are left, or why there is none. Only in the first process."""
+        """The next work_unit and which of its rows are left, or why there is none. Only in the first process."""
         try:
             for number in self._given[self._said : recorded]:
                 self._claims.done(str(number))
@@ -273,9 +273,9 @@ class Shared:
         return (_END if self.merges else _WAIT), []
 
 
-def _digest(portions: Sequence[Sequence[Row]], key: Callable[[Row], str]) -> str:
+def _digest(work_units: Sequence[Sequence[Row]], key: Callable[[Row], str]) -> str:
     """Tells one plan from another: replicas that draw other pictures, or cut a manifest otherwise, cannot go by each other's claims."""
     digest = hashlib.sha256()
-    for portion in portions:
-        digest.update(repr([(row.id, key(row)) for row in portion]).encode("utf-8", "surrogatepass"))
+    for work_unit in work_units:
+        digest.update(repr([(row.id, key(row)) for row in work_unit]).encode("utf-8", "surrogatepass"))
     return digest.hexdigest()[:16]

@@ -32,10 +32,10 @@ def padded(rows: Sequence[Row], size: int) -> list[Row]:
     return [*rows, *[rows[-1]] * (size - len(rows))]
 
 
-def portions(rows: Sequence[Row], batch_size: int, shard_size: int) -> list[tuple[Row, ...]]:
+def work_units(rows: Sequence[Row], batch_size: int, shard_size: int) -> list[tuple[Row, ...]]:
     """A whole manifest as what one replica claims at a time: rows of one size, whole batches but for the last.
 
-    Half of each bucket lies in portions of the full size, half of the rest in portions of half that size, and
+    Half of each bucket lies in work_units of the full size, half of the rest in work_units of half that size, and
     so on down to a batch: the large ones keep claims few, the small ones make any number of replicas end
     together. The answer does not depend on that number, nor on which rows are done.
     """
@@ -51,7 +51,7 @@ def portions(rows: Sequence[Row], batch_size: int, shard_size: int) -> list[tupl
     return cut
 
 
-def deal(costs: Sequence[float], count: int) -> list[list[int]]:
+def assign_units(costs: Sequence[float], count: int) -> list[list[int]]:
     """Portions to ``count`` replicas, by number, in the order of work; all hands cost about the same.
 
     The costly ones go out first, neighbours together, so that a replica compiles few image sizes; each class of

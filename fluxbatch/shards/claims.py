@@ -37,7 +37,7 @@ class Holder(NamedTuple):
     start: str  # another word for every start
 
 
-class Life:
+class Heartbeat:
     """A replica's sign of life, renewed by a thread from ``begin`` to ``end``. ``plan``: as of `Claims`.
     ``words``: what each sign says besides."""
 

@@ -20,7 +20,7 @@ import jax
 from flax import nnx
 
 from fluxbatch.weights import load
-from fluxbatch.weights.device_weights import Network, moved
+from fluxbatch.weights.device_weights import DeviceWeights, moved
 
 Part = tuple[Any, Any]  # graph definition and parameters
 Reading = Callable[[], contextlib.AbstractContextManager[load.Progress]]
@@ -30,7 +30,7 @@ def _untold() -> contextlib.AbstractContextManager[load.Progress]:
     return contextlib.nullcontext(lambda count: None)
 
 
-class StreamedNetwork(Network):
+class StreamedWeights(DeviceWeights):
     """As a network it is what lies in no block; ``blocks`` has the others."""
 
     def __init__(self, plan: load.Plan, mesh: jax.sharding.Mesh, dtype: Any, edits: load.Edits, hold: bool = False):

@@ -51,7 +51,7 @@ class Array:
             yield a, min(a + layers, len(self.pieces)), names
 
 
-class Block(load.Box):
+class Block(load.StagingBuffer):
     """Layers on their way into an array: one buffer on the host."""
 
     def __init__(self, array: Array, first: int, last: int):

@@ -16,17 +16,17 @@ from fluxbatch.distributed.process_group import ProcessGroup
 from fluxbatch.weights import load
 
 PROC, CGROUPS = pathlib.Path("/proc"), pathlib.Path("/sys/fs/cgroup")
-AWAY = ("keep", "host", "free")  # where weights go that are not needed: nowhere, pinned host memory, nowhere at all
+OFFLOAD_POLICIES = ("keep", "host", "free")  # where weights go that are not needed: nowhere, pinned host memory, nowhere at all
 
 
-class Network:
+class DeviceWeights:
     """Nothing is read before the first `load`; what an edit changes is read again by the next one."""
 
     def __init__(
         self, plan: load.Plan, mesh: jax.sharding.Mesh, dtype: Any, edits: load.Edits, away: str = "keep",
         attach: Callable[[nnx.Module], None] = lambda module: None,
     ):  # fmt: skip
-        """``away``: one of AWAY. ``attach`` puts beside the weights what does not come from the checkpoint."""
+        """``away``: one of OFFLOAD_POLICIES. ``attach`` puts beside the weights what does not come from the checkpoint."""
         self.plan, self.mesh, self.dtype, self.edits, self.away = plan, mesh, np.dtype(dtype), edits, away
         self._attach = attach
         self._graph: Any = None
@@ -93,7 +93,7 @@ def moved(state: Any, kind: str) -> Any:
     return jax.tree.map(lambda x: jax.device_put(x, x.sharding.with_memory_kind(kind)), state)
 
 
-def away(offload: bool | str, mesh: jax.sharding.Mesh, held: int, group: ProcessGroup = ProcessGroup()) -> str:
+def offload_policy(offload: bool | str, mesh: jax.sharding.Mesh, held: int, group: ProcessGroup = ProcessGroup()) -> str:
     """The place for ``held`` bytes of weights that are not needed: for True pinned host memory if the hosts have
     room for it, else the checkpoint; on the CPU, whose device memory is the host's, they stay."""
     if offload in (True, "host"):

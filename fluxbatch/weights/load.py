@@ -25,9 +25,9 @@ from fluxbatch.weights.matching import Piece, assign
 from fluxbatch.weights.source import Source, Tensor
 from fluxbatch.weights.staging import (
     IN_FLIGHT,
-    Box,
-    DeviceBox,
-    HostBox,
+    StagingBuffer,
+    DeviceBuffer,
+    HostBuffer,
     Index,
     local_parts,
 )
@@ -147,7 +147,7 @@ def reload(
 def _stream(plan: Plan, leaves: Any, mesh: jax.sharding.Mesh, dtype: Any, progress: Progress, edits: Edits) -> list[tuple[Any, Any]]:
     reader = Reader(plan.source, progress)
     scales = read_scales([piece for keys, _ in leaves for piece in plan.pieces[path_of(keys)]], reader)
-    make = HostBox if on_host(mesh) else functools.partial(DeviceBox, copies=collections.deque())
+    make = HostBuffer if on_host(mesh) else functools.partial(DeviceBuffer, copies=collections.deque())
     loaded = []
     for keys, leaf in leaves:
         shape, axes, path = leaf.get_value().shape, leaf.get_metadata()["axes"], path_of(keys)
@@ -235,7 +235,7 @@ class Rows:
                 cast.copy(buffer[low - own[0] : high - own[0]], values, factor)
 
 
-def fill(box: Box, layer: int, piece: Piece, scale: np.ndarray | None, reader: Reader, edit: Edit | None = None) -> None:
+def fill(box: StagingBuffer, layer: int, piece: Piece, scale: np.ndarray | None, reader: Reader, edit: Edit | None = None) -> None:
     """Starts the reads of one layer: one for each distinct range of rows, whoever shares it."""
     tensor = piece.tensor
     parts = box.open(layer, tensor.dtype if edit is None else np.dtype(np.float32))
@@ -266,7 +266,7 @@ def _ranges(local: list[Index], piece: Piece, edited: bool = False) -> set[tuple
     return set(found)
 
 
-def _fill_edited(box: Box, layer: int, piece: Piece, scale: np.ndarray | None, reader: Reader, edit: Edit, parts) -> None:
+def _fill_edited(box: StagingBuffer, layer: int, piece: Piece, scale: np.ndarray | None, reader: Reader, edit: Edit, parts) -> None:
     """Starts the reads of a whole layer, which is changed before its parts are cut from it."""
     shape = box.shape[1:] if box.stacked else box.shape
     whole = np.empty(shape, np.float32)

@@ -33,7 +33,7 @@ def local_parts(
     return parts
 
 
-class Box(abc.ABC):
+class StagingBuffer(abc.ABC):
     """A parameter under way, as one part for each distinct index of the local devices."""
 
     def __init__(self, shape: tuple[int, ...], stacked: bool, place: Placement, dtype: np.dtype):
@@ -61,7 +61,7 @@ class Box(abc.ABC):
         return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
 
 
-class HostBox(Box):
+class HostBuffer(StagingBuffer):
     """On the CPU: ``device_put`` keeps an aligned buffer as the array, so it is never reused."""
 
     def __init__(self, *args: Any):
@@ -88,7 +88,7 @@ class HostBox(Box):
         return self._on_devices(self._buffers, self.shape, place.final)
 
 
-class DeviceBox(Box):
+class DeviceBuffer(StagingBuffer):
     """On an accelerator: a layer is staged as the file has it, cast and put in its place there.
 
     ``copies`` under way are bounded too, over all boxes together.

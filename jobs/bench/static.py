@@ -36,7 +36,7 @@ from omegaconf import OmegaConf
 from fluxbatch.distributed import chips
 from fluxbatch.distributed.mesh import AXES, Layout, open_mesh
 from fluxbatch.distributed.backend import tell_compiler
-from fluxbatch.generation.pipeline import Pipeline, Watcher
+from fluxbatch.generation.pipeline import Pipeline, ProgressObserver
 from fluxbatch.models import attention
 from fluxbatch.models.autoencoder import TPU_BANDS, Decoder, VaeConfig
 from fluxbatch.models.family import TextInput
@@ -45,7 +45,7 @@ from fluxbatch.models.flux1.definition import Flux1
 from fluxbatch.models.flux1.transformer import Flux, FluxConfig
 from fluxbatch.models.schedulers import FlowMatchEuler
 from fluxbatch.types import UserError
-from fluxbatch.weights.device_weights import Network
+from fluxbatch.weights.device_weights import DeviceWeights
 from fluxbatch.weights.load import Plan
 
 jax.config.update("jax_platforms", "cpu")  # what is not here must not be looked for
@@ -91,9 +91,9 @@ def compiled(target: chips.Target, sharding: str, side: int, text: int, images: 
     layout = Layout(mesh if mesh.size > 1 else None)
     attend = attention.by_name("auto", target.platform, "bfloat16", None, found[0].device_kind)
 
-    def network(module: nnx.Module) -> Network:
+    def network(module: nnx.Module) -> DeviceWeights:
         graph, state = nnx.split(module)
-        return Network(Plan(None, graph, state, {}), mesh, "bfloat16", {})
+        return DeviceWeights(Plan(None, graph, state, {}), mesh, "bfloat16", {})
 
     bands = TPU_BANDS if target.platform == "tpu" else 1
     networks = {
@@ -101,7 +101,7 @@ def compiled(target: chips.Target, sharding: str, side: int, text: int, images: 
         "vae": network(Decoder(VAE, rngs=None, layout=layout, bands=bands)),
     }
     family = Flux1({"transformer": DEV, "text_encoder": None, "text_encoder_2": None, "vae": VAE})
-    pipeline = Pipeline(family, networks, mesh, "bfloat16", FlowMatchEuler, Watcher())
+    pipeline = Pipeline(family, networks, mesh, "bfloat16", FlowMatchEuler, ProgressObserver())
     ways = math.prod(mesh.shape[axis] for axis in ("data", "fsdp"))
     inputs = TextInput("CLIP", None, 77, "prompt"), TextInput("T5", None, text, "prompt_2")
     programs = pipeline.programs(images * ways, inputs, side, side, (part,))

@@ -17,7 +17,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 import numpy as np
 
 from fluxbatch.distributed.mesh import make_mesh
-from fluxbatch.generation.pipeline import Pipeline, Watcher
+from fluxbatch.generation.pipeline import Pipeline, ProgressObserver
 from fluxbatch.models import attention
 from fluxbatch.models.autoencoder import VaeConfig
 from fluxbatch.models.flux1.definition import Flux1, PromptEmbeds
@@ -25,7 +25,7 @@ from fluxbatch.models.flux1.transformer import Flux, FluxConfig
 from fluxbatch.models.key_tables import shapes_of
 from fluxbatch.types import Row
 from fluxbatch.weights import load, single_files
-from fluxbatch.weights.block_streaming import StreamedNetwork
+from fluxbatch.weights.block_streaming import StreamedWeights
 from fluxbatch.weights.headers import read_header
 from fluxbatch.weights.source import Source
 
@@ -58,9 +58,9 @@ def main() -> None:
 
     mesh = make_mesh((1, 1))
     vae = VaeConfig(config.in_channels // 4, (8, 8, 8, 8), 1, 4, 1.0, 0.0, False, False, False)  # only its scale counts
-    networks = {"transformer": StreamedNetwork(plan, mesh, "bfloat16", {}), "vae": Nothing()}
+    networks = {"transformer": StreamedWeights(plan, mesh, "bfloat16", {}), "vae": Nothing()}
     family = Flux1({"transformer": config, "text_encoder": None, "text_encoder_2": None, "vae": vae})
-    pipeline = Pipeline(family, networks, mesh, "bfloat16", family.scheduler(family.published_scheduler(), None, None, None), Watcher())
+    pipeline = Pipeline(family, networks, mesh, "bfloat16", family.scheduler(family.published_scheduler(), None, None, None), ProgressObserver())
     rng = np.random.default_rng(0)
     text, pooled = (rng.standard_normal((1, *shape), np.float32) for shape in ((args.words, config.joint_attention_dim), (config.pooled_projection_dim,)))
     row = Row(0, "0", "", "", 0, args.side, args.side, 1, 3.5)
