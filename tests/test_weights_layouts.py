@@ -261,9 +261,12 @@ def test_fp8(golden, tmp_path, monkeypatch, how, on_host):
         return
     assert_equal(rounded, parameters(file, (2, 4), "bfloat16", only="transformer"))
     assert_equal(exact, parameters(file, only="transformer"))
+    layer = load.read_layer(plans(file)["transformer"], "single_blocks.mlp_in.kernel", 1)
+    assert layer.dtype == np.float32 and np.array_equal(layer, exact["transformer"].single_blocks.mlp_in.kernel[...][1])
     if how == "rows":
         assert convert.convert(open_checkpoint(model(file)), str(tmp_path / "out"), np.dtype(np.float32))
         assert_equal(exact, parameters(tmp_path / "out", only="transformer"))
+        assert np.array_equal(layer, load.read_layer(plans(tmp_path / "out")["transformer"], "single_blocks.mlp_in.kernel", 1))
 
 
 @pytest.mark.parametrize("source,target,on_host", [

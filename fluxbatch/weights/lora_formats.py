@@ -1,6 +1,6 @@
 """What the keys of adapter files mean: prefix, module, role.
 
-Trainers name the same modules after Black Forest Labs' checkpoint or after diffusers', with dots or with
+Trainers name the same modules after Black Forest Labs' checkpoint, diffusers' or DiffSynth's, with dots or with
 underscores, so the names come from the checkpoints' tables; only prefixes and roles are the trainers' own.
 """
 
@@ -11,48 +11,62 @@ import functools
 import re
 
 from fluxbatch.weights import tables
-from fluxbatch.weights.rules import Rows, Rule, split_layer
+from fluxbatch.weights.rules import Rows, Rule, split_layer, unwrapped
 
-# (prefix, component, what writes it); the first that leads to a module of the component holds
-PREFIXES = (
-    ("base_model.model.transformer.", "transformer", "PEFT"),
-    ("base_model.model.", "transformer", "PEFT"),
+# (prefix, component, what writes it), one after another as far as they stand there: of those that lead to a module of
+# the component the first holds. None: it says nothing of the component.
+PREFIXES: tuple[tuple[str, str | None, str], ...] = (
+    ("base_model.model.", None, "PEFT"),
+    ("base_model_model_", None, "PEFT"),
     ("transformer.", "transformer", "diffusers"),
+    ("transformer_", "transformer", "diffusers"),
     ("model.diffusion_model.", "transformer", "ComfyUI"),
     ("diffusion_model.", "transformer", "ComfyUI"),
+    ("model_diffusion_model_", "transformer", "ComfyUI"),
+    ("diffusion_model_", "transformer", "ComfyUI"),
     ("unet.", "transformer", "diffusers"),
+    ("pipe.dit.", "transformer", "DiffSynth"),
+    ("dit.", "transformer", "DiffSynth"),
     ("lora_unet_", "transformer", "kohya"),
     ("lora_transformer_", "transformer", "OneTrainer"),
     ("lycoris_", "transformer", "LyCORIS"),
     ("text_encoder.", "text_encoder", "diffusers"),
+    ("text_encoder_2.", "text_encoder_2", "diffusers"),
+    ("text_encoder_2_", "text_encoder_2", "diffusers"),
+    ("text_encoder_", "text_encoder", "diffusers"),
     ("text_encoders.clip_l.transformer.", "text_encoder", "ComfyUI"),
+    ("text_encoders.clip_l.", "text_encoder", "ComfyUI"),
+    ("text_encoders.t5xxl.transformer.", "text_encoder_2", "ComfyUI"),
+    ("text_encoders.t5xxl.", "text_encoder_2", "ComfyUI"),
     ("lora_te1_", "text_encoder", "kohya"),
     ("lora_te_", "text_encoder", "kohya"),
     ("clip_l.", "text_encoder", "OneTrainer"),
-    ("text_encoder_2.", "text_encoder_2", "diffusers"),
-    ("text_encoders.t5xxl.transformer.", "text_encoder_2", "ComfyUI"),
     ("lora_te3_", "text_encoder_2", "kohya"),
     ("lora_te2_", "text_encoder_2", "OneTrainer"),
     ("t5.", "text_encoder_2", "OneTrainer"),
-    ("", "transformer", "bare"),
+    ("model.", None, ""),
 )
 
+_NAME = r"(?:\.[^.]+)?"  # of the adapter, where PEFT keeps it
 # role → the ends of keys that have it
 ROLES = {
-    "down": r"lora_A(?:\.[^.]+)?\.weight|lora_down\.weight|lora\.down\.weight|lora_linear_layer\.down\.weight|down\.weight",
-    "up": r"lora_B(?:\.[^.]+)?\.weight|lora_up\.weight|lora\.up\.weight|lora_linear_layer\.up\.weight|up\.weight",
-    "up_bias": r"lora_B(?:\.[^.]+)?\.bias|lora_up\.bias",
+    "down": rf"lora_A(?:{_NAME}\.weight)?|lora_down{_NAME}\.weight|lora\.down\.weight|lora_linear_layer\.down\.weight|down\.weight",
+    "up": rf"lora_B(?:{_NAME}\.weight)?|lora_up{_NAME}\.weight|lora\.up\.weight|lora_linear_layer\.up\.weight|up\.weight",
+    "up_bias": rf"lora_B{_NAME}\.bias|lora_up{_NAME}\.bias",
     "alpha": "alpha",
     "dora_scale": "dora_scale",
-    "dora_peft": r"lora_magnitude_vector(?:\.[^.]+)?(?:\.weight)?",
-    **{name: name for name in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")},
-    **{name: name for name in ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")},
-    "diff": "diff|w_norm",
-    "diff_b": "diff_b|b_norm",
+    "dora_peft": rf"lora_magnitude_vector{_NAME}(?:\.weight)?",
+    **{name: name + _NAME for name in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")},
+    **{name: name + _NAME for name in ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")},
+    "diff": r"(?:scale\.)?diff|w_norm",
+    "diff_b": r"diff_b|bias\.diff|b_norm",
+    "set_weight": r"(?:scale\.)?set_weight",
+    "set_bias": r"bias\.set_weight",
     "set": "scale|weight",  # of a norm
+    "reshape": "reshape_weight",  # what the weight must be padded to
 }
 KINDS = {"down": "LoRA", "hada_w1_a": "LoHa", "lokr_w1": "LoKr", "lokr_w1_a": "LoKr", "dora_scale": "DoRA", "dora_peft": "DoRA",
-         "diff": "difference", "diff_b": "difference", "set": "norms"}  # fmt: skip
+         "diff": "difference", "diff_b": "difference", "set": "norms", "set_weight": "replacement", "set_bias": "replacement"}  # fmt: skip
 
 # Parts of CLIP that FLUX never reads: an adapter of them does nothing.
 UNREAD = re.compile(r"(?:text_model[._])?(?:text_projection|visual_projection|logit_scale)")
@@ -78,14 +92,48 @@ APART = (
 )
 
 
+def _diffsynth_stream(half: str, stream: str) -> tuple[Rule, ...]:
+    src, dst = r"blocks\.(\d+)\.", f"double_blocks[{{0}}].{stream}."
+    return (
+        Rule(src + rf"norm1_{half}\.linear", dst + "mod.kernel"),
+        *_thirds(src + rf"attn\.{half}_to_qkv", dst + "qkv"),
+        *(Rule(src + rf"attn\.norm_{n[0]}_{half}", dst + f"qkv.{n}_norm.scale") for n in ("query", "key")),
+        Rule(src + rf"attn\.{half}_to_out", dst + "proj.kernel"),
+        Rule(src + rf"ff_{half}\.0", dst + "mlp_in.kernel"),
+        Rule(src + rf"ff_{half}\.2", dst + "mlp_out.kernel"),
+    )
+
+
+# DiffSynth-Studio's own names; those of x_embedder and context_embedder are diffusers'
+DIFFSYNTH = (
+    *_diffsynth_stream("a", "img"),
+    *_diffsynth_stream("b", "txt"),
+    Rule(_SINGLE + r"norm\.linear", "single_blocks[{0}].mod.kernel"),
+    *(Rule(_SINGLE + "to_qkv_mlp", f"single_blocks[{{0}}].qkv.{n}.kernel", ((i, i + 1, 7),)) for i, n in enumerate("qkv")),
+    Rule(_SINGLE + "to_qkv_mlp", "single_blocks[{0}].mlp_in.kernel", ((3, 7, 7),)),
+    *(Rule(_SINGLE + f"norm_{n[0]}_a", f"single_blocks[{{0}}].qkv.{n}_norm.scale") for n in ("query", "key")),
+    Rule(_SINGLE + "proj_out", "single_blocks[{0}].out.kernel"),
+    *(Rule(rf"{src}\.{i}", f"{dst}.{layer}.kernel")
+      for src, dst in ((r"time_embedder\.timestep_embedder", "time_in"), (r"guidance_embedder\.timestep_embedder", "guidance_in"),
+                       ("pooled_text_embedder", "vector_in"))
+      for i, layer in ((0, "in_layer"), (2, "out_layer"))),
+    Rule(r"final_norm_out\.linear", "final_mod.kernel", tables.SWAP_HALVES),
+    Rule("final_proj_out", "final_out.kernel"),
+)  # fmt: skip
+
+
 @dataclasses.dataclass(frozen=True)
 class Target:
     """Rows ``rows`` of a module's change belong to the module at ``path`` (no leaf), layer ``layer``."""
 
     path: str
-    leaf: str  # what its weight is called: kernel or scale
+    leaf: str  # what its weight is called: kernel, scale, or an embedding's name
     layer: int
     rows: tuple[Rows, ...]
+
+    def at(self, leaf: str = "") -> str:
+        """The path of its weight, or of another of its parameters."""
+        return f"{self.path}.{leaf or self.leaf}".removeprefix(".")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,28 +142,39 @@ class Site:
 
     component: str
     module: str  # as the file names it, prefix included
+    name: str  # the same without prefixes
     role: str
     writer: str
     targets: tuple[Target, ...]  # none: a part that FLUX does not read
 
 
+def split_key(key: str) -> tuple[str, str] | None:
+    """The module and the role of a key; None for one that no format of adapters has."""
+    match = _KEY.fullmatch(key)
+    return None if match is None else (match[1], str(match.lastgroup))
+
+
 def read_key(key: str) -> Site | None:
     """None for a key that no format of adapters for FLUX has."""
-    match = _KEY.fullmatch(key)
-    if not match:
+    if (parts := split_key(key)) is None or (found := _place(unwrapped(parts[0]), None, "")) is None:
         return None
-    module, role = match[1], match.lastgroup
-    assert role is not None
-    for prefix, component, writer in PREFIXES:
-        if not module.startswith(prefix):
-            continue
-        name = module[len(prefix) :].rstrip("_")
-        if component == "text_encoder" and UNREAD.fullmatch(name):
-            return Site(component, module, role, writer, ())
-        for naming, rules in _rules(component).items():
-            if targets := tuple(_targets(name, rules)):
-                writer = {"bare": naming}.get(writer, "XLabs" if naming == "XLabs" else writer)
-                return Site(component, module, role, writer, targets)
+    component, name, writer, targets = found
+    return Site(component, parts[0], name, parts[1], writer, targets)
+
+
+@functools.cache
+def _place(name: str, component: str | None, writer: str) -> tuple[str, str, str, tuple[Target, ...]] | None:
+    """Component, name without prefixes, writer and targets of a module."""
+    name = name.rstrip("_")
+    if component == "text_encoder" and UNREAD.fullmatch(name):
+        return component, name, writer, ()
+    for naming, rules in _rules(component or "transformer").items():
+        if targets := tuple(_targets(name, rules)):
+            return component or "transformer", name, naming if naming in ("XLabs", "DiffSynth") else writer or naming, targets
+    for prefix, of, by in PREFIXES:
+        if name.startswith(prefix) and (of is None or component in (None, of)):
+            if found := _place(name[len(prefix) :], component or of, writer or by):
+                return found
     return None
 
 
@@ -134,12 +193,11 @@ def _rules(component: str) -> dict[str, tuple[tuple[re.Pattern[str], Rule], ...]
         return {"transformers": _modules(tables.CLIP.rules)}
     if component == "text_encoder_2":
         return {"transformers": _modules(tables.T5.rules)}
-    bfl = tables.FLUX_BFL.rules
-    return {"diffusers": _modules(tables.FLUX_DIFFUSERS.rules), "BFL": _modules(bfl), "XLabs": _modules(XLABS), "BFL apart": _modules(APART)}
+    return {"diffusers": _modules(tables.FLUX_DIFFUSERS.rules), "BFL": _modules(tables.FLUX_BFL.rules), "XLabs": _modules(XLABS),
+            "BFL apart": _modules(APART), "DiffSynth": _modules(DIFFSYNTH)}  # fmt: skip
 
 
 def _modules(rules: tuple[Rule, ...]) -> tuple[tuple[re.Pattern[str], Rule], ...]:
-    chosen = [rule for rule in rules if rule.target.endswith((".kernel", ".scale"))]
+    chosen = [rule for rule in rules if not rule.target.endswith(".bias")]
     names = (re.sub(r"\\\.(?:weight|\(\?:scale\|weight\))$", "", rule.pattern) for rule in chosen)
     return tuple((re.compile(name.replace(r"\.", "[._]")), rule) for name, rule in zip(names, chosen, strict=True))
-

@@ -46,6 +46,15 @@ class Piece:
     rows: tuple[tuple[int, int], ...]  # ranges of the tensor's rows, in the target's order
 
 
+# What torch.compile, FSDP, DDP and activation checkpoints put round modules, and so into names.
+_WRAPPER = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)[._]|(?<![^.])module\.")
+
+
+def unwrapped(name: str) -> str:
+    """The name of a tensor or module without the wrappers that a trainer left in it."""
+    return _WRAPPER.sub("", name)
+
+
 def linear(pattern: str, target: str, rows: tuple[Rows, ...] = ALL, *, bias: bool = True) -> tuple[Rule, ...]:
     """The rules of a linear or convolution layer."""
     names = (("weight", "kernel"), ("bias", "bias")) if bias else (("weight", "kernel"),)
