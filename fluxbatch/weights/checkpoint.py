@@ -26,11 +26,11 @@ from fluxbatch.models.flux import Flux, FluxConfig
 from fluxbatch.models.t5 import T5Config, T5Encoder
 from fluxbatch.models.vae import Decoder, VaeConfig
 from fluxbatch.types import UserError
-from fluxbatch.weights import load, native, single, tables
+from fluxbatch.weights import load, native, quantized, single, tables
 from fluxbatch.weights.find import SMALL, SUFFIX, SUFFIXES, find, snapshot, split
-from fluxbatch.weights.headers import held, read_header, read_headers, with_scales
-from fluxbatch.weights.rules import Table
-from fluxbatch.weights.source import Source, Tensor, sampled
+from fluxbatch.weights.headers import held, instead, notes, read_header, read_headers, weights_file, with_scales
+from fluxbatch.weights.rules import Table, lacked
+from fluxbatch.weights.source import Source, Tensor, broken_link, sampled
 from fluxbatch.weights.verify import verify
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt", "spiece.model",
@@ -55,7 +55,7 @@ CLIP_FILES = ("clip_l.safetensors",)
 T5_FILES = ("t5xxl_fp16.safetensors", "t5xxl_fp8_e4m3fn_scaled.safetensors", "t5xxl_fp8_e4m3fn.safetensors")
 KINDS = {
     "transformer": Kind(FluxConfig, Flux, tables.FLUX_DIFFUSERS, ("diffusion_pytorch_model", "model"), ("FluxTransformer2DModel",)),
-    "text_encoder": Kind(ClipConfig, ClipTextEncoder, tables.CLIP, ("model",), ("CLIPTextModel", "CLIPModel"),
+    "text_encoder": Kind(ClipConfig, ClipTextEncoder, tables.CLIP, ("model",), ("CLIPTextModel", "CLIPModel", "CLIPTextModelWithProjection"),
                          "clip_model_name_or_path", CLIP_FILES, ("text_encoders", "clip")),
     "text_encoder_2": Kind(T5Config, T5Encoder, tables.T5, ("model",), ("T5EncoderModel", "T5ForConditionalGeneration", "T5Model"),
                            "t5xxl_model_name_or_path", T5_FILES, ("text_encoders", "clip")),
@@ -78,11 +78,19 @@ class Component:
     tensors: Mapping[str, Tensor]
     table: Table
     where: str  # its config.json, or the file whose shapes gave the config
+    declared: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # all that its config.json says
 
     def plan(self, **options: Any) -> load.Plan:
-        """Which bytes fill which parameter; UserError lists every disagreement."""
+        """Which bytes fill which parameter; UserError lists every disagreement, or names a quantization that is spoken of."""
         make = lambda rngs: self.kind.module(self.config, rngs=rngs, **options)  # noqa: E731
-        return load.plan(make, dict(self.tensors), self.table, self.source)
+        try:
+            return load.plan(make, dict(self.tensors), self.table, self.source)
+        except UserError as error:
+            files = set() if isinstance(self.source, native.Arrays) else {tensor.file for tensor in self.tensors.values()}
+            noted = (quantized.in_notes(notes(self.source, file), self.source.path(file)) for file in sorted(files))
+            if line := quantized.in_config(self.declared, self.where) or next(filter(None, noted), None):
+                raise UserError(line) from error
+            raise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,7 +213,7 @@ def _open(
         return _from_directory(name, root / name, marker), None
     if file and (name == "transformer" or single.recognise(name, whole)):
         return _from_file(name, root, file, whole), None
-    if _has_weights(name, root / name):
+    if weights_file(root / name, kind.stems):
         return _from_directory(name, root / name), None
     folders = [root, *(root / f"../{folder}" for folder in kind.folders if root.local)]
     for folder in folders:
@@ -218,13 +226,9 @@ def _open(
                     f"{', '.join(folder.url for folder in folders)}, or model.{kind.key}=…")  # fmt: skip
 
 
-def _has_weights(name: str, directory: Source) -> bool:
-    return any(directory.exists(f"{stem}.safetensors{end}") for stem in KINDS[name].stems for end in ("", ".index.json"))
-
-
 def _only_file(root: Source) -> str | None:
     """The transformer's file in a directory of single files."""
-    if _has_weights("transformer", root / "transformer"):
+    if weights_file(root / "transformer", KINDS["transformer"].stems):
         return None
     files = [name for name in root.top() if name.startswith("flux") and name.endswith(SUFFIXES)]
     if len(files) > 1:
@@ -240,15 +244,20 @@ def _from_file(name: str, source: Source, file: str, whole: Mapping[str, Tensor]
     kind, where = KINDS[name], source.path(file)
     found = single.recognise(name, whole)
     if found is None:
-        raise UserError(f"{where}: no {name} in it: its tensors are called {', '.join(list(whole)[:3])}, …")
+        signs = " or ".join(dict.fromkeys(sign for sign, _ in single.NAMINGS[name]))
+        raise UserError(quantized.in_tensors(whole, where) or quantized.in_notes(notes(source, file), where)
+                        or f"{where}: no {name} in it, which has {signs}: its tensors are called {', '.join(list(whole)[:3])}, …")  # fmt: skip
     tensors, table, _ = found
     try:
+        if line := quantized.in_tensors(tensors, where):
+            raise UserError(line)
         config = single.sizes(name, tensors, table)
         beside = next((json for path in (f"{name}/config.json", "config.json") if (json := _declared(kind, source, path))), None)
         config = (beside.get("text_config", beside) if beside else single.constants(name, config)) | config
         return Component(kind, source, _parsed(kind, config), tensors, table, where)
     except KeyError as error:
-        raise UserError(f"{where}: no tensor gives the size of {error} of the {name}") from error
+        lacks = f": the file lacks {lack}" if (lack := lacked(table, error.args[0], None, tensors)) else ""
+        raise UserError(f"{where}: no tensor gives the size of {error} of the {name}{lacks}") from error
     except (ValueError, TypeError, IndexError) as error:
         raise UserError(f"{where}: {error}") from error
 
@@ -266,7 +275,9 @@ def _class_of(config: Mapping[str, Any]) -> str | None:
 def _from_directory(name: str, source: Source, marker: Mapping[str, Any] | None = None, root: Source | None = None) -> Component:
     kind = KINDS[name]
     if not source.exists("config.json"):
-        raise UserError(f"{source.path('config.json')}: not found: the checkpoint has no {name}{held(source, *([root] if root else []))}")
+        raise UserError((broken_link(source.url) if source.local else None)
+                        or next(filter(None, map(instead, [source, *([root] if root else [])])), None) or
+                        f"{source.path('config.json')}: not found: the checkpoint has no {name}{held(source, *([root] if root else []))}")  # fmt: skip
     config = source.json("config.json")
     where = source.path("config.json")
     declared = _class_of(config)
@@ -282,8 +293,12 @@ def _from_directory(name: str, source: Source, marker: Mapping[str, Any] | None 
         arrays = native.Arrays(source.url)
         return Component(kind, arrays, parsed, native.tensors(marker, name, arrays), tables.NATIVE, where)
     tensors = read_headers(source, kind.stems)
-    own, table, prefix = single.recognise(name, tensors) or (tensors, kind.table, "")
-    return Component(kind, source, parsed, tensors if prefix else own, kind.table if prefix else table, where)
+    own, table, _ = single.recognise(name, tensors) or (tensors, kind.table, "")
+    if len(own) < len(tensors):  # the others would be left out without a word
+        own, table = tensors, kind.table
+    if line := quantized.in_tensors(own, source.url, config):
+        raise UserError(line)
+    return Component(kind, source, parsed, own, table, where, config)
 
 
 # What an entry of a config.json may be, by the type of its field.

@@ -19,7 +19,7 @@ Tensors = Mapping[str, Tensor]
 
 # What a component's names may begin with in a file: none, or its place in a whole.
 PREFIXES = {
-    "transformer": ("", "model.diffusion_model.", "diffusion_model.", "transformer."),
+    "transformer": ("", "model.diffusion_model.", "diffusion_model.", "transformer.", "model."),
     "text_encoder": ("", "text_encoders.clip_l.transformer.", "text_encoders.clip_l.", "clip_l.transformer.", "clip_l."),
     "text_encoder_2": ("", "text_encoders.t5xxl.transformer.", "text_encoders.t5xxl.", "t5xxl.transformer.", "t5xxl."),
     "vae": ("", "vae.", "first_stage_model."),
