@@ -266,7 +266,8 @@ def test_fp8(golden, tmp_path, monkeypatch, how, on_host):
     if how == "rows":
         assert convert.convert(open_checkpoint(model(file)), str(tmp_path / "out"), np.dtype(np.float32))
         assert_equal(exact, parameters(tmp_path / "out", only="transformer"))
-        assert np.array_equal(layer, load.read_layer(plans(tmp_path / "out")["transformer"], "single_blocks.mlp_in.kernel", 1))
+        plan = plans(tmp_path / "out")["transformer"]
+        assert np.array_equal(layer, load.read_layer(plan, "single_blocks.mlp_in.kernel", 1))
 
 
 @pytest.mark.parametrize("source,target,on_host", [

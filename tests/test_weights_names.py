@@ -1,4 +1,4 @@
-"""Names that checkpoints have besides the usual: old ones, variants, wrappers, links; and the names of what is missing."""
+"""Names that checkpoints have besides the usual: old ones, variants, wrappers, links; the names of what is missing."""
 
 from __future__ import annotations
 
@@ -62,7 +62,11 @@ def test_the_vae_of_old_diffusers(copy, expected):
     assert len(names - set(load_file(copy / VAE))) in (8, 16)
     assert_equal({"vae": expected["vae"]}, parameters(copy, only="vae"))
     tensors = load_file(copy / VAE)
-    save_file(tensors | {"decoder.mid_block.attentions.0.to_q.weight": tensors["decoder.mid_block.attentions.0.query.weight"]}, copy / VAE)
+    save_file(
+        tensors
+        | {"decoder.mid_block.attentions.0.to_q.weight": tensors["decoder.mid_block.attentions.0.query.weight"]},
+        copy / VAE,
+    )
     assert "filled already" in complaint(copy)
 
 
@@ -76,11 +80,19 @@ def test_clip_with_its_projection(copy, expected):
     assert_equal({"text_encoder": expected["text_encoder"]}, parameters(copy, only="text_encoder"))
 
 
-@pytest.mark.parametrize("change", [
-    lambda name: f"_orig_mod.{name}", lambda name: f"module.{name}", lambda name: f"module._orig_mod.{name}", lambda name: f"_fsdp_wrapped_module.{name}",
-    lambda name: name.replace("blocks.0.", "blocks.0._orig_mod."), lambda name: name.replace("blocks.1.", "blocks.1._checkpoint_wrapped_module."),
-    lambda name: f"model.diffusion_model.{name}", lambda name: f"model._orig_mod.{name}",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda name: f"_orig_mod.{name}",
+        lambda name: f"module.{name}",
+        lambda name: f"module._orig_mod.{name}",
+        lambda name: f"_fsdp_wrapped_module.{name}",
+        lambda name: name.replace("blocks.0.", "blocks.0._orig_mod."),
+        lambda name: name.replace("blocks.1.", "blocks.1._checkpoint_wrapped_module."),
+        lambda name: f"model.diffusion_model.{name}",
+        lambda name: f"model._orig_mod.{name}",
+    ],
+)
 def test_wrapped_weights(copy, tmp_path, expected, change):
     """torch.compile's, FSDP's and DDP's names, in a directory and in a single file with fp8 scales."""
     name = change("transformer_blocks.0.attn.to_q.weight"), change("transformer_blocks.1.attn.to_q.weight")
@@ -112,20 +124,29 @@ def test_weights_that_are_all_of_a_variant(copy, expected):
     to_variant(copy)
     assert_equal(expected, parameters(copy))
     assert open_checkpoint(model(copy)).digest()
-    shutil.copy(copy / FLUX.replace(".safetensors", ".fp16.safetensors"), copy / FLUX.replace(".safetensors", ".bf16.safetensors"))
+    shutil.copy(
+        copy / FLUX.replace(".safetensors", ".fp16.safetensors"),
+        copy / FLUX.replace(".safetensors", ".bf16.safetensors"),
+    )
     said = complaint(copy)
-    assert f"{copy}/transformer: has the weights in 2 variants (bf16, fp16)" in said
+    assert f"{copy}/transformer: has 2 variants of the weights (bf16, fp16)" in said
     for at, component in {"clip": "text_encoder", "t5": "text_encoder_2", "vae": "vae"}.items():
-        assert_equal({component: expected[component]}, parameters(GOLDEN / "dev", only=component, **{at: str(copy / component)}))
+        assert_equal(
+            {component: expected[component]}, parameters(GOLDEN / "dev", only=component, **{at: str(copy / component)})
+        )
 
 
 def test_the_usual_file_goes_before_a_variant(copy, expected):
     tensors = load_file(copy / FLUX)
-    save_file({name: value + 1 for name, value in tensors.items()}, copy / FLUX.replace(".safetensors", ".fp16.safetensors"))
+    save_file(
+        {name: value + 1 for name, value in tensors.items()}, copy / FLUX.replace(".safetensors", ".fp16.safetensors")
+    )
     assert_equal({"transformer": expected["transformer"]}, parameters(copy, only="transformer"))
 
 
-@pytest.mark.parametrize("part", ["diffusion_pytorch_model.fp16-{}.safetensors", "diffusion_pytorch_model-{}.fp16.safetensors"])
+@pytest.mark.parametrize(
+    "part", ["diffusion_pytorch_model.fp16-{}.safetensors", "diffusion_pytorch_model-{}.fp16.safetensors"]
+)
 def test_a_variant_in_parts(copy, expected, part):
     """As diffusers names them, now and formerly."""
     tensors = load_file(copy / FLUX)
@@ -135,7 +156,9 @@ def test_a_variant_in_parts(copy, expected, part):
         file = part.format(f"0000{i + 1}-of-00002")
         save_file({name: tensors[name] for name in names[i::2]}, copy / "transformer" / file)
         places |= dict.fromkeys(names[i::2], file)
-    (copy / "transformer/diffusion_pytorch_model.safetensors.index.fp16.json").write_text(json.dumps({"weight_map": places}))
+    (copy / "transformer/diffusion_pytorch_model.safetensors.index.fp16.json").write_text(
+        json.dumps({"weight_map": places})
+    )
     assert_equal({"transformer": expected["transformer"]}, parameters(copy, only="transformer"))
 
 
@@ -161,7 +184,10 @@ def test_a_link_to_nothing_is_named(hub, golden, tmp_path):  # noqa: F811
         os.remove(cache / name)
         os.symlink("../../../blobs/0123", cache / name)
         said = complaint(cache)
-        assert f"{cache}/{name}: a link to ../../../blobs/0123, which is not there" in said and "hf download some/flux --force-download" in said
+        assert (
+            f"{cache}/{name}: a link to ../../../blobs/0123, which is not there" in said
+            and "hf download some/flux --force-download" in said
+        )
         os.remove(cache / name)
         os.symlink(hub.root / "some/flux" / name, cache / name)
     plans(cache)
@@ -171,8 +197,9 @@ def test_a_link_to_nothing_is_named(hub, golden, tmp_path):  # noqa: F811
         assert f"{cache}/{name}: a link to /mnt/gone, which is not there" in complaint(cache)
         os.remove(cache / name)
         shutil.copytree(golden / "dev" / name, cache / name)
-    os.symlink("/mnt/gone/flux1-dev.safetensors", tmp_path / "flux1-dev.safetensors")
-    assert f"{tmp_path}/flux1-dev.safetensors: a link to /mnt/gone/flux1-dev.safetensors, which is not there: mend the link" in complaint(tmp_path / "flux1-dev.safetensors")
+    file = tmp_path / "flux1-dev.safetensors"
+    os.symlink("/mnt/gone/flux.safetensors", file)
+    assert f"{file}: a link to /mnt/gone/flux.safetensors, which is not there: mend the link" in complaint(file)
     for path in (tmp_path / "flux1-dev.safetensors", tmp_path / "loras"):
         (tmp_path / "loras").mkdir(exist_ok=True)
         if not os.path.lexists(tmp_path / "loras/x.safetensors"):
@@ -189,11 +216,28 @@ def test_a_revision_that_is_not_there_is_named(monkeypatch):
         raise OSError("offline")
 
     for kind, words, refs in (
-        (errors.RevisionNotFoundError, "'some/flux' on Hugging Face has no revision 'v9': expected one of its branches, tags or commits (main, v1)", lambda repo: Refs),
-        (errors.RevisionNotFoundError, "'some/flux' on Hugging Face has no revision 'v9': expected one of its branches, tags or commits", offline),
-        (errors.RepositoryNotFoundError, "'some/flux' at revision 'v9' is neither a directory here nor a repository", offline),
-        (errors.LocalEntryNotFoundError, "'some/flux' at revision 'v9' is not a directory here, and Hugging Face cannot be reached", offline),
+        (
+            errors.RevisionNotFoundError,
+            "'some/flux' on Hugging Face has no revision 'v9': expected one of its branches, tags or commits (main,",
+            lambda repo: Refs,
+        ),
+        (
+            errors.RevisionNotFoundError,
+            "'some/flux' on Hugging Face has no revision 'v9': expected one of its branches, tags or commits",
+            offline,
+        ),
+        (
+            errors.RepositoryNotFoundError,
+            "'some/flux' at revision 'v9' is neither a directory here nor a repository",
+            offline,
+        ),
+        (
+            errors.LocalEntryNotFoundError,
+            "'some/flux' at revision 'v9' is not a directory here, and Hugging Face cannot be reached",
+            offline,
+        ),
     ):
+
         def fail(*_, kind=kind, **__):
             raise kind.__new__(kind)
 
@@ -201,13 +245,17 @@ def test_a_revision_that_is_not_there_is_named(monkeypatch):
         monkeypatch.setattr(huggingface_hub, "list_repo_refs", refs)
         with pytest.raises(UserError) as told:
             open_checkpoint(model("https://huggingface.co/some/flux/tree/v9"))
-        assert words in str(told.value) and len(told.value.lines) == 1 and ("main" in str(told.value)) == ("main" in words)
+        assert (
+            words in str(told.value) and len(told.value.lines) == 1 and ("main" in str(told.value)) == ("main" in words)
+        )
 
 
 # ---- what is missing ----
 
 
-@pytest.mark.parametrize("component,prefix", [*((component, "") for component in FILES), ("transformer", "model.diffusion_model.")])
+@pytest.mark.parametrize(
+    "component,prefix", [*((component, "") for component in FILES), ("transformer", "model.diffusion_model.")]
+)
 def test_the_tensor_that_a_file_lacks_is_named(golden, copy, component, prefix):
     """As the file names its others: for the path of every parameter, the name of what fills it."""
     files = {"diffusers": copy}
@@ -227,11 +275,17 @@ def test_the_tensor_that_a_file_lacks_is_named(golden, copy, component, prefix):
                 assert lacked(opened.table, parameter, layer if stacked else None, left) == piece.tensor.name
 
 
-@pytest.mark.parametrize("component,name", [
-    ("transformer", "x_embedder.bias"), ("transformer", "transformer_blocks.1.attn.to_add_out.weight"), ("transformer", "norm_out.linear.weight"),
-    ("text_encoder_2", "encoder.block.1.layer.1.DenseReluDense.wi_0.weight"), ("vae", "decoder.mid_block.attentions.0.to_k.bias"),
-    ("vae", "decoder.up_blocks.1.resnets.0.norm2.weight"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "component,name",
+    [
+        ("transformer", "x_embedder.bias"),
+        ("transformer", "transformer_blocks.1.attn.to_add_out.weight"),
+        ("transformer", "norm_out.linear.weight"),
+        ("text_encoder_2", "encoder.block.1.layer.1.DenseReluDense.wi_0.weight"),
+        ("vae", "decoder.mid_block.attentions.0.to_k.bias"),
+        ("vae", "decoder.up_blocks.1.resnets.0.norm2.weight"),
+    ],
+)
 def test_the_message_names_both(copy, component, name):
     tensors = load_file(copy / FILES[component])
     del tensors[name]
@@ -244,6 +298,10 @@ def test_the_tensor_that_would_give_a_size_is_named(golden, tmp_path):
     file = black_forest_labs(golden / "dev", tmp_path / "it")["path"]
     whole = bfl_flux(load_file(golden / "dev" / FLUX))
     save_file({name: value for name, value in whole.items() if name != "txt_in.weight"}, file)
-    assert complaint(file).endswith("no tensor gives the size of 'txt_in.kernel' of the transformer: the file lacks txt_in.weight")
+    assert complaint(file).endswith(
+        "no tensor gives the size of 'txt_in.kernel' of the transformer: the file lacks txt_in.weight"
+    )
     save_file({name: value for name, value in whole.items() if name != "img_in.weight"}, file)
-    assert "no transformer in it, which has img_in.weight or x_embedder.weight: its tensors are called" in complaint(file)
+    assert "no transformer in it, which has img_in.weight or x_embedder.weight: its tensors are called" in complaint(
+        file
+    )

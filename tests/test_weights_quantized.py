@@ -1,5 +1,5 @@
-"""Quantizations that are not read: one line that names the quantization, what says so, and what to use instead; wherever the
-checkpoint lies and however it is named. What only speaks of one and is whole is read."""
+"""Quantizations that are not read: one line that names the quantization, what says so, and what to use instead; wherever
+the checkpoint lies and however it is named. What only speaks of one and is whole is read."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import lora_files
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from test_hub import hub  # noqa: F401
 from test_weights import FLUX, plans
 from test_weights_layouts import bfl_flux, black_forest_labs
 
@@ -25,16 +26,30 @@ def zeros(*shape, dtype=F32):
 
 
 def bnb4(kind):
-    return lambda name, w: {name: zeros(w.size // 2, 1, dtype=U8), f"{name}.absmax": zeros(w.size // 64 + 1), f"{name}.quant_map": zeros(16),
-                            f"{name}.quant_state.bitsandbytes__{kind}": zeros(90, dtype=U8)}  # fmt: skip
+    return lambda name, w: {
+        name: zeros(w.size // 2, 1, dtype=U8),
+        f"{name}.absmax": zeros(w.size // 64 + 1),
+        f"{name}.quant_map": zeros(16),
+        f"{name}.quant_state.bitsandbytes__{kind}": zeros(90, dtype=U8),
+    }
 
 
 def per_stem(**parts):
     """Tensors named after the weight's module: dtype and shape of each."""
+
     def made(name, w):
         stem = name.removesuffix("weight")
-        sizes = {"n": len(w), "k": w.shape[1], "half": w.shape[1] // 2, "eighth": max(1, w.shape[1] // 8), "group": max(1, w.shape[1] // 16)}
-        return {stem + key.replace("__", "."): zeros(*(sizes.get(n, n) for n in shape), dtype=dtype) for key, (dtype, *shape) in parts.items()}
+        sizes = {
+            "n": len(w),
+            "k": w.shape[1],
+            "half": w.shape[1] // 2,
+            "eighth": max(1, w.shape[1] // 8),
+            "group": max(1, w.shape[1] // 16),
+        }
+        return {
+            stem + key.replace("__", "."): zeros(*(sizes.get(n, n) for n in shape), dtype=dtype)
+            for key, (dtype, *shape) in parts.items()
+        }
 
     return made
 
@@ -43,23 +58,79 @@ def per_stem(**parts):
 LAYOUTS = {
     "nf4": (bnb4("nf4"), "bitsandbytes NF4", r"quant_state\.bitsandbytes__nf4"),
     "fp4": (bnb4("fp4"), "bitsandbytes FP4", r"quant_state\.bitsandbytes__fp4"),
-    "int8": (per_stem(weight=(I8, "n", "k"), SCB=(F32, "n"), weight_format=(U8,)), "bitsandbytes int8", "SCB|weight_format"),
-    "quanto": (per_stem(weight___data=(I8, "n", "k"), weight___scale=(F32, "n", 1), input_scale=(F32,), output_scale=(F32,)), "quanto", r"weight\._data|weight\._scale|output_scale"),
-    "flux-fp8-api": (per_stem(float8_data=(I8, "n", "k"), scale=(F32,), input_scale=(F32,), scale_reciprocal=(F32,)), "flux-fp8-api", "float8_data|scale_reciprocal"),
-    "nunchaku": (per_stem(qweight=(I8, "n", "half"), wscales=(np.float16, "group", "n"), smooth=(np.float16, "k"), proj_down=(np.float16, "k", 32)),
-                 "nunchaku (SVDQuant)", "wscales|smooth|proj_down"),
-    "MLX": (per_stem(weight=(U32, "n", "eighth"), scales=(np.float16, "n", "group"), biases=(np.float16, "n", "group")), "MLX", "biases"),
-    "nvfp4": (per_stem(weight=(U8, "n", "half"), weight_scale=(F32, "n", "group"), weight_scale_2=(F32,), input_scale=(F32,)), "nvfp4", "weight_scale_2"),
-    "torchao": (per_stem(_weight_qdata=(I8, "n", "k"), _weight_scale=(F32, "n", 1)), "torchao", "_weight_qdata|_weight_scale"),
-    "torchao, older": (lambda name, w: {f"{name}:qdata": zeros(*w.shape, dtype=I8), f"{name}:scale": zeros(len(w), 1)}, "torchao", "weight:qdata|weight:scale"),
-    "GPTQ": (per_stem(qweight=(I32, "eighth", "n"), qzeros=(I32, 1, "n"), scales=(np.float16, 1, "n"), g_idx=(I32, "k")), "GPTQ", "g_idx"),
-    "AWQ": (per_stem(qweight=(I32, "eighth", "n"), qzeros=(I32, 1, "n"), scales=(np.float16, 1, "n")), "AWQ", "qweight|qzeros"),
+    "int8": (
+        per_stem(weight=(I8, "n", "k"), SCB=(F32, "n"), weight_format=(U8,)),
+        "bitsandbytes int8",
+        "SCB|weight_format",
+    ),
+    "quanto": (
+        per_stem(weight___data=(I8, "n", "k"), weight___scale=(F32, "n", 1), input_scale=(F32,), output_scale=(F32,)),
+        "quanto",
+        r"weight\._data|weight\._scale|output_scale",
+    ),
+    "flux-fp8-api": (
+        per_stem(float8_data=(I8, "n", "k"), scale=(F32,), input_scale=(F32,), scale_reciprocal=(F32,)),
+        "flux-fp8-api",
+        "float8_data|scale_reciprocal",
+    ),
+    "nunchaku": (
+        per_stem(
+            qweight=(I8, "n", "half"),
+            wscales=(np.float16, "group", "n"),
+            smooth=(np.float16, "k"),
+            proj_down=(np.float16, "k", 32),
+        ),
+        "nunchaku (SVDQuant)",
+        "wscales|smooth|proj_down",
+    ),
+    "MLX": (
+        per_stem(weight=(U32, "n", "eighth"), scales=(np.float16, "n", "group"), biases=(np.float16, "n", "group")),
+        "MLX",
+        "biases",
+    ),
+    "nvfp4": (
+        per_stem(weight=(U8, "n", "half"), weight_scale=(F32, "n", "group"), weight_scale_2=(F32,), input_scale=(F32,)),
+        "nvfp4",
+        "weight_scale_2",
+    ),
+    "torchao": (
+        per_stem(_weight_qdata=(I8, "n", "k"), _weight_scale=(F32, "n", 1)),
+        "torchao",
+        "_weight_qdata|_weight_scale",
+    ),
+    "torchao, older": (
+        lambda name, w: {f"{name}:qdata": zeros(*w.shape, dtype=I8), f"{name}:scale": zeros(len(w), 1)},
+        "torchao",
+        "weight:qdata|weight:scale",
+    ),
+    "GPTQ": (
+        per_stem(qweight=(I32, "eighth", "n"), qzeros=(I32, 1, "n"), scales=(np.float16, 1, "n"), g_idx=(I32, "k")),
+        "GPTQ",
+        "g_idx",
+    ),
+    "AWQ": (
+        per_stem(qweight=(I32, "eighth", "n"), qzeros=(I32, 1, "n"), scales=(np.float16, 1, "n")),
+        "AWQ",
+        "qweight|qzeros",
+    ),
     "HQQ": (per_stem(W_q=(U8, "n", "half")), "HQQ", "W_q"),
-    "compressed": (per_stem(weight_packed=(I32, "n", "eighth"), weight_scale=(F32, "n", 1)), "compressed-tensors", "weight_packed"),
-    "fp8 in blocks": (per_stem(weight=(I8, "n", "k"), weight_scale_inv=(F32, 1, 1)), "fp8 in blocks", "weight_scale_inv"),
+    "compressed": (
+        per_stem(weight_packed=(I32, "n", "eighth"), weight_scale=(F32, "n", 1)),
+        "compressed-tensors",
+        "weight_packed",
+    ),
+    "fp8 in blocks": (
+        per_stem(weight=(I8, "n", "k"), weight_scale_inv=(F32, 1, 1)),
+        "fp8 in blocks",
+        "weight_scale_inv",
+    ),
     "plain int8": (per_stem(weight=(I8, "n", "k")), "looks quantized", "weight of dtype int8"),
-    "int8 with scales": (per_stem(weight=(I8, "n", "k"), weight_scale=(F32, "n", 1)), "looks quantized", "weight of dtype int8"),
-}  # fmt: skip
+    "int8 with scales": (
+        per_stem(weight=(I8, "n", "k"), weight_scale=(F32, "n", 1)),
+        "looks quantized",
+        "weight of dtype int8",
+    ),
+}
 
 
 def quantize(tensors, change):
@@ -89,7 +160,12 @@ def test_the_quantization_is_named(golden, tmp_path, name):
     save_file({f"model.diffusion_model.{key}": value for key, value in whole.items()}, prefixed)
     for path in (directory, file, prefixed):
         said = complaint(path)
-        assert word in said and re.search(rf"\(tensor \S+\.(?:{sign})[,)]", f"{said}") and find.INSTEAD in said and "expected bfloat16" in said, said
+        assert (
+            word in said
+            and re.search(rf"\(tensor \S+\.(?:{sign})[,)]", f"{said}")
+            and find.INSTEAD in said
+            and "expected bfloat16" in said
+        ), said
         assert str(directory / "transformer" if path == directory else path) in said
 
 
@@ -112,14 +188,23 @@ def test_a_config_names_what_integers_do_not(golden, tmp_path):
     tensors = load_file(directory / FLUX)
     save_file(tensors | {"x_embedder.weight": tensors["x_embedder.weight"].astype(np.int8)}, directory / FLUX)
     assert "quantized with quanto int4 (tensor x_embedder.weight of dtype int8)" in complaint(directory)
-    save_file({name: value for name, value in tensors.items() if name != "x_embedder.weight"} | {"x_embedder.what": zeros(1)}, directory / FLUX)
+    save_file(
+        {name: value for name, value in tensors.items() if name != "x_embedder.weight"} | {"x_embedder.what": zeros(1)},
+        directory / FLUX,
+    )
     assert "config.json: looks quantized with quanto int4 (its quantization_config is {" in complaint(directory)
 
 
-@pytest.mark.parametrize("key,value,word", [
-    ("tensor_names", '["x_embedder.weight"]', "torchao"), ("quantization_level", "4", "MLX"), ("format", "mlx", "MLX"),
-    ("quantization_config", '{"method": "svdquant"}', "svdquant"), ("_quantization_metadata", '{"layers": {"x": {"format": "nvfp4"}}}', "nvfp4"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "key,value,word",
+    [
+        ("tensor_names", '["x_embedder.weight"]', "torchao"),
+        ("quantization_level", "4", "MLX"),
+        ("format", "mlx", "MLX"),
+        ("quantization_config", '{"method": "svdquant"}', "svdquant"),
+        ("_quantization_metadata", '{"layers": {"x": {"format": "nvfp4"}}}', "nvfp4"),
+    ],
+)
 def test_a_header_names_what_tensors_do_not(golden, tmp_path, key, value, word):
     directory = shutil.copytree(golden / "dev", tmp_path / "it")
     tensors = load_file(directory / FLUX)
@@ -138,11 +223,17 @@ def test_a_header_names_what_tensors_do_not(golden, tmp_path, key, value, word):
 def test_dtypes_that_only_quantizations_have(golden, tmp_path, dtype, word):
     file = shutil.copytree(golden / "dev", tmp_path / "it") / FLUX
     data = file.read_bytes()
-    file.write_bytes(data.replace(b'"F32"', f'"{dtype}"'.encode().ljust(5)[:5] if len(dtype) < 4 else f'"{dtype}"'.encode(), 1))
+    file.write_bytes(
+        data.replace(b'"F32"', f'"{dtype}"'.encode().ljust(5)[:5] if len(dtype) < 4 else f'"{dtype}"'.encode(), 1)
+    )
     count = int.from_bytes(data[:8], "little") + len(file.read_bytes()) - len(data)
     file.write_bytes(count.to_bytes(8, "little") + file.read_bytes()[8:])
     said = complaint(tmp_path / "it")
-    assert f"looks quantized with {word[:4]}" in said.replace("mxfp4 or mxfp8", "mxfp8") and f"of dtype {dtype}" in said and find.INSTEAD in said
+    assert (
+        f"looks quantized with {word[:4]}" in said.replace("mxfp4 or mxfp8", "mxfp8")
+        and f"of dtype {dtype}" in said
+        and find.INSTEAD in said
+    )
 
 
 def test_scales_in_blocks(golden, tmp_path):
@@ -152,7 +243,11 @@ def test_scales_in_blocks(golden, tmp_path):
     rows = len(tensors["img_in.weight"])
     save_file(tensors | {"img_in.weight_scale": zeros(rows, 2, dtype=U8)}, file)
     said = complaint(file)
-    assert f"img_in.weight_scale: a scale of shape [{rows}, 2], uint8, " in said and "quantized in blocks" in said and find.INSTEAD in said
+    assert (
+        f"img_in.weight_scale: a scale of shape [{rows}, 2], uint8, " in said
+        and "quantized in blocks" in said
+        and find.INSTEAD in said
+    )
 
 
 GGUF = b"GGUF" + (3).to_bytes(4, "little") + bytes(100)
@@ -163,8 +258,15 @@ def test_gguf_by_any_name(golden, tmp_path):
     for name in ("flux1-dev-Q4_K_S.gguf", "T5.GGUF"):
         (tmp_path / name).write_bytes(GGUF)
         said = complaint(tmp_path / name)
-        assert said.startswith("model.pretrained_model_name_or_path: ") and "a GGUF file, a quantization" in said and find.INSTEAD in said
-        assert "model.t5xxl_model_name_or_path" in (said := complaint(golden / "dev", t5=str(tmp_path / name))) and "GGUF" in said
+        assert (
+            said.startswith("model.pretrained_model_name_or_path: ")
+            and "a GGUF file, a quantization" in said
+            and find.INSTEAD in said
+        )
+        assert (
+            "model.t5xxl_model_name_or_path" in (said := complaint(golden / "dev", t5=str(tmp_path / name)))
+            and "GGUF" in said
+        )
     (tmp_path / "flux1.safetensors").write_bytes(GGUF)
     assert f"{tmp_path}/flux1.safetensors: is a GGUF file" in complaint(tmp_path / "flux1.safetensors")
     directory = shutil.copytree(golden / "dev", tmp_path / "it")
@@ -178,8 +280,27 @@ def test_gguf_by_any_name(golden, tmp_path):
     assert "looks quantized with GGUF" in complaint(tmp_path / "alone")
 
 
-@pytest.mark.parametrize("data,word", [(b"PK\x03\x04\x00\x00\x08\x08" + bytes(99), "pickle"), (b"version https://git-lfs.github.com/spec/v1\noid", "Git LFS"),
-                                       (b"<!DOCTYPE html><html>", "web page"), (b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\x03" + bytes(99), "gzip")])  # fmt: skip
+def test_a_repository_of_gguf_files(hub, golden):  # noqa: F811
+    (hub.root / "some/gguf").mkdir(parents=True)
+    (hub.root / "some/gguf/flux1-dev-Q4_0.gguf").write_bytes(GGUF)
+    for given in (
+        dict(path="some/gguf"),
+        dict(path=golden / "dev", t5="some/gguf"),
+        dict(path="some/gguf/flux1-dev-Q4_0.gguf"),
+    ):
+        said = complaint(**given)
+        assert "GGUF" in said and "flux1-dev-Q4_0.gguf" in said and find.INSTEAD in said
+
+
+@pytest.mark.parametrize(
+    "data,word",
+    [
+        (b"PK\x03\x04\x00\x00\x08\x08" + bytes(99), "pickle"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", "Git LFS"),
+        (b"<!DOCTYPE html><html>", "web page"),
+        (b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\x03" + bytes(99), "gzip"),
+    ],
+)
 def test_what_else_is_called_safetensors(golden, tmp_path, data, word):
     directory = shutil.copytree(golden / "dev", tmp_path / "it")
     (directory / FLUX).write_bytes(data)
@@ -203,9 +324,18 @@ def test_fp8_is_no_such_quantization(golden, tmp_path):
     """ComfyUI's notes beside fp8 weights, and integers that no parameter is made of."""
     directory = shutil.copytree(golden / "dev", tmp_path / "it")
     file = directory / "text_encoder/model.safetensors"
-    ids = "text_model.embeddings.position_ids" if any(name.startswith("text_model.") for name in load_file(file)) else "embeddings.position_ids"
+    ids = (
+        "text_model.embeddings.position_ids"
+        if any(name.startswith("text_model.") for name in load_file(file))
+        else "embeddings.position_ids"
+    )
     save_file(load_file(file) | {ids: np.arange(77)[None]}, file)
     whole = bfl_flux(load_file(directory / FLUX))
-    notes = {"scaled_fp8": zeros(2, dtype=I8), "img_in.comfy_quant": zeros(9, dtype=U8), "img_in.scale_weight": np.ones(1, F32), "img_in.input_scale": np.ones(1, F32)}
+    notes = {
+        "scaled_fp8": zeros(2, dtype=I8),
+        "img_in.comfy_quant": zeros(9, dtype=U8),
+        "img_in.scale_weight": np.ones(1, F32),
+        "img_in.input_scale": np.ones(1, F32),
+    }
     save_file(whole | notes, directory / FLUX)
     plans(directory)

@@ -30,7 +30,7 @@ from fluxbatch.weights import load, native, quantized, single, tables
 from fluxbatch.weights.find import SMALL, SUFFIX, SUFFIXES, find, snapshot, split
 from fluxbatch.weights.headers import held, instead, notes, read_header, read_headers, weights_file, with_scales
 from fluxbatch.weights.rules import Table, lacked
-from fluxbatch.weights.source import Source, Tensor, broken_link, sampled
+from fluxbatch.weights.source import Source, Tensor, sampled
 from fluxbatch.weights.verify import verify
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt", "spiece.model",
@@ -55,8 +55,9 @@ CLIP_FILES = ("clip_l.safetensors",)
 T5_FILES = ("t5xxl_fp16.safetensors", "t5xxl_fp8_e4m3fn_scaled.safetensors", "t5xxl_fp8_e4m3fn.safetensors")
 KINDS = {
     "transformer": Kind(FluxConfig, Flux, tables.FLUX_DIFFUSERS, ("diffusion_pytorch_model", "model"), ("FluxTransformer2DModel",)),
-    "text_encoder": Kind(ClipConfig, ClipTextEncoder, tables.CLIP, ("model",), ("CLIPTextModel", "CLIPModel", "CLIPTextModelWithProjection"),
-                         "clip_model_name_or_path", CLIP_FILES, ("text_encoders", "clip")),
+    "text_encoder": Kind(ClipConfig, ClipTextEncoder, tables.CLIP, ("model",),
+                         ("CLIPTextModel", "CLIPModel", "CLIPTextModelWithProjection"), "clip_model_name_or_path",
+                         CLIP_FILES, ("text_encoders", "clip")),
     "text_encoder_2": Kind(T5Config, T5Encoder, tables.T5, ("model",), ("T5EncoderModel", "T5ForConditionalGeneration", "T5Model"),
                            "t5xxl_model_name_or_path", T5_FILES, ("text_encoders", "clip")),
     "vae": Kind(VaeConfig, Decoder, tables.VAE_DECODER, ("diffusion_pytorch_model", "model"), ("AutoencoderKL",),
@@ -81,13 +82,13 @@ class Component:
     declared: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # all that its config.json says
 
     def plan(self, **options: Any) -> load.Plan:
-        """Which bytes fill which parameter; UserError lists every disagreement, or names a quantization that is spoken of."""
+        """Which bytes fill which parameter; UserError lists every disagreement, or names a quantization."""
         make = lambda rngs: self.kind.module(self.config, rngs=rngs, **options)  # noqa: E731
         try:
             return load.plan(make, dict(self.tensors), self.table, self.source)
         except UserError as error:
-            files = set() if isinstance(self.source, native.Arrays) else {tensor.file for tensor in self.tensors.values()}
-            noted = (quantized.in_notes(notes(self.source, file), self.source.path(file)) for file in sorted(files))
+            held = {t.file for t in self.tensors.values() if not isinstance(self.source, native.Arrays)}
+            noted = (quantized.in_notes(notes(self.source, file), self.source.path(file)) for file in sorted(held))
             if line := quantized.in_config(self.declared, self.where) or next(filter(None, noted), None):
                 raise UserError(line) from error
             raise
@@ -245,8 +246,9 @@ def _from_file(name: str, source: Source, file: str, whole: Mapping[str, Tensor]
     found = single.recognise(name, whole)
     if found is None:
         signs = " or ".join(dict.fromkeys(sign for sign, _ in single.NAMINGS[name]))
-        raise UserError(quantized.in_tensors(whole, where) or quantized.in_notes(notes(source, file), where)
-                        or f"{where}: no {name} in it, which has {signs}: its tensors are called {', '.join(list(whole)[:3])}, …")  # fmt: skip
+        names = f"its tensors are called {', '.join(list(whole)[:3])}, …"
+        line = quantized.in_tensors(whole, where) or quantized.in_notes(notes(source, file), where)
+        raise UserError(line or f"{where}: no {name} in it, which has {signs}: {names}")
     tensors, table, _ = found
     try:
         if line := quantized.in_tensors(tensors, where):
@@ -275,9 +277,8 @@ def _class_of(config: Mapping[str, Any]) -> str | None:
 def _from_directory(name: str, source: Source, marker: Mapping[str, Any] | None = None, root: Source | None = None) -> Component:
     kind = KINDS[name]
     if not source.exists("config.json"):
-        raise UserError((broken_link(source.url) if source.local else None)
-                        or next(filter(None, map(instead, [source, *([root] if root else [])])), None) or
-                        f"{source.path('config.json')}: not found: the checkpoint has no {name}{held(source, *([root] if root else []))}")  # fmt: skip
+        places, where = ([source, root] if root else [source]), source.path("config.json")
+        raise UserError(instead(*places) or f"{where}: not found: the checkpoint has no {name}{held(*places)}")
     config = source.json("config.json")
     where = source.path("config.json")
     declared = _class_of(config)

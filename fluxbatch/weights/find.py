@@ -18,8 +18,10 @@ PICKLED = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 # Redirected elsewhere, and often to be seen with a token only: fetched as what it is
 PAGE = re.compile(r"https://huggingface\.co/(?P<repo>[^/?#]+/[^/?#]+)(/(resolve|blob|tree)/(?P<revision>[^/?#]+)(?P<file>/[^?#]+?)?)?/?([?]download=true)?")
 GGUF = ".gguf"
-INSTEAD = ("expected bfloat16, float16, float32 or fp8 weights (ComfyUI's, with scales or without) in a .safetensors file: use the one "
-           "that it was made from, or its fp8 copy; stream_blocks=true where memory is short")  # fmt: skip
+INSTEAD = (
+    "expected bfloat16, float16, float32 or fp8 weights (ComfyUI's, with scales or without) in a .safetensors file: "
+    "use the one that it was made from, or its fp8 copy; stream_blocks=true where memory is short"
+)
 SMALL = ("*.json", "*merges.txt", "*spiece.model")  # configs and tokenizers
 
 
@@ -58,17 +60,21 @@ def find(
     owner, _, rest = name.partition("/")
     repo, _, file = rest.partition("/")
     if not repo or name.startswith((".", "/", "~")) or name.endswith("/") or (file and not file.endswith(SUFFIXES)) or repo.endswith(SUFFIXES):
-        raise UserError((broken_link(path) if path else None) or f"{key}: {name!r} is not there: expected a directory, a {SUFFIX} file, gs://bucket/prefix, "
+        if path and (told := broken_link(path)):
+            raise UserError(f"{key}: {told}")
+        raise UserError(f"{key}: {name!r} is not there: expected a directory, a {SUFFIX} file, gs://bucket/prefix, "
                         "http(s)://… or a Hugging Face repo id")  # fmt: skip
     folder = snapshot(f"{owner}/{repo}", key, revision, (file, *beside) if file else patterns)
     if file:
         return os.path.join(folder, file), os.path.basename(folder)
-    if not _has_any(folder):  # of diffusers' and transformers' variants as model.fp16.safetensors, if that is all there is
-        folder = snapshot(f"{owner}/{repo}", key, revision, (*patterns, *(p.replace(SUFFIX, f".*{SUFFIX}") for p in patterns if p.endswith(SUFFIX))))
+    if not _has_any(folder):  # but perhaps diffusers' and transformers' variants, as model.fp16.safetensors
+        variants = [pattern.replace(SUFFIX, f".*{SUFFIX}") for pattern in patterns if pattern.endswith(SUFFIX)]
+        folder = snapshot(f"{owner}/{repo}", key, revision, (*patterns, *variants))
     if not _has_any(folder):
         listed = _listed(f"{owner}/{repo}", revision)
         if gguf := [held for held in listed if held.lower().endswith(GGUF)]:
-            raise UserError(f"{key}: {name!r}: has {', '.join(gguf[:3])}: GGUF is a quantization that is not read: {INSTEAD}")
+            held = ", ".join(gguf[:3])
+            raise UserError(f"{key}: {name!r}: has {held}: GGUF is a quantization that is not read: {INSTEAD}")
         named = [f"{owner}/{repo}/{held}" for held in listed if held.endswith(SUFFIXES)]
         wanted = ", ".join(pattern for pattern in patterns if pattern not in SMALL)
         raise UserError(f"{key}: {name!r}: {folder} has none of the repository's weights: expected {wanted}"
@@ -111,12 +117,15 @@ def snapshot(repo: str, key: str, revision: str | None, patterns: tuple[str, ...
             f"{key}: {repo} is gated: accept its licence at https://huggingface.co/{repo}, "
             "then `hf auth login` or set HF_TOKEN") from error  # fmt: skip
     except errors.RevisionNotFoundError as error:
-        raise UserError(f"{key}: {repo!r} on Hugging Face has no revision {revision!r}: expected one of its branches, tags or commits{_revisions(repo)}") from error
+        known = f"one of its branches, tags or commits{_revisions(repo)}"
+        raise UserError(f"{key}: {repo!r} on Hugging Face has no revision {revision!r}: expected {known}") from error
     except errors.RepositoryNotFoundError as error:
-        raise UserError(f"{key}: {repo!r}{at} is neither a directory here nor a repository on Hugging Face that this token may read") from error
+        where = "a directory here nor a repository on Hugging Face that this token may read"
+        raise UserError(f"{key}: {repo!r}{at} is neither {where}") from error
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.HFValidationError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{key}: {repo!r}{at} is not a directory here, and Hugging Face cannot be reached: {reason}") from error
+        what = f"{repo!r}{at} is not a directory here, and Hugging Face cannot be reached"
+        raise UserError(f"{key}: {what}: {reason}") from error
 
 
 def _revisions(repo: str) -> str:

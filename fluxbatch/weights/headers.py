@@ -13,7 +13,7 @@ from fluxbatch.types import UserError
 from fluxbatch.weights import quantized
 from fluxbatch.weights.find import SUFFIXES
 from fluxbatch.weights.rules import unwrapped
-from fluxbatch.weights.source import DTYPES, FLOATS, Source, Tensor, first_line
+from fluxbatch.weights.source import DTYPES, FLOATS, Source, Tensor, broken_link, first_line
 
 MAX_HEADER = 100 << 20  # safetensors' own bound
 
@@ -30,7 +30,8 @@ def read_header(source: Source, file: str) -> dict[str, Tensor]:
     size, length = source.size(file), int.from_bytes(start, "little")
     if length > MAX_HEADER or (size is not None and 8 + length > size):
         told = next((what for magic, what in quantized.MAGIC if start.startswith(magic)), None)
-        raise UserError(f"{where}: {told or f'its header claims {length:,} bytes: not a safetensors file, or a truncated one'}")
+        told = told or f"its header claims {length:,} bytes: not a safetensors file, or a truncated one"
+        raise UserError(f"{where}: {told}")
     try:
         header = json.loads(source.read(file, 8, 8 + length))
     except (ValueError, RecursionError) as error:
@@ -79,48 +80,59 @@ def notes(source: Source, file: str) -> dict[str, Any]:
 
 
 def read_headers(source: Source, stems: tuple[str, ...]) -> dict[str, Tensor]:
-    """The tensors of a component: of the index's parts, or of the one file; the index and the headers must agree both ways."""
+    """The tensors of a component: of the index's parts, or of the one file; index and headers must agree both ways."""
     if file := weights_file(source, stems):
-        return with_scales(_read_indexed(source, file) if file.endswith(".json") else read_header(source, file), source.path(file))
+        read = _read_indexed if file.endswith(".json") else read_header
+        return with_scales(read(source, file), source.path(file))
+    if line := instead(source):
+        raise UserError(line)
     wanted = " or ".join(f"{stem}.safetensors" for stem in stems)
-    raise UserError(instead(source) or f"{source.url}: no weights: expected {wanted} (pickled .bin files are not read){held(source)}")
+    raise UserError(f"{source.url}: no weights: expected {wanted} (pickled .bin files are not read){held(source)}")
 
 
 def weights_file(source: Source, stems: tuple[str, ...]) -> str | None:
-    """``<stem>.safetensors.index.json`` or ``<stem>.safetensors``; those of a variant (``<stem>.fp16.safetensors``, as diffusers
-    and transformers name it) where there is no other. UserError where there are several variants."""
+    """``<stem>.safetensors.index.json`` or ``<stem>.safetensors``; those of a variant (``<stem>.fp16.safetensors``, as
+    diffusers and transformers name it) where there is no other. UserError where there are several variants."""
     for stem in stems:
         for file in (f"{stem}.safetensors.index.json", f"{stem}.safetensors"):
             if source.exists(file):
                 return file
     for stem in stems:
         pattern = re.compile(rf"{stem}\.(?:safetensors\.index\.([\w-]+)\.json|([\w-]+)\.safetensors)")
-        names = source.top() or [name for variant in ("fp16", "bf16") for name in (f"{stem}.safetensors.index.{variant}.json", f"{stem}.{variant}.safetensors")
-                                 if source.exists(name)]  # fmt: skip
-        found = {match[1] or match[2]: name for name in names if (match := pattern.fullmatch(name)) and not re.search(r"-\d+-of-\d+$", match[2] or "")}
+        usual = [(f"{stem}.{v}.safetensors", f"{stem}.safetensors.index.{v}.json") for v in ("fp16", "bf16")]
+        found = {}
+        for name in source.top() or filter(source.exists, sum(usual, ())):  # HTTP does not list
+            if (match := pattern.fullmatch(name)) and not re.search(r"-\d+-of-\d+$", match[2] or ""):
+                found[match[1] or match[2]] = name
         if len(found) > 1:
-            raise UserError(f"{source.url}: has the weights in {len(found)} variants ({', '.join(sorted(found))}) and not without one: leave one of them there")
+            names = ", ".join(sorted(found))
+            raise UserError(f"{source.url}: has {len(found)} variants of the weights ({names}), and none by the usual "
+                            "name: leave one of them there")  # fmt: skip
         if found:
             return next(iter(found.values()))
     return None
 
 
-def instead(source: Source) -> str | None:
-    """The line of a quantization that a directory without the usual weights has."""
-    with contextlib.suppress(UserError):
-        names = source.top()
-        if line := quantized.in_names(names, source.url):
+def instead(*places: Source) -> str | None:
+    """What is the matter with the first place without the usual weights: a link to nothing, or a quantization."""
+    for place in places:
+        if place.local and (line := broken_link(place.url)):
             return line
-        for file in [name for name in names if name.endswith(SUFFIXES)][:3]:
-            try:
-                tensors = read_header(source, file)
-            except UserError as error:
-                if "quantiz" in str(error):
-                    return str(error)
-                continue
-            if line := quantized.in_tensors(tensors, source.path(file)) or quantized.in_notes(notes(source, file), source.path(file)):
+        with contextlib.suppress(UserError):
+            if line := quantized.in_names(place.top(), place.url):
                 return line
+            for file in [name for name in place.top() if name.endswith(SUFFIXES)][:3]:
+                if line := _quantized(place, file):
+                    return line
     return None
+
+
+def _quantized(source: Source, file: str) -> str | None:
+    where = source.path(file)
+    try:
+        return quantized.in_tensors(read_header(source, file), where) or quantized.in_notes(notes(source, file), where)
+    except UserError as error:  # a file that is not sound, and that may be by its quantization
+        return str(error) if "quantiz" in str(error) else None
 
 
 def held(*places: Source) -> str:
@@ -168,9 +180,10 @@ def with_scales(tensors: dict[str, Tensor], where: str) -> dict[str, Tensor]:
                 if line := quantized.in_tensors(tensors, where):
                     raise UserError(line)
                 shape = None if weight is None else list(weight.shape)
-                blocks = f": looks quantized in blocks, which is not read: {quantized.INSTEAD}" if scale.shape[1:] > (1,) else ""
-                raise UserError(f"{where}: {name}: a scale of shape {list(scale.shape)}, {scale.dtype}, for a weight of shape {shape}: "
-                                f"expected one number, or one for each row{blocks}")  # fmt: skip
+                blocks = "looks quantized in blocks, which is not read: "
+                raise UserError(f"{where}: {name}: a scale of shape {list(scale.shape)}, {scale.dtype}, for a weight "
+                                f"of shape {shape}: expected one number, or one for each row"
+                                + (f": {blocks}{quantized.INSTEAD}" if scale.shape[1:] > (1,) else ""))  # fmt: skip
             whole[of] = dataclasses.replace(weight, scale=scale)
     return whole
 

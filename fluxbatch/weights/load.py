@@ -281,7 +281,8 @@ def _fill_edited(box: Box, layer: int, piece: Piece, scale: np.ndarray | None, r
 def _read_whole(piece: Piece, scale: np.ndarray | None, reader: Reader, whole: np.ndarray, left: _Countdown) -> None:
     for first, last, row in _reads(piece, (0, len(whole)), reader.source.piece):
         left.add()
-        reader.read(piece.tensor, first, last, Rows([(tuple((0, n) for n in whole.shape), whole)], row, scale, left.done))
+        place = [(tuple((0, n) for n in whole.shape), whole)]
+        reader.read(piece.tensor, first, last, Rows(place, row, scale, left.done))
     left.done()
 
 

@@ -111,7 +111,8 @@ def read_adapter(spec: Spec, plans: Mapping[str, Plan], strict: bool) -> Adapter
     groups: dict[tuple[str, str], dict[str, np.ndarray]] = collections.defaultdict(dict)
     sites: dict[tuple[str, str], Site] = {}
     kinds: dict[str, None] = {}
-    strays: dict[str, dict[str, tuple[str, bool]]] = collections.defaultdict(dict)  # by module and role: key, whether it is all zeros
+    # by module and role: the key, and whether all is zeros
+    strays: dict[str, dict[str, tuple[str, bool]]] = collections.defaultdict(dict)
 
     def value_of(tensor: Tensor) -> np.ndarray:
         return np.frombuffer(data, tensor.dtype, math.prod(tensor.shape), tensor.start).reshape(tensor.shape)
@@ -150,8 +151,8 @@ def read_adapter(spec: Spec, plans: Mapping[str, Plan], strict: bool) -> Adapter
         nothing = [] if reader.changes else ["holds no adapter for this model"]
         hint = [f"{spec.key}: lora_config.strict=false leaves these keys out"] if reader.changes else []
         raise UserError(*(f"{where}: {line}" for line in [*lines, *nothing]), *hint)
-    return Adapter(spec, public(where), digest, ", ".join(kinds), reader.changes, reader.parts(), tuple([*unknown, *problems]),
-                   tuple(reader.zeros))  # fmt: skip
+    left_out = tuple([*unknown, *problems]), tuple(reader.zeros)
+    return Adapter(spec, public(where), digest, ", ".join(kinds), reader.changes, reader.parts(), *left_out)
 
 
 def _changes_nothing(roles: Mapping[str, tuple[str, bool]]) -> bool:
@@ -191,6 +192,10 @@ class _Reader:
                 if path not in self.plans[site.component].shapes:
                     raise ValueError(f"the model has no {path}")
                 part = delta.take(_rows(delta, target))
+                if not path.endswith(".kernel") and not isinstance(part, Replacement | Decomposed) and not part.norm2():
+                    if len(part.shape) > 1:
+                        self.zeros.append(site.module)
+                    continue  # a bias or an embedding as it was is no reason to mix this adapter with no other
                 _, shape = self.plans[site.component].shapes[path]
                 if part.shape != shape:
                     raise ValueError(f"shape {list(part.shape)}, the model expects {list(shape)} for {path}")
@@ -199,10 +204,6 @@ class _Reader:
                 norm2 = part.norm2()
                 if not math.isfinite(norm2):
                     raise ValueError("holds NaN or infinity, or numbers whose products are")
-                if not norm2 and not path.endswith(".kernel") and not isinstance(part, Replacement | Decomposed):
-                    if len(part.shape) > 1:
-                        self.zeros.append(site.module)
-                    continue  # a bias or an embedding as it was is no reason to mix this adapter with no other
                 found[path, target.layer] = part
                 if len(part.shape) > 1:
                     self._cover(site.component, target, part.rank, alpha, count, norm2)
@@ -259,12 +260,13 @@ class _Reader:
         magnitude = tensors.pop("dora_peft" if inside else "dora_scale")
         magnitude = magnitude.reshape(-1, 1) if magnitude.ndim == 1 else magnitude
         if magnitude.shape not in ((delta.shape[0], 1), (1, delta.shape[1])):
-            raise ValueError(f"DoRA lengths of shape {list(magnitude.shape)} for a weight of shape {list(delta.shape)}: "
-                             "expected one length for each output, or for each input")  # fmt: skip
+            what = f"shape {list(magnitude.shape)} for a weight of shape {list(delta.shape)}"
+            raise ValueError(f"DoRA lengths of {what}: expected one length for each output, or for each input")
         if not np.isfinite(magnitude.astype(np.float32)).all():
             raise ValueError("DoRA lengths hold NaN or infinity")
         fused = magnitude.shape[1] > 1 and len(site.targets) > 1
-        return Decomposed(delta, magnitude, inside, _columns(self.plans[site.component], site, delta) if fused else None)
+        columns = _columns(self.plans[site.component], site, delta) if fused else None
+        return Decomposed(delta, magnitude, inside, columns)
 
     def _scale(self, site: Site, rank: int | None, alpha: float | None) -> tuple[float, float]:
         """alpha / rank, and alpha: the file's, or what PEFT's settings say, or the rank itself."""

@@ -227,7 +227,7 @@ class Decomposed(Delta):
     inner: Delta
     magnitude: np.ndarray  # [out, 1] or [1, in]
     inside: bool
-    # Of a part of a fused layer with a length for each input: those of the whole's columns, with the inner change at a scale.
+    # Of a part of a fused layer with a length for each input: those of the whole's columns, changed at a scale.
     columns: Callable[[float], np.ndarray] | None = None
 
     merged_only = "it is a DoRA: its lengths depend on the weights it is merged into"

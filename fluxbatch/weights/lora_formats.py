@@ -50,8 +50,8 @@ PREFIXES: tuple[tuple[str, str | None, str], ...] = (
 _NAME = r"(?:\.[^.]+)?"  # of the adapter, where PEFT keeps it
 # role → the ends of keys that have it
 ROLES = {
-    "down": rf"lora_A(?:{_NAME}\.weight)?|lora_down{_NAME}\.weight|lora\.down\.weight|lora_linear_layer\.down\.weight|down\.weight",
-    "up": rf"lora_B(?:{_NAME}\.weight)?|lora_up{_NAME}\.weight|lora\.up\.weight|lora_linear_layer\.up\.weight|up\.weight",
+    "down": rf"lora_A(?:{_NAME}\.weight)?|lora_down{_NAME}\.weight|(?:lora\.|lora_linear_layer\.)?down\.weight",
+    "up": rf"lora_B(?:{_NAME}\.weight)?|lora_up{_NAME}\.weight|(?:lora\.|lora_linear_layer\.)?up\.weight",
     "up_bias": rf"lora_B{_NAME}\.bias|lora_up{_NAME}\.bias",
     "alpha": "alpha",
     "dora_scale": "dora_scale",
@@ -66,7 +66,8 @@ ROLES = {
     "reshape": "reshape_weight",  # what the weight must be padded to
 }
 KINDS = {"down": "LoRA", "hada_w1_a": "LoHa", "lokr_w1": "LoKr", "lokr_w1_a": "LoKr", "dora_scale": "DoRA", "dora_peft": "DoRA",
-         "diff": "difference", "diff_b": "difference", "set": "norms", "set_weight": "replacement", "set_bias": "replacement"}  # fmt: skip
+         "diff": "difference", "diff_b": "difference", "set": "norms", "set_weight": "replacement",
+         "set_bias": "replacement"}  # fmt: skip
 
 # Parts of CLIP that FLUX never reads: an adapter of them does nothing.
 UNREAD = re.compile(r"(?:text_model[._])?(?:text_projection|visual_projection|logit_scale)")
@@ -109,13 +110,14 @@ DIFFSYNTH = (
     *_diffsynth_stream("a", "img"),
     *_diffsynth_stream("b", "txt"),
     Rule(_SINGLE + r"norm\.linear", "single_blocks[{0}].mod.kernel"),
-    *(Rule(_SINGLE + "to_qkv_mlp", f"single_blocks[{{0}}].qkv.{n}.kernel", ((i, i + 1, 7),)) for i, n in enumerate("qkv")),
+    *(Rule(_SINGLE + "to_qkv_mlp", f"single_blocks[{{0}}].qkv.{n}.kernel", ((i, i + 1, 7),))
+      for i, n in enumerate("qkv")),
     Rule(_SINGLE + "to_qkv_mlp", "single_blocks[{0}].mlp_in.kernel", ((3, 7, 7),)),
     *(Rule(_SINGLE + f"norm_{n[0]}_a", f"single_blocks[{{0}}].qkv.{n}_norm.scale") for n in ("query", "key")),
     Rule(_SINGLE + "proj_out", "single_blocks[{0}].out.kernel"),
     *(Rule(rf"{src}\.{i}", f"{dst}.{layer}.kernel")
-      for src, dst in ((r"time_embedder\.timestep_embedder", "time_in"), (r"guidance_embedder\.timestep_embedder", "guidance_in"),
-                       ("pooled_text_embedder", "vector_in"))
+      for src, dst in ((r"time_embedder\.timestep_embedder", "time_in"), ("pooled_text_embedder", "vector_in"),
+                       (r"guidance_embedder\.timestep_embedder", "guidance_in"))
       for i, layer in ((0, "in_layer"), (2, "out_layer"))),
     Rule(r"final_norm_out\.linear", "final_mod.kernel", tables.SWAP_HALVES),
     Rule("final_proj_out", "final_out.kernel"),
@@ -170,7 +172,8 @@ def _place(name: str, component: str | None, writer: str) -> tuple[str, str, str
         return component, name, writer, ()
     for naming, rules in _rules(component or "transformer").items():
         if targets := tuple(_targets(name, rules)):
-            return component or "transformer", name, naming if naming in ("XLabs", "DiffSynth") else writer or naming, targets
+            by = naming if naming in ("XLabs", "DiffSynth") else writer or naming
+            return component or "transformer", name, by, targets
     for prefix, of, by in PREFIXES:
         if name.startswith(prefix) and (of is None or component in (None, of)):
             if found := _place(name[len(prefix) :], component or of, writer or by):
@@ -193,7 +196,8 @@ def _rules(component: str) -> dict[str, tuple[tuple[re.Pattern[str], Rule], ...]
         return {"transformers": _modules(tables.CLIP.rules)}
     if component == "text_encoder_2":
         return {"transformers": _modules(tables.T5.rules)}
-    return {"diffusers": _modules(tables.FLUX_DIFFUSERS.rules), "BFL": _modules(tables.FLUX_BFL.rules), "XLabs": _modules(XLABS),
+    bfl = tables.FLUX_BFL.rules
+    return {"diffusers": _modules(tables.FLUX_DIFFUSERS.rules), "BFL": _modules(bfl), "XLabs": _modules(XLABS),
             "BFL apart": _modules(APART), "DiffSynth": _modules(DIFFSYNTH)}  # fmt: skip
 
 

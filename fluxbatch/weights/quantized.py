@@ -23,7 +23,10 @@ SIGNS: tuple[tuple[str, str], ...] = (
     ("quanto", r"weight\._(?:data|scale|shift|zeropoint|packed)(?:\._\w+)?|output_scale"),
     ("flux-fp8-api float8", r"float8_data|(?:input_)?scale_reciprocal"),
     ("nunchaku (SVDQuant)", r"wscales|wzeros|wtscale|wcscales|smooth(?:_orig|_factor)?|proj_down|proj_up"),
-    ("torchao", r"_?weight(?:_|:)(?:qdata|int_data|zero_point|scale_and_zero|scale_zero|tensor_impl.*)|_weight_(?:scale|block_size)|weight:\w+"),
+    (
+        "torchao",
+        r"_?weight[_:](?:qdata|int_data|zero_point|scale_and_zero|tensor_impl.*)|_weight_(?:scale|block_size)|weight:\w+",
+    ),
     ("nvfp4", r"weight_scale_2|weight_global_scale"),
     ("compressed-tensors", r"weight_packed|weight_shape"),
     ("fp8 in blocks", r"weight_scale_inv"),
@@ -37,8 +40,18 @@ SIGNS: tuple[tuple[str, str], ...] = (
 _SIGNS = tuple((what, re.compile(rf"(?:.+\.)?(?:{ends})")) for what, ends in SIGNS)
 
 # Notes in a safetensors header, by key, and what they are of if the value does not say
-NOTES = {"tensor_names": "torchao", "quantization_config": "", "quantization_level": "MLX", "quantization": "", "_quantization_metadata": "", "mflux_version": "MLX"}
-_METHODS = re.compile(r"nvfp4|mxfp[48]|svdquant|nf4|fp4|int[248]|uint[48]|float8\w*|bitsandbytes\w*|quanto|torchao|gptq|awq|sdnq|gguf|modelopt", re.IGNORECASE)
+NOTES = {
+    "tensor_names": "torchao",
+    "quantization_config": "",
+    "quantization_level": "MLX",
+    "quantization": "",
+    "_quantization_metadata": "",
+    "mflux_version": "MLX",
+}
+_METHODS = re.compile(
+    r"nvfp4|mxfp[48]|svdquant|nf4|fp4|u?int[248]|float8\w*|bitsandbytes\w*|quanto|torchao|gptq|awq|sdnq|modelopt",
+    re.IGNORECASE,
+)
 
 # dtypes of safetensors that only quantizations have
 DTYPES = {"F4": "fp4", "F6_E2M3": "mxfp6", "F6_E3M2": "mxfp6", "F8_E8M0": "mxfp4 or mxfp8", "I4": "int4", "U4": "int4"}
@@ -49,7 +62,10 @@ MAGIC = (
     (b"PK\x03\x04", "is a pickle whatever its name says; pickled files are not read, they can run code"),
     (b"\x80\x02\x8a", "is a pickle whatever its name says; pickled files are not read, they can run code"),
     (b"version ", "is a pointer of Git LFS, not the file itself: `git lfs pull` fetches it"),
-    *((magic, "is a web page, not the file itself: it must be downloaded anew") for magic in (b"<!D", b"<!d", b"<htm", b"<HTM", b"<?x")),
+    *(
+        (magic, "is a web page, not the file itself: it must be downloaded anew")
+        for magic in (b"<!D", b"<!d", b"<htm", b"<HTM", b"<?x")
+    ),
     (b"\x1f\x8b\x08", "is compressed (gzip): unpack it"),
 )
 
@@ -59,7 +75,7 @@ def line(where: str, what: str, by: str) -> str:
 
 
 def in_tensors(tensors: Mapping[str, Tensor], where: str, config: Mapping[str, Any] | None = None) -> str | None:
-    """The line of a quantization that the tensors show; ``config`` may name one whose tensors show only that there is one."""
+    """The line of a quantization that the tensors show; ``config`` may name one that they do not name."""
     for what, pattern in _SIGNS:
         if name := next((name for name in tensors if pattern.fullmatch(name)), None):
             return line(where, what, f"tensor {tensors[name].name}")
@@ -91,7 +107,11 @@ def _described(given: Any) -> str:
     """The method of a ``quantization_config``, and the kind of number if it has one."""
     if not isinstance(given, Mapping):
         return ""
-    kind = "int8" if given.get("load_in_8bit") else given.get("bnb_4bit_quant_type") or given.get("weights_dtype") or given.get("quant_type")
+    kind = (
+        "int8"
+        if given.get("load_in_8bit")
+        else given.get("bnb_4bit_quant_type") or given.get("weights_dtype") or given.get("quant_type")
+    )
     return " ".join(word for word in (given.get("quant_method"), kind) if isinstance(word, str))
 
 

@@ -48,7 +48,8 @@ class Piece:
 
 
 # What torch.compile, FSDP, DDP and activation checkpoints put round modules, and so into names.
-_WRAPPER = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)[._]|(?<![^.])module\.")
+_WRAPPERS = r"_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module"
+_WRAPPER = re.compile(rf"(?:{_WRAPPERS})[._]|(?<![^.])module\.")
 
 
 def unwrapped(name: str) -> str:
@@ -110,15 +111,18 @@ def assign(
     empty = [(p, i) for p, pieces in filled.items() for i, x in enumerate(pieces) if x is None]
     if unknown or wrong or empty:
         lines = listed(dict.fromkeys(unknown), "tensor that the model does not have")
-        lacking = [(f"{p}[{i}]" if stacked[p] else p, lacked(table, p, i if stacked[p] else None, tensors)) for p, i in empty[:MAX_LISTED]]
-        named = [f"{path}: the file lacks {name}" if name not in (None, path) else path for path, name in lacking]
+        named = []
+        for path, layer in empty[:MAX_LISTED]:
+            name = lacked(table, path, layer if stacked[path] else None, tensors)
+            full = f"{path}[{layer}]" if stacked[path] else path
+            named.append(f"{full}: the file lacks {name}" if name not in (None, full) else full)
         lines += listed(named, "parameter that no tensor fills", len(empty)) + listed(wrong, "wrong tensor")
         raise UserError(*(f"{where}: {line}" for line in lines))
     return filled  # type: ignore[return-value]  # no None left
 
 
 def lacked(table: Table, path: str, layer: int | None, tensors: Mapping[str, Tensor]) -> str | None:
-    """The name that the tensor of a parameter would have in the file, so like those of ``tensors`` as the table lets it."""
+    """The name that a parameter's tensor would have in the file, as like those of ``tensors`` as the table lets it."""
     head, dot, rest = path.partition(".")
     target = path if layer is None else f"{head}[{layer}]{dot}{rest}"
     names = []
@@ -146,7 +150,8 @@ def _written(pattern: str, groups: Iterator[str]) -> list[str]:
 def listed(items: Iterable[str], what: str, count: int | None = None) -> list[str]:
     """The first of ``count`` items, or of these, a line each, and how many more there are."""
     items = list(items)
-    more = [f"… and {(count or len(items)) - MAX_LISTED} more of this kind"] if (count or len(items)) > MAX_LISTED else []
+    left = (count or len(items)) - MAX_LISTED
+    more = [f"… and {left} more of this kind"] if left > 0 else []
     return [f"{what}: {item}" for item in items[:MAX_LISTED]] + more
 
 

@@ -242,8 +242,9 @@ def broken_link(path: str, above: bool = True) -> str | None:
     if os.path.exists(path):
         return None
     told = f"{path}: a link to {os.readlink(path)}, which is not there"
-    if cached := re.search(r"/(?:models--)([^/]+)/snapshots/", path):
-        return f"{told}: this copy of the Hugging Face cache is not whole; fetch it again: hf download {cached[1].replace('--', '/', 1)} --force-download"
+    if cached := re.search(r"/models--([^/]+)/snapshots/", path):
+        repo = cached[1].replace("--", "/", 1)
+        return f"{told}: this copy in Hugging Face's cache is not whole: hf download {repo} --force-download"
     return f"{told}: mend the link, or copy the file"
 
 
