@@ -107,6 +107,26 @@ def apart(s: Size) -> Shapes:
     return found
 
 
+def diffsynth(s: Size) -> Shapes:
+    """DiffSynth-Studio's names of the same layers as Black Forest Labs'."""
+    names = {"img_in": "x_embedder", "txt_in": "context_embedder", "final_layer.linear": "final_proj_out",
+             "final_layer.adaLN_modulation.1": "final_norm_out.linear"}  # fmt: skip
+    for old, new in (("time_in", "time_embedder.timestep_embedder"), ("vector_in", "pooled_text_embedder"),
+                     ("guidance_in", "guidance_embedder.timestep_embedder")):  # fmt: skip
+        names |= {f"{old}.in_layer": f"{new}.0", f"{old}.out_layer": f"{new}.2"}
+    ends = {"linear1": "to_qkv_mlp", "linear2": "proj_out", "modulation.lin": "norm.linear"}
+    for old, new in (("img", "a"), ("txt", "b")):
+        ends |= {f"{old}_mod.lin": f"norm1_{new}.linear", f"{old}_attn.qkv": f"attn.{new}_to_qkv",
+                 f"{old}_attn.proj": f"attn.{new}_to_out", f"{old}_mlp.0": f"ff_{new}.0",
+                 f"{old}_mlp.2": f"ff_{new}.2"}  # fmt: skip
+    found = {}
+    for name, shape in bfl(s).items():
+        stack, _, rest = name.partition(".")
+        layer, _, end = rest.partition(".")
+        found[f"{stack.removeprefix('double_')}.{layer}.{ends[end]}" if "blocks" in stack else names[name]] = shape
+    return found
+
+
 def dots(prefix: str, shapes: Shapes) -> Shapes:
     return {prefix + name: shape for name, shape in shapes.items()}
 
@@ -207,6 +227,9 @@ FORMATS: dict[str, Callable[[Size, Maker], Tensors]] = {
     "OneTrainer": lambda s, m: m.lora(underscores("lora_transformer_", diffusers(s)) | underscores("lora_te1_", clip(s))),
     "OneTrainer, newer": lambda s, m: m.lora(dots("transformer.", apart(s)) | dots("clip_l.", clip(s)) | dots("t5.", t5(s))),
     "XLabs": lambda s, m: m.lora(xlabs(s), "down.weight", "up.weight", alpha=False),
+    "DiffSynth": lambda s, m: m.lora(diffsynth(s), "lora_A.default.weight", "lora_B.default.weight", alpha=False),
+    "diffusers, underscores": lambda s, m: m.lora(underscores("transformer_", diffusers(s))
+                                                  | underscores("text_encoder_", clip(s))),  # fmt: skip
     "BFL control": lambda s, m: m.peft(bfl(s), bias=True) | norms(s, m),
     "fal": lambda s, m: m.peft(dots("base_model.model.", blocks(bfl(s)) | {"final_layer.linear": (s.channels, s.width)})),
     "PEFT": lambda s, m: m.peft(dots("base_model.model.", diffusers(s))),

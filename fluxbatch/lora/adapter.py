@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -27,13 +28,13 @@ from fluxbatch.lora.deltas import (
     Whole,
 )
 from fluxbatch.lora.files import Spec, locate, settings_of
-from fluxbatch.lora.formats import KINDS, Site, Target, read_key
+from fluxbatch.lora.formats import KINDS, Site, Target, read_key, split_key
 from fluxbatch.models.family import LoraKeys
 from fluxbatch.types import UserError, public
 from fluxbatch.weights.headers import read_header
-from fluxbatch.weights.load import Plan
-from fluxbatch.weights.matching import listed
-from fluxbatch.weights.source import FLOATS
+from fluxbatch.weights.load import Plan, read_layer
+from fluxbatch.weights.matching import listed, unwrapped
+from fluxbatch.weights.source import FLOATS, Tensor
 
 PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
@@ -63,6 +64,7 @@ class Adapter:
     changes: Mapping[str, Mapping[Place, Delta]]  # by component
     parts: tuple[Part, ...]
     skipped: tuple[str, ...]  # complaints that strict=false let pass
+    zeros: tuple[str, ...] = ()  # modules without a place that the file leaves as they are
 
     @property
     def name(self) -> str:
@@ -71,8 +73,13 @@ class Adapter:
     @property
     def merged_only(self) -> str | None:
         """Why it cannot be mixed row by row, if it cannot."""
-        deltas = (delta for changes in self.changes.values() for delta in changes.values())
-        return next((delta.merged_only for delta in deltas if delta.merged_only), None)
+        for changes in self.changes.values():
+            for (path, _), delta in changes.items():
+                if delta.merged_only:
+                    return delta.merged_only
+                if not path.endswith(".kernel"):
+                    return "it changes an embedding"
+        return None
 
     def coverage(self) -> dict[str, Any]:
         """What the metadata say of it."""
@@ -91,6 +98,9 @@ class Adapter:
             yield (f"  {part.part:{wide}}  {part.layers:>2} of {part.of:<2} layers  rank {rank:<5} alpha {alpha:<5} "
                    f"{part.parameters:>11,} parameters  norm {part.norm:<8.4g} {' '.join(part.modules)}")  # fmt: skip
         yield from (f"  warning: left out: {line}" for line in self.skipped)
+        if self.zeros:
+            more = f" and {len(self.zeros) - 3} more" if len(self.zeros) > 3 else ""
+            yield f"  zeros, which change nothing, are left out: {', '.join(self.zeros[:3])}{more}"
 
 
 def read_adapter(spec: Spec, plans: Mapping[str, Plan], keys: LoraKeys, strict: bool) -> Adapter:
@@ -110,25 +120,36 @@ def read_adapter(spec: Spec, plans: Mapping[str, Plan], keys: LoraKeys, strict: 
     groups: dict[tuple[str, str], dict[str, np.ndarray]] = collections.defaultdict(dict)
     sites: dict[tuple[str, str], Site] = {}
     kinds: dict[str, None] = {}
+    # by module and role: the key, and whether all is zeros
+    strays: dict[str, dict[str, tuple[str, bool]]] = collections.defaultdict(dict)
+
+    def value_of(tensor: Tensor) -> np.ndarray:
+        return np.frombuffer(data, tensor.dtype, math.prod(tensor.shape), tensor.start).reshape(tensor.shape)
+
     for key, tensor in tensors.items():
         site = read_key(key, keys)
         if site is None or not all(_fits(plans[site.component], target) for target in site.targets):
+            module, role = split_key(key) or (key, "")
+            strays[module][role] = key, not value_of(tensor).any()
             unknown.append(key)
         elif site.targets:
             at = site.component, site.module
             if site.role in groups.get(at, {}):
                 problems.append(f"{key}: {site.module} has its {site.role} already")
                 continue
-            if tensor.dtype not in FLOATS.values() and site.role != "alpha":
+            if tensor.dtype not in FLOATS.values() and site.role not in ("alpha", "reshape"):
                 problems.append(f"{key}: dtype {tensor.dtype}, expected one of {', '.join(FLOATS)}")
                 continue
-            value = np.frombuffer(data, tensor.dtype, math.prod(tensor.shape), tensor.start).reshape(tensor.shape)
+            value = value_of(tensor)
             groups[at][site.role] = value.reshape(value.shape[:2]) if value.ndim == 4 and value.shape[2:] == (1, 1) else value
             sites[at] = site
             if site.role in KINDS:
                 kinds[f"{KINDS[site.role]} as {site.writer} names it"] = None
 
     reader = _Reader(plans, keys, spec, settings)
+    reader.zeros += [module for module, roles in strays.items() if _changes_nothing(roles)]
+    dropped = {key for module in reader.zeros for key, _ in strays[module].values()}
+    unknown = [key for key in unknown if key not in dropped]
     for key, group in groups.items():
         try:
             reader.add(sites[key], group)
@@ -139,11 +160,20 @@ def read_adapter(spec: Spec, plans: Mapping[str, Plan], keys: LoraKeys, strict: 
         nothing = [] if reader.changes else ["holds no adapter for this model"]
         hint = [f"{spec.key}: lora_config.strict=false leaves these keys out"] if reader.changes else []
         raise UserError(*(f"{where}: {line}" for line in [*lines, *nothing]), *hint)
-    return Adapter(spec, public(where), digest, ", ".join(kinds), reader.changes, reader.parts(), tuple([*unknown, *problems]))
+    left_out = tuple([*unknown, *problems]), tuple(reader.zeros)
+    return Adapter(spec, public(where), digest, ", ".join(kinds), reader.changes, reader.parts(), *left_out)
+
+
+def _changes_nothing(roles: Mapping[str, tuple[str, bool]]) -> bool:
+    """Whether a module's tensors, of which it is known which are zeros, leave it as it is."""
+    zero = {role: zeros for role, (_, zeros) in roles.items()}
+    if {"down", "up"} <= zero.keys() <= {"down", "up", "alpha", "reshape"}:
+        return zero["down"] or zero["up"]
+    return bool(zero) and zero.keys() <= {"diff", "diff_b"} and all(zero.values())
 
 
 def _fits(plan: Plan, target: Target) -> bool:
-    layers, _ = plan.shapes.get(f"{target.path}.{target.leaf}", (0, ()))
+    layers, _ = plan.shapes.get(target.at(), (0, ()))
     return target.layer < (1 if layers is None else layers)
 
 
@@ -153,35 +183,38 @@ class _Reader:
     def __init__(self, plans: Mapping[str, Plan], keys: LoraKeys, spec: Spec, settings: Mapping[str, Mapping[str, Any]]):
         self.plans, self.keys, self.spec, self.settings = plans, keys, spec, settings
         self.changes: dict[str, dict[Place, Delta]] = {}
+        self.zeros: list[str] = []
         self._lines: dict[str, list[tuple[str, str, int, int, float, int, float]]] = collections.defaultdict(list)
         self._of: dict[str, int] = {}
 
     def add(self, site: Site, given: dict[str, np.ndarray]) -> None:
         """ValueError says what is wrong with the module's tensors."""
         tensors = {role: value if self.spec.from_pt else value.T for role, value in given.items()}
-        count = sum(value.size for role, value in tensors.items() if role != "alpha")
+        count = sum(value.size for role, value in tensors.items() if role not in ("alpha", "reshape"))
         made = list(self._deltas(site, tensors))
         if tensors or not made:
             raise ValueError(f"{', '.join(tensors or given)} without what belongs to it")
         found: dict[Place, Delta] = {}
         for leaf, delta, alpha in made:
             for target in site.targets:
-                path = f"{target.path}.{leaf or target.leaf}"
+                path = target.at(leaf)
                 if path not in self.plans[site.component].shapes:
                     raise ValueError(f"the model has no {path}")
-                part = delta.take(tuple((delta.shape[0] * a // n, delta.shape[0] * b // n) for a, b, n in target.rows))
+                part = delta.take(_rows(delta, target))
+                if not path.endswith(".kernel") and not isinstance(part, Replacement | Decomposed) and not part.norm2():
+                    if len(part.shape) > 1:
+                        self.zeros.append(site.module)
+                    continue  # a bias or an embedding as it was is no reason to mix this adapter with no other
                 _, shape = self.plans[site.component].shapes[path]
                 if part.shape != shape:
                     raise ValueError(f"shape {list(part.shape)}, the model expects {list(shape)} for {path}")
                 if (path, target.layer) in found | self.changes.get(site.component, {}):
                     raise ValueError(f"another module of the file has changed {path}[{target.layer}] already")
-                if type(part) is Whole and part.merged_only and not part.value.any():
-                    continue  # a bias as it was is no reason to mix this adapter with no other
                 norm2 = part.norm2()
                 if not math.isfinite(norm2):
                     raise ValueError("holds NaN or infinity, or numbers whose products are")
                 found[path, target.layer] = part
-                if part.merged_only is None or isinstance(part, Decomposed):
+                if len(part.shape) > 1:
                     self._cover(site.component, target, part.rank, alpha, count, norm2)
                     count = 0  # a fused layer's factors are counted once
         if found:
@@ -216,14 +249,33 @@ class _Reader:
             delta = Kronecker(w1, w2, scale)
         elif "diff" in tensors:
             delta = Whole(pop("diff"))
+        elif "set_weight" in tensors:
+            delta = Replacement(pop("set_weight"))
         elif "set" in tensors and site.targets[0].leaf == "scale":
             delta = Replacement(pop("set"))
         if delta is not None and tensors.keys() & {"dora_scale", "dora_peft"}:
-            delta = _decomposed(delta, tensors, fused=len(site.targets) > 1)
+            delta = self._decomposed(site, delta, tensors)
+        if delta is not None and "reshape" in tensors and (wanted := pop("reshape").tolist()) != list(delta.shape):
+            raise ValueError(f"reshape_weight {wanted}, the change has {list(delta.shape)}")
         if delta is not None:
             yield "", delta, alpha or 0.0
         if "diff_b" in tensors:
             yield "bias", Whole(pop("diff_b")), 0.0
+        elif "set_bias" in tensors:
+            yield "bias", Replacement(pop("set_bias")), 0.0
+
+    def _decomposed(self, site: Site, delta: Delta, tensors: dict[str, np.ndarray]) -> Decomposed:
+        inside = "dora_peft" in tensors
+        magnitude = tensors.pop("dora_peft" if inside else "dora_scale")
+        magnitude = magnitude.reshape(-1, 1) if magnitude.ndim == 1 else magnitude
+        if magnitude.shape not in ((delta.shape[0], 1), (1, delta.shape[1])):
+            what = f"shape {list(magnitude.shape)} for a weight of shape {list(delta.shape)}"
+            raise ValueError(f"DoRA lengths of {what}: expected one length for each output, or for each input")
+        if not np.isfinite(magnitude.astype(np.float32)).all():
+            raise ValueError("DoRA lengths hold NaN or infinity")
+        fused = magnitude.shape[1] > 1 and len(site.targets) > 1
+        columns = _columns(self.plans[site.component], site, delta) if fused else None
+        return Decomposed(delta, magnitude, inside, columns)
 
     def _scale(self, site: Site, rank: int | None, alpha: float | None) -> tuple[float, float]:
         """alpha / rank, and alpha: the file's, or what PEFT's settings say, or the rank itself."""
@@ -231,21 +283,21 @@ class _Reader:
             return 1.0, alpha  # LoKr of two whole matrices is not scaled
         settings = self.settings.get(site.component, {})
         if alpha is None and (given := settings.get("lora_alpha", settings.get("alpha"))) is not None:
-            name = re.sub(r"^base_model\.model\.", "", site.module).removeprefix(f"{site.component}.")
-            rank = rank or _by_pattern(settings, "rank_pattern", name, settings.get("r"))
-            alpha = float(_by_pattern(settings, "alpha_pattern", name, given))
+            names = re.sub(r"^base_model\.model\.", "", site.module).removeprefix(f"{site.component}."), site.name
+            rank = rank or _by_pattern(settings, "rank_pattern", names, settings.get("r"))
+            alpha = float(_by_pattern(settings, "alpha_pattern", names, given))
             if rank and settings.get("use_rslora"):
                 return alpha / math.sqrt(rank), alpha
         return (1.0, float(rank or 1)) if alpha is None or not rank else (alpha / rank, alpha)
 
     def _cover(self, component: str, target: Target, rank: int, alpha: float, count: int, norm2: float) -> None:
-        first, _, rest = target.path.partition(".")
+        first, _, rest = (target.path or target.leaf).partition(".")
         part = first
         if first in self.keys.split_stacks:
             second, _, rest = rest.partition(".")
             part = f"{first}.{second}"
         part = part if component == self.keys.main else f"{component} {part}"
-        self._of[part] = self.plans[component].shapes[f"{target.path}.{target.leaf}"][0] or 1
+        self._of[part] = self.plans[component].shapes[target.at()][0] or 1
         self._lines[part].append((rest or first, target.path, target.layer, rank, alpha, count, norm2))
 
     def parts(self) -> tuple[Part, ...]:
@@ -275,22 +327,28 @@ def _lokr_factor(tensors: dict[str, np.ndarray], w: str) -> tuple[np.ndarray, ..
     return a, b
 
 
-def _decomposed(delta: Delta, tensors: dict[str, np.ndarray], fused: bool) -> Decomposed:
-    inside = "dora_peft" in tensors
-    magnitude = tensors.pop("dora_peft" if inside else "dora_scale")
-    magnitude = magnitude.reshape(-1, 1) if magnitude.ndim == 1 else magnitude
-    rows, columns = magnitude.shape
-    if (rows, columns) != (delta.shape[0], 1) and ((rows, columns) != (1, delta.shape[1]) or fused):
-        what = "one length for each output" + ("" if fused else ", or for each input")
-        raise ValueError(f"DoRA lengths of shape {[rows, columns]} for a weight of shape {list(delta.shape)}: expected {what}")
-    if not np.isfinite(magnitude.astype(np.float32)).all():
-        raise ValueError("DoRA lengths hold NaN or infinity")
-    return Decomposed(delta, magnitude, inside)
+def _columns(plan: Plan, site: Site, inner: Delta) -> Callable[[float], np.ndarray]:
+    """The lengths of the columns of a fused layer with ``inner`` at a scale: its parts lie apart in the model."""
+
+    @functools.lru_cache(maxsize=1)  # its parts ask one after another
+    def lengths(scale: float) -> np.ndarray:
+        squares = np.zeros((1, inner.shape[1]))
+        for target in site.targets:
+            old, part = read_layer(plan, target.at(), target.layer), inner.take(_rows(inner, target))
+            squares += np.sum(np.square(old + part.change(old, scale)), axis=0, keepdims=True)
+        return np.sqrt(squares).astype(np.float32)
+
+    return lengths
 
 
-def _by_pattern(settings: Mapping[str, Any], patterns: str, name: str, otherwise: Any) -> Any:
+def _rows(delta: Delta, target: Target) -> tuple[tuple[int, int], ...]:
+    """Those of a module's change that belong to one of its targets."""
+    return tuple((delta.shape[0] * a // n, delta.shape[0] * b // n) for a, b, n in target.rows)
+
+
+def _by_pattern(settings: Mapping[str, Any], patterns: str, names: tuple[str, ...], otherwise: Any) -> Any:
     """PEFT's rule: the first pattern that the end of the module's name matches."""
     for pattern, value in (settings.get(patterns) or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
+        if any(re.match(rf"(.*\.)?({one})$", name) for one in (pattern, unwrapped(pattern)) for name in names):
             return value
     return otherwise

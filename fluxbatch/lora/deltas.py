@@ -7,6 +7,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import math
+from collections.abc import Callable
 
 import numpy as np
 
@@ -208,7 +209,7 @@ class Whole(Delta):
 class Replacement(Whole):
     """A new value for a parameter; at a scale below 1, part of the way there."""
 
-    merged_only = "it replaces norms"
+    merged_only = "it replaces weights"
 
     def change(self, old: np.ndarray, scale: float) -> np.ndarray:
         return np.float32(scale) * (self.full() - old)
@@ -226,6 +227,8 @@ class Decomposed(Delta):
     inner: Delta
     magnitude: np.ndarray  # [out, 1] or [1, in]
     inside: bool
+    # Of a part of a fused layer with a length for each input: those of the whole's columns, changed at a scale.
+    columns: Callable[[float], np.ndarray] | None = None
 
     merged_only = "it is a DoRA: its lengths depend on the weights it is merged into"
 
@@ -238,7 +241,8 @@ class Decomposed(Delta):
         return self.inner.shape
 
     def take(self, rows: Rows) -> Decomposed:
-        return dataclasses.replace(self, inner=self.inner.take(rows), magnitude=_cut(self.magnitude, rows))
+        magnitude = _cut(self.magnitude, rows) if self.magnitude.shape[1] == 1 else self.magnitude
+        return dataclasses.replace(self, inner=self.inner.take(rows), magnitude=magnitude)
 
     def full(self) -> np.ndarray:
         return self.inner.full()
@@ -247,9 +251,10 @@ class Decomposed(Delta):
         return self.inner.norm2()
 
     def change(self, old: np.ndarray, scale: float) -> np.ndarray:
-        new = old + self.inner.change(old, scale if self.inside else 1.0)
+        at = scale if self.inside else 1.0
+        new = old + self.inner.change(old, at)
         axis = 1 if self.magnitude.shape[1] == 1 else 0
-        lengths = np.sqrt(np.sum(np.square(new), axis=axis, keepdims=True))
+        lengths = self.columns(at) if self.columns else np.sqrt(np.sum(np.square(new), axis=axis, keepdims=True))
         new *= wide(self.magnitude) / np.maximum(lengths, np.finfo(np.float32).tiny)
         new -= old
         return new if self.inside else np.float32(scale) * new

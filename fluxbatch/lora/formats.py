@@ -1,6 +1,6 @@
 """What the keys of adapter files mean: prefix, module, role.
 
-Trainers name the same modules after Black Forest Labs' checkpoint or after diffusers', with dots or with
+Trainers name the same modules after Black Forest Labs' checkpoint, diffusers' or DiffSynth's, with dots or with
 underscores, so the names come from the family's key tables; only roles are found here.
 """
 
@@ -13,23 +13,30 @@ from collections.abc import Iterator
 
 from fluxbatch.models.family import LoraKeys
 from fluxbatch.models.key_tables import Rows, Rule, split_layer
+from fluxbatch.weights.matching import unwrapped
 
+
+_NAME = r"(?:\.[^.]+)?"  # of the adapter, where PEFT keeps it
 # role → the ends of keys that have it
 ROLES = {
-    "down": r"lora_A(?:\.[^.]+)?\.weight|lora_down\.weight|lora\.down\.weight|lora_linear_layer\.down\.weight|down\.weight",
-    "up": r"lora_B(?:\.[^.]+)?\.weight|lora_up\.weight|lora\.up\.weight|lora_linear_layer\.up\.weight|up\.weight",
-    "up_bias": r"lora_B(?:\.[^.]+)?\.bias|lora_up\.bias",
+    "down": rf"lora_A(?:{_NAME}\.weight)?|lora_down{_NAME}\.weight|(?:lora\.|lora_linear_layer\.)?down\.weight",
+    "up": rf"lora_B(?:{_NAME}\.weight)?|lora_up{_NAME}\.weight|(?:lora\.|lora_linear_layer\.)?up\.weight",
+    "up_bias": rf"lora_B{_NAME}\.bias|lora_up{_NAME}\.bias",
     "alpha": "alpha",
     "dora_scale": "dora_scale",
-    "dora_peft": r"lora_magnitude_vector(?:\.[^.]+)?(?:\.weight)?",
-    **{name: name for name in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")},
-    **{name: name for name in ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")},
-    "diff": "diff|w_norm",
-    "diff_b": "diff_b|b_norm",
+    "dora_peft": rf"lora_magnitude_vector{_NAME}(?:\.weight)?",
+    **{name: name + _NAME for name in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")},
+    **{name: name + _NAME for name in ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")},
+    "diff": r"(?:scale\.)?diff|w_norm",
+    "diff_b": r"diff_b|bias\.diff|b_norm",
+    "set_weight": r"(?:scale\.)?set_weight",
+    "set_bias": r"bias\.set_weight",
     "set": "scale|weight",  # of a norm
+    "reshape": "reshape_weight",  # what the weight must be padded to
 }
 KINDS = {"down": "LoRA", "hada_w1_a": "LoHa", "lokr_w1": "LoKr", "lokr_w1_a": "LoKr", "dora_scale": "DoRA", "dora_peft": "DoRA",
-         "diff": "difference", "diff_b": "difference", "set": "norms"}  # fmt: skip
+         "diff": "difference", "diff_b": "difference", "set": "norms", "set_weight": "replacement",
+         "set_bias": "replacement"}  # fmt: skip
 
 _KEY = re.compile(r"(.+?)\.(?:" + "|".join(f"(?P<{role}>{end})" for role, end in ROLES.items()) + ")")
 
@@ -39,9 +46,13 @@ class Target:
     """Rows ``rows`` of a module's change belong to the module at ``path`` (no leaf), layer ``layer``."""
 
     path: str
-    leaf: str  # what its weight is called: kernel or scale
+    leaf: str  # what its weight is called: kernel, scale, or an embedding's name
     layer: int
     rows: tuple[Rows, ...]
+
+    def at(self, leaf: str = "") -> str:
+        """The path of its weight, or of another of its parameters."""
+        return f"{self.path}.{leaf or self.leaf}".removeprefix(".")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,28 +61,39 @@ class Site:
 
     component: str
     module: str  # as the file names it, prefix included
+    name: str  # the same without prefixes
     role: str
     writer: str
     targets: tuple[Target, ...]  # none: a part that inference does not read
 
 
+def split_key(key: str) -> tuple[str, str] | None:
+    """The module and the role of a key; None for one that no format of adapters has."""
+    match = _KEY.fullmatch(key)
+    return None if match is None else (match[1], str(match.lastgroup))
+
+
 def read_key(key: str, keys: LoraKeys) -> Site | None:
     """None for a key that no format of adapters for this family has."""
-    match = _KEY.fullmatch(key)
-    if not match:
+    if (parts := split_key(key)) is None or (found := _place(keys, unwrapped(parts[0]), None, "")) is None:
         return None
-    module, role = match[1], match.lastgroup
-    assert role is not None
-    for prefix, component, writer in keys.prefixes:
-        if not module.startswith(prefix):
-            continue
-        name = module[len(prefix) :].rstrip("_")
-        if re.fullmatch(keys.unread.get(component, r"(?!)"), name):
-            return Site(component, module, role, writer, ())
-        for naming, rules in _namings(keys, component).items():
-            if targets := tuple(_targets(name, rules)):
-                writer = {"bare": naming}.get(writer, "XLabs" if naming == "XLabs" else writer)
-                return Site(component, module, role, writer, targets)
+    component, name, writer, targets = found
+    return Site(component, parts[0], name, parts[1], writer, targets)
+
+
+@functools.cache
+def _place(keys: LoraKeys, name: str, component: str | None, writer: str) -> tuple[str, str, str, tuple[Target, ...]] | None:
+    """Component, name without prefixes, writer and targets of a module."""
+    name = name.rstrip("_")
+    if re.fullmatch(keys.unread.get(component or "", r"(?!)"), name):
+        return str(component), name, writer, ()
+    for naming, rules in _namings(keys, component or keys.main).items():
+        if targets := tuple(_targets(name, rules)):
+            return component or keys.main, name, naming if naming in keys.telling else writer or naming, targets
+    for prefix, of, by in keys.prefixes:
+        if name.startswith(prefix) and (of is None or component in (None, of)):
+            if found := _place(keys, name[len(prefix) :], component or of, writer or by):
+                return found
     return None
 
 
@@ -90,6 +112,6 @@ def _namings(keys: LoraKeys, component: str) -> dict[str, tuple[tuple[re.Pattern
 
 
 def _modules(rules: tuple[Rule, ...]) -> tuple[tuple[re.Pattern[str], Rule], ...]:
-    chosen = [rule for rule in rules if rule.target.endswith((".kernel", ".scale"))]
+    chosen = [rule for rule in rules if not rule.target.endswith(".bias")]
     names = (re.sub(r"\\\.(?:weight|\(\?:scale\|weight\))$", "", rule.pattern) for rule in chosen)
     return tuple((re.compile(name.replace(r"\.", "[._]")), rule) for name, rule in zip(names, chosen, strict=True))

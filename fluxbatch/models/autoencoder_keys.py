@@ -16,10 +16,11 @@ def _vae_half(half: str, levels: str, to: str, sampler: str, resnets: str = "res
         *norm(rf"{half}\.conv_norm_out", "norm_out"),
         *linear(rf"{half}\.{levels}\.(\d+)\.{sampler}\.0\.conv", f"{to}.{{0}}.conv"),
         *norm(rf"{half}\.mid_block\.attentions\.0\.group_norm", "mid.attn_1.norm"),
-        *linear(rf"{half}\.mid_block\.attentions\.0\.to_q", "mid.attn_1.q"),
-        *linear(rf"{half}\.mid_block\.attentions\.0\.to_k", "mid.attn_1.k"),
-        *linear(rf"{half}\.mid_block\.attentions\.0\.to_v", "mid.attn_1.v"),
-        *linear(rf"{half}\.mid_block\.attentions\.0\.to_out\.0", "mid.attn_1.out"),
+        # the first names are those of diffusers before 0.18
+        *linear(rf"{half}\.mid_block\.attentions\.0\.(?:query|to_q)", "mid.attn_1.q"),
+        *linear(rf"{half}\.mid_block\.attentions\.0\.(?:key|to_k)", "mid.attn_1.k"),
+        *linear(rf"{half}\.mid_block\.attentions\.0\.(?:value|to_v)", "mid.attn_1.v"),
+        *linear(rf"{half}\.mid_block\.attentions\.0\.(?:proj_attn|to_out\.0)", "mid.attn_1.out"),
     ]
     blocks = [(rf"{half}\.{levels}\.(\d+)\.{resnets}\.(\d+)", f"{to}.{{0}}.block.{{1}}")]
     blocks += [(rf"{half}\.mid_block\.resnets\.{i}", f"mid.block_{i + 1}") for i in (0, 1)]

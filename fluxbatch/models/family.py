@@ -60,10 +60,13 @@ class TokenizerFiles:
 class LoraKeys:
     """What the keys of adapter files begin with and name."""
 
-    prefixes: tuple[tuple[str, str, str], ...]  # (prefix, component, what writes it); the first that leads to a module holds
+    prefixes: tuple[tuple[str, str | None, str], ...]
+    """(prefix, component, what writes it), one after another as far as they stand there: of those that lead to a module of
+    the component the first holds. None: it says nothing of the component."""
     namings: Mapping[str, Mapping[str, tuple[Rule, ...]]]  # component → name of the naming → its rules
     unread: Mapping[str, str] = dataclasses.field(default_factory=dict)  # component → pattern of modules that inference never reads
     split_stacks: tuple[str, ...] = ()  # stacks whose parts are reported apart
+    telling: tuple[str, ...] = ()  # namings that say who wrote a file, whatever its prefixes are
     main: str = "transformer"  # the component that reports do not name
 
 

@@ -24,10 +24,11 @@ from fluxbatch.models.family import Component, Family
 from fluxbatch.models.key_tables import NATIVE, Table, shapes_of
 from fluxbatch.models.registry import by_pipeline, families
 from fluxbatch.types import UserError
-from fluxbatch.weights import load, single_files, zarr
+from fluxbatch.weights import load, quantized, single_files, zarr
 from fluxbatch.weights.digests import verify
 from fluxbatch.weights.find import SMALL, SUFFIX, SUFFIXES, find, snapshot, split
-from fluxbatch.weights.headers import held, read_header, read_headers, with_scales
+from fluxbatch.weights.headers import held, instead, notes, read_header, read_headers, weights_file, with_scales
+from fluxbatch.weights.matching import lacked
 from fluxbatch.weights.source import Source, Tensor, sampled
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt", "spiece.model",
@@ -44,11 +45,19 @@ class Opened:
     tensors: Mapping[str, Tensor]
     table: Table
     where: str  # its config.json, or the file whose shapes gave the config
+    declared: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # all that its config.json says
 
     def plan(self, **options: Any) -> load.Plan:
-        """Which bytes fill which parameter; UserError lists every disagreement."""
+        """Which bytes fill which parameter; UserError lists every disagreement, or names a quantization."""
         make = lambda rngs: self.definition.module(self.config, rngs=rngs, **options)  # noqa: E731
-        return load.plan(make, dict(self.tensors), self.table, self.source)
+        try:
+            return load.plan(make, dict(self.tensors), self.table, self.source)
+        except UserError as error:
+            held = {t.file for t in self.tensors.values() if not isinstance(self.source, zarr.Arrays)}
+            noted = (quantized.in_notes(notes(self.source, file), self.source.path(file)) for file in sorted(held))
+            if line := quantized.in_config(self.declared, self.where) or next(filter(None, noted), None):
+                raise UserError(line) from error
+            raise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,10 +151,7 @@ def _family_of(root: Source, pipeline: str | None, file: str | None, whole: Mapp
     """By what ``model_index.json`` says; without one by the denoiser's config, or by its tensors in a single file."""
     if file:
         known = (family for family in families() if single_files.recognise(family.components[family.denoiser], whole))
-        if (found := next(known, None)) is None:
-            names = ", ".join(family.denoiser for family in families()[:1])
-            raise UserError(f"{root.path(file)}: no {names} in it: its tensors are called {', '.join(list(whole)[:3])}, …")
-        return found
+        return next(known, families()[0])  # which says what is missing
     if pipeline is not None:
         if (named := by_pipeline(pipeline)) is None:
             firsts = " or ".join(family.pipelines[0] for family in families())
@@ -194,7 +200,7 @@ def open_component(
         return _from_directory(name, component, root / name, marker), None
     if file and (name == family.denoiser or single_files.recognise(component, whole)):
         return _from_file(name, component, root, file, whole), None
-    if _has_weights(component, root / name):
+    if weights_file(root / name, component.stems):
         return _from_directory(name, component, root / name), None
     folders = [root, *(root / f"../{folder}" for folder in component.folders if root.local)]
     for folder in folders:
@@ -208,13 +214,9 @@ def open_component(
     raise UserError(f"{root.path(file)}: no {name} in it or beside it: expected {root.path(name)}/{usual}{other_home}")
 
 
-def _has_weights(component: Component, directory: Source) -> bool:
-    return any(directory.exists(f"{stem}.safetensors{end}") for stem in component.stems for end in ("", ".index.json"))
-
-
 def _only_file(root: Source) -> str | None:
     """The denoiser's file in a directory of single files."""
-    if any(_has_weights(family.components[family.denoiser], root / family.denoiser) for family in families()):
+    if any(weights_file(root / family.denoiser, family.components[family.denoiser].stems) for family in families()):
         return None
     patterns = {pattern for family in families() for pattern in family.file_patterns}
     files = [name for name in root.top() if name.endswith(SUFFIXES) and any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
@@ -231,15 +233,21 @@ def _from_file(name: str, component: Component, source: Source, file: str, whole
     where = source.path(file)
     found = single_files.recognise(component, whole)
     if found is None:
-        raise UserError(f"{where}: no {name} in it: its tensors are called {', '.join(list(whole)[:3])}, …")
+        signs = " or ".join(dict.fromkeys(naming.sign for naming in component.namings))
+        names = f"its tensors are called {', '.join(list(whole)[:3])}, …"
+        line = quantized.in_tensors(whole, where) or quantized.in_notes(notes(source, file), where)
+        raise UserError(line or f"{where}: no {name} in it, which has {signs}: {names}")
     tensors, table, _ = found
     try:
+        if line := quantized.in_tensors(tensors, where):
+            raise UserError(line)
         config = component.sizes(*shapes_of(tensors, table))
         beside = next((json for path in (f"{name}/config.json", "config.json") if (json := _declared(component, source, path))), None)
         config = (beside.get("text_config", beside) if beside else component.constants(config)) | config
         return Opened(component, source, _parsed(component, config), tensors, table, where)
     except KeyError as error:
-        raise UserError(f"{where}: no tensor gives the size of {error} of the {name}") from error
+        lacks = f": the file lacks {lack}" if (lack := lacked(table, error.args[0], None, tensors)) else ""
+        raise UserError(f"{where}: no tensor gives the size of {error} of the {name}{lacks}") from error
     except (ValueError, TypeError, IndexError) as error:
         raise UserError(f"{where}: {error}") from error
 
@@ -258,7 +266,8 @@ def _from_directory(
     name: str, component: Component, source: Source, marker: Mapping[str, Any] | None = None, root: Source | None = None
 ) -> Opened:  # fmt: skip
     if not source.exists("config.json"):
-        raise UserError(f"{source.path('config.json')}: not found: the checkpoint has no {name}{held(source, *([root] if root else []))}")
+        places, where = ([source, root] if root else [source]), source.path("config.json")
+        raise UserError(instead(*places) or f"{where}: not found: the checkpoint has no {name}{held(*places)}")
     config = source.json("config.json")
     where = source.path("config.json")
     declared = _class_of(config)
@@ -274,9 +283,13 @@ def _from_directory(
         arrays = zarr.Arrays(source.url)
         return Opened(component, arrays, parsed, zarr.tensors(marker, name, arrays), NATIVE, where)
     tensors = read_headers(source, component.stems)
-    likeliest = component.namings[-1].table_for(tensors)
-    own, table, prefix = single_files.recognise(component, tensors) or (tensors, likeliest, "")
-    return Opened(component, source, parsed, tensors if prefix else own, likeliest if prefix else table, where)
+    folders_own = component.namings[-1].table_for(tensors)
+    own, table, _ = single_files.recognise(component, tensors) or (tensors, folders_own, "")
+    if len(own) < len(tensors):  # the others would be left out without a word
+        own, table = tensors, folders_own
+    if line := quantized.in_tensors(own, source.url, config):
+        raise UserError(line)
+    return Opened(component, source, parsed, own, table, where, config)
 
 
 # What an entry of a config.json may be, by the type of its field.

@@ -8,6 +8,7 @@ import re
 from urllib.parse import unquote
 
 from fluxbatch.types import UserError
+from fluxbatch.weights.source import broken_link
 
 EMBEDDED = importlib.resources.files("fluxbatch") / "checkpoints"
 SUFFIX = ".safetensors"
@@ -16,6 +17,11 @@ CONVERTED = "fluxbatch.json"  # lists a converted copy, whose weights have no su
 PICKLED = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 # Redirected elsewhere, and often to be seen with a token only: fetched as what it is
 PAGE = re.compile(r"https://huggingface\.co/(?P<repo>[^/?#]+/[^/?#]+)(/(resolve|blob|tree)/(?P<revision>[^/?#]+)(?P<file>/[^?#]+?)?)?/?([?]download=true)?")
+GGUF = ".gguf"
+INSTEAD = (
+    "expected bfloat16, float16, float32 or fp8 weights (ComfyUI's, with scales or without) in a .safetensors file: "
+    "use the one that it was made from, or its fp8 copy; stream_blocks=true where memory is short"
+)
 SMALL = ("*.json", "*merges.txt", "*spiece.model")  # configs and tokenizers
 
 
@@ -33,9 +39,10 @@ def find(
     if page := PAGE.fullmatch(name):
         name, path = unquote(page["repo"] + (page["file"] or "")), ""
         revision = unquote(page["revision"]) if page["revision"] else revision
-    if name.endswith((*PICKLED, ".gguf")) and not os.path.isdir(path):
-        why = "pickled files are not read, they can run code" if name.endswith(PICKLED) else "this format is not read"
-        raise UserError(f"{key}: {name!r}: expected a {SUFFIX} file: {why}")
+    if name.lower().endswith(PICKLED) and not os.path.isdir(path):
+        raise UserError(f"{key}: {name!r}: expected a {SUFFIX} file: pickled files are not read, they can run code")
+    if name.lower().endswith(GGUF) and not os.path.isdir(path):
+        raise UserError(f"{key}: {name!r}: a GGUF file, a quantization that is not read: {INSTEAD}")
     if "://" in name:
         if not re.fullmatch(r"(gs|https?)://[^/]+(/.*)?", name):
             raise UserError(f"{key}: {name!r}: expected gs://bucket/prefix or http(s)://host/path")
@@ -53,17 +60,30 @@ def find(
     owner, _, rest = name.partition("/")
     repo, _, file = rest.partition("/")
     if not repo or name.startswith((".", "/", "~")) or name.endswith("/") or (file and not file.endswith(SUFFIXES)) or repo.endswith(SUFFIXES):
+        if path and (told := broken_link(path)):
+            raise UserError(f"{key}: {told}")
         raise UserError(f"{key}: {name!r} is not there: expected a directory, a {SUFFIX} file, gs://bucket/prefix, "
                         "http(s)://… or a Hugging Face repo id")  # fmt: skip
     folder = snapshot(f"{owner}/{repo}", key, revision, (file, *beside) if file else patterns)
     if file:
         return os.path.join(folder, file), os.path.basename(folder)
-    if not any(held.endswith(SUFFIXES) or held == CONVERTED for *_, files in os.walk(folder) for held in files):
-        named = [f"{owner}/{repo}/{held}" for held in _listed(f"{owner}/{repo}", revision) if held.endswith(SUFFIXES)]
+    if not _has_any(folder):  # but perhaps diffusers' and transformers' variants, as model.fp16.safetensors
+        variants = [pattern.replace(SUFFIX, f".*{SUFFIX}") for pattern in patterns if pattern.endswith(SUFFIX)]
+        folder = snapshot(f"{owner}/{repo}", key, revision, (*patterns, *variants))
+    if not _has_any(folder):
+        listed = _listed(f"{owner}/{repo}", revision)
+        if gguf := [held for held in listed if held.lower().endswith(GGUF)]:
+            held = ", ".join(gguf[:3])
+            raise UserError(f"{key}: {name!r}: has {held}: GGUF is a quantization that is not read: {INSTEAD}")
+        named = [f"{owner}/{repo}/{held}" for held in listed if held.endswith(SUFFIXES)]
         wanted = ", ".join(pattern for pattern in patterns if pattern not in SMALL)
         raise UserError(f"{key}: {name!r}: {folder} has none of the repository's weights: expected {wanted}"
                         + (f", or one of its files by name: {', '.join(named[:10])}" if named else ""))  # fmt: skip
     return folder, os.path.basename(folder)
+
+
+def _has_any(folder: str) -> bool:
+    return any(held.endswith(SUFFIXES) or held == CONVERTED for *_, files in os.walk(folder) for held in files)
 
 
 def _listed(repo: str, revision: str | None) -> list[str]:
@@ -89,15 +109,31 @@ def snapshot(repo: str, key: str, revision: str | None, patterns: tuple[str, ...
     import huggingface_hub
     from huggingface_hub import errors
 
+    at = f" at revision {revision!r}" if revision else ""
     try:
         return huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=list(patterns))
     except errors.GatedRepoError as error:
         raise UserError(
             f"{key}: {repo} is gated: accept its licence at https://huggingface.co/{repo}, "
             "then `hf auth login` or set HF_TOKEN") from error  # fmt: skip
-    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
-        at = f" at revision {revision}" if revision else ""
-        raise UserError(f"{key}: {repo!r}{at} is neither a directory here nor a repository on Hugging Face that this token may read") from error
+    except errors.RevisionNotFoundError as error:
+        known = f"one of its branches, tags or commits{_revisions(repo)}"
+        raise UserError(f"{key}: {repo!r} on Hugging Face has no revision {revision!r}: expected {known}") from error
+    except errors.RepositoryNotFoundError as error:
+        where = "a directory here nor a repository on Hugging Face that this token may read"
+        raise UserError(f"{key}: {repo!r}{at} is neither {where}") from error
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.HFValidationError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{key}: {repo!r} is not a directory here, and Hugging Face cannot be reached: {reason}") from error
+        what = f"{repo!r}{at} is not a directory here, and Hugging Face cannot be reached"
+        raise UserError(f"{key}: {what}: {reason}") from error
+
+
+def _revisions(repo: str) -> str:
+    """A repository's branches and tags as the end of a message, as far as Hugging Face will say."""
+    import huggingface_hub
+
+    try:
+        refs = huggingface_hub.list_repo_refs(repo)
+    except Exception:  # it is asked for the sake of a message
+        return ""
+    return f" ({', '.join([ref.name for ref in (*refs.branches, *refs.tags)][:10])})"

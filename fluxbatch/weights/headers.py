@@ -7,10 +7,13 @@ import dataclasses
 import json
 import math
 import re
+from typing import Any
 
 from fluxbatch.types import UserError
+from fluxbatch.weights import quantized
 from fluxbatch.weights.find import SUFFIXES
-from fluxbatch.weights.source import DTYPES, FLOATS, Source, Tensor, first_line
+from fluxbatch.weights.matching import unwrapped
+from fluxbatch.weights.source import DTYPES, FLOATS, Source, Tensor, broken_link, first_line
 
 MAX_HEADER = 100 << 20  # safetensors' own bound
 
@@ -19,14 +22,16 @@ def read_header(source: Source, file: str) -> dict[str, Tensor]:
     """The tensors of one safetensors file; UserError unless its header and extent are sound."""
     where = source.path(file)
     try:
-        length = int.from_bytes(source.read(file, 0, 8), "little")
+        start = source.read(file, 0, 8)
     except UserError as error:
         if "OUT_OF_RANGE" in str(error):
             raise UserError(f"{where}: has fewer than 8 bytes: not a safetensors file, or a truncated one") from error
         raise
-    size = source.size(file)
+    size, length = source.size(file), int.from_bytes(start, "little")
     if length > MAX_HEADER or (size is not None and 8 + length > size):
-        raise UserError(f"{where}: its header claims {length:,} bytes: not a safetensors file, or a truncated one")
+        told = next((what for magic, what in quantized.MAGIC if start.startswith(magic)), None)
+        told = told or f"its header claims {length:,} bytes: not a safetensors file, or a truncated one"
+        raise UserError(f"{where}: {told}")
     try:
         header = json.loads(source.read(file, 8, 8 + length))
     except (ValueError, RecursionError) as error:
@@ -47,6 +52,8 @@ def read_header(source: Source, file: str) -> dict[str, Tensor]:
             known = ", ".join(DTYPES)
             if entry.get("dtype") in DTYPES:
                 raise UserError(f"{where}: {name}: unsound header entry {str(entry)[:200]}: {error} is missing") from error
+            if what := quantized.DTYPES.get(entry.get("dtype")):
+                raise UserError(quantized.line(where, what, f"tensor {name} of dtype {entry['dtype']}")) from error
             raise UserError(f"{where}: {name}: dtype {entry.get('dtype')!r}, expected one of {known}") from error
         except (TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{where}: {name}: unsound header entry {str(entry)[:200]}: {first_line(error)}") from error
@@ -66,16 +73,66 @@ def read_header(source: Source, file: str) -> dict[str, Tensor]:
     return tensors
 
 
+def notes(source: Source, file: str) -> dict[str, Any]:
+    """What the header of a sound file says beside its tensors."""
+    length = int.from_bytes(source.read(file, 0, 8), "little")
+    return json.loads(source.read(file, 8, 8 + length)).get("__metadata__") or {}
+
+
 def read_headers(source: Source, stems: tuple[str, ...]) -> dict[str, Tensor]:
-    """The tensors of a component: ``<stem>.safetensors.index.json`` with its parts, or
-    ``<stem>.safetensors``; the index and the headers must agree both ways."""
-    for stem in stems:
-        if source.exists(f"{stem}.safetensors.index.json"):
-            return with_scales(_read_indexed(source, f"{stem}.safetensors.index.json"), source.url)
-        if source.exists(f"{stem}.safetensors"):
-            return with_scales(read_header(source, f"{stem}.safetensors"), source.path(f"{stem}.safetensors"))
+    """The tensors of a component: of the index's parts, or of the one file; index and headers must agree both ways."""
+    if file := weights_file(source, stems):
+        read = _read_indexed if file.endswith(".json") else read_header
+        return with_scales(read(source, file), source.path(file))
+    if line := instead(source):
+        raise UserError(line)
     wanted = " or ".join(f"{stem}.safetensors" for stem in stems)
     raise UserError(f"{source.url}: no weights: expected {wanted} (pickled .bin files are not read){held(source)}")
+
+
+def weights_file(source: Source, stems: tuple[str, ...]) -> str | None:
+    """``<stem>.safetensors.index.json`` or ``<stem>.safetensors``; those of a variant (``<stem>.fp16.safetensors``, as
+    diffusers and transformers name it) where there is no other. UserError where there are several variants."""
+    for stem in stems:
+        for file in (f"{stem}.safetensors.index.json", f"{stem}.safetensors"):
+            if source.exists(file):
+                return file
+    for stem in stems:
+        pattern = re.compile(rf"{stem}\.(?:safetensors\.index\.([\w-]+)\.json|([\w-]+)\.safetensors)")
+        usual = [(f"{stem}.{v}.safetensors", f"{stem}.safetensors.index.{v}.json") for v in ("fp16", "bf16")]
+        found = {}
+        for name in source.top() or filter(source.exists, sum(usual, ())):  # HTTP does not list
+            if (match := pattern.fullmatch(name)) and not re.search(r"-\d+-of-\d+$", match[2] or ""):
+                found[match[1] or match[2]] = name
+        if len(found) > 1:
+            names = ", ".join(sorted(found))
+            raise UserError(f"{source.url}: has {len(found)} variants of the weights ({names}), and none by the usual "
+                            "name: leave one of them there")  # fmt: skip
+        if found:
+            return next(iter(found.values()))
+    return None
+
+
+def instead(*places: Source) -> str | None:
+    """What is the matter with the first place without the usual weights: a link to nothing, or a quantization."""
+    for place in places:
+        if place.local and (line := broken_link(place.url)):
+            return line
+        with contextlib.suppress(UserError):
+            if line := quantized.in_names(place.top(), place.url):
+                return line
+            for file in [name for name in place.top() if name.endswith(SUFFIXES)][:3]:
+                if line := _quantized(place, file):
+                    return line
+    return None
+
+
+def _quantized(source: Source, file: str) -> str | None:
+    where = source.path(file)
+    try:
+        return quantized.in_tensors(read_header(source, file), where) or quantized.in_notes(notes(source, file), where)
+    except UserError as error:  # a file that is not sound, and that may be by its quantization
+        return str(error) if "quantiz" in str(error) else None
 
 
 def held(*places: Source) -> str:
@@ -111,14 +168,30 @@ _FP8_NOTES = re.compile(r"(?:.*\.)?(?:scaled_fp8|scale_input|input_scale|comfy_q
 
 
 def with_scales(tensors: dict[str, Tensor], where: str) -> dict[str, Tensor]:
-    """The tensors with the scales of fp8 files attached to the weights they belong to."""
+    """The tensors by their names without wrappers, the scales of fp8 files attached to the weights they belong to."""
+    tensors = _unwrapped(tensors, where)
     whole = {name: tensor for name, tensor in tensors.items() if not (_SCALE.fullmatch(name) or _FP8_NOTES.fullmatch(name))}
     for name, scale in tensors.items():
         if match := _SCALE.fullmatch(name):
-            weight = whole.get(f"{match[1]}weight")
+            of = f"{match[1]}weight"
+            weight = whole.get(of)
             count = math.prod(scale.shape)  # one for each column, [1, N], is none for each row
             if weight is None or count not in (1, weight.shape[0]) or scale.shape[:1] not in ((), (count,)) or scale.dtype not in FLOATS.values():
+                if line := quantized.in_tensors(tensors, where):
+                    raise UserError(line)
                 shape = None if weight is None else list(weight.shape)
-                raise UserError(f"{where}: {name}: a scale of shape {list(scale.shape)} for a weight of shape {shape}: expected one number, or one for each row")
-            whole[weight.name] = dataclasses.replace(weight, scale=scale)
+                blocks = "looks quantized in blocks, which is not read: "
+                raise UserError(f"{where}: {name}: a scale of shape {list(scale.shape)}, {scale.dtype}, for a weight "
+                                f"of shape {shape}: expected one number, or one for each row"
+                                + (f": {blocks}{quantized.INSTEAD}" if scale.shape[1:] > (1,) else ""))  # fmt: skip
+            whole[of] = dataclasses.replace(weight, scale=scale)
     return whole
+
+
+def _unwrapped(tensors: dict[str, Tensor], where: str) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if (plain := unwrapped(name)) in found:
+            raise UserError(f"{where}: {found[plain].name} and {tensor.name} are one tensor of the model")
+        found[plain] = tensor
+    return found

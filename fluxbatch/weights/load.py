@@ -239,8 +239,7 @@ def fill(box: StagingBuffer, layer: int, piece: Piece, scale: np.ndarray | None,
     """Starts the reads of one layer: one for each distinct range of rows, whoever shares it."""
     tensor = piece.tensor
     parts = box.open(layer, tensor.dtype if edit is None else np.dtype(np.float32))
-    if scale is not None and scale.ndim:  # in the target's order, beside its other axes
-        scale = np.concatenate([scale[a:b] for a, b in piece.rows]).reshape(-1, *[1] * (parts[0][1].ndim - 1))
+    scale = _by_row(scale, piece, parts[0][1].ndim)
     if edit is not None:
         return _fill_edited(box, layer, piece, scale, reader, edit, parts)
     left = _Countdown(lambda: box.close(layer, scale))
@@ -249,6 +248,13 @@ def fill(box: StagingBuffer, layer: int, piece: Piece, scale: np.ndarray | None,
             left.add()
             reader.read(tensor, first, last, Rows(parts, row, box.scale(scale), left.done))
     left.done()
+
+
+def _by_row(scale: np.ndarray | None, piece: Piece, axes: int) -> np.ndarray | None:
+    """Scales of rows in the target's order, beside its other axes."""
+    if scale is None or not scale.ndim:
+        return scale
+    return np.concatenate([scale[a:b] for a, b in piece.rows]).reshape(-1, *[1] * (axes - 1))
 
 
 def _ranges(local: list[Index], piece: Piece, edited: bool = False) -> set[tuple[int, int]]:
@@ -268,8 +274,7 @@ def _ranges(local: list[Index], piece: Piece, edited: bool = False) -> set[tuple
 
 def _fill_edited(box: StagingBuffer, layer: int, piece: Piece, scale: np.ndarray | None, reader: Reader, edit: Edit, parts) -> None:
     """Starts the reads of a whole layer, which is changed before its parts are cut from it."""
-    shape = box.shape[1:] if box.stacked else box.shape
-    whole = np.empty(shape, np.float32)
+    whole = np.empty(box.shape[1:] if box.stacked else box.shape, np.float32)
 
     def finish() -> None:
         changed = edit(whole)
@@ -277,11 +282,25 @@ def _fill_edited(box: StagingBuffer, layer: int, piece: Piece, scale: np.ndarray
             cast.copy(buffer, changed[tuple(slice(a, b) for a, b in index)], None)
         box.close(layer, None)
 
-    left = _Countdown(finish)
-    for first, last, row in _reads(piece, (0, shape[0]), reader.source.piece):
+    _read_whole(piece, scale, reader, whole, _Countdown(finish))
+
+
+def _read_whole(piece: Piece, scale: np.ndarray | None, reader: Reader, whole: np.ndarray, left: _Countdown) -> None:
+    for first, last, row in _reads(piece, (0, len(whole)), reader.source.piece):
         left.add()
-        reader.read(piece.tensor, first, last, Rows([(tuple((0, n) for n in shape), whole)], row, scale, left.done))
+        place = [(tuple((0, n) for n in whole.shape), whole)]
+        reader.read(piece.tensor, first, last, Rows(place, row, scale, left.done))
     left.done()
+
+
+def read_layer(plan: Plan, path: str, layer: int) -> np.ndarray:
+    """One layer of a parameter (0 of one that is not stacked) as the checkpoint has it, float32."""
+    piece, reader = plan.pieces[path][layer], Reader(plan.source, lambda _: None)
+    whole = np.empty(plan.shapes[path][1], np.float32)
+    scale = read_scales([piece], reader).get(id(piece.tensor))
+    _read_whole(piece, _by_row(scale, piece, whole.ndim), reader, whole, _Countdown(lambda: None))
+    reader.drain()
+    return whole
 
 
 def _reads(piece: Piece, rows: tuple[int, int], size: int) -> Iterator[tuple[int, int, int]]:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from fluxbatch.models.key_tables import Table, split_layer
 from fluxbatch.types import UserError
@@ -25,6 +26,16 @@ class Piece:
 
     tensor: Tensor
     rows: tuple[tuple[int, int], ...]  # ranges of the tensor's rows, in the target's order
+
+
+# What torch.compile, FSDP, DDP and activation checkpoints put round modules, and so into names.
+_WRAPPERS = r"_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module"
+_WRAPPER = re.compile(rf"(?:{_WRAPPERS})[._]|(?<![^.])module\.")
+
+
+def unwrapped(name: str) -> str:
+    """The name of a tensor or module without the wrappers that a trainer left in it."""
+    return _WRAPPER.sub("", name)
 
 
 def assign(
@@ -47,11 +58,11 @@ def assign(
     for name, tensor in tensors.items():
         matches = [(m, rule) for pattern, rule in compiled if (m := pattern.fullmatch(name))]
         if not matches and not any(p.fullmatch(name) for p in ignored):
-            unknown.append(name)
+            unknown.append(tensor.name)
         for match, rule in matches:
             path, layer = split_layer(rule.target.format(*match.groups()))
             if path not in targets or layer >= len(filled[path]):
-                unknown.append(name)
+                unknown.append(tensor.name)
                 continue
             shape = tuple(targets[path])[1:] if stacked[path] else tuple(targets[path])
             count = tensor.shape[0] if tensor.shape else 1
@@ -66,15 +77,48 @@ def assign(
             else:
                 filled[path][layer] = piece
 
-    empty = [f"{p}[{i}]" if stacked[p] else p for p, pieces in filled.items() for i, x in enumerate(pieces) if x is None]
+    empty = [(p, i) for p, pieces in filled.items() for i, x in enumerate(pieces) if x is None]
     if unknown or wrong or empty:
         lines = listed(dict.fromkeys(unknown), "tensor that the model does not have")
-        lines += listed(empty, "parameter that no tensor fills") + listed(wrong, "wrong tensor")
+        named = []
+        for path, layer in empty[:MAX_LISTED]:
+            name = lacked(table, path, layer if stacked[path] else None, tensors)
+            full = f"{path}[{layer}]" if stacked[path] else path
+            named.append(f"{full}: the file lacks {name}" if name not in (None, full) else full)
+        lines += listed(named, "parameter that no tensor fills", len(empty)) + listed(wrong, "wrong tensor")
         raise UserError(*(f"{where}: {line}" for line in lines))
     return filled  # type: ignore[return-value]  # no None left
 
 
-def listed(items: Iterable[str], what: str) -> list[str]:
+def lacked(table: Table, path: str, layer: int | None, tensors: Mapping[str, Tensor]) -> str | None:
+    """The name that a parameter's tensor would have in the file, as like those of ``tensors`` as the table lets it."""
+    head, dot, rest = path.partition(".")
+    target = path if layer is None else f"{head}[{layer}]{dot}{rest}"
+    names = []
+    for rule in table.rules:
+        groups = re.sub(r"\\{(\d)\\}", r"(?P<g\1>.+)", re.escape(rule.target))
+        if match := re.fullmatch(groups, target):
+            names += _written(rule.pattern, iter([match[f"g{i}"] for i in range(len(match.groups()))]))
+    if not names:
+        return None
+    name = max(names, key=lambda name: max((len(os.path.commonprefix([name, other])) for other in tensors), default=0))
+    prefix = next((tensor.name[: -len(key)] for key, tensor in tensors.items() if tensor.name.endswith(key)), "")
+    return prefix + name
+
+
+def _written(pattern: str, groups: Iterator[str]) -> list[str]:
+    """The names that a rule's pattern matches, with these for its groups."""
+    filled = re.sub(r"\((?!\?)[^)]*\)", lambda _: next(groups), pattern)
+    parts = re.split(r"\(\?:([^)]*)\)(\??)", filled)  # text, alternatives, whether they may be left out, text, …
+    names = [parts[0]]
+    for words, optional, text in zip(parts[1::3], parts[2::3], parts[3::3], strict=True):
+        names = [name + word + text for name in names for word in words.split("|") + [""] * bool(optional)]
+    return [name.replace("\\", "") for name in names]
+
+
+def listed(items: Iterable[str], what: str, count: int | None = None) -> list[str]:
+    """The first of ``count`` items, or of these, a line each, and how many more there are."""
     items = list(items)
-    more = [f"… and {len(items) - MAX_LISTED} more of this kind"] if len(items) > MAX_LISTED else []
+    left = (count or len(items)) - MAX_LISTED
+    more = [f"… and {left} more of this kind"] if left > 0 else []
     return [f"{what}: {item}" for item in items[:MAX_LISTED]] + more

@@ -108,7 +108,7 @@ class Source:
         or no longer the one that was read before."""
         result = self.wait(future, name)
         if result.state != "value":
-            raise UserError(f"{self.path(name)}: not found")
+            raise UserError((broken_link(self.path(name)) if self.local else None) or f"{self.path(name)}: not found")
         value = result.value  # a copy, each time it is asked for
         if size is not None and len(value) != size:
             raise UserError(f"{self.path(name)}: read {len(value)} bytes where {size} were expected: the file is truncated")
@@ -185,6 +185,8 @@ class Source:
             try:
                 return stat.S_ISREG(os.stat(self.path(name)).st_mode)
             except (FileNotFoundError, NotADirectoryError, ValueError):
+                if told := broken_link(self.path(name), above=False):
+                    raise UserError(told) from None
                 return False
             except OSError as error:
                 raise UserError(f"{self.path(name)}: cannot be read: {error.strerror.lower()}") from error
@@ -230,6 +232,20 @@ class Source:
         if self._opened.setdefault(name, _identity(found)) != _identity(found):
             raise UserError(f"{self.path(name)}: changed while it was being read")
         return found.st_size
+
+
+def broken_link(path: str, above: bool = True) -> str | None:
+    """What to say of a local path that is a link to what is not there, or, with ``above``, that lies below one."""
+    while not os.path.islink(path):
+        if not above or os.path.exists(path) or path == (path := os.path.dirname(path)):
+            return None
+    if os.path.exists(path):
+        return None
+    told = f"{path}: a link to {os.readlink(path)}, which is not there"
+    if cached := re.search(r"/models--([^/]+)/snapshots/", path):
+        repo = cached[1].replace("--", "/", 1)
+        return f"{told}: this copy in Hugging Face's cache is not whole: hf download {repo} --force-download"
+    return f"{told}: mend the link, or copy the file"
 
 
 def _identity(found: os.stat_result) -> tuple[int, ...]:
