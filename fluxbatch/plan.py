@@ -59,18 +59,20 @@ def plan(job: PlanJob) -> int:
 def _todo(job: PlanJob, spec: ModelSpec, rows: Sequence[Row]) -> Sequence[Row]:
     """The rows that the output place has no image of, as far as its records can be read; writes nothing there."""
     from fluxbatch.reporting import startup_warnings
-    from fluxbatch.results.ledger import read_records
-    from fluxbatch.results.location import JOB
+    from fluxbatch.results.ledger import read_job, read_records
+    from fluxbatch.results.location import FORMAT
     from fluxbatch.results.resume import difference, digest, key_under, match
-    from fluxbatch.storage.base import NotFound, StorageError, join
+    from fluxbatch.storage.base import NotFound, join
     from fluxbatch.storage.registry import open_store
 
-    facts = json.loads(json.dumps(spec.facts | job.output.facts()))  # as the place has them
+    own = facts = json.loads(json.dumps(spec.facts | job.output.facts()))  # as the place has them
     try:
         store = open_store(join(job.output_dir, *([job.run_name] if job.run_name else [])))
-        there = json.loads(store.read(JOB))
+        if (there := read_job(store)) is None:  # no start has been there
+            return rows
+        facts = {"format": FORMAT} | facts
         if spec.checkpoint.unseen:  # whether it is the one that drew them cannot be told
-            facts["model_digest"] = there.get("model_digest")
+            facts["model_digest"] = own["model_digest"] = there.get("model_digest")
         if changed := difference(there, facts):
             print(f"fluxbatch: every row is planned, as {store.url} holds a job with another configuration: {'; '.join(changed)}", file=sys.stderr)
             return rows
@@ -79,10 +81,10 @@ def _todo(job: PlanJob, spec: ModelSpec, rows: Sequence[Row]) -> Sequence[Row]:
             print(f"fluxbatch: {line}", file=sys.stderr)
         there = (record for record in read_records(store) if record["file_name"] not in lost)
         places = {(record["id"], record["key"]): record["index"] for record in there}
-        return match(rows, functools.partial(key_under, facts_digest=digest(facts)), places, lambda: read_records(store)).todo
+        return match(rows, functools.partial(key_under, facts_digest=digest(own)), places, lambda: read_records(store)).todo
     except NotFound:  # no start has been there
         return rows
-    except (StorageError, ValueError, AttributeError) as error:  # the last: JSON, and no object
+    except (UserError, ValueError) as error:
         print(f"fluxbatch: every row is planned, as what is done cannot be read: {error}", file=sys.stderr)
         return rows
 

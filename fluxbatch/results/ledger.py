@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 
 from fluxbatch.results.file_names import Namer
 from fluxbatch.results.location import (
+    FORMAT,
     HIDDEN,
     IMAGES,
     JOB,
@@ -267,35 +268,40 @@ class Ledger:
 
     def _agree(self) -> None:
         """Stores the job's facts on the first start, and compares them on every later one."""
-        stored = self._stored_facts()
+        stored = read_job(self._store)
         if stored is None:
             if not self._overwrite:
                 refuse_foreign(self._store)
             if self._store.write(JOB, self._facts_document(), if_absent=True):
                 return
-            stored = self._stored_facts() or {}
+            stored = read_job(self._store) or {}
+        if (found := stored.pop("format", 1)) != FORMAT and not self._overwrite:
+            other = f"format {found}, expected {FORMAT}: another version of fluxbatch made this run"
+            raise UserError(f"{join(self._store.url, JOB)}: {other}; {WAY_OUT}")
         changed = difference(stored, self._facts)
         # until there is a record, a changed configuration costs nothing
         if changed and not self._overwrite and next(self.records(), None):
             raise UserError(f"{self._store.url}: holds a job with another configuration", *changed, WAY_OUT)
-        if changed:
+        if changed or found != FORMAT:
             remove(self._store, self._records, lambda record: True)
             self._rejects.delete(self._rejects.names())
             self._store.write(JOB, self._facts_document())
 
-    def _stored_facts(self) -> dict | None:
-        try:
-            facts = json.loads(self._store.read(JOB))
-        except NotFound:
-            return None
-        except ValueError:
-            facts = None
-        if not isinstance(facts, dict):
-            raise UserError(f"{join(self._store.url, JOB)}: not a JSON object; restore it, or give another run_name=…")
-        return facts
-
     def _facts_document(self) -> bytes:
-        return json.dumps(self._facts, indent=2, sort_keys=True).encode() + b"\n"
+        return json.dumps({"format": FORMAT} | dict(self._facts), indent=2, sort_keys=True).encode() + b"\n"
+
+
+def read_job(store: Store) -> dict | None:
+    """What decides the pixels of the job there, and its ``format``; None where no start has been."""
+    try:
+        job = json.loads(store.read(JOB))
+    except NotFound:
+        return None
+    except ValueError:
+        job = None
+    if not isinstance(job, dict):
+        raise UserError(f"{join(store.url, JOB)}: not a JSON object; restore it, or give another run_name=…")
+    return job
 
 
 def read_records(store: Store) -> Iterator[Record]:

@@ -15,6 +15,7 @@ IMAGES = (".png", ".jpg", ".jpeg", ".webp")
 HIDDEN = ".fluxbatch/"  # Hugging Face's ImageFolder passes over what begins with a dot
 SHEET = HIDDEN + "contact_sheet.png"  # of the pictures in sight each has a record, or no ImageFolder loads
 JOB = HIDDEN + "job.json"  # no start writes anything before it but the lock
+FORMAT = 2  # of all that lies in the hidden folder and of the records; job.json says it
 LOCK = HIDDEN + "lock"  # held by the start that is at work
 WAY_OUT = "give another run_name=…, or overwrite=true to replace what differs"
 
