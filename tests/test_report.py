@@ -219,3 +219,14 @@ def test_a_run_that_nobody_watches_writes_no_carriage_return(cli, golden, tmp_pa
     code, err = cli(f"pretrained_model_name_or_path={golden / 'dev'}", "hardware=cpu", "prompt=x", "num_images=30", "resolution=16",
                     "num_inference_steps=1", f"output_dir={tmp_path}", "max_sequence_length=24")  # fmt: skip
     assert code == 0 and "\r" not in err and "\x1b" not in err and "images: 100% 30/30" in err and len(err.splitlines()) < 8
+
+
+def test_the_bar_says_compiling_while_it_compiles(monkeypatch, capsys):
+    monkeypatch.setattr(progress, "MINUTE", 0.0)
+    report = terminal.Report()
+    with report.generating(3, None):
+        with report.compiling():
+            time.sleep(0.25)
+            assert "compiling" in capsys.readouterr().err
+        report.advance(3)
+    assert "images" in (said := capsys.readouterr().err) and "compiling" not in said

@@ -149,9 +149,17 @@ class Report(ProgressObserver):
         yield read
         self._streamed += time.monotonic() - start
 
-    def compiling(self) -> contextlib.AbstractContextManager[None]:
-        """What threads compile meanwhile is nobody's time; the wait for them is."""
-        return self.stage("compile")
+    @contextlib.contextmanager
+    def compiling(self) -> Iterator[None]:
+        """What threads compile meanwhile is nobody's time; the wait for them is, and the bar says so."""
+        bar = self._bars[-1] if self._bars else None
+        what = bar.desc if bar is not None else ""
+        with self.stage("compile"):
+            if bar is not None:
+                bar.set_description_str("compiling")
+            yield
+        if bar is not None:
+            bar.set_description_str(what)
 
     def launched(self, since: float, outputs: Any, pictures: bool) -> None:
         self.devices.launched(since, outputs, pictures)

@@ -63,7 +63,7 @@ class Lines:
     """A bar's place where standard error is no terminal: plain lines, a few of them."""
 
     def __init__(self, total: int | None, what: str, unit: str, unit_scale: bool = False):
-        self._total, self._what, self._unit, self._scale = total, what, unit, unit_scale
+        self._total, self.desc, self._unit, self._scale = total, what, unit, unit_scale
         self._count = self._said = 0
         self._begun = self._at = self._worked_at = time.monotonic()
         self._worked = 0.0  # seconds, without the time that ``unpause`` leaves out
@@ -79,6 +79,10 @@ class Lines:
             goes_on = self._total is not None and self._count < self._total
             if goes_on and self._count - self._said >= STEP * self._total and now - self._at >= LEAST:
                 self._say()
+
+    def set_description_str(self, what: str) -> None:
+        """What the next lines say is going on."""
+        self.desc = what
 
     def unpause(self) -> None:
         """The time since the last update was not its own."""
@@ -105,7 +109,7 @@ class Lines:
             self._at, self._said = time.monotonic(), self._count
             rate = self._count / self._worked if self._worked else None
             line = tqdm.format_meter(
-                self._count, self._total, self._at - self._begun, ncols=0, prefix=self._what, unit=self._unit,
+                self._count, self._total, self._at - self._begun, ncols=0, prefix=self.desc, unit=self._unit,
                 unit_scale=self._scale, rate=rate)  # fmt: skip
             print(line.strip(), file=sys.stderr, flush=True)
 
