@@ -19,7 +19,7 @@ from omegaconf import MISSING, OmegaConf
 
 from fluxbatch.config import application
 from fluxbatch.config.schema import DType, Job, shown
-from fluxbatch.results.resume import mix
+from fluxbatch.results.resume import levels, mix
 from fluxbatch.storage.base import Store
 from fluxbatch.storage.registry import open_store
 from fluxbatch.types import Exit, Row, UserError
@@ -166,7 +166,7 @@ def _recorded(job: ReplayJob, found: dict[str, Any], facts: dict[str, Any], reco
 
 
 def _row(record: dict[str, Any]) -> Row:
-    return Row(**{key: record[key] for key in OF_A_ROW}, lora=tuple(sorted(mix(record).items())))
+    return Row(**{key: record[key] for key in OF_A_ROW}, lora=tuple(sorted(mix(record).items())), sigmas=levels(record))
 
 
 def main() -> NoReturn:

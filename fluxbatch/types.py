@@ -69,6 +69,7 @@ class Row:
     num_inference_steps: int
     guidance_scale: float
     lora: tuple[tuple[str, float], ...] | None = None  # adapter → scale; None: the job's own
+    sigmas: tuple[float, ...] = ()  # noise levels before the shift, one a step; none: the schedule's own
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # unknown fields, kept
     named: bool = True  # whether the manifest gave the id (else it is the index)
     where: str = ""  # "prompts.jsonl:12", for messages

@@ -113,6 +113,10 @@ def test_every_option_composes(command, turn):
         ("flux-mini-dev", 20, 2.5, 128, 32),
         ("flux-schnell", 4, 0.0, 1024, 256),
         ("flux-dev", 28, 3.5, 1024, 512),
+        ("flux-krea-dev", 28, 4.5, 1024, 512),
+        ("shuttle-3-diffusion", 4, 0.0, 1024, 256),
+        ("flex-1-alpha", 25, 4.0, 1024, 512),
+        ("flux-lite-8b", 28, 3.5, 1024, 512),
     ],
 )
 def test_model_brings_its_sampler(command, model, steps, guidance, resolution, tokens):
@@ -412,7 +416,7 @@ WRONG = [
     ("gpus=8", "gpus", "did you mean sharding?"),
     ("sharding.tp=8", "sharding.tp", "did you mean sharding.ici_tensor_parallelism?"),
     ("model=flux-shnell", "model=flux-shnell", "did you mean flux-schnell?"),
-    ("flux_name=flux2", "model=flux2", "one of flux-dev"),
+    ("flux_name=flux2", "model=flux2", "one of flex-1-alpha, flux-dev"),
     ("hardware=npu", "hardware=npu", "auto, cpu, gpu, tpu"),
     ("num_inference_steps=abc", "num_inference_steps=abc", "a whole number"),
     ("seed=1.5", "seed=1.5", "a whole number"),

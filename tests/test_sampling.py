@@ -83,3 +83,14 @@ def test_plan_is_total_and_pure():
         assert shards == batching.plan(rows, size, 8)
     assert [r.index for r in batching.padded(rows[:2], 4)] == [0, 1, 1, 1]
     assert batching.plan([], 4, 8) == []
+
+
+def test_levels_that_are_given_are_shifted_as_even_ones_are():
+    """Values by hand: e^μ / (e^μ + 1/σ - 1) with μ = 0.5 at 256 tokens; s σ / (1 + (s - 1) σ)."""
+    dev = FlowMatchEuler.of({"use_dynamic_shifting": True, "shift": 3.0}, None, None, None)
+    assert dev.shifted([0.9, 0.4], 256) == pytest.approx([0.93686, 0.52361, 0], abs=1e-5)
+    still = FlowMatchEuler.of({"shift": 3.0}, None, None, None)
+    assert still.shifted([1.0, 0.5], 256) == pytest.approx([1, 0.75, 0])
+    for schedule in (dev, still):
+        assert np.array_equal(schedule.shifted(np.linspace(1, 1 / 5, 5).tolist(), 4096), schedule.sigmas(5, 4096))
+        assert schedule.shifted([0.5], 256).dtype == np.float32

@@ -53,6 +53,7 @@ class Sampler:
     height: int | None = MISSING  # None: the resolution
     width: int | None = MISSING
     max_sequence_length: int = MISSING
+    sigmas: list[float] | None = MISSING  # None: evenly spaced
     # None: what the checkpoint's scheduler_config.json says
     time_shift: bool | None = MISSING
     base_shift: float | None = MISSING
@@ -150,6 +151,7 @@ class Job:
     sweep: dict[str, Any] = field(default_factory=dict)  # what a multirun varies, filled in by the CLI
 
 
+MAX_STEPS = 1_000
 _MOST = {"max_sequence_length": 4096, "per_device_batch_size": 4096, "replica_count": 100_000}
 OFFLOAD = (True, False, "host", "free")
 
@@ -235,6 +237,8 @@ def _offenders(job: Job, rows: bool) -> Iterator[tuple[str, Any, str]]:
     sampler = job.sampler
     if not (math.isfinite(sampler.guidance_scale) and sampler.guidance_scale >= 0):
         yield "sampler.guidance_scale", sampler.guidance_scale, "a number from 0 (dev: 3 to 5)"
+    if sampler.sigmas is not None and (wanted := sigmas_wanted(sampler.sigmas)):
+        yield "sampler.sigmas", sampler.sigmas, wanted
     for key in ("base_shift", "max_shift"):
         value = getattr(sampler, key)
         if value is not None and not abs(value) <= 20:
@@ -288,6 +292,20 @@ def _offenders(job: Job, rows: bool) -> Iterator[tuple[str, Any, str]]:
         yield "run_name", job.run_name, f"a name, or {_PLAIN}{'' if COLONS else ', and without colons'}"
 
     yield from _lora_offenders(job)
+
+
+def sigmas_wanted(given: Any) -> str | None:
+    """What noise levels ought to be, if ``given`` is not that."""
+    if not isinstance(given, list) or any(type(level) not in (int, float) for level in given):
+        return "a list of numbers like [1.0, 0.75, 0.5]"
+    if not 1 <= len(given) <= MAX_STEPS:
+        return f"1 to {MAX_STEPS:,} numbers, got {len(given):,}"
+    for i, level in enumerate(given):
+        if not 0 < level <= 1:  # nor NaN
+            return f"numbers above 0, at most 1: number {i + 1} is {level}"
+        if i and level >= given[i - 1]:
+            return f"each number below the one before it: number {i + 1} is {level} after {given[i - 1]}"
+    return None
 
 
 def _paths(job: Job) -> Iterator[tuple[str, str]]:

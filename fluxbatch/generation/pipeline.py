@@ -207,7 +207,7 @@ class Pipeline:
         noise = {seed: self.family.noise(seed, height, width) for seed in seeds}
         latents = np.stack([noise[row.seed] for row in rows])
         tokens = self.family.tokens(height, width)
-        sigmas, counts = padded_sigmas([self.scheduler.sigmas(row.num_inference_steps, tokens) for row in rows])
+        sigmas, counts = padded_sigmas([self._levels(row, tokens) for row in rows])
         guidance = np.array([row.guidance_scale for row in rows], np.float32)
         positions = jax.tree.map(lambda x: put(x, replicated(self.mesh)), self.family.positions(conditioning, height, width))
         # the decoder on the same bar
@@ -223,6 +223,12 @@ class Pipeline:
             latents = self._launch(self._denoise, graph, self.dtype, *arguments, *scales)
         return self._told(latents)  # by now: decoding may have to wait for its program
 
+    def _levels(self, row: Row, tokens: int) -> np.ndarray:
+        """``[steps + 1]`` noise levels of a row."""
+        if row.sigmas:
+            return self.scheduler.shifted(row.sigmas, tokens)
+        return self.scheduler.sigmas(row.num_inference_steps, tokens)
+
     def _denoise_streamed(self, network: StreamedWeights, latents, conditioning, sigmas, counts, guidance, positions) -> jax.Array:
         """What ``denoise`` computes, with the transformer's blocks passing through the devices."""
         graph, state = network.parts()
@@ -233,7 +239,7 @@ class Pipeline:
         steps = counts.max()
         with network.blocks(steps, self.observer.streaming) as blocks:
             for i in range(steps):
-                x = self._told(self._launch(self._embed, graph, self.dtype, state, latents, conditioning))
+                x = self._told(self._launch(self._embed, graph, self.dtype, state, latents, conditioning, positions))
                 for name, (block_graph, block) in itertools.islice(blocks, len(network)):
                     own = [inputs[layer] for layer in network.step_layers_of(name)]
                     x = self._launch(self._block, block_graph, graph, block, state, x, own, i, positions)

@@ -85,8 +85,8 @@ def step_layer(graph, state, vector):
     return nnx.merge(graph, state)(vector)
 
 
-def embed(graph, dtype, state, latents, conditioning):
-    return nnx.merge(graph, state).embed_tokens(latents, conditioning, dtype)
+def embed(graph, dtype, state, latents, conditioning, positions):
+    return nnx.merge(graph, state).embed_tokens(latents, conditioning, positions, dtype)
 
 
 def block(block_graph, graph, block, state, x, inputs, i, positions):

@@ -89,7 +89,7 @@ def _place(keys: LoraKeys, name: str, component: str | None, writer: str) -> tup
         return str(component), name, writer, ()
     for naming, rules in _namings(keys, component or keys.main).items():
         if targets := tuple(_targets(name, rules)):
-            return component or keys.main, name, naming if naming in keys.telling else writer or naming, targets
+            return component or keys.main, name, naming if naming in keys.writers else writer or naming, targets
     for prefix, of, by in keys.prefixes:
         if name.startswith(prefix) and (of is None or component in (None, of)):
             if found := _place(keys, name[len(prefix) :], component or of, writer or by):

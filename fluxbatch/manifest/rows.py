@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from fluxbatch.config.schema import MAX_SIDE, SIDES, Job
+from fluxbatch.config.schema import MAX_SIDE, MAX_STEPS, SIDES, Job, sigmas_wanted
 from fluxbatch.manifest import formats
 from fluxbatch.manifest.formats import TAB, BadLine, Line, described, shown
 from fluxbatch.storage.base import StorageError
@@ -19,7 +19,6 @@ from fluxbatch.storage.registry import open_stream
 from fluxbatch.types import Reject, Row, UserError
 
 MAX_SEED = 2**64 - 1
-_MAX_STEPS = 1_000
 _WHOLE = 2**53  # up to it a float that is whole is the integer that was meant
 _MAX_FLOAT = 1e4  # of guidance and LoRA scales: beyond it bfloat16 only makes NaN
 _MAX_IMAGES = 100_000  # per row
@@ -29,7 +28,7 @@ _PROMPT_COLUMNS = ("prompt", "caption", "text")
 _JSON = ("jsonl", "ndjson")
 _INTEGERS = ("seed", "height", "width", "num_inference_steps", "num_images")
 _SURROGATES = re.compile("[\ud800-\udfff]")
-FIELDS = ("prompt", "prompt_2", "id", "guidance_scale", "lora", *_INTEGERS)
+FIELDS = ("prompt", "prompt_2", "id", "guidance_scale", "lora", "sigmas", *_INTEGERS)
 _FIELDS = frozenset(FIELDS)
 
 
@@ -155,8 +154,9 @@ def _converted(line: Line) -> Line:
         fields["id"] = whole[1]
     with contextlib.suppress(KeyError, ValueError):
         fields["guidance_scale"] = float(fields["guidance_scale"])
-    with contextlib.suppress(KeyError, ValueError, RecursionError):
-        fields["lora"] = json.loads(fields["lora"])
+    for key in ("lora", "sigmas"):
+        with contextlib.suppress(KeyError, ValueError, RecursionError):
+            fields[key] = json.loads(fields[key])
     return Line(line.number, fields)
 
 
@@ -171,12 +171,13 @@ class _Resolver:
         self._seed = job.seed
         self._prompt_2 = job.prompt_2
         self._adapters = {*job.lora, *job.lora_config.adapter_name}
+        self._sigmas = tuple(map(float, sampler.sigmas or ()))
         self._seen: dict[str, str] = {}  # id → where
         self._given: dict[frozenset[str], frozenset[str]] = {}
         self._defaults = {
             "height": sampler.resolution if sampler.height is None else sampler.height,
             "width": sampler.resolution if sampler.width is None else sampler.width,
-            "num_inference_steps": sampler.num_inference_steps,
+            "num_inference_steps": len(sampler.sigmas or ()) or sampler.num_inference_steps,
             "guidance_scale": float(sampler.guidance_scale),
             "num_images": job.num_images,
         }
@@ -205,6 +206,7 @@ class _Resolver:
         base = _id(given, problems)
         numbers = {**self._defaults, **self._numbers(given, problems)}
         lora = self._lora(given, problems)
+        sigmas = self._levels(given, numbers, problems)
         if problems:
             raise BadLine("; ".join(problems))
 
@@ -221,7 +223,7 @@ class _Resolver:
                 raise BadLine(f"id: {json.dumps(id)}{by_default} is already that of {self._seen[id]}")
         self._seen.update(dict.fromkeys(ids, where))
         extra = {key: value for key, value in fields.items() if key not in FIELDS}
-        known = frozenset(given) & _FIELDS
+        known = frozenset(given) & _FIELDS | ({"num_inference_steps"} if sigmas else set())  # of which sigmas decide
         known = self._given.setdefault(known, known)  # one set for all rows that have the same fields
         return [
             Row(
@@ -235,6 +237,7 @@ class _Resolver:
                 num_inference_steps=numbers["num_inference_steps"],
                 guidance_scale=numbers["guidance_scale"],
                 lora=lora,
+                sigmas=sigmas,
                 extra=extra,
                 named=base is not None,
                 where=where,
@@ -250,7 +253,7 @@ class _Resolver:
             ("seed", 0, MAX_SEED, 1),
             ("height", self._size_multiple, largest - largest % self._size_multiple, self._size_multiple),
             ("width", self._size_multiple, largest - largest % self._size_multiple, self._size_multiple),
-            ("num_inference_steps", 1, _MAX_STEPS, 1),
+            ("num_inference_steps", 1, MAX_STEPS, 1),
             ("num_images", 1, _MAX_IMAGES, 1),
         ):
             if key not in given:
@@ -270,6 +273,22 @@ class _Resolver:
         if "guidance_scale" in given:
             numbers["guidance_scale"] = _float("guidance_scale", given["guidance_scale"], problems, low=0.0)
         return numbers
+
+    def _levels(self, given: Mapping[str, Any], numbers: dict[str, Any], problems: list[str]) -> tuple[float, ...]:
+        """The row's noise levels or the job's, whose count is the number of steps; none where neither has any."""
+        sigmas, named = self._sigmas, "sampler.sigmas has"
+        if "sigmas" in given:
+            if wanted := sigmas_wanted(given["sigmas"]):
+                got = shown(given["sigmas"]) if isinstance(given["sigmas"], list) else described(given["sigmas"])
+                problems.append(f"sigmas: got {got}, expected {wanted}")
+                return ()
+            sigmas, named = tuple(map(float, given["sigmas"])), "sigmas has"
+        if sigmas:
+            if (steps := given.get("num_inference_steps", len(sigmas))) != len(sigmas):
+                wanted = f"expected {len(sigmas)}, as many as {named}, or none"
+                problems.append(f"num_inference_steps: got {shown(steps)}, {wanted}")
+            numbers["num_inference_steps"] = len(sigmas)
+        return sigmas
 
     def _lora(self, given: Mapping[str, Any], problems: list[str]) -> tuple[tuple[str, float], ...] | None:
         if "lora" not in given:

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from fluxbatch.distributed.mesh import Layout
 from fluxbatch.models.key_tables import Naming, Rule, Table
 from fluxbatch.models.schedulers import Scheduler
 from fluxbatch.types import Row, UserError
@@ -51,7 +52,7 @@ class Component:
 class TokenizerFiles:
     """Where a tokenizer comes from."""
 
-    component: str  # the encoder whose home may have it
+    component: str  # the encoder whose home may have it; its config says ``vocab_size``
     vocabulary: int  # of the published encoder,
     repo: str  # whose tokenizer this public repository has
 
@@ -66,8 +67,8 @@ class LoraKeys:
     namings: Mapping[str, Mapping[str, tuple[Rule, ...]]]  # component → name of the naming → its rules
     unread: Mapping[str, str] = dataclasses.field(default_factory=dict)  # component → pattern of modules that inference never reads
     split_stacks: tuple[str, ...] = ()  # stacks whose parts are reported apart
-    telling: tuple[str, ...] = ()  # namings that say who wrote a file, whatever its prefixes are
     main: str = "transformer"  # the component that reports do not name
+    writers: tuple[str, ...] = ()  # namings that one trainer alone writes, whatever the prefix
 
 
 class Tokenizer(Protocol):
@@ -148,7 +149,7 @@ class StreamedDenoiser(Denoiser, Protocol):
     def step_vector(self, conditioning: Conditioning, sigmas: jax.Array, guidance: jax.Array, dtype: Any) -> tuple[Any, Any]:
         """What step layers read, and the step inputs ``[B, S, …]`` of ``finish``."""
 
-    def embed_tokens(self, latents: jax.Array, conditioning: Conditioning, dtype: Any) -> Any:
+    def embed_tokens(self, latents: jax.Array, conditioning: Conditioning, positions: Positions, dtype: Any) -> Any:
         """What the first block reads."""
 
     def block(self, block: nnx.Module, x: Any, step: Sequence[jax.Array], positions: Positions) -> Any:
@@ -156,6 +157,15 @@ class StreamedDenoiser(Denoiser, Protocol):
 
     def finish(self, x: Any, step: jax.Array) -> jax.Array:
         """``x`` after the last block → velocity ``[B, L, C]``."""
+
+
+class Decoder(Protocol):
+    """The component that makes pictures, as ``programs.decode`` uses it."""
+
+    layout: Layout  # that it was made with
+
+    def __call__(self, latents: jax.Array) -> jax.Array:
+        """What ``Family.unpack`` gives → ``[B, height, width, 3]`` in -1..1."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -295,6 +305,6 @@ class Family(abc.ABC):
 
 
 __all__ = [
-    "Component", "Conditioning", "Config", "Denoiser", "Family", "Footprint", "LoraKeys", "Naming", "Positions", "StepInputs", "StreamParts",
+    "Component", "Conditioning", "Config", "Decoder", "Denoiser", "Family", "Footprint", "LoraKeys", "Naming", "Positions", "StepInputs", "StreamParts",
     "StreamedDenoiser", "Table", "TextInput", "Tokenizer", "TokenizerFiles", "UserError",
 ]  # fmt: skip

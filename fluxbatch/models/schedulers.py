@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -20,6 +20,9 @@ class Scheduler(Protocol):
 
     def sigmas(self, steps: int, tokens: int) -> np.ndarray:
         """``[steps + 1]`` float32 noise levels from 1 down to 0 for an image of ``tokens`` tokens."""
+
+    def shifted(self, sigmas: Sequence[float], tokens: int) -> np.ndarray:
+        """``[len(sigmas) + 1]``: the same of levels that are given in place of evenly spaced ones, falling, in 0..1."""
 
     @staticmethod
     def step(latents: jax.Array, velocity: jax.Array, sigma: jax.Array, next_sigma: jax.Array) -> jax.Array:
@@ -73,7 +76,12 @@ class FlowMatchEuler:
 
     def sigmas(self, steps: int, tokens: int) -> np.ndarray:
         """``[steps + 1]`` float32 noise levels from 1 down to 0 for an image of ``tokens`` tokens."""
-        sigmas = np.linspace(1.0, 1 / steps, steps).astype(np.float32)
+        return self.shifted(np.linspace(1.0, 1 / steps, steps), tokens)
+
+    def shifted(self, sigmas: Sequence[float] | np.ndarray, tokens: int) -> np.ndarray:
+        """``[len(sigmas) + 1]``: ``sigmas`` shifted, and a 0 behind them. What diffusers' FluxPipeline makes of its
+        argument ``sigmas``."""
+        sigmas = np.asarray(sigmas, np.float32)
         if self.time_shift:
             slope = (self.max_shift - self.base_shift) / (self.max_tokens - self.base_tokens)
             mu = self.base_shift + slope * (tokens - self.base_tokens)

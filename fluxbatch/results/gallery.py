@@ -219,7 +219,8 @@ def _columns(rows: list[Record]) -> dict[str, Any]:
 
 def _shown(row: Record, adapters: bool) -> Record:
     """A record as people read it: without what says that there is nothing to say, or says it twice."""
-    said = {key: value for key, value in row.items() if key != "seed_text" and (key, value) != ("mfu", 0)}
+    nothing = ("mfu", 0), ("sigmas", "[]")
+    said = {key: value for key, value in row.items() if key != "seed_text" and (key, value) not in nothing}
     return said | {"lora": mix(row) if adapters else None} if "lora" in row else said
 
 

@@ -26,11 +26,14 @@ def row_key(row: Row, job_facts: Mapping[str, Any]) -> str:
 
 def key_under(row: Row, facts_digest: str) -> str:
     """``row_key`` with the digest of the job's facts at hand."""
-    return digest([decisive(row), facts_digest])
+    given = decisive(row)
+    if given["sigmas"] is None:  # nor did keys know of them before there were any
+        del given["sigmas"]
+    return digest([given, facts_digest])
 
 
 def decisive(row: Row) -> dict[str, Any]:
-    """The row's parameters that decide its pixels, under the names of a record; no adapters are None."""
+    """The row's parameters that decide its pixels, under the names of a record; no sigmas or adapters are None."""
     return {
         "prompt": row.prompt,
         "prompt_2": row.prompt_2,
@@ -39,6 +42,7 @@ def decisive(row: Row) -> dict[str, Any]:
         "width": row.width,
         "num_inference_steps": row.num_inference_steps,
         "guidance_scale": row.guidance_scale,
+        "sigmas": list(row.sigmas) or None,
         "lora": dict(row.lora) if row.lora else None,
     }
 
@@ -48,13 +52,20 @@ def parameters(row: Row) -> dict[str, Any]:
     take a column's type from its first rows."""
     given = decisive(row)
     lora = json.dumps(given.pop("lora") or {}, ensure_ascii=False)
-    return given | {"lora": lora, "seed_text": str(row.seed)}  # the number may be more than 63 bits
+    text = {"sigmas": json.dumps(given["sigmas"] or []), "lora": lora}
+    return given | text | {"seed_text": str(row.seed)}  # the number may be more than 63 bits
 
 
 def mix(record: Mapping[str, Any]) -> dict[str, float]:
     """Adapter → scale, of a record or of what ``decisive`` says."""
     lora = record["lora"] or {}
     return json.loads(lora) if isinstance(lora, str) else lora
+
+
+def levels(record: Mapping[str, Any]) -> tuple[float, ...]:
+    """The noise levels that a record, or what ``decisive`` says, has in place of the schedule's own."""
+    given = record.get("sigmas") or ()  # older records have none
+    return tuple(json.loads(given) if isinstance(given, str) else given)
 
 
 def with_extra(record: Mapping[str, Any], row: Row) -> Record:
@@ -164,7 +175,7 @@ def describe(changed: Sequence[tuple[Row, Record]]) -> Iterator[str]:
     is, and every field with its old and new value."""
     alike: dict[Any, list[tuple[Row, Record]]] = defaultdict(list)
     for row, record in changed:
-        record = record | {"lora": mix(record) or None}
+        record = record | {"lora": mix(record) or None, "sigmas": [*levels(record)] or None}
         fields = difference(record, decisive(row) | {"seed": record["seed"]}, only_new=True)
         alike[*fields, row.seed - record["seed"]].append((row, record))
     groups = list(alike.values())
@@ -188,7 +199,7 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any], *, only_new: bool
 def _but_place(values: Mapping[str, Any], index: int) -> tuple[str, int]:
     """What stays of a row without a seed of its own when it moves: all but the seed, and the seed's distance."""
     fields = ("prompt", "prompt_2", "height", "width", "num_inference_steps", "guidance_scale")
-    return digest([*(values[field] for field in fields), mix(values)]), values["seed"] - index
+    return digest([*(values[field] for field in fields), mix(values), levels(values)]), values["seed"] - index
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

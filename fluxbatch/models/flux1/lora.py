@@ -99,5 +99,5 @@ LORA = LoraKeys(
     # parts of CLIP that FLUX never reads: an adapter of them does nothing
     unread={"text_encoder": r"(?:text_model[._])?(?:text_projection|visual_projection|logit_scale)"},
     split_stacks=("double_blocks",),
-    telling=("XLabs", "DiffSynth"),
+    writers=("XLabs", "DiffSynth"),
 )

@@ -309,7 +309,7 @@ class Flux(nnx.Module):
         vec = self._vector(conditioning.pooled, sigmas, guidance, dtype)
         return vec, self._modulation(vec).final
 
-    def embed_tokens(self, latents: Array, conditioning: Any, dtype: Any) -> tuple[Array, Array]:
+    def embed_tokens(self, latents: Array, conditioning: Any, positions: Any, dtype: Any) -> tuple[Array, Array]:
         """Image and text ``[B, …, D]``."""
         return self._embed_image(latents.astype(dtype)), self.embed(conditioning, dtype)
 
