@@ -1,6 +1,6 @@
 """``python -m fluxbatch.keys [WORD …]``: what each key does, and its default.
 
-With words: of the keys that have one of them in name or text.
+With words: of the keys that have one of them in name or text. ``--markdown``: all of them, as jobs/docs/keys.md has them.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     with whoever_reads():
         if {"-h", "--help"} & {*words}:
             print(__doc__)
+        elif words == ["--markdown"]:
+            print("\n".join(reference.markdown()))
         elif lines := [*reference.page(words)]:
             print("\n".join(lines).rstrip())
         else:

@@ -70,7 +70,7 @@ def _todo(job: PlanJob, spec: ModelSpec, rows: Sequence[Row]) -> Sequence[Row]:
         store = open_store(join(job.output_dir, *([job.run_name] if job.run_name else [])))
         if (there := read_job(store)) is None:  # no start has been there
             return rows
-        facts = {"format": FORMAT} | facts
+        facts = {"layout": FORMAT} | facts
         if spec.checkpoint.unseen:  # whether it is the one that drew them cannot be told
             facts["model_digest"] = own["model_digest"] = there.get("model_digest")
         if changed := difference(there, facts):

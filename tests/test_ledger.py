@@ -350,7 +350,7 @@ def test_a_configuration_may_change_while_nothing_is_made_yet():
     store = MemoryStore()
     open_ledger(store, {"a": 1})
     open_ledger(store, {"a": 2})
-    assert json.loads(store.objects[".fluxbatch/job.json"]) == {"a": 2, "format": 2}
+    assert json.loads(store.objects[".fluxbatch/job.json"]) == {"a": 2, "layout": 2}
 
 
 @pytest.mark.parametrize(
@@ -539,13 +539,13 @@ def test_a_start_does_not_wait_for_others_to_pause():
 def test_a_run_of_another_format_is_refused_in_one_line():
     store = MemoryStore()
     Ledger(store, {"a": 1}, writer_id="w")
-    for document in (b'{"a": 1}', b'{"a": 1, "format": 9}'):
+    for document in (b'{"a": 1}', b'{"a": 1, "layout": 9}'):
         store.objects[".fluxbatch/job.json"] = document
-        with pytest.raises(UserError, match=r"job.json: format [19], expected 2: another version .* run_name=") as error:
+        with pytest.raises(UserError, match=r"job.json: layout [19], expected 2: another version .* run_name=") as error:
             Ledger(store, {"a": 1}, writer_id="w")
         assert len(error.value.lines) == 1
     Ledger(store, {"a": 1}, writer_id="w", overwrite=True)
-    assert json.loads(store.objects[".fluxbatch/job.json"]) == {"a": 1, "format": 2}
+    assert json.loads(store.objects[".fluxbatch/job.json"]) == {"a": 1, "layout": 2}
 
 
 def test_a_damaged_record_is_named_with_its_line():

@@ -7,6 +7,7 @@ import importlib
 import inspect
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from enum import Enum
 from pathlib import Path
@@ -34,6 +35,21 @@ def page(words: Sequence[str] = ()) -> Iterator[str]:
         ]
         if said:
             yield from (title, *(f"  {key:38} {text}".rstrip() for key, text in said), "")
+
+
+def markdown() -> Iterator[str]:
+    """All of it as lines of a Markdown page."""
+    yield from ("# Every key", "")
+    yield from ("Written by `python -m fluxbatch.keys --markdown` from the comments in [conf/](../../conf); do not edit.", "")
+    yield "A key goes by its full name or by its last part: `sampler.resolution=512` or `resolution=512`."
+    yield "A group's choice sets several keys at once; what the command line says of a key wins."
+    yield "`python -m fluxbatch.keys cache` prints those about caches."
+    yield "`python -m fluxbatch.run --cfg job …` prints what a command line comes to."
+    for title, entries in _parts():
+        yield from ("", f"## {title}", "")
+        for key, text in entries:
+            line = f"- `{key}`" + (": " + text.replace("<", r"\<") if text else "")
+            yield from textwrap.wrap(line, 120, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
 def _parts() -> Iterator[tuple[str, list[tuple[str, str]]]]:

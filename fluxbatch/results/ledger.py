@@ -275,8 +275,8 @@ class Ledger:
             if self._store.write(JOB, self._facts_document(), if_absent=True):
                 return
             stored = read_job(self._store) or {}
-        if (found := stored.pop("format", 1)) != FORMAT and not self._overwrite:
-            other = f"format {found}, expected {FORMAT}: another version of fluxbatch made this run"
+        if (found := stored.pop("layout", 1)) != FORMAT and not self._overwrite:
+            other = f"layout {found}, expected {FORMAT}: another version of fluxbatch made this run"
             raise UserError(f"{join(self._store.url, JOB)}: {other}; {WAY_OUT}")
         changed = difference(stored, self._facts)
         # until there is a record, a changed configuration costs nothing
@@ -288,11 +288,11 @@ class Ledger:
             self._store.write(JOB, self._facts_document())
 
     def _facts_document(self) -> bytes:
-        return json.dumps({"format": FORMAT} | dict(self._facts), indent=2, sort_keys=True).encode() + b"\n"
+        return json.dumps({"layout": FORMAT} | dict(self._facts), indent=2, sort_keys=True).encode() + b"\n"
 
 
 def read_job(store: Store) -> dict | None:
-    """What decides the pixels of the job there, and its ``format``; None where no start has been."""
+    """What decides the pixels of the job there, and its ``layout``; None where no start has been."""
     try:
         job = json.loads(store.read(JOB))
     except NotFound:
