@@ -98,16 +98,22 @@ def test_a_table_has_them_in_a_cell(tmp_path):
     assert [(each.sigmas, each.num_inference_steps) for each in rows] == [((1.0, 0.5), 2), ((), 4)]
 
 
-@pytest.mark.parametrize(("given", "wrong"), [
-    ("[]", "sigmas: got [], expected 1 to 1,000 numbers, got 0"),
-    ("0.5", "sigmas: got 0.5 (number), expected a list of numbers like [1.0, 0.75, 0.5]"),
-    ("[1.0, true]", "expected a list of numbers like [1.0, 0.75, 0.5]"),
-    ("[1.0, 0.0]", "sigmas: got [1.0, 0.0], expected numbers above 0, at most 1: number 2 is 0.0"),
-    ("[1.5, 0.5]", "expected numbers above 0, at most 1: number 1 is 1.5"),
-    ("[0.5, 0.5]", "expected each number below the one before it: number 2 is 0.5 after 0.5"),
-    (json.dumps([1 - i / 1001 for i in range(1001)]), "expected 1 to 1,000 numbers, got 1,001"),
-    ('[1.0, 0.5], "num_inference_steps": 8', "num_inference_steps: got 8, expected 2, as many as sigmas has, or none"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("given", "wrong"),
+    [
+        ("[]", "sigmas: got [], expected 1 to 1,000 numbers, got 0"),
+        ("0.5", "sigmas: got 0.5 (number), expected a list of numbers like [1.0, 0.75, 0.5]"),
+        ("[1.0, true]", "expected a list of numbers like [1.0, 0.75, 0.5]"),
+        ("[1.0, 0.0]", "sigmas: got [1.0, 0.0], expected numbers above 0, at most 1: number 2 is 0.0"),
+        ("[1.5, 0.5]", "expected numbers above 0, at most 1: number 1 is 1.5"),
+        ("[0.5, 0.5]", "expected each number below the one before it: number 2 is 0.5 after 0.5"),
+        (json.dumps([1 - i / 1001 for i in range(1001)]), "expected 1 to 1,000 numbers, got 1,001"),
+        (
+            '[1.0, 0.5], "num_inference_steps": 8',
+            "num_inference_steps: got 8, expected 2, as many as sigmas has, or none",
+        ),
+    ],
+)
 def test_levels_of_a_row_that_cannot_be_are_one_line(tmp_path, given, wrong):
     manifest = tmp_path / "rows.jsonl"
     manifest.write_text(f'{{"prompt": "a", "sigmas": {given}}}\n')
@@ -117,10 +123,17 @@ def test_levels_of_a_row_that_cannot_be_are_one_line(tmp_path, given, wrong):
     assert line.startswith(f"{manifest}:1: ") and wrong in line
 
 
-@pytest.mark.parametrize(("given", "wrong"), [
-    ("[]", "expected 1 to 1,000 numbers"), ("[1.0,inf]", "number 2 is inf"), ("[1.0,nan]", "number 2 is nan"),
-    ("[0.2,0.7]", "expected each number below the one before it: number 2 is 0.7 after 0.2"), ("[a]", "sigmas"), ("0.5", "sigmas"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("given", "wrong"),
+    [
+        ("[]", "expected 1 to 1,000 numbers"),
+        ("[1.0,inf]", "number 2 is inf"),
+        ("[1.0,nan]", "number 2 is nan"),
+        ("[0.2,0.7]", "expected each number below the one before it: number 2 is 0.7 after 0.2"),
+        ("[a]", "sigmas"),
+        ("0.5", "sigmas"),
+    ],
+)
 def test_levels_of_a_job_that_cannot_be_are_one_line(cli, golden, tmp_path, given, wrong):
     code, err = cli(*flags(golden, tmp_path, prompt="a", sigmas=given))
     assert code == 2 and "sigmas" in err and wrong in err and len(err.splitlines()) == 1, err
@@ -161,8 +174,15 @@ def test_pictures_are_those_of_diffusers(cli, tmp_path, write, variant):
     made = images(tmp_path / "run")
     for each in rows:
         theirs = pipe(
-            prompt=each["prompt"], height=each["height"], width=each["width"], sigmas=each["sigmas"], max_sequence_length=24,
-            guidance_scale=2.0, generator=torch.Generator("cpu").manual_seed(each["seed"]), output_type="pil").images[0]  # fmt: skip
+            prompt=each["prompt"],
+            height=each["height"],
+            width=each["width"],
+            sigmas=each["sigmas"],
+            max_sequence_length=24,
+            guidance_scale=2.0,
+            generator=torch.Generator("cpu").manual_seed(each["seed"]),
+            output_type="pil",
+        ).images[0]
         assert psnr(made[each["id"]], np.asarray(theirs)) >= 50
     even = generate.render(pipe, rows[0] | {"num_inference_steps": 3}, 24)
     assert psnr(made["steep"], even) < 40  # blind unless they move the picture

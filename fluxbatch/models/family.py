@@ -305,6 +305,7 @@ class Family(abc.ABC):
 
 
 __all__ = [
-    "Component", "Conditioning", "Config", "Decoder", "Denoiser", "Family", "Footprint", "LoraKeys", "Naming", "Positions", "StepInputs", "StreamParts",
-    "StreamedDenoiser", "Table", "TextInput", "Tokenizer", "TokenizerFiles", "UserError",
+    "Component", "Conditioning", "Config", "Decoder", "Denoiser", "Family", "Footprint", "LoraKeys", "Naming",
+    "Positions", "StepInputs", "StreamParts", "StreamedDenoiser", "Table", "TextInput", "Tokenizer", "TokenizerFiles",
+    "UserError",
 ]  # fmt: skip
