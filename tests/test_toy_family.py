@@ -124,7 +124,7 @@ def alike(made, weights, rows):
 
 
 def test_both_families_are_found():
-    assert [family.name for family in registry.families()] == ["flux1", "toy"]
+    assert [family.name for family in registry.families()] == ["flux1", "flux2-dev", "flux2-klein", "toy"]
 
 
 def test_pictures_are_those_drawn_straight(run, weights):

@@ -179,7 +179,8 @@ def open_model_spec(
     layout = Layout(mesh if mesh.size > 1 else None)
     options = family.options(layout.attention(attend), hardware.split_head_dim, TPU_BANDS if platform == "tpu" else 1)
     plans = _collect({name: lambda c=c, o=options.get(name, {}): c.plan(layout=layout, **o) for name, c in checkpoint.components.items()})
-    tokenizers = {name: Tokenizer(folder) if folder else Absent() for name, folder in checkpoint.tokenizers.items()}
+    opening = {name: files.open or Tokenizer for name, files in family.tokenizers.items()}
+    tokenizers = {name: opening[name](folder) if folder else Absent() for name, folder in checkpoint.tokenizers.items()}
     inputs = family.text_inputs(tokenizers, sampler.max_sequence_length)
     scheduler = family.scheduler(checkpoint.scheduler, sampler.time_shift, sampler.base_shift, sampler.max_shift)
     facts = {
@@ -188,10 +189,11 @@ def open_model_spec(
         "activations_dtype": activations,
         "max_sequence_length": sampler.max_sequence_length,
         "schedule": dict(scheduler.facts()),
+        **family.index(),
     }
     record = {"model": public(_name(job.model.pretrained_model_name_or_path)), "model_digest": facts["model_digest"]}
     record |= {"model_revision": checkpoint.revision or ""}
-    record |= {key: facts[key] for key in ("max_sequence_length", "weights_dtype", "activations_dtype")}
+    record |= {key: facts[key] for key in ("max_sequence_length", "weights_dtype", "activations_dtype")} | family.index()
     record |= {"fluxbatch_version": __version__, "jax_version": jax.__version__, "device_kind": mesh.devices.flat[0].device_kind}
     record |= {"device_count": mesh.size, "per_device_batch_size": sharding.per_device_batch_size}
     record |= {"quality": 100 if job.output.format.name == "png" else job.output.quality}

@@ -233,7 +233,7 @@ class Pipeline:
         """What ``denoise`` computes, with the transformer's blocks passing through the devices."""
         graph, state = network.parts()
         latents, conditioning, guidance, sigmas, left = self._put((latents, conditioning, guidance, sigmas, counts))
-        vector, last = self._launch(self._step_vector, graph, self.dtype, state, conditioning, sigmas, guidance)
+        vector, shared = self._launch(self._step_vector, graph, self.dtype, state, conditioning, sigmas, guidance)
         with network.step_layers(self.observer.streaming) as layers:
             inputs = {name: jax.block_until_ready(self._told(self._launch(self._step_layer, *layer, vector))) for name, layer in layers}
         steps = counts.max()
@@ -242,9 +242,9 @@ class Pipeline:
                 x = self._told(self._launch(self._embed, graph, self.dtype, state, latents, conditioning, positions))
                 for name, (block_graph, block) in itertools.islice(blocks, len(network)):
                     own = [inputs[layer] for layer in network.step_layers_of(name)]
-                    x = self._launch(self._block, block_graph, graph, block, state, x, own, i, positions)
+                    x = self._launch(self._block, block_graph, graph, block, state, x, own, shared, i, positions)
                     jax.block_until_ready(self._told(x))  # or blocks would pile up behind the computation
-                latents = self._launch(self._step, graph, state, latents, x, last, i, sigmas, left)
+                latents = self._launch(self._step, graph, state, latents, x, shared, i, sigmas, left)
         return latents
 
     def decode(self, latents: jax.Array, height: int, width: int) -> tuple[jax.Array, jax.Array]:

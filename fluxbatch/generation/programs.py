@@ -89,13 +89,13 @@ def embed(graph, dtype, state, latents, conditioning, positions):
     return nnx.merge(graph, state).embed_tokens(latents, conditioning, positions, dtype)
 
 
-def block(block_graph, graph, block, state, x, inputs, i, positions):
-    """``inputs``: what the block's step layers made, of all steps."""
-    return nnx.merge(graph, state).block(nnx.merge(block_graph, block), x, [part[:, i] for part in inputs], positions)
+def block(block_graph, graph, block, state, x, inputs, shared, i, positions):
+    """``inputs``: what the block's step layers made, ``shared``: what all blocks read; both of all steps."""
+    return nnx.merge(graph, state).block(nnx.merge(block_graph, block), x, [part[:, i] for part in inputs], _at(shared, i), positions)
 
 
-def step(scheduler_step, graph, state, latents, x, inputs, i, sigmas, left):
-    velocity = nnx.merge(graph, state).finish(x, inputs[:, i])
+def step(scheduler_step, graph, state, latents, x, shared, i, sigmas, left):
+    velocity = nnx.merge(graph, state).finish(x, _at(shared, i))
     return _step(scheduler_step, latents, velocity, i, sigmas, left)
 
 

@@ -1,6 +1,6 @@
 """What a model family is to the rest of the program: data about its checkpoints, and a few functions.
 
-A folder ``models/<family>/`` has a ``definition.py`` with one subclass of ``Family``, called ``FAMILY`` there. Its class
+A folder ``models/<family>/`` has a ``definition.py`` with subclasses of ``Family``, listed in ``FAMILIES`` there. Class
 attributes describe checkpoints; an instance has the configs of one checkpoint. Conditioning, step inputs and positions
 are pytrees that only the family understands; the runner batches, shards and caches them.
 """
@@ -54,7 +54,8 @@ class TokenizerFiles:
 
     component: str  # the encoder whose home may have it; its config says ``vocab_size``
     vocabulary: int  # of the published encoder,
-    repo: str  # whose tokenizer this public repository has
+    repo: str | None  # whose tokenizer this public repository has; None: no public one is known to be the same
+    open: Callable[[str], Tokenizer] | None = None  # of its folder; None: as those that read plain text are opened
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -72,14 +73,14 @@ class LoraKeys:
 
 
 class Tokenizer(Protocol):
-    """What of ``generation/tokenizers.py`` is needed here."""
+    """What is needed of one: of ``generation/tokenizers.py``, or of a family's own."""
 
     folder: str
     here: bool  # False: a plan's stand-in for one that is not
     unit: str  # of its counts, if it is not tokens
     max_length: Any
 
-    def __call__(self, texts: Sequence[str], length: int) -> np.ndarray: ...
+    def __call__(self, texts: Sequence[str], length: int) -> Any: ...
     def longer(self, texts: Iterable[str], limit: int) -> set[str]: ...
     def doubtful(self, texts: Iterable[str], limit: int) -> set[str]: ...
     def count(self, texts: Sequence[str]) -> list[int]: ...
@@ -136,7 +137,7 @@ class StreamParts:
     their step inputs, which pass first."""
 
     blocks: tuple[tuple[str, int], ...]  # (stack, number of layers)
-    step_layers: Mapping[str, tuple[str, ...]]  # stack → paths of its blocks' step layers
+    step_layers: Mapping[str, tuple[str, ...]]  # stack → paths of its blocks' step layers; none where blocks share what a step needs
     makers: Mapping[str, Callable[[nnx.Rngs | None], nnx.Module]]  # one block (without step layers) or step layer, by path
     rest: Callable[[nnx.Rngs | None], nnx.Module]  # what lies in no block
 
@@ -147,15 +148,15 @@ class StreamedDenoiser(Denoiser, Protocol):
     def stream(self) -> StreamParts: ...
 
     def step_vector(self, conditioning: Conditioning, sigmas: jax.Array, guidance: jax.Array, dtype: Any) -> tuple[Any, Any]:
-        """What step layers read, and the step inputs ``[B, S, …]`` of ``finish``."""
+        """What step layers read, if there are any, and the step inputs ``[B, S, …]``, a pytree, of ``finish`` and of all blocks."""
 
     def embed_tokens(self, latents: jax.Array, conditioning: Conditioning, positions: Positions, dtype: Any) -> Any:
         """What the first block reads."""
 
-    def block(self, block: nnx.Module, x: Any, step: Sequence[jax.Array], positions: Positions) -> Any:
-        """``x`` after ``block``; ``step``: the outputs of its step layers, of one step."""
+    def block(self, block: nnx.Module, x: Any, step: Sequence[jax.Array], shared: Any, positions: Positions) -> Any:
+        """``x`` after ``block``; of one step: the outputs of its step layers, and what all blocks share."""
 
-    def finish(self, x: Any, step: jax.Array) -> jax.Array:
+    def finish(self, x: Any, shared: Any) -> jax.Array:
         """``x`` after the last block → velocity ``[B, L, C]``."""
 
 
@@ -194,15 +195,31 @@ class Family(abc.ABC):
     denoiser: ClassVar[str] = "transformer"
     decoder: ClassVar[str] = "vae"
     tokenizers: ClassVar[Mapping[str, TokenizerFiles]]
-    conditioning: ClassVar[Callable[..., Conditioning]]
+    conditioning: Callable[..., Conditioning]  # what makes it of its arrays; a class's, or an instance's own
     lora: ClassVar[LoraKeys]
     file_patterns: ClassVar[tuple[str, ...]] = ()  # patterns of the denoiser's file in a directory of single files
     leftovers: ClassVar[str] = r"(?!)"  # names in a whole checkpoint that belong to no component
 
-    def __init__(self, configs: Mapping[str, Config]):
+    def __init__(self, configs: Mapping[str, Config], index: Mapping[str, Any] | None = None):
+        """``index``: what ``model_index.json`` says."""
         self.configs = dict(configs)
 
     # The checkpoint
+
+    @classmethod
+    def claims(cls, config: Mapping[str, Any]) -> bool:
+        """Whether the denoiser's ``config.json`` is one of this family's, where nothing else tells."""
+        declared = config.get("_class_name") or next(iter(config.get("architectures") or ()), None)
+        return declared in cls.components[cls.denoiser].classes
+
+    @classmethod
+    def index_of(cls, file: str) -> Mapping[str, Any]:
+        """What ``model_index.json`` would say of a single file of this name."""
+        return {}
+
+    def index(self) -> dict[str, Any]:
+        """What of ``model_index.json`` decides pixels, as plain values."""
+        return {}
 
     @abc.abstractmethod
     def mismatches(self) -> Iterator[tuple[str, str, Any, Any, str]]:

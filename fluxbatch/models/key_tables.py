@@ -14,6 +14,7 @@ from typing import Any
 # Rows (axis 0) start/of .. stop/of of the source, e.g. (1, 2, 3): the middle third.
 Rows = tuple[int, int, int]
 ALL: tuple[Rows, ...] = ((0, 1, 1),)
+SWAP_HALVES: tuple[Rows, ...] = ((1, 2, 2), (0, 1, 2))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,10 +35,14 @@ class Table:
 
 @dataclasses.dataclass(frozen=True)
 class Naming:
-    """How some files name a component's tensors. ``sign``: a key that only this naming has."""
+    """How some files name a component's tensors. ``sign``: a key that only this naming has, or several that only it has all of."""
 
-    sign: str
+    sign: str | tuple[str, ...]
     table: Table | Callable[[Mapping[str, Any]], Table]
+
+    def signs(self, prefix: str) -> frozenset[str]:
+        """The keys of ``sign`` behind a prefix."""
+        return frozenset(prefix + sign for sign in ((self.sign,) if isinstance(self.sign, str) else self.sign))
 
     def table_for(self, tensors: Mapping[str, Any]) -> Table:
         """The table, which may depend on the tensors that are there (as a VAE's levels)."""

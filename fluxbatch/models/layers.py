@@ -310,3 +310,8 @@ def gelu_tanh(x: Array) -> Array:
 
 def gelu_erf(x: Array) -> Array:
     return jax.nn.gelu(x, approximate=False)
+
+
+def swiglu(gate: Array, up: Array) -> Array:
+    """``silu(gate) · up``, in float32 so that bfloat16 rounds once."""
+    return (jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)).astype(up.dtype)

@@ -12,9 +12,10 @@ from fluxbatch.models.family import Family
 
 @functools.cache
 def families() -> tuple[type[Family], ...]:
-    """All of them, by folder name."""
+    """All of them, by folder name, and as each definition lists its own."""
     folders = sorted(module.name for module in pkgutil.iter_modules(models.__path__) if module.ispkg)
-    return tuple(importlib.import_module(f"{models.__name__}.{folder}.definition").FAMILY for folder in folders)
+    definitions = [importlib.import_module(f"{models.__name__}.{folder}.definition") for folder in folders]
+    return tuple(family for definition in definitions for family in definition.FAMILIES)
 
 
 def by_pipeline(name: str) -> type[Family] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -33,8 +34,44 @@ class Scheduler(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class FlowMatchEuler:
-    """Flow-matching Euler times, as diffusers' FlowMatchEulerDiscreteScheduler has them for FLUX."""
+class Euler:
+    """What flow-matching schedules of Euler steps share: the step, and how ``scheduler_config.json`` is read."""
+
+    @staticmethod
+    def check(config: Mapping[str, Any]) -> None:
+        """UserError for samplers that this is not."""
+        plain = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False, "invert_sigmas": False,
+                 "shift_terminal": None, "stochastic_sampling": False, "use_flow_sigmas": False, "time_shift_type": "exponential",
+                 "num_train_timesteps": 1000, "_class_name": "FlowMatchEulerDiscreteScheduler"}  # fmt: skip
+        for key, expected in plain.items():
+            if config.get(key, expected) != expected:
+                raise UserError(f"scheduler_config.json: {key} is {config[key]!r}, expected {expected!r}")
+
+    @staticmethod
+    def number(config: Mapping[str, Any], key: str, default: float, given: float | None = None) -> float:
+        """``given``, else the config's, else the default; UserError for what is no number."""
+        value = config.get(key, default) if given is None else given
+        if type(value) not in (int, float) or not math.isfinite(value):
+            raise UserError(f"scheduler_config.json: {key} is {value!r}, expected a number")
+        return value
+
+    @staticmethod
+    def by_constant(shift: float, sigmas: np.ndarray) -> np.ndarray:
+        """Noise levels shifted by a constant, which is above 0."""
+        return shift * sigmas / (1 + (shift - 1) * sigmas)
+
+    @staticmethod
+    def step(latents: jax.Array, velocity: jax.Array, sigma: jax.Array, next_sigma: jax.Array) -> jax.Array:
+        """An Euler step, in float32."""
+        return latents + (next_sigma - sigma)[:, None, None] * velocity.astype(jnp.float32)
+
+    def facts(self) -> Mapping[str, Any]:
+        return dataclasses.asdict(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class FlowMatchEuler(Euler):
+    """Flow-matching Euler times, as diffusers' FlowMatchEulerDiscreteScheduler has them for FLUX.1."""
 
     time_shift: bool  # shift by the number of image tokens (dev), else by the constant ``shift``
     base_shift: float
@@ -47,19 +84,8 @@ class FlowMatchEuler:
     def of(cls, config: Mapping[str, Any], time_shift: bool | None, base_shift: float | None, max_shift: float | None) -> FlowMatchEuler:
         """From ``scheduler_config.json``; arguments that are not None win. UserError for samplers that
         this is not."""
-        plain = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False, "invert_sigmas": False,
-                 "shift_terminal": None, "stochastic_sampling": False, "use_flow_sigmas": False, "time_shift_type": "exponential",
-                 "num_train_timesteps": 1000, "_class_name": "FlowMatchEulerDiscreteScheduler"}  # fmt: skip
-        for key, expected in plain.items():
-            if config.get(key, expected) != expected:
-                raise UserError(f"scheduler_config.json: {key} is {config[key]!r}, expected {expected!r}")
-
-        def number(key: str, default: float, given: float | None = None) -> float:
-            value = config.get(key, default) if given is None else given
-            if type(value) not in (int, float) or not math.isfinite(value):
-                raise UserError(f"scheduler_config.json: {key} is {value!r}, expected a number")
-            return value
-
+        cls.check(config)
+        number = functools.partial(cls.number, config)
         schedule = cls(
             time_shift=bool(config.get("use_dynamic_shifting", False) if time_shift is None else time_shift),
             base_shift=float(number("base_shift", 0.5, base_shift)),
@@ -87,13 +113,5 @@ class FlowMatchEuler:
             mu = self.base_shift + slope * (tokens - self.base_tokens)
             sigmas = (np.exp(mu) / (np.exp(mu) + (1 / sigmas - 1))).astype(np.float32)
         else:
-            sigmas = self.shift * sigmas / (1 + (self.shift - 1) * sigmas)
+            sigmas = self.by_constant(self.shift, sigmas)
         return np.append(sigmas, 0).astype(np.float32)
-
-    @staticmethod
-    def step(latents: jax.Array, velocity: jax.Array, sigma: jax.Array, next_sigma: jax.Array) -> jax.Array:
-        """An Euler step, in float32."""
-        return latents + (next_sigma - sigma)[:, None, None] * velocity.astype(jnp.float32)
-
-    def facts(self) -> Mapping[str, Any]:
-        return dataclasses.asdict(self)

@@ -119,7 +119,8 @@ def _model(job: Job, spec: ModelSpec, target: Target, rows: Sequence[Row]) -> It
     yield _line("machine", f"{target}; {mesh}{replicas}")
     unseen = filter(None, [spec.checkpoint.unseen])
     swept = startup_warnings.overridden(job.sweep, rows)
-    said = (*unseen, *spec.warnings, *startup_warnings.unguided(spec, rows), *swept, *left_out(rows, spec.provenance), *columns.lines(rows))
+    unread = (*startup_warnings.unguided(spec, rows), *startup_warnings.unread_texts(spec, rows))
+    said = (*unseen, *spec.warnings, *unread, *swept, *left_out(rows, spec.provenance), *columns.lines(rows))
     for remark in said:
         yield _line("remark", remark)
 

@@ -53,6 +53,7 @@ def lines(job: Job, spec: ModelSpec, given: Sequence[Row], rows: Sequence[Row], 
     yield from spec.warnings
     yield from mixed(spec, given)
     yield from unguided(spec, rows)
+    yield from unread_texts(spec, rows)
     yield from overridden(job.sweep, rows)
     yield from left_out(rows, spec.provenance)
     yield from columns.lines(rows)
@@ -97,6 +98,13 @@ def unguided(spec: ModelSpec, rows: Sequence[Row]) -> Iterator[str]:
     count = sum(row.guidance_scale != 0 for row in rows)
     if count and not spec.warnings and not spec.family.guided:
         yield f"guidance_scale decides nothing ({count:,} rows have one): the checkpoint has no guidance embedding"
+
+
+def unread_texts(spec: ModelSpec, rows: Sequence[Row]) -> Iterator[str]:
+    """That rows have a second prompt, and the checkpoint has nothing that reads it."""
+    count = sum(row.prompt_2 != row.prompt for row in rows)
+    if count and not any(each.field == "prompt_2" for each in spec.inputs):
+        yield f"prompt_2 decides nothing ({count:,} rows have one): the checkpoint has no encoder that reads it"
 
 
 def overridden(sweep: Mapping[str, Any], rows: Sequence[Row]) -> Iterator[str]:

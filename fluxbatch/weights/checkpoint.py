@@ -32,7 +32,7 @@ from fluxbatch.weights.matching import lacked
 from fluxbatch.weights.source import Source, Tensor, sampled
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt", "spiece.model",
-                   "added_tokens.json")  # fmt: skip
+                   "added_tokens.json", "chat_template.jinja")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +126,7 @@ def open_checkpoint(model: Model) -> Checkpoint:
     file = file or (_only_file(root) if marker is None else None)
     whole = _read_file(root, file) if file else {}
     family = _family_of(root, index.get("_class_name"), file, whole)
+    check_homes(family, model)
 
     opened = {name: open_component(family, name, model, root, file, whole, marker) for name in family.components}
     components = {name: component for name, (component, _) in opened.items()}
@@ -134,7 +135,7 @@ def open_checkpoint(model: Model) -> Checkpoint:
         single_files.check_whole(whole, list(prefixes), family.leftovers, root.path(file))
     if model.verify.name == "digest" and marker is None:  # a converted copy has checksums of its own
         verify(files(components))
-    whole_family = agreed(family, components)
+    whole_family = agreed(family, components, family.index_of(file) if file else index)
     tokenizers = {}
     for name, published in family.tokenizers.items():
         known = published.repo if components[published.component].config.vocab_size == published.vocabulary else None
@@ -159,17 +160,25 @@ def _family_of(root: Source, pipeline: str | None, file: str | None, whole: Mapp
         return named
     for family in families():
         path = f"{family.denoiser}/config.json"
-        if root.exists(path) and _class_of(root.json(path)) in family.components[family.denoiser].classes:
+        if root.exists(path) and family.claims(root.json(path)):
             return family
     return families()[0]  # which says what is missing
 
 
-def agreed(family: type[Family], components: Mapping[str, Opened]) -> Family:
-    """The family with these components' configs; UserError where they do not fit each other."""
-    found = family({name: component.config for name, component in components.items()})
+def agreed(family: type[Family], components: Mapping[str, Opened], index: Mapping[str, Any]) -> Family:
+    """The family with these components' configs and what ``model_index.json`` says; UserError where they do not fit each other."""
+    found = family({name: component.config for name, component in components.items()}, index)
     for name, key, got, expected, of in found.mismatches():
         raise UserError(f"{components[name].where}: {key} is {got}, expected {expected} ({of})")
     return found
+
+
+def check_homes(family: type[Family], model: Model) -> None:
+    """UserError for a component that is named apart and that this family does not have."""
+    homes = dict.fromkeys(component.home for other in families() for component in other.components.values())
+    for home in homes.keys() - {component.home for component in family.components.values()} - {None}:
+        if given := getattr(model, home):
+            raise UserError(f"model.{home}: {given!r}: expected null: nothing of a {family.pipelines[0]} is read from it")
 
 
 def _wanted(model: Model) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -219,7 +228,8 @@ def _only_file(root: Source) -> str | None:
     if any(weights_file(root / family.denoiser, family.components[family.denoiser].stems) for family in families()):
         return None
     patterns = {pattern for family in families() for pattern in family.file_patterns}
-    files = [name for name in root.top() if name.endswith(SUFFIXES) and any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+    others = {name for family in families() for part, of in family.components.items() if part != family.denoiser for name in of.files}
+    files = [name for name in root.top() if name.endswith(SUFFIXES) and name not in others and any(fnmatch.fnmatchcase(name, p) for p in patterns)]
     if len(files) > 1:
         raise UserError(f"{root.url}: holds {', '.join(files)}: name one of them")
     return files[0] if files else None

@@ -155,7 +155,7 @@ def _write_rest(checkpoint: Checkpoint, write: _Writer) -> None:
             if os.path.exists(path := os.path.join(folder, file)):
                 with open(path, "rb") as f:
                     write.bytes(f"{name}/{file}", f.read())
-    write.file("model_index.json", {"_class_name": checkpoint.family.pipelines[0]})
+    write.file("model_index.json", {"_class_name": checkpoint.family.pipelines[0], **checkpoint.family.index()})
 
 
 class _Writer:

@@ -22,7 +22,7 @@ INSTEAD = (
     "expected bfloat16, float16, float32 or fp8 weights (ComfyUI's, with scales or without) in a .safetensors file: "
     "use the one that it was made from, or its fp8 copy; stream_blocks=true where memory is short"
 )
-SMALL = ("*.json", "*merges.txt", "*spiece.model")  # configs and tokenizers
+SMALL = ("*.json", "*merges.txt", "*spiece.model", "*.jinja")  # configs and tokenizers
 
 
 def find(

@@ -23,7 +23,7 @@ from fluxbatch.models.family import Component, Family
 from fluxbatch.models.key_tables import NATIVE
 from fluxbatch.models.registry import by_pipeline
 from fluxbatch.types import UserError
-from fluxbatch.weights.checkpoint import Checkpoint, Opened, agreed, find_tokenizer, open_checkpoint, open_component
+from fluxbatch.weights.checkpoint import Checkpoint, Opened, agreed, check_homes, find_tokenizer, open_checkpoint, open_component
 from fluxbatch.weights.find import EMBEDDED, PAGE
 from fluxbatch.weights.load import path_of
 from fluxbatch.weights.source import Source, Tensor
@@ -156,12 +156,13 @@ def _apart(family: type[Family], name: str, model: Model, base: str) -> tuple[Op
 def _by_sizes(model: Model, known: Known, downloaded: Source | None) -> Published:
     """``downloaded``: the part of it that is here, which may have the tokenizers."""
     repo, family = known["repository"], family_of(known)
+    check_homes(family, model)
     opened = {
         part: _apart(family, part, model, repo) or (component(part, definition, known, repo), None)
         for part, definition in family.components.items()
     }
     components = {part: found for part, (found, _) in opened.items()}
-    whole = agreed(family, components)
+    whole = agreed(family, components, known.get("index", {}))
     tokenizers = {}
     for part, files in family.tokenizers.items():
         homes = [home for home in (opened[files.component][1], downloaded) if home]

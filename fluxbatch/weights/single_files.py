@@ -19,7 +19,7 @@ def recognise(component: Component, tensors: Mapping[str, Tensor]) -> tuple[dict
     """The component's tensors without their prefix, their table and the prefix; None if it is not there."""
     for prefix in component.prefixes:
         for naming in component.namings:
-            if prefix + naming.sign in tensors:
+            if naming.signs(prefix) <= tensors.keys():
                 own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
                 for name, other in component.same:
                     if name not in own and other in own:

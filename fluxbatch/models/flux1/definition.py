@@ -50,7 +50,8 @@ class Flux1(Family):
     components = {
         "transformer": Component(
             FluxConfig, Flux,
-            namings=(Naming("img_in.weight", keys.FLUX_BFL), Naming("x_embedder.weight", keys.FLUX_DIFFUSERS)),
+            namings=(Naming("vector_in.in_layer.weight", keys.FLUX_BFL),
+                     Naming("time_text_embed.text_embedder.linear_1.weight", keys.FLUX_DIFFUSERS)),
             stems=("diffusion_pytorch_model", "model"),
             classes=("FluxTransformer2DModel",),
             saved={"_class_name": "FluxTransformer2DModel"},
@@ -104,8 +105,8 @@ class Flux1(Family):
         "tokenizer_2": TokenizerFiles("text_encoder_2", 32128, "google/t5-v1_1-xxl"),
     }
 
-    def __init__(self, configs: Mapping[str, Any]):
-        super().__init__(configs)
+    def __init__(self, configs: Mapping[str, Any], index: Mapping[str, Any] | None = None):
+        super().__init__(configs, index)
         self.transformer: FluxConfig = configs["transformer"]
         self.clip: ClipConfig = configs["text_encoder"]
         self.t5: T5Config = configs["text_encoder_2"]
@@ -217,4 +218,4 @@ class Flux1(Family):
         return autoencoder_cost.decode_bytes(self.vae, at)
 
 
-FAMILY = Flux1
+FAMILIES = (Flux1,)

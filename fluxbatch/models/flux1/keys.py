@@ -5,10 +5,7 @@ Targets are the attribute paths of ``models/``; ``name[{0}]`` is a layer of a st
 
 from __future__ import annotations
 
-from fluxbatch.models.key_tables import Rule, Table, linear, norm
-
-SWAP_HALVES = ((1, 2, 2), (0, 1, 2))
-
+from fluxbatch.models.key_tables import SWAP_HALVES, Rule, Table, linear, norm
 
 def _diffusers_stream(stream: str, q: str, k: str, v: str, norms: tuple[str, str], proj: str, mod: str, ff: str) -> tuple[Rule, ...]:
     src, dst = r"transformer_blocks\.(\d+)\.", f"double_blocks[{{0}}].{stream}."

@@ -16,27 +16,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from fluxbatch.distributed.mesh import Layout, Pairs
+from fluxbatch.distributed.mesh import Layout
 from fluxbatch.models import attention as attn
+from fluxbatch.models.dit import QKV, TIME_CHANNELS, MLPEmbedder, gated, modulate, rotate, timestep_embedding
 from fluxbatch.models.family import StreamParts
-from fluxbatch.models.layers import (
-    Linear,
-    RMSNorm,
-    each,
-    from_heads,
-    gelu_tanh,
-    layer_norm,
-    scan,
-    stack,
-)
+from fluxbatch.models.layers import Linear, each, from_heads, gelu_tanh, scan, stack
 
 Array = jax.Array
 Block = TypeVar("Block", "DoubleBlock", "SingleBlock")
 
 ROPE_BASE = 10_000
-TIME_CHANNELS = 256
-TIME_FACTOR = 1000.0
-EPS = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,14 +60,6 @@ class FluxConfig:
         return self.num_attention_heads * self.attention_head_dim
 
 
-def timestep_embedding(t: Array) -> Array:
-    """``[…]`` times in 0..1 → ``[…, 256]`` float32: cosines, then sines."""
-    half = TIME_CHANNELS // 2
-    freqs = jnp.exp(-np.log(10_000) * jnp.arange(half, dtype=jnp.float32) / half)
-    angles = (TIME_FACTOR * t.astype(jnp.float32))[..., None] * freqs
-    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
-
-
 def rope_table(text_len: int, rows: int, cols: int, axes: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
     """Cosines and sines ``[T + rows·cols, K/2]`` float32 of the rotary angles.
 
@@ -92,38 +73,6 @@ def rope_table(text_len: int, rows: int, cols: int, axes: tuple[int, ...]) -> tu
     return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
 
-def rotate(x: Array, rope: tuple[Array, Array]) -> Array:
-    """Rotates ``[B, H, L, K]`` by the angles of each token, in float32: its halves are the pairs' first and
-    second numbers."""
-    return jax.lax.platform_dependent(x, *rope, tpu=rotated_by_product, default=rotated_by_halves)
-
-
-def rotated_by_halves(x: Array, cos: Array, sin: Array) -> Array:
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
-
-
-def rotated_by_product(x: Array, cos: Array, sin: Array) -> Array:
-    """The same for a TPU, whose vectors are as wide as both halves: it cuts and joins them in memory, and exchanges them
-    without leaving the chip where that is a product with a permutation, which is exact."""
-    width = x.shape[-1]
-    swap = jnp.asarray(np.roll(np.eye(width), width // 2, 0), x.dtype)
-    swapped = jax.lax.dot_general(x, swap, (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
-    cos, sin = jnp.concatenate([cos, cos], -1), jnp.concatenate([-sin, sin], -1)
-    return (x.astype(jnp.float32) * cos + swapped * sin).astype(x.dtype)
-
-
-def modulate(x: Array, shift: Array, scale: Array) -> Array:
-    """``[B, L, D]`` normed, then scaled and shifted by ``[B, D]``."""
-    y = layer_norm(x, EPS) * (1 + scale[:, None].astype(jnp.float32)) + shift[:, None].astype(jnp.float32)
-    return y.astype(x.dtype)
-
-
-def gated(x: Array, gate: Array, y: Array) -> Array:
-    """The residual ``x + gate · y``, added in float32 so that bfloat16 rounds once."""
-    return (x.astype(jnp.float32) + gate[:, None].astype(jnp.float32) * y.astype(jnp.float32)).astype(x.dtype)
-
-
 class Modulation(NamedTuple):
     """The shifts, scales and gates of all layers. They depend on time, guidance and pooled text and not on the
     image, while the layers that make them are 27 % of the weights: so they are made for many steps at once.
@@ -135,34 +84,6 @@ class Modulation(NamedTuple):
     txt: Array | None
     single: Array | None  # [B, S, layers, 3D]
     final: Array  # [B, S, 2D]
-
-
-class MLPEmbedder(nnx.Module):
-    """``[B, in]`` → ``[B, D]``: two layers with SiLU between."""
-
-    def __init__(self, d_in: int, width: int, *, rngs: nnx.Rngs | None):
-        self.in_layer = Linear(d_in, width, ("mlp", "embed"), rngs=rngs)
-        self.out_layer = Linear(width, width, ("embed", "mlp"), rngs=rngs)
-
-    def __call__(self, x: Array) -> Array:
-        return self.out_layer(jax.nn.silu(self.in_layer(x)))
-
-
-class QKV(nnx.Module):
-    """Normed queries and keys, and values: ``[B, L, D]`` → three of ``[B, H, L, K]``."""
-
-    def __init__(self, cfg: FluxConfig, *, rngs: nnx.Rngs | None):
-        d, head = cfg.width, cfg.attention_head_dim
-        self.q = Linear(d, d, (Pairs("heads", head), "embed"), rngs=rngs)
-        self.k = Linear(d, d, (Pairs("heads", head), "embed"), rngs=rngs)
-        self.v = Linear(d, d, ("heads", "embed"), rngs=rngs)
-        self.query_norm = RMSNorm(head, eps=EPS, rngs=rngs, axis=Pairs(None, head))
-        self.key_norm = RMSNorm(head, eps=EPS, rngs=rngs, axis=Pairs(None, head))
-        self.heads = cfg.num_attention_heads
-
-    def __call__(self, x: Array, split_head_dim: bool) -> tuple[Array, Array, Array]:
-        q, k, v = (f.to_heads(x, self.heads, split_head_dim) for f in (self.q, self.k, self.v))
-        return self.query_norm(q), self.key_norm(k), v
 
 
 class Stream(nnx.Module):
@@ -313,7 +234,9 @@ class Flux(nnx.Module):
         """Image and text ``[B, …, D]``."""
         return self._embed_image(latents.astype(dtype)), self.embed(conditioning, dtype)
 
-    def block(self, block: nnx.Module, x: tuple[Array, Array], step: Sequence[Array], positions: tuple[Array, Array]) -> tuple[Array, Array]:
+    def block(
+        self, block: nnx.Module, x: tuple[Array, Array], step: Sequence[Array], shared: Array, positions: tuple[Array, Array]
+    ) -> tuple[Array, Array]:  # fmt: skip
         """Image and text after a block; single blocks read one sequence of both, text first."""
         img, txt = x
         if isinstance(block, DoubleBlock):
@@ -321,8 +244,8 @@ class Flux(nnx.Module):
         both = block(jnp.concatenate([txt, img], axis=1), *step, positions, self)
         return both[:, txt.shape[1] :], both[:, : txt.shape[1]]
 
-    def finish(self, x: tuple[Array, Array], step: Array) -> Array:
-        return self._velocity_of(x[0], step)
+    def finish(self, x: tuple[Array, Array], shared: Array) -> Array:
+        return self._velocity_of(x[0], shared)
 
     # The parts of both
 

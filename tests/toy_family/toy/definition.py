@@ -153,8 +153,8 @@ class Toy(Family):
     }
     tokenizers = {"alphabet": TokenizerFiles("reader", -1, "nobody/nothing")}
 
-    def __init__(self, configs: Mapping[str, Any]):
-        super().__init__(configs)
+    def __init__(self, configs: Mapping[str, Any], index: Mapping[str, Any] | None = None):
+        super().__init__(configs, index)
         self.reader: ReaderConfig = configs["reader"]
         self.canvas: CanvasConfig = configs["canvas"]
         self.painter: PainterConfig = configs["painter"]
@@ -247,4 +247,4 @@ class Toy(Family):
         return 4 * at.at_once * self.tokens(at.height, at.width) * self.painter.width * at.activation_bytes
 
 
-FAMILY = Toy
+FAMILIES = (Toy,)

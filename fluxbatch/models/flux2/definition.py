@@ -1,0 +1,238 @@
+"""FLUX.2 as data: klein (distilled, or a base with classifier-free guidance) and dev (guidance embedded)."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fluxbatch.models import autoencoder_cost
+from fluxbatch.models.family import Component, Family, Footprint, TextInput, Tokenizer, TokenizerFiles
+from fluxbatch.models.flux2 import cost, keys, latents, mistral, qwen3, text
+from fluxbatch.models.flux2.autoencoder import Decoder, Flux2VaeConfig
+from fluxbatch.models.flux2.decoder import DecoderConfig
+from fluxbatch.models.flux2.lora import LORA
+from fluxbatch.models.flux2.schedule import Flux2Schedule
+from fluxbatch.models.flux2.transformer import Flux2, Flux2Config, Guided, PromptEmbeds, rope_table
+from fluxbatch.models.key_tables import Naming
+from fluxbatch.models.noise import torch_normal
+
+TRANSFORMER = Component(
+    Flux2Config, Flux2,
+    namings=(Naming("single_stream_modulation.lin.weight", keys.bfl_of), Naming("single_stream_modulation.linear.weight", keys.diffusers_of)),
+    stems=("diffusion_pytorch_model", "model"),
+    classes=("Flux2Transformer2DModel",),
+    saved={"_class_name": "Flux2Transformer2DModel"},
+    sizes=keys.transformer_sizes,
+    constants=keys.transformer_constants,
+    prefixes=("", "model.diffusion_model.", "diffusion_model.", "transformer."),
+)  # fmt: skip
+# Dev's has one more sign: its embedding of guidance.
+DEV_TRANSFORMER = dataclasses.replace(TRANSFORMER, namings=(
+    Naming(("single_stream_modulation.lin.weight", "guidance_in.in_layer.weight"), keys.bfl_of),
+    Naming(("single_stream_modulation.linear.weight", "time_guidance_embed.guidance_embedder.linear_1.weight"), keys.diffusers_of),
+))  # fmt: skip
+VAE = Component(
+    Flux2VaeConfig, Decoder,
+    namings=(Naming("decoder.norm_out.weight", keys.vae_bfl_of), Naming("decoder.conv_norm_out.weight", keys.VAE_DECODER_DIFFUSERS)),
+    stems=("diffusion_pytorch_model", "model"),
+    classes=("AutoencoderKLFlux2",),
+    saved={"_class_name": "AutoencoderKLFlux2"},
+    sizes=keys.vae_sizes,
+    constants=keys.vae_constants,
+    home="vae_model_name_or_path",
+    files=("flux2-vae.safetensors", "ae.safetensors"),
+    folders=("vae",),
+    prefixes=("", "vae.", "first_stage_model."),
+)  # fmt: skip
+
+
+class _Flux2(Family):
+    """What klein and dev share: all but the text encoder, and what guidance is."""
+
+    encoders = ("text_encoder",)
+    lora = LORA
+    file_patterns = ("flux*",)
+    reads: ClassVar[str]  # the text encoder's name, for messages
+    layers: ClassVar[tuple[int, ...]]  # whose states are read
+    chat: ClassVar[text.Chat]
+
+    def __init__(self, configs: Mapping[str, Any], index: Mapping[str, Any] | None = None):
+        super().__init__(configs, index)
+        self.transformer: Flux2Config = configs["transformer"]
+        self.text: DecoderConfig = configs["text_encoder"]
+        self.vae: Flux2VaeConfig = configs["vae"]
+        self.cfg = False  # whether there is a negative prompt
+        self.conditioning = PromptEmbeds
+
+    # The checkpoint
+
+    def mismatches(self) -> Iterator[tuple[str, str, Any, Any, str]]:
+        cfg = self.transformer
+        for key, expected, of in (
+            ("in_channels", 4 * self.vae.latent_channels, "4 × the VAE's latent_channels"),
+            ("joint_attention_dim", len(self.layers) * self.text.hidden_size, f"{len(self.layers)} × {self.reads}'s hidden_size"),
+            ("out_channels", cfg.in_channels, "in_channels"),
+        ):
+            if (found := getattr(cfg, key)) != expected:
+                yield "transformer", key, found, expected, of
+
+    def scheduler(
+        self, config: Mapping[str, Any], time_shift: bool | None, base_shift: float | None, max_shift: float | None
+    ) -> Flux2Schedule:  # fmt: skip
+        return Flux2Schedule.of(config, time_shift, base_shift, max_shift)
+
+    def published_scheduler(self) -> dict[str, Any]:
+        return dict(use_dynamic_shifting=True, shift=3.0, base_shift=0.5, max_shift=1.15, base_image_seq_len=256, max_image_seq_len=4096)
+
+    @property
+    def heads(self) -> int:
+        return self.transformer.num_attention_heads
+
+    @property
+    def guided(self) -> bool:
+        return self.transformer.guidance_embeds or self.cfg
+
+    # Text
+
+    def text_inputs(self, tokenizers: Mapping[str, Tokenizer], max_sequence_length: int) -> tuple[TextInput, ...]:
+        given = self.reads, tokenizers["tokenizer"], max_sequence_length
+        prompt = text.ChatInput(*given, "prompt", self.chat.size)
+        return (prompt, text.NegativeInput(f"{self.reads}, of the negative prompt,", *given[1:], "", self.chat.size)) if self.cfg else (prompt,)
+
+    def encode(self, encoders: Mapping[str, Any], inputs: Sequence[tuple[jax.Array, ...]], dtype: Any) -> PromptEmbeds | Guided:
+        encoder = encoders["text_encoder"]
+        if not self.cfg:
+            return PromptEmbeds(encoder(*inputs[0], dtype))
+        ids, mask = map(jnp.stack, zip(*inputs, strict=True))
+        return Guided(*jax.lax.map(lambda one: encoder(*one, dtype), (ids, mask)))  # the program has the encoder once
+
+    def conditioning_shapes(self, inputs: Sequence[TextInput]) -> PromptEmbeds | Guided:
+        return self.conditioning(*((each.length, self.transformer.joint_attention_dim) for each in inputs))
+
+    # Latents
+
+    @property
+    def size_multiple(self) -> int:
+        return self.vae.scale
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int]:
+        rows, cols = self._grid(height, width)
+        return rows * cols, self.transformer.in_channels
+
+    def _grid(self, height: int, width: int) -> tuple[int, int]:
+        return height // self.vae.scale, width // self.vae.scale
+
+    def noise(self, seed: int, height: int, width: int) -> np.ndarray:
+        return latents.noise(functools.partial(torch_normal, seed), self.transformer.in_channels, *self._grid(height, width))
+
+    def positions(self, conditioning: PromptEmbeds | Guided, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+        return rope_table(self.transformer, conditioning.states.shape[-2], *self._grid(height, width))
+
+    def unpack(self, latents_: jax.Array, height: int, width: int) -> jax.Array:
+        return latents.grid(latents_, *self._grid(height, width))
+
+    @property
+    def decoder_width(self) -> int:
+        return self.vae.decoder_block_out_channels[0]
+
+    # Costs
+
+    def encode_flops(self, inputs: Sequence[TextInput]) -> int:
+        return sum(cost.encode(self.text, self.layers, each.length) for each in inputs)
+
+    def step_flops(self, height: int, width: int, inputs: Sequence[TextInput]) -> int:
+        return sum(cost.step(self.transformer, self.tokens(height, width), each.length) for each in inputs)
+
+    def decode_flops(self, height: int, width: int) -> int:
+        return autoencoder_cost.decode_flops(self.vae.decoder, height, width)
+
+    def encode_bytes(self, at: Footprint, inputs: Sequence[TextInput]) -> int:
+        return cost.encode_bytes(self.text, self.layers, at, inputs[0].length, len(inputs))
+
+    def denoise_bytes(self, at: Footprint, inputs: Sequence[TextInput]) -> int:
+        return cost.denoise_bytes(self.transformer, at, self.tokens(at.height, at.width), inputs[0].length, len(inputs))
+
+    def decode_bytes(self, at: Footprint) -> int:
+        return autoencoder_cost.decode_bytes(self.vae.decoder, at)
+
+
+class Dev(_Flux2):
+    """FLUX.2 dev: Mistral Small 3 reads the prompt; guidance is embedded."""
+
+    name = "flux2-dev"
+    pipelines = ("Flux2Pipeline",)
+    reads, layers, chat = "Mistral", mistral.LAYERS, text.DEV
+    components = {
+        "transformer": DEV_TRANSFORMER,
+        "text_encoder": Component(
+            mistral.MistralConfig, mistral.MistralEncoder,
+            namings=tuple(Naming(f"{p}embed_tokens.weight", keys.MISTRAL) for p in ("model.language_model.", "language_model.model.", "model.", "")),
+            stems=("model",),
+            classes=("Mistral3ForConditionalGeneration", "MistralForCausalLM", "Mistral3Model"),
+            saved={"architectures": ["Mistral3ForConditionalGeneration"], "model_type": "mistral3"},
+            sizes=keys.decoder_sizes,
+            constants=keys.mistral_constants,
+            files=("mistral_3_small_flux2_bf16.safetensors",),
+            folders=("text_encoders", "clip"),
+        ),
+        "vae": VAE,
+    }  # fmt: skip
+    tokenizers = {"tokenizer": TokenizerFiles("text_encoder", 131072, None, functools.partial(text.ChatTokenizer, chat=text.DEV))}
+
+    @classmethod
+    def claims(cls, config: Mapping[str, Any]) -> bool:
+        return super().claims(config) and bool(config.get("guidance_embeds", True))
+
+
+class Klein(_Flux2):
+    """FLUX.2 klein: Qwen3 reads the prompt. A base is guided away from the empty prompt; a distilled one has no guidance."""
+
+    name = "flux2-klein"
+    pipelines = ("Flux2KleinPipeline",)
+    reads, layers, chat = "Qwen3", qwen3.LAYERS, text.KLEIN
+    components = {
+        "transformer": TRANSFORMER,
+        "text_encoder": Component(
+            qwen3.Qwen3Config, qwen3.Qwen3Encoder,
+            namings=tuple(Naming(f"{p}embed_tokens.weight", keys.QWEN3) for p in ("", "model.")),
+            stems=("model",),
+            classes=("Qwen3ForCausalLM", "Qwen3Model"),
+            saved={"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"},
+            sizes=keys.decoder_sizes,
+            constants=keys.qwen3_constants,
+            files=("qwen_3_4b.safetensors", "qwen_3_8b.safetensors"),
+            folders=("text_encoders", "clip"),
+        ),
+        "vae": VAE,
+    }  # fmt: skip
+    tokenizers = {"tokenizer": TokenizerFiles("text_encoder", 151936, "Qwen/Qwen3-4B", functools.partial(text.ChatTokenizer, chat=text.KLEIN))}
+
+    def __init__(self, configs: Mapping[str, Any], index: Mapping[str, Any] | None = None):
+        super().__init__(configs, index)
+        self.distilled = bool((index or {}).get("is_distilled", False))  # as diffusers has it
+        self.cfg = not self.distilled
+        self.conditioning = Guided if self.cfg else PromptEmbeds
+
+    @classmethod
+    def index_of(cls, file: str) -> Mapping[str, Any]:
+        """Files do not say it but by their names: ``flux-2-klein-base-4b.safetensors``."""
+        return {"is_distilled": "base" not in file.lower()}
+
+    def index(self) -> dict[str, Any]:
+        return {"is_distilled": self.distilled}
+
+    def warnings(self, flux_name: str) -> tuple[str, ...]:
+        """A base under a distilled model's settings, or the other way round."""
+        if "klein" not in flux_name or ("base" in flux_name.split("-")) == self.cfg:
+            return ()
+        said = "is distilled" if self.distilled else "is a base, which is not distilled"
+        return (f"model.flux_name={flux_name}, but the checkpoint {said}: are the sampler's settings meant for it?",)
+
+
+FAMILIES = (Dev, Klein)
