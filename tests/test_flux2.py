@@ -156,7 +156,7 @@ def test_transformer_of_bfl(name):
                                      ("single_stream_modulation.lin.weight", "single_stream_modulation.linear.weight")])  # fmt: skip
 def test_a_renamed_key_is_named(old, new):
     found = bfl_transformer("klein-4b")
-    found[new] = found.pop(old)
+    found[new] = dataclasses.replace(found.pop(old), name=new)
     cfg = transformer.Flux2Config.from_json(FULL["klein-4b"] | COMMON)
     with pytest.raises(UserError, match=re.escape(new)):
         load.plan(lambda rngs: transformer.Flux2(cfg, rngs=rngs), found, keys.transformer_bfl(), Source("/"))

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 
 from fluxbatch import run
+from fluxbatch.models import dit
 from fluxbatch.models.flux1 import t5, transformer
 
 
@@ -33,11 +34,11 @@ def text() -> None:
 
 def timestep() -> None:
     """The angles of the timestep embedding in bfloat16."""
-    half = transformer.TIME_CHANNELS // 2
+    half = dit.TIME_CHANNELS // 2
 
     def embedding(t):
         freqs = jnp.exp(-jnp.log(10_000.0) * jnp.arange(half) / half).astype(jnp.bfloat16)
-        angles = ((transformer.TIME_FACTOR * t).astype(jnp.bfloat16)[:, None] * freqs).astype(jnp.float32)
+        angles = ((dit.TIME_FACTOR * t).astype(jnp.bfloat16)[:, None] * freqs).astype(jnp.float32)
         return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
     transformer.timestep_embedding = embedding

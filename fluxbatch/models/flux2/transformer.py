@@ -19,7 +19,7 @@ from flax import nnx
 
 from fluxbatch.distributed.mesh import Layout
 from fluxbatch.models import attention as attn
-from fluxbatch.models.dit import EPS, QKV, MLPEmbedder, gated, modulate, rotate, timestep_embedding
+from fluxbatch.models.dit import EPS, QKV, TIME_FACTOR, MLPEmbedder, gated, modulate, rotate
 from fluxbatch.models.family import StreamParts
 from fluxbatch.models.layers import Linear, from_heads, scan, stack, swiglu
 
@@ -174,6 +174,28 @@ class SingleBlock(nnx.Module):
         return model.residual(gated(x, gate, self.out(joined)))
 
 
+def sinusoids(x: Array, channels: int) -> Array:
+    """``[…]`` times or guidance → ``[…, channels]`` float32: cosines, then sines, of 1000 times them.
+
+    Rounded as diffusers rounds: angles are up to 1000, where an ulp is 6e-5, and guidance makes more of it.
+    """
+    half = channels // 2
+    exponents = np.float32(-np.log(10_000)) * np.arange(half, dtype=np.float32) / np.float32(half)
+    frequencies = np.exp(exponents.astype(np.float64)).astype(np.float32)
+    angles = _apart(TIME_FACTOR * x.astype(jnp.float32))[..., None] * frequencies
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def _there_and_back(t: Array) -> Array:
+    """Times as they come out of diffusers' scheduler, which has 1000 times them: an ulp may be lost."""
+    return _apart(TIME_FACTOR * t.astype(jnp.float32)) / TIME_FACTOR
+
+
+def _apart(x: Array) -> Array:
+    """``x``, which the compiler does not multiply out with the constants that it is multiplied by."""
+    return jax.lax.optimization_barrier(x)
+
+
 def led(positive: Array, negative: Array, scale: Array) -> Array:
     """Classifier-free guidance of velocities ``[B, L, C]`` by ``[B]``, in float32; up to 1 there is none."""
     positive, negative, scale = (x.astype(jnp.float32) for x in (positive, negative, scale[:, None, None]))
@@ -307,10 +329,9 @@ class Flux2(nnx.Module):
 
     def _modulation(self, t: Array, guidance: Array, dtype: Any) -> Modulation:
         """Of times ``[B, S]`` and one guidance for each image."""
-        embedded = lambda x: timestep_embedding(x, self.cfg.timestep_guidance_channels).astype(dtype)  # noqa: E731
-        vec = self.time_in(embedded(t))
+        vec = self.time_in(sinusoids(_there_and_back(t), self.cfg.timestep_guidance_channels).astype(dtype))
         if self.guidance_in is not None:
-            vec = vec + self.guidance_in(embedded(guidance))[:, None]
+            vec = vec + self.guidance_in(sinusoids(guidance, self.cfg.timestep_guidance_channels).astype(dtype))[:, None]
         vec = self._whole(jax.nn.silu(vec))
         mods = (layer(vec) for layer in (self.img_mod, self.txt_mod, self.single_mod, self.final_mod))
         return jax.tree.map(self._whole, Modulation(*mods))
