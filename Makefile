@@ -4,7 +4,7 @@ VENV ?= .venv
 RUN = $(VENV)/bin/python
 PYTEST = $(RUN) -m pytest
 
-.PHONY: demo eval test parity slow tpu soak bench clean
+.PHONY: demo eval test lint parity slow tpu soak bench clean
 
 demo: $(VENV)/.base
 	$(RUN) -m fluxbatch.run manifest=jobs/demo/prompts.jsonl run_name=demo
@@ -19,6 +19,11 @@ test slow: export XLA_FLAGS += --xla_backend_optimization_level=0
 # More at a time than the two cores that this is made for: some wait, for clocks, disks, and others to notice that they are alone.
 test: $(VENV)/.test
 	$(PYTEST) -m "not parity and not slow" -n 3 --durations=5
+
+# What pyproject.toml asks of the sources; pre-commit runs it too
+lint: $(VENV)/.lint
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/mypy
 
 parity: $(VENV)/.parity
 	$(PYTEST) -m "parity and not slow" -n 2 --durations=5
@@ -42,7 +47,7 @@ bench: $(VENV)/.bench
 	$(RUN) jobs/bench/lora_cost.py
 
 clean:
-	rm -rf $(VENV) outputs dist build .pytest_cache .hypothesis
+	rm -rf $(VENV) outputs dist build .pytest_cache .hypothesis .mypy_cache .ruff_cache
 
 $(VENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "fluxbatch needs Python 3.11 or newer: none found" >&2; exit 1; }
@@ -54,6 +59,10 @@ $(VENV)/.base: pyproject.toml | $(VENV)/bin/python
 
 $(VENV)/.test: pyproject.toml | $(VENV)/bin/python
 	$(RUN) -m pip install --quiet --disable-pip-version-check --editable ".[test]"
+	@touch $@ $(VENV)/.base
+
+$(VENV)/.lint: pyproject.toml | $(VENV)/bin/python
+	$(RUN) -m pip install --quiet --disable-pip-version-check --editable ".[lint]"
 	@touch $@ $(VENV)/.base
 
 # torch by its exact version: a range would take a build with CUDA along

@@ -49,15 +49,15 @@ def replay(job: ReplayJob) -> int:
     from fluxbatch.distributed import backend
     from fluxbatch.generation import prompts
     from fluxbatch.generation.model_spec import open_model_spec
+    from fluxbatch.results.damage import fault_of
     from fluxbatch.results.image_files import decode, pixel_sha256
     from fluxbatch.results.ledger import METADATA, read_records
+    from fluxbatch.results.location import CONFIG
     from fluxbatch.results.resume import difference
     from fluxbatch.results.writer import PROGRAM, encoded
-    from fluxbatch.session.finalize import CONFIG
     from fluxbatch.storage import cache
     from fluxbatch.storage.base import NotFound, join
     from fluxbatch.storage.log import object_of
-    from fluxbatch.results.damage import fault_of
 
     anew = _anew()
     saved = None if job.save is None else _place_of(job.save)

@@ -21,8 +21,8 @@ from fluxbatch.results.damage import fault_of
 from fluxbatch.results.ledger import HIDDEN, IMAGES, METADATA, RECORDS, Record, read_records, remove
 from fluxbatch.results.location import LOCK, SHEET
 from fluxbatch.storage.base import Store, join
-from fluxbatch.storage.registry import open_store
 from fluxbatch.storage.log import Log, in_parallel
+from fluxbatch.storage.registry import open_store
 from fluxbatch.types import Exit, UserError
 
 _AT_ONCE = 64  # images read and decoded before the next are asked for
@@ -93,7 +93,7 @@ def _report(store: Store, repair: bool) -> Findings:
 def _runs(job: Job) -> Iterator[Store]:
     """The run that is named, or all that lie in the output place."""
     place = join(job.output_dir, *([job.run_name] if job.run_name else []))
-    names = {_run_of(name) for name in open_store(place).list()} - {None}
+    names = {run for name in open_store(place).list() if (run := _run_of(name)) is not None}
     if not names:
         raise UserError(f"{place}: no run in it; expected output_dir=… (and run_name=…) of a run")
     return (open_store(join(place, *filter(None, [name]))) for name in sorted(names))

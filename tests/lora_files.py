@@ -229,7 +229,7 @@ FORMATS: dict[str, Callable[[Size, Maker], Tensors]] = {
     "XLabs": lambda s, m: m.lora(xlabs(s), "down.weight", "up.weight", alpha=False),
     "DiffSynth": lambda s, m: m.lora(diffsynth(s), "lora_A.default.weight", "lora_B.default.weight", alpha=False),
     "diffusers, underscores": lambda s, m: m.lora(underscores("transformer_", diffusers(s))
-                                                  | underscores("text_encoder_", clip(s))),  # fmt: skip
+                                                  | underscores("text_encoder_", clip(s))),
     "BFL control": lambda s, m: m.peft(bfl(s), bias=True) | norms(s, m),
     "fal": lambda s, m: m.peft(dots("base_model.model.", blocks(bfl(s)) | {"final_layer.linear": (s.channels, s.width)})),
     "PEFT": lambda s, m: m.peft(dots("base_model.model.", diffusers(s))),

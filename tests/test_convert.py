@@ -17,7 +17,7 @@ from fluxbatch.weights import convert, load, zarr
 from fluxbatch.weights.checkpoint import open_checkpoint
 
 
-def test_conversion_resumes_and_refuses(golden, tmp_path, monkeypatch, expected):
+def test_conversion_resumes_and_refuses(golden, tmp_path, monkeypatch, expected):  # noqa: F811
     checkpoint, to = open_checkpoint(model(golden / "dev")), tmp_path / "out"
     wrote = []
     block = convert._Writer.block

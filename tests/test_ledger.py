@@ -374,7 +374,7 @@ def test_a_run_does_not_write_over_its_own_manifest(tmp_path):
     (run / "metadata.jsonl").write_text('{"prompt": "a fox"}\n')
     (tmp_path / "link.jsonl").symlink_to(run / "metadata.jsonl")
     (tmp_path / "other.jsonl").write_text('{"prompt": "a fox"}\n')
-    for begun in (False, True):
+    for _begun in (False, True):
         for manifest in (run / "metadata.jsonl", run / ".." / "foo" / "metadata.jsonl", tmp_path / "link.jsonl"):
             job = plain.job(manifest=str(manifest), output_dir=str(tmp_path / "exp"), run_name="foo", overwrite=True)
             with pytest.raises(UserError, match=r"manifest=.*: the run would write its metadata.jsonl there; give another run_name"):
@@ -622,6 +622,7 @@ def seconds_of(count):
 
 def test_ten_times_the_records_take_ten_times_as_long(monkeypatch):
     """So that a million are read in minutes: anything quadratic would take a hundred times as long."""
-    monkeypatch.setattr(plain, "pixels", lambda row, fixed=plain.pixels(plain.row(0)): fixed)
+    fixed = plain.pixels(plain.row(0))
+    monkeypatch.setattr(plain, "pixels", lambda row: fixed)
     seconds_of(1000)  # imports and caches
     assert seconds_of(30_000) < 30 * seconds_of(3000)

@@ -3,6 +3,7 @@ whose checkpoint was changed by the formula, W + scale · alpha / rank · B A, w
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import lora_files as files
@@ -260,10 +261,10 @@ def test_spellings_of_the_text_encoders(golden, tmp_path, component, prefixes, m
         adapters.append(
             read(files.save(tmp_path / "x.safetensors", {f"{key}.lora_A.weight": a, f"{key}.lora_B.weight": b}), golden)
         )
-    for adapter in adapters:
-        assert adapter.changes.keys() == {component}
+    for one in adapters:
+        assert one.changes.keys() == {component}
         (place, delta), (first, other) = (
-            next(iter(each.changes[component].items())) for each in (adapter, adapters[0])
+            next(iter(each.changes[component].items())) for each in (one, adapters[0])
         )
         assert place == first and np.array_equal(delta.full(), other.full())
     check(golden, tmp_path, None, {name: weight + SCALE * b @ a}, component, adapter=adapters[0])
@@ -279,7 +280,7 @@ def test_what_peft_says_of_wrapped_modules(golden, tmp_path):
     file = files.save(tmp_path / "adapter_model.safetensors", tensors)
     for pattern in ("transformer_blocks.0.attn.to_q", "_orig_mod.transformer_blocks.0.attn.to_q", "to_q"):
         (tmp_path / "adapter_config.json").write_text(
-            '{"r": 4, "lora_alpha": 16, "alpha_pattern": {"%s": 2}}' % pattern
+            json.dumps({"r": 4, "lora_alpha": 16, "alpha_pattern": {pattern: 2}})
         )
         (delta,) = read(file, golden).changes["transformer"].values()
         assert delta.scale == 2 / 4, pattern

@@ -45,7 +45,7 @@ def told(result):
 def test_any_line_end_ends_a_line_in_every_format(manifest, end):
     good = [("a", 42, 1), ("b", 43, 2), ("c", 44, 4)]
     assert told(manifest(end.join(["a", "b", "", "c", ""]), "m.txt")) == good
-    assert told(manifest(end.join('{"prompt": "%s"}' % c if c else "" for c in ["a", "b", "", "c"]))) == good
+    assert told(manifest(end.join(json.dumps({"prompt": c}) if c else "" for c in ["a", "b", "", "c"]))) == good
     for name, comma in (("m.csv", ","), ("m.tsv", "\t")):
         table = end.join([f"prompt{comma}seed", f"a{comma}1", "", f'"b{end}c"{comma}2', f"d{comma}3"])
         assert told(manifest(table, name)) == [("a", 1, 2), ("b\nc", 2, 4), ("d", 3, 6)]

@@ -14,8 +14,8 @@ from test_lora import adapters, arrays, opened, states  # noqa: F401
 from test_weights import FLUX, copy, plans  # noqa: F401
 
 from fluxbatch.distributed.mesh import make_mesh
-from fluxbatch.generation.kept import KeptPipeline
 from fluxbatch.generation import prompts
+from fluxbatch.generation.kept import KeptPipeline
 from fluxbatch.types import UserError
 from fluxbatch.weights import device_weights, load
 

@@ -102,7 +102,7 @@ def test_sha256_is_computed_as_documented(cli, golden, tmp_path, monkeypatch, ca
     more = {"height": 32, "width": 48, "num_inference_steps": 1}
     assert cli(*flags(golden, tmp_path / "outputs", "demo", prompt="a fox", **more))[0] == 0
     monkeypatch.chdir(tmp_path)
-    exec(code, {})  # noqa: S102 (as a reader would)
+    exec(code, {})  # as a reader would
     (record,) = metadata(tmp_path / "outputs/demo")
     assert capsys.readouterr().out == record["sha256"] + "\n"
 

@@ -2,6 +2,7 @@
 Decoding: non-finite pictures are made again in float32, and only they."""
 
 import functools
+import itertools
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -59,7 +60,7 @@ def test_steps_with_modulation_made_before_are_the_plain_steps(flux):
     rope = rope_table(5, 3, 2, FLUX.axes_dims_rope)
     for i, row in enumerate(rows):
         x, sigmas = family().noise(row.seed, 12, 8)[None], schedule.sigmas(counts[i], 6)
-        for now, then in zip(sigmas, sigmas[1:], strict=False):
+        for now, then in itertools.pairwise(sigmas):
             one = text[i : i + 1], pooled[i : i + 1], np.array([now]), np.array([row.guidance_scale], np.float32)
             x = x + (then - now) * np.asarray(velocity(x, *one, rope))
         assert np.allclose(found[i], x[0], atol=2e-5 * np.abs(x).max())

@@ -194,7 +194,8 @@ def opened(checkpoint, *args):
 
 @pytest.mark.parametrize(("side", "images"), [(128, 2), pytest.param(256, 4, marks=pytest.mark.slow), pytest.param(128, 1, marks=pytest.mark.slow),
                                             pytest.param(512, 2, marks=pytest.mark.slow)])  # decoded one after the other
-def test_memory_against_the_compiler(side, images, text=32):
+def test_memory_against_the_compiler(side, images):
+    text = 32
     args = f"resolution={side}", f"per_device_batch_size={images}", f"max_sequence_length={text}", "offload_encoders=free"
     job, engine = opened("flux-mini", *args)
     phases = {phase.name: phase for phase in memory.Situation.of(job, engine, "cpu", [(side, side)], again=False).phases()}

@@ -39,7 +39,7 @@ def rows(tmp_path):
     ],
 )
 def test_a_swept_key_that_rows_override_is_named(rows, key, fields, own):
-    made = rows({}, fields, fields, {name: None for name in fields})
+    made = rows({}, fields, fields, dict.fromkeys(fields))
     assert [*startup_warnings.overridden({"hardware.attention": "flash", key: 1}, made)] == [
         f"{key} is swept, and decides nothing for 2 of 4 rows, which have {own} of their own: "
         "the same pictures in every job"]  # fmt: skip

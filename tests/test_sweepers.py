@@ -34,7 +34,7 @@ def seeds(jobs):
 # ---- who asks for a sweep
 
 
-def test_a_configuration_asks_for_a_sweep(command, write):
+def test_a_configuration_asks_for_a_sweep(command, write):  # noqa: F811
     own = write("mine.yaml", f"defaults: [config, _self_]\n{ASKS}      seed: 1,2\n")
     jobs = command(own, "--config-name=mine", "prompt=x", "run_name=s")
     assert [(job.seed, job.sweep, job.run_name) for job in jobs] == [
@@ -46,13 +46,13 @@ def test_a_configuration_asks_for_a_sweep(command, write):
     assert seeds(command(own, "--config-name=mine", "prompt=x", "hydra.mode=RUN")) == 0
 
 
-def test_a_file_of_a_group_asks_for_a_sweep(command, write):
+def test_a_file_of_a_group_asks_for_a_sweep(command, write):  # noqa: F811
     own = write("experiment/go.yaml", f"# @package _global_\n{ASKS}      seed: range(3)\n")
     assert seeds(command(own, "prompt=x", "+experiment=go")) == [0, 1, 2]
     assert seeds(command(own, "prompt=x")) == 0
 
 
-def test_a_word_asks_for_a_sweep(command):
+def test_a_word_asks_for_a_sweep(command):  # noqa: F811
     assert seeds(command("prompt=x", "seed=1,2", "hydra.mode=MULTIRUN")) == [1, 2]
     assert seeds(command("prompt=x", "seed=1,2", "hydra={mode: MULTIRUN}")) == [1, 2]
     assert seeds(command("prompt=x", "seed=1,2", "hydra.mode=RUN", "-m")) == [1, 2]  # as Hydra has it
@@ -62,7 +62,7 @@ def test_a_word_asks_for_a_sweep(command):
     assert "expected one of [RUN, MULTIRUN]" in command.err and len(command.lines) == 1
 
 
-def test_keys_of_a_configured_sweep_are_those_of_the_command_line(command, write):
+def test_keys_of_a_configured_sweep_are_those_of_the_command_line(command, write):  # noqa: F811
     own = write(
         "mine.yaml",
         f"defaults: [config, _self_]\n{ASKS}      num_inference_steps: 2,3\n"
@@ -76,7 +76,7 @@ def test_keys_of_a_configured_sweep_are_those_of_the_command_line(command, write
     assert [job.sweep for job in jobs] == [{"prompt": "a, b"}, {"prompt": "c"}]
 
 
-def test_sweeps_by_configuration_are_named_by_their_content(command, write):
+def test_sweeps_by_configuration_are_named_by_their_content(command, write):  # noqa: F811
     names = set()
     for values in ("1,2", "1,3"):
         own = write("mine.yaml", f"defaults: [config, _self_]\n{ASKS}      seed: {values}\n")
@@ -96,7 +96,7 @@ def test_sweeps_by_configuration_are_named_by_their_content(command, write):
         ),
     ],
 )
-def test_mistakes_in_a_configured_sweep_are_one_line(command, write, params, named):
+def test_mistakes_in_a_configured_sweep_are_one_line(command, write, params, named):  # noqa: F811
     command(
         write("mine.yaml", f"defaults: [config, _self_]\n{ASKS}{params}"), "--config-name=mine", "prompt=x", expect=2
     )
@@ -154,7 +154,7 @@ def stepper(tmp_path, monkeypatch):
     sys.modules.pop("hydra_plugins.stepper")
 
 
-def test_a_sweeper_that_returns_nothing_and_proposes_one_value_after_another(command, stepper):
+def test_a_sweeper_that_returns_nothing_and_proposes_one_value_after_another(command, stepper):  # noqa: F811
     def task(job):
         command.jobs.append(job)
         return 3 if job.sampler.guidance_scale == 2 else 0
@@ -165,12 +165,12 @@ def test_a_sweeper_that_returns_nothing_and_proposes_one_value_after_another(com
 
 
 @pytest.mark.parametrize(("codes", "worst"), [([0, 0], 0), ([2, 0], 2), ([3, 2, 0], 2), ([0, 75, 0], 75), ([1, 3], 1)])
-def test_the_exit_code_of_any_sweeper_is_the_worst_job_s(command, stepper, codes, worst):
+def test_the_exit_code_of_any_sweeper_is_the_worst_job_s(command, stepper, codes, worst):  # noqa: F811
     left = iter(codes + [0] * 20)
     command(*stepper, "guidance_scale=interval(1,20)", task=lambda job: next(left), expect=worst)
 
 
-def test_a_sweeper_that_fails_after_jobs_were_made(command, stepper):
+def test_a_sweeper_that_fails_after_jobs_were_made(command, stepper):  # noqa: F811
     command(
         *stepper,
         "guidance_scale=interval(1,9)",
@@ -182,7 +182,7 @@ def test_a_sweeper_that_fails_after_jobs_were_made(command, stepper):
     assert command.lines[-1] == "fluxbatch: error: no further value is known" and "Traceback" not in command.err
 
 
-def test_values_that_only_another_sweeper_knows_are_left_to_it(command, write, stepper):
+def test_values_that_only_another_sweeper_knows_are_left_to_it(command, write, stepper):  # noqa: F811
     own = write("mine.yaml", f"defaults: [config, _self_]\n{ASKS}      guidance_scale: interval(1,2)\n      seed: 3\n")
     jobs = command(own, "--config-name=mine", *stepper[1:])
     assert [(job.sampler.guidance_scale, job.seed, job.sweep) for job in jobs] == [
@@ -192,8 +192,8 @@ def test_values_that_only_another_sweeper_knows_are_left_to_it(command, write, s
 
 @pytest.mark.parametrize(
     "value",
-    ["interval(1,4)", "tag(log,interval(1,4))", "int(interval(1,4))", "range(1,4)", "shuffle(range(1,4))", "choice(1,2)"]
-    + ["sort(2,1)", "shuffle(1,2,3)"],
+    ["interval(1,4)", "tag(log,interval(1,4))", "int(interval(1,4))", "range(1,4)", "shuffle(range(1,4))",
+     "choice(1,2)", "sort(2,1)", "shuffle(1,2,3)"],
 )
 def test_what_sweepers_understand_is_taken(value):
     for key in ("guidance_scale", "num_inference_steps"):
@@ -216,7 +216,7 @@ def test_ends_and_values_of_another_type_are_not(word, said):
         overrides.read([word], Job, {}, False)
 
 
-def test_a_sweeper_that_is_not_installed_is_named(command):
+def test_a_sweeper_that_is_not_installed_is_named(command):  # noqa: F811
     if "ax" in sys.modules:
         pytest.skip("it is installed")
     command("-m", "prompt=x", "hydra/sweeper=ax", expect=2)
@@ -224,7 +224,7 @@ def test_a_sweeper_that_is_not_installed_is_named(command):
     assert command.err.endswith("; pip install hydra-ax-sweeper\n")
 
 
-def test_optuna(command):
+def test_optuna(command):  # noqa: F811
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
     codes = iter([0, 3, 0])
     words = (
@@ -271,17 +271,17 @@ def nested(write):
         (["sampler={num_inference_steps: 3}", "+experiment/final=a"], 7),
     ],
 )
-def test_groups_within_groups(command, nested, words, seed):
+def test_groups_within_groups(command, nested, words, seed):  # noqa: F811
     assert command(nested, "prompt=x", *words).seed == seed
 
 
-def test_a_group_goes_into_the_package_that_is_named(command, nested):
+def test_a_group_goes_into_the_package_that_is_named(command, nested):  # noqa: F811
     assert command(nested, "prompt=x", "+lora/styles@lora=ink", "lora.ink.scale=0.5").lora["ink"].scale == 0.5
     assert command("prompt=x", "sampler={num_inference_steps: 3}").sampler.num_inference_steps == 3
     assert command("prompt=x", "+lora={ink: {path: /x}}").lora["ink"].path == "/x"
 
 
-def test_groups_of_a_package_on_the_search_path(command, tmp_path, monkeypatch, write):
+def test_groups_of_a_package_on_the_search_path(command, tmp_path, monkeypatch, write):  # noqa: F811
     folder = tmp_path / "packages/their_configs/experiment/final"
     folder.mkdir(parents=True)
     (folder / "p.yaml").write_text(GLOBAL + "seed: 3")
@@ -307,12 +307,12 @@ def test_groups_of_a_package_on_the_search_path(command, tmp_path, monkeypatch, 
         ("+nest/deep=glob(*)", "nest/deep=glob(*): glob(…) asks for a sweep, which needs --multirun"),
     ],
 )
-def test_mistakes_about_groups_are_one_line(command, nested, word, named):
+def test_mistakes_about_groups_are_one_line(command, nested, word, named):  # noqa: F811
     command(nested, "prompt=x", word, expect=2)
     assert len(command.lines) == 1 and named in command.err
 
 
-def test_a_sweep_over_groups_within_groups(command, nested):
+def test_a_sweep_over_groups_within_groups(command, nested):  # noqa: F811
     jobs = command(nested, "-m", "prompt=x", "run_name=s", "+experiment/final=a,b")
     assert [(job.seed, job.sweep, job.run_name) for job in jobs] == [
         (7, {"experiment/final": "a"}, "s/final=a"), (8, {"experiment/final": "b"}, "s/final=b")]  # fmt: skip

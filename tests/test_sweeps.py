@@ -16,7 +16,7 @@ from fluxbatch.config.schema import Job
 from fluxbatch.types import Exit, UserError
 
 
-def test_a_sweep_gives_each_job_its_place(command, tmp_path):
+def test_a_sweep_gives_each_job_its_place(command, tmp_path):  # noqa: F811
     jobs = command("-m", "manifest=a.jsonl", "seed=range(2)", "num_inference_steps=2,4", "run_name=grid", "output_dir=out")
     assert [(job.output_dir, job.run_name) for job in jobs] == [
         ("out", f"grid/num_inference_steps={steps},seed={seed}") for seed in (0, 1) for steps in (2, 4)
@@ -28,7 +28,7 @@ def test_a_sweep_gives_each_job_its_place(command, tmp_path):
 
 
 @pytest.mark.parametrize("rank", ["JAX_PROCESS_ID", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK"])
-def test_only_the_first_process_keeps_a_sweep_s_record(command, tmp_path, monkeypatch, rank):
+def test_only_the_first_process_keeps_a_sweep_s_record(command, tmp_path, monkeypatch, rank):  # noqa: F811
     words = ("-m", "manifest=a.jsonl", "seed=0,1", "run_name=grid", "output_dir=out")
     application._scratch.cache_clear()
     monkeypatch.setenv(rank, "1")
@@ -45,14 +45,14 @@ def test_a_sweep_by_joblib(tmp_path):
     golden = Path(__file__).parent / "golden"
     words = [f"pretrained_model_name_or_path={golden / 'dev'}", "max_sequence_length=24", "resolution=16", "hardware=cpu", "prompt=a fox",
              f"output_dir={tmp_path}", "run_name=s", f"jax_cache_dir={tmp_path / 'xla'}", f"text_cache_dir={tmp_path / 'text'}"]  # fmt: skip
-    command = [sys.executable, "-m", "fluxbatch.run", "-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "seed=0,1", *words]
+    command = [sys.executable, "-m", "fluxbatch.run", "-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "seed=0,1", *words]  # noqa: F811
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     records = [json.loads((tmp_path / f"s/seed={n}/metadata.jsonl").read_text()) for n in range(2)]
     assert [record["seed"] for record in records] == [0, 1]
 
 
-def test_what_sweeps(command, own):
+def test_what_sweeps(command, own):  # noqa: F811
     jobs = command("-m", own, "prompt='a, b','c'", "lora=anime,[anime,realistic]")
     assert [job.prompt for job in jobs] == ["a, b", "a, b", "c", "c"]
     assert jobs[1].sweep == {"prompt": "a, b", "lora": ["anime", "realistic"]}
@@ -62,7 +62,7 @@ def test_what_sweeps(command, own):
     assert jobs[1].sweep == {"model.pretrained_model_name_or_path": "gs://c", "hardware.attention": "flash"}
 
 
-def test_a_job_of_a_sweep_keeps_its_place_when_the_sweep_is_extended(command):
+def test_a_job_of_a_sweep_keeps_its_place_when_the_sweep_is_extended(command):  # noqa: F811
     def places(*words):
         jobs = command("-m", "manifest=a.jsonl", "run_name=s", *words)
         assert len({job.run_name for job in jobs}) == len(jobs)
@@ -73,7 +73,7 @@ def test_a_job_of_a_sweep_keeps_its_place_when_the_sweep_is_extended(command):
     assert len(many) == 9 and few.items() <= many.items()
 
 
-def test_places_of_a_sweep_tell_values_apart_that_no_file_name_can(command):
+def test_places_of_a_sweep_tell_values_apart_that_no_file_name_can(command):  # noqa: F811
     prompts = ["a b", "a/b", "a:b", "../b", "x" * 50, "x" * 51, "ü" * 300 + "1", "ü" * 300 + "2", "-"]
     jobs = command("-m", "prompt=" + ",".join(f"'{prompt}'" for prompt in prompts), "run_name=s")
     assert [job.prompt for job in jobs] == prompts and len({job.run_name for job in jobs}) == len(prompts)
@@ -83,7 +83,7 @@ def test_places_of_a_sweep_tell_values_apart_that_no_file_name_can(command):
     assert all(job.run_name.endswith(("max_shift=null", "max_shift=-1.0")) and "attention=" in job.run_name for job in jobs)
 
 
-def test_a_group_of_files_about_the_whole_job_sweeps(command, tmp_path):
+def test_a_group_of_files_about_the_whole_job_sweeps(command, tmp_path):  # noqa: F811
     for name, text in {"day": "seed: 5", "night": "seed: 7", "later/dusk": "seed: 6"}.items():
         path = tmp_path / "own/experiment" / f"{name}.yaml"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -93,7 +93,7 @@ def test_a_group_of_files_about_the_whole_job_sweeps(command, tmp_path):
     assert len({job.run_name for job in jobs}) == 6 and jobs[0].run_name == "s/experiment=day,max_shift=null"
 
 
-def test_sweeps_are_named_by_their_content(command):
+def test_sweeps_are_named_by_their_content(command):  # noqa: F811
     def place(*words):
         return {job.run_name.rpartition("/")[0] for job in command("-m", "prompt=x", *words)}
 
@@ -102,7 +102,7 @@ def test_sweeps_are_named_by_their_content(command):
     assert first != place("seed=0,2")
 
 
-def test_a_sweep_s_exit_code_is_its_worst(command):
+def test_a_sweep_s_exit_code_is_its_worst(command):  # noqa: F811
     codes = {0: 0, 1: 3, 2: 2, 3: 75, 4: 0}
     ran = []
 
@@ -119,7 +119,7 @@ def test_a_sweep_s_exit_code_is_its_worst(command):
     assert ran == [2, 3]  # a preempted job takes the rest of the sweep with it
 
 
-def test_a_sweep_into_a_bucket_makes_no_directory_here(command, tmp_path, monkeypatch):
+def test_a_sweep_into_a_bucket_makes_no_directory_here(command, tmp_path, monkeypatch):  # noqa: F811
     """But one that goes with the process: another user's ``fluxbatch`` among the temporary files is in nobody's way."""
     (tmp_path / "temporary").mkdir()
     (tmp_path / "temporary" / "fluxbatch").write_text("another user's")
@@ -142,7 +142,7 @@ def test_the_package_itself_is_a_command():
 
 
 @pytest.mark.parametrize(("entry", "own"), [("run", "--cfg job"), ("convert", "to=…"), ("verify", "repair=false"), ("replay", "id=…"), ("plan", "aot=null")])
-def test_help_is_of_the_command(monkeypatch, capsys, entry, own):
+def test_help_is_of_the_command(monkeypatch, capsys, entry, own):  # noqa: F811
     monkeypatch.setattr("sys.argv", ["fluxbatch", "--help"])
     with pytest.raises(SystemExit) as stop:
         importlib.import_module(f"fluxbatch.{entry}").main()

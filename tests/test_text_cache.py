@@ -279,7 +279,7 @@ def adapter(folder):
     return [f"lora_config.lora_model_name_or_path=[{path}]", "lora_config.weight_name=[null]", "lora_config.adapter_name=[a]", "lora_config.from_pt=[true]"]
 
 
-def test_what_decides_the_encoding_is_in_the_name(opened, golden, tmp_path):
+def test_what_decides_the_encoding_is_in_the_name(opened, golden, tmp_path):  # noqa: F811
     clip, t5 = shutil.copytree(golden / "dev", tmp_path / "clip"), shutil.copytree(golden / "dev", tmp_path / "t5")
     scale_weights(clip / "text_encoder", 1.01)
     scale_weights(t5 / "text_encoder_2", 1.01)

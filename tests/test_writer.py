@@ -209,7 +209,7 @@ def test_a_write_is_tried_again_and_then_only_its_row_is_lost(quick):
     rows = [plain.row(k) for k in range(6)]
     store = Faulty(
         lambda name, attempt: StorageError(f"{name}: input/output error")
-        if name == "flux_1.png" or name in ("flux_2.png", "flux_4.png") and attempt < 3
+        if name == "flux_1.png" or (name in ("flux_2.png", "flux_4.png") and attempt < 3)
         else None
     )
     tally, writer = start(store, rows)

@@ -77,7 +77,7 @@ def main(
 
 def _start(task: Task, schema: type[Job], rows: bool, about: str | None, argv: list[str]) -> int:
     parser = get_args_parser()
-    parser.error = _usage  # type: ignore[method-assign]
+    parser.error = _usage  # type: ignore[method-assign]  # Hydra makes the parser
     next(a for a in parser._actions if isinstance(a, argparse._VersionAction)).version = f"fluxbatch {__version__}"
     args = parser.parse_intermixed_args(argv)
     if args.experimental_rerun or args.config_path:
@@ -298,10 +298,12 @@ def _explain(error: BaseException, schema: type[Job]) -> str:
     if key and key[1].startswith("hydra.sweeper.params.") and "KeyValidationError" in text:
         text += '; a value with commas is quoted within braces: params: {seed: "1,2"}'
     if key is None and (merged := re.search(r"Merge error: \w+ is not a subclass of (\w+)\. value: (.*)", text)):  # which has no key
-        key = next(name for name, kind in typing.get_type_hints(schema).items() if getattr(kind, "__name__", "") == merged[1])
-        wanted = overrides.expected(*overrides.kind_of(schema, key))
-        choice = f"; a choice of the group belongs into the list of defaults: override {key}: …" if (CONF / key).is_dir() else ""
-        return f"{key}: {' '.join(text[: merged.start()].split())} got {config.shown(merged[2])}, expected {wanted}{choice}"
+        kinds = typing.get_type_hints(schema)
+        group = next(name for name, kind in kinds.items() if getattr(kind, "__name__", "") == merged[1])
+        wanted = overrides.expected(*overrides.kind_of(schema, group))
+        choice = f"; a choice of the group belongs into the list of defaults: override {group}: …"
+        got = f"{' '.join(text[: merged.start()].split())} got {config.shown(merged[2])}"
+        return f"{group}: {got}, expected {wanted}{choice if (CONF / group).is_dir() else ''}"
     if key is None:
         return " ".join(text.split())
     kind = overrides.kind_of(schema, key[1])

@@ -6,7 +6,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hydra._internal.callbacks import Callbacks
 from hydra._internal.hydra import Hydra
@@ -40,7 +40,7 @@ class Groups(Mapping[str, Sequence[str]]):
     """
 
     def __init__(self, hydra: Hydra, config_name: str, words: Sequence[str]):
-        self._open = lambda: hydra.config_loader._parse_overrides_and_create_caching_repo(
+        self._open: Callable[[], Any] = lambda: cast(Any, hydra.config_loader)._parse_overrides_and_create_caching_repo(
             config_name, [word for word in words if word.startswith("hydra.searchpath=")]
         )[1]
 
@@ -112,7 +112,7 @@ def sweep(
             hydra_context=HydraContext(config_loader=hydra.config_loader, callbacks=callbacks),
             task_function=task,
         )
-        sweeper.sweep(arguments=OmegaConf.to_container(cfg.hydra.overrides.task, resolve=False))
+        sweeper.sweep(arguments=cast(list[str], OmegaConf.to_container(cfg.hydra.overrides.task, resolve=False)))
     callbacks.on_multirun_end(config=cfg, config_name=config_name)
 
 
@@ -132,19 +132,20 @@ def sweeper_params(
         return [], frozenset()
     given = [
         f"{key}={'null' if value is None else value}"
-        for key, value in OmegaConf.to_container(params, resolve=True).items()
+        for key, value in cast(dict[str, Any], OmegaConf.to_container(params, resolve=True)).items()
     ]
     if cfg.hydra.sweeper._target_.endswith(".BasicSweeper"):
         return read(given)
-    words, fixed = [], set()
+    known: list[str] = []
+    fixed: set[str] = set()
     for word in given:
         try:
             [translated], still = read([word])
         except UserError:
             return [], frozenset()
-        words.append(translated)
+        known.append(translated)
         fixed |= still
-    return words, frozenset(fixed)
+    return known, frozenset(fixed)
 
 
 class _Watched(Launcher):
@@ -173,7 +174,7 @@ class _Watched(Launcher):
 def _watched(codes: list[int]) -> Iterator[None]:
     """Within, the launchers that sweepers get are watched: this process sees a job's code nowhere else."""
     instantiate = Plugins.instantiate_launcher
-    # of the class: launchers send the instance to other processes
+    # of the class, which mypy would not have: launchers send the instance to other processes
     watched = lambda *args, **words: _Watched(instantiate(*args, **words), codes)  # noqa: E731
     Plugins.instantiate_launcher = watched  # type: ignore[method-assign]
     try:

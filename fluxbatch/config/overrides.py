@@ -15,7 +15,7 @@ import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import Enum
 from types import NoneType
-from typing import Any
+from typing import Any, cast
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, IntervalSweep, Override, Quote, QuotedString
@@ -121,9 +121,10 @@ def _try(scratch: DictConfig, schema: type, override: Override, parser: Override
     """Put the values of an override into a scratch config, for OmegaConf to say what it cannot take."""
     key = override.key_or_group
     for part in (key.rpartition(".")[0], key):  # OmegaConf merges only into what is there
-        kind, _ = kind_of(schema, part) if part else (None, False)
-        if (dataclasses.is_dataclass(kind) or typing.get_origin(kind) is dict) and not OmegaConf.select(scratch, part):
-            OmegaConf.update(scratch, part, kind() if dataclasses.is_dataclass(kind) else {})
+        kind: Any = kind_of(schema, part)[0] if part else None
+        is_group = dataclasses.is_dataclass(kind)
+        if (is_group or typing.get_origin(kind) is dict) and not OmegaConf.select(scratch, part):
+            OmegaConf.update(scratch, part, kind() if is_group else {})
     for value in _values(override, parser):
         if kind_of(schema, key)[0] is bool and type(value) is int and value not in (0, 1):  # OmegaConf takes any for true
             raise UserError(f"{key}={value}: expected {expected(*kind_of(schema, key))}")
@@ -162,7 +163,8 @@ def _values(override: Override, parser: OverridesParser) -> list[Any]:
     """The value of an override, or all that it sweeps over; of an interval, its ends."""
     value = override.value()
     if isinstance(value, IntervalSweep):  # Hydra makes floats of the ends, and a sweeper may make whole numbers of those
-        return [int(end) if end.is_integer() else end for end in (float(value.start), float(value.end))]
+        ends = (float(cast(float, end)) for end in (value.start, value.end))
+        return [int(end) if end.is_integer() else end for end in ends]
     if isinstance(value, Glob):
         raise UserError(f"{override.input_line}: glob(…) is for the choices of a group, which {full_key(override)} is not")
     swept = override.sweep_string_iterator() if override.is_discrete_sweep() else [override.get_value_element_as_str()]
@@ -172,7 +174,7 @@ def _values(override: Override, parser: OverridesParser) -> list[Any]:
 def leaves(schema: type, prefix: str = "") -> Iterator[str]:
     """The full key of every value in a schema."""
     for name, hint in typing.get_type_hints(schema).items():
-        if dataclasses.is_dataclass(hint):
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
             yield from leaves(hint, f"{prefix}{name}.")
         elif name != "sweep":
             yield prefix + name
@@ -180,7 +182,8 @@ def leaves(schema: type, prefix: str = "") -> Iterator[str]:
 
 def kind_of(schema: type, key: str) -> tuple[Any, bool]:
     """The type of the value at a full key (None: no such key) and whether it may be null."""
-    kind, optional = schema, False
+    kind: Any = schema
+    optional = False
     for part in key.split("."):
         if dataclasses.is_dataclass(kind):
             kind = typing.get_type_hints(kind).get(part)
@@ -195,7 +198,7 @@ def kind_of(schema: type, key: str) -> tuple[Any, bool]:
 def misplaced(value: Any, kind: Any, optional: bool = False, key: str = "") -> Iterator[str]:
     """A line for each group, list and table in whose place an interpolation has put something else: OmegaConf holds only
     single values against their types."""
-    holds = kind if dataclasses.is_dataclass(kind) else typing.get_origin(kind)
+    holds: Any = kind if dataclasses.is_dataclass(kind) else typing.get_origin(kind)
     if not (dataclasses.is_dataclass(holds) or holds in (list, dict)) or (value is None and optional):
         return
     if not isinstance(value, holds):
@@ -205,7 +208,8 @@ def misplaced(value: Any, kind: Any, optional: bool = False, key: str = "") -> I
             yield from misplaced(getattr(value, name), *kind_of(kind, name), f"{key}.{name}".lstrip("."))
     else:
         inner = typing.get_args(kind)[-1]
-        for name, item in value.items() if holds is dict else enumerate(value):
+        items: Iterable[tuple[Any, Any]] = value.items() if holds is dict else enumerate(value)
+        for name, item in items:
             at = f"{key}.{name}" if holds is dict else f"{key}[{name}]"
             if inner in (str, int, float, bool) and not isinstance(item, int | float if inner is float else inner):
                 yield f"{at}={shown(item)}: expected {expected(inner, False)}"
@@ -258,11 +262,13 @@ class _Vocabulary:
         self.schema, self.groups = schema, groups
         self.keys = list(leaves(schema))
         names = [key.rpartition(".")[2] for key in self.keys]
-        self.full = {name: key for name, key in zip(names, self.keys) if names.count(name) == 1}
+        self.full = {name: key for name, key in zip(names, self.keys, strict=True) if names.count(name) == 1}
 
     def translate(self, word: str, multirun: bool) -> str:
         """One word as an override of Hydra's, its key in full and its text quoted."""
-        prefix, typed, equals, value = re.fullmatch(r"(\+\+|\+|~|)([^=]*)(=?)(.*)", word, re.DOTALL).groups()
+        parts = re.fullmatch(r"(\+\+|\+|~|)([^=]*)(=?)(.*)", word, re.DOTALL)
+        assert parts is not None  # any text does
+        prefix, typed, equals, value = parts.groups()
         if typed.startswith(("hydra.", "hydra/")) or typed == "hydra":
             return word
         a_table = value.startswith("{")  # of the group's keys

@@ -22,16 +22,48 @@ from omegaconf import MISSING
 
 from fluxbatch.types import UserError
 
+
 # omegaconf takes enums, not Literals; names equal values so that YAML and messages agree.
-DType = Enum("DType", {n: n for n in ("auto", "float32", "bfloat16", "float16")})
-Attention = Enum("Attention", {n: n for n in ("auto", "dot_product", "flash", "cudnn_flash_te")})
-Platform = Enum("Platform", {n: n for n in ("auto", "cpu", "gpu", "tpu")})
-ImageFormat = Enum("ImageFormat", {n: n for n in ("png", "jpeg", "webp")})
+class DType(Enum):
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Attention(Enum):
+    auto = "auto"
+    dot_product = "dot_product"
+    flash = "flash"
+    cudnn_flash_te = "cudnn_flash_te"
+
+
+class Platform(Enum):
+    auto = "auto"
+    cpu = "cpu"
+    gpu = "gpu"
+    tpu = "tpu"
+
+
+class ImageFormat(Enum):
+    png = "png"
+    jpeg = "jpeg"
+    webp = "webp"
+
+
+class ManifestErrors(Enum):
+    stop = "stop"
+    quarantine = "quarantine"
+
+
+class Verify(Enum):
+    none = "none"
+    digest = "digest"
+
+
+OnError = Enum("OnError", {"continue": "continue", "stop": "stop"})  # no class can have a member called continue
 SIDES = {"png": 2**31 - 1, "jpeg": 65_500, "webp": 16_383}  # the most pixels of a file's width or height
 MAX_SIDE = 16_384  # pixels that a row may ask for
-ManifestErrors = Enum("ManifestErrors", {n: n for n in ("stop", "quarantine")})
-Verify = Enum("Verify", {n: n for n in ("none", "digest")})
-OnError = Enum("OnError", {n: n for n in ("continue", "stop")})
 
 
 @dataclass
@@ -169,8 +201,8 @@ def default_run_name(job: Job) -> str:
         return f"{slug(stem, 'manifest')}-{digest(whereabouts(job.manifest))}"
     dtypes = (job.hardware.weights_dtype, job.hardware.activations_dtype)
     text = (job.prompt, job.prompt_2, job.seed, job.num_images)
-    parts = [job.model, job.sampler, job.output, job.lora_config, *job.lora.values()]
-    parts = [*map(dataclasses.asdict, parts), list(job.lora), text, dtypes]
+    groups: tuple[Any, ...] = (job.model, job.sampler, job.output, job.lora_config, *job.lora.values())
+    parts = [*(dataclasses.asdict(group) for group in groups), list(job.lora), text, dtypes]
     return f"{slug(job.prompt or '', 'prompt')}-{digest(parts)}"
 
 
@@ -202,7 +234,7 @@ def check(job: Job, rows: bool = True) -> None:
         raise UserError(*problems)
 
 
-def _offenders(job: Job, rows: bool) -> Iterator[tuple[str, Any, str]]:
+def _offenders(job: Job, rows: bool) -> Iterator[tuple[str, Any, str]]:  # noqa: C901  # a flat list of checks
     """(key, value, what was expected) for each value that is wrong by itself or beside another."""
     if rows and job.manifest is None and job.prompt is None:
         yield "prompt", None, "a prompt, or manifest=FILE with many"

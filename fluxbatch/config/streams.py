@@ -48,7 +48,10 @@ def whoever_reads() -> Iterator[None]:
     # that compilers write to
     if sys.stdin is None:
         os.open(os.devnull, os.O_RDONLY)
-    out, err = (_Stream(stream or open(os.devnull, "w", encoding="utf-8")) for stream in (sys.stdout, sys.stderr))
+    out, err = (
+        _Stream(stream or open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  # open until the end
+        for stream in (sys.stdout, sys.stderr)
+    )
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             yield

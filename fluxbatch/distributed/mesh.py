@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,9 @@ AXES = ("data", "fsdp", "context", "tensor")
 SLOW = AXES[:2]  # those that may cross from one slice, or group of processes, to another
 BATCH = P(SLOW)  # images are dealt over both
 
-RULES = {"heads": "tensor", "mlp": "tensor", "tokens": "context", "batch": SLOW}
+RULES: dict[str | None, str | tuple[str, ...]] = {
+    "heads": "tensor", "mlp": "tensor", "tokens": "context", "batch": SLOW,
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,9 +174,12 @@ class Placement:
             if name and _groups(mesh, name, sizes) > 1:
                 if (name,) in spec:
                     raise ValueError(f"axes {tuple(axes)}: two of them lie on {name}")
-                spec[i], parts = (name,), sizes if len(sizes) > 1 else parts
+                spec[i], parts = (cast(str, name),), sizes if len(sizes) > 1 else parts
         whole = list(spec)
-        fits = lambda names, i: shape[i] % math.prod(mesh.shape[name] for name in names) == 0  # noqa: E731
+
+        def fits(names: Sequence[str], i: int) -> bool:
+            return shape[i] % math.prod(mesh.shape[name] for name in names) == 0
+
         if mesh.shape["fsdp"] > 1 and len(axes) > 1:
             for i in range(layers, len(shape)):
                 if fits((*spec[i], "fsdp"), i):
@@ -184,9 +189,9 @@ class Placement:
         if any(whole[layers + 1 :]):  # by columns
             read = [(), *[()] * (len(shape) - 1)]
             read[layers] = next((names for names in ((*spec[layers], "tensor"), spec[layers]) if fits(names, layers)), ())
-        shardings = (NamedSharding(mesh, _spec(axes)) for axes in (read, spec, whole))
+        read_, final, used = (NamedSharding(mesh, _spec(axes)) for axes in (read, spec, whole))
         pairs = tuple((i - len(axes), axis) for i, axis in enumerate(axes) if isinstance(axis, Pairs))
-        return cls(*shardings, parts, mesh.shape["tensor"] if parts else 1, pairs)
+        return cls(read_, final, used, parts, mesh.shape["tensor"] if parts else 1, pairs)
 
     def arranged(self, x: Any) -> Any:
         """``x``, as a checkpoint has it, in the order in which devices hold it."""
@@ -201,9 +206,9 @@ def _spec(axes: Sequence[tuple[str, ...]]) -> P:
     return P(*(names[0] if len(names) == 1 else names or None for names in axes))
 
 
-def _groups(mesh: Mesh | None, name: str, sizes: Sequence[int]) -> int:
+def _groups(mesh: Mesh | None, name: str | tuple[str, ...], sizes: Sequence[int]) -> int:
     """In how many groups axes of these sizes are dealt over a mesh axis: 1 where they do not divide."""
-    count = mesh.shape[name] if mesh is not None else 1
+    count = mesh.shape[cast(str, name)] if mesh is not None else 1
     return count if all(size % count == 0 for size in sizes) else 1
 
 
@@ -274,5 +279,7 @@ class Layout:
         return _groups(self.mesh, RULES[name], sizes)
 
     def _divides(self, name: str, size: int) -> bool:
-        axes = RULES[name] if isinstance(RULES[name], tuple) else (RULES[name],)
+        assert self.mesh is not None
+        axes = RULES[name]
+        axes = axes if isinstance(axes, tuple) else (axes,)
         return size % math.prod(self.mesh.shape[axis] for axis in axes) == 0

@@ -39,8 +39,8 @@ _LONELY = (
 class Peers(NamedTuple):
     """The processes of this one's replica, several."""
 
-    count: int
-    index: int
+    count: int  # type: ignore[assignment]  # hides tuple.count, which nobody calls
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody calls
     said: str  # the variables that say so, with their values
     start: str  # how the others are started
     address: str | None = None  # host:port of process 0; None: as JAX finds it
@@ -85,11 +85,11 @@ def refuse_unknown_peers(env: Mapping[str, str] = os.environ) -> None:
             "replica_count=1 if this one has work of its own"
         )
     for name, counted in _LONELY:
-        index = _get(env, name) or ""
-        if found or not index.isdecimal() or int(index) == 0 or (counted and _get(env, counted)):
+        given = _get(env, name) or ""
+        if found or not given.isdecimal() or int(given) == 0 or (counted and _get(env, counted)):
             continue
         if not (name == "SLURM_ARRAY_TASK_ID" and "SUBMITIT_EXECUTOR" in env):  # which makes arrays of a sweep's jobs
-            what = f"{name}={index}" + (f", but {counted} is not set" if counted else "")
+            what = f"{name}={given}" + (f", but {counted} is not set" if counted else "")
             line = f"{what}: there are others, which would each do all of the work"
             raise UserError(f"{line}: expected replica_count=…, or replica_count=1 if this one has work of its own")
 

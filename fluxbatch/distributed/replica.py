@@ -14,8 +14,8 @@ _COUNTS = "SLURM_ARRAY_TASK_COUNT", "BATCH_TASK_COUNT"
 
 
 class Replica(NamedTuple):
-    index: int
-    count: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody calls
+    count: int  # type: ignore[assignment]  # hides tuple.count, which nobody calls
 
 
 def hold_port() -> socket.socket:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -178,9 +179,15 @@ def open_model_spec(
         raise UserError(f"sharding.ici_tensor_parallelism={tensor}: expected a divisor of the transformer's {heads} attention heads")
     layout = Layout(mesh if mesh.size > 1 else None)
     options = family.options(layout.attention(attend), hardware.split_head_dim, TPU_BANDS if platform == "tpu" else 1)
-    plans = _collect({name: lambda c=c, o=options.get(name, {}): c.plan(layout=layout, **o) for name, c in checkpoint.components.items()})
+    makers = {
+        name: functools.partial(component.plan, layout=layout, **options.get(name, {}))
+        for name, component in checkpoint.components.items()
+    }
+    plans = _collect(makers)
     opening = {name: files.open or Tokenizer for name, files in family.tokenizers.items()}
-    tokenizers = {name: opening[name](folder) if folder else Absent() for name, folder in checkpoint.tokenizers.items()}
+    tokenizers: dict[str, Any] = {  # a plan's stand-in is never called
+        name: opening[name](folder) if folder else Absent() for name, folder in checkpoint.tokenizers.items()
+    }
     inputs = family.text_inputs(tokenizers, sampler.max_sequence_length)
     scheduler = family.scheduler(checkpoint.scheduler, sampler.time_shift, sampler.base_shift, sampler.max_shift)
     facts = {
@@ -204,8 +211,8 @@ def open_model_spec(
     text = sum(held[part] for part in family.encoders)
     away, turns = device_weights.offload_policy(hardware.offload_encoders, mesh, text, group), "keep"
     if away != "keep" and not hardware.stream_blocks:
-        both = [size // mesh.size for size in (text, sum(held.values()) - text)]
-        fits = group.all_say(not device_weights.crowded(*both, device_weights.device_memory(mesh)))
+        encoding, drawing = (size // mesh.size for size in (text, sum(held.values()) - text))
+        fits = group.all_say(not device_weights.crowded(encoding, drawing, device_weights.device_memory(mesh)))
         turns = "keep" if fits else device_weights.offload_policy(True, mesh, sum(held.values()), group)
     split = {axis: size for axis, size in mesh.shape.items() if size > 1 and axis != "data"}
     if hardware.stream_blocks and (split or processes > 1):
@@ -227,7 +234,8 @@ def _name(given: str) -> str:
 
 def _collect(makers: Mapping[str, Callable[[], load.Plan]]) -> dict[str, load.Plan]:
     """Every component's plan, or one error with the complaints of all of them."""
-    plans, lines = {}, []
+    plans: dict[str, load.Plan] = {}
+    lines: list[str] = []
     for name, make in makers.items():
         try:
             plans[name] = make()

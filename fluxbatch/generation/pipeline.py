@@ -24,7 +24,7 @@ from fluxbatch.distributed.process_group import ProcessGroup
 from fluxbatch.generation import programs
 from fluxbatch.generation.steps import STEPS, padded_sigmas
 from fluxbatch.lora.apply import Loras
-from fluxbatch.models.family import Conditioning, Family, TextInput
+from fluxbatch.models.family import Conditioning, Family, Positions, TextInput
 from fluxbatch.models.schedulers import Scheduler
 from fluxbatch.types import Row
 from fluxbatch.weights.block_streaming import StreamedWeights
@@ -68,7 +68,7 @@ class Pipeline:
         self._since: float | None = None  # when the devices got the first program of those under way
         self._pictures: Any = None  # the last ones, perhaps still to be drawn
 
-        def jit(function: Callable[..., Any], *bound: Any, **options: Any) -> Any:
+        def jit(function: Callable[..., Any], *bound: Any, **options: Any) -> jax.stages.Wrapped:
             function = functools.partial(function, *bound)  # of its own, so that its programs go with this pipeline
             return jax.jit(function, out_shardings=batch_sharding(mesh), **options)
 
@@ -163,7 +163,10 @@ class Pipeline:
         shapes = self.family.conditioning_shapes(inputs)
         conditioning = self.family.conditioning(*(self._shape(self.dtype, batch, *shape) for shape in shapes))
         sigmas, left, guidance = self._shape(np.float32, batch, STEPS + 1), self._shape(np.int32, batch), self._shape(np.float32, batch)
-        everywhere = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(self.mesh))  # noqa: E731
+
+        def everywhere(x: np.ndarray) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(self.mesh))
+
         positions = jax.tree.map(everywhere, self.family.positions(conditioning, height, width))
         turns, scales = everywhere(np.array(0, np.int32)), self._abstract_scales(batch)
         lowered = self._run(self._step_inputs.lower, graph, self.dtype, state, conditioning, sigmas, guidance, *scales)
@@ -229,10 +232,13 @@ class Pipeline:
             return self.scheduler.shifted(row.sigmas, tokens)
         return self.scheduler.sigmas(row.num_inference_steps, tokens)
 
-    def _denoise_streamed(self, network: StreamedWeights, latents, conditioning, sigmas, counts, guidance, positions) -> jax.Array:
+    def _denoise_streamed(
+        self, network: StreamedWeights, noise: np.ndarray, conditioning: Conditioning, sigmas: np.ndarray,
+        counts: np.ndarray, guidance: np.ndarray, positions: Positions,
+    ) -> jax.Array:  # fmt: skip
         """What ``denoise`` computes, with the transformer's blocks passing through the devices."""
         graph, state = network.parts()
-        latents, conditioning, guidance, sigmas, left = self._put((latents, conditioning, guidance, sigmas, counts))
+        latents, conditioning, guidance, sigmas, left = self._put((noise, conditioning, guidance, sigmas, counts))
         vector, shared = self._launch(self._step_vector, graph, self.dtype, state, conditioning, sigmas, guidance)
         with network.step_layers(self.observer.streaming) as layers:
             inputs = {name: jax.block_until_ready(self._told(self._launch(self._step_layer, *layer, vector))) for name, layer in layers}
@@ -261,13 +267,13 @@ class Pipeline:
         """The pytree of host arrays, dealt over the devices by their first axis."""
         return jax.tree.map(lambda array: put(array, batch_sharding(self.mesh)), arrays)
 
-    def _run(self, program: Any, *args: Any) -> Any:
+    def _run(self, program: Callable[..., Any], *args: Any) -> Any:
         # float32 means float32: TPUs and GPUs would multiply in bfloat16 or TF32.
         precision = "highest" if self.dtype == jnp.float32 else "default"
         with jax.default_matmul_precision(precision):
             return program(*args)
 
-    def _launch(self, program: Any, *args: Any) -> Any:
+    def _launch(self, program: jax.stages.Wrapped, *args: Any) -> Any:
         """Runs a program of the devices."""
         outputs = self._run(program, *args)
         self._since = self._since or time.monotonic()

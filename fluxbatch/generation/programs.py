@@ -7,7 +7,7 @@ row's adapters. ``pipeline.py`` compiles them.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fluxbatch.distributed.mesh import data_parallel_size_of
+from fluxbatch.models.family import Conditioning, Denoiser, Family, Positions, StepInputs, StreamedDenoiser
 from fluxbatch.models.layers import gathered, set_rows
+
+Array = jax.Array
+Graph = nnx.GraphDef[Any]
+State = Any  # nnx.State, a pytree of parameters
+SchedulerStep = Callable[[Array, Array, Array, Array], Array]  # models/schedulers.py
 
 # XLA:CPU leaves products, convolutions and sums to a library, YNNPACK. On a CPU without AVX-512 (EPYC) its convolutions are
 # slower than XLA's: the decoder of the bench's middle takes 6.3 s with them and 5.3 without; with AVX-512 (Xeon) 2.2 and 2.3.
@@ -31,45 +37,55 @@ _TPU_OPTIONS = {"xla_tpu_scoped_vmem_limit_kib": "16384"}
 _TOGETHER, _TOGETHER_ON_A_CPU = 512 * 512, 2 * 128 * 128
 
 
-def _model(graph, state, scales=None):
+def _model(graph: Graph, state: State, scales: Array | None = None) -> Any:
     model = nnx.merge(graph, state)
     return model if scales is None else set_rows(model, scales)
 
 
-def encode(family, graphs, dtype, states, inputs, scales=None):
+def encode(
+    family: Family, graphs: Sequence[Graph], dtype: Any, states: Mapping[str, State],
+    inputs: Sequence[tuple[Array, ...]], scales: Array | None = None,
+) -> Conditioning:  # fmt: skip
     """Conditioning of the arrays of each text input. ``graphs``, ``states``: of each text encoder."""
     models = {name: _model(graph, states[name], scales) for name, graph in zip(family.encoders, graphs, strict=True)}
     return family.encode(models, inputs, dtype)
 
 
-def step_inputs(graph, dtype, state, conditioning, sigmas, guidance, scales=None):
+def step_inputs(
+    graph: Graph, dtype: Any, state: State, conditioning: Conditioning, sigmas: Array, guidance: Array,
+    scales: Array | None = None,
+) -> StepInputs:  # fmt: skip
     """All that ``denoise`` needs of the steps, and of the weights that it can do without."""
-    return _model(graph, state, scales).step_inputs(conditioning, sigmas[:, :-1], guidance, dtype)
+    model: Denoiser = _model(graph, state, scales)
+    return model.step_inputs(conditioning, sigmas[:, :-1], guidance, dtype)
 
 
-def denoise(scheduler_step, graph, dtype, state, latents, conditioning, inputs, sigmas, left, turns, positions, scales=None):
+def denoise(
+    scheduler_step: SchedulerStep, graph: Graph, dtype: Any, state: State, latents: Array, conditioning: Conditioning,
+    inputs: StepInputs, sigmas: Array, left: Array, turns: Array, positions: Positions, scales: Array | None = None,
+) -> Array:  # fmt: skip
     """As many steps as ``turns``; a row that has none ``left`` stands still. (Devices would have to meet to find
     the largest of ``left``.)
 
     The layers that make step inputs are in ``state`` but not in the program: jit drops what is not used.
     """
-    model = _model(graph, state, scales)
+    model: Denoiser = _model(graph, state, scales)
     model.drop_step_layers()
     embedded = model.embed(conditioning, dtype)
 
-    def body(i, x):
+    def body(i: Array, x: Array) -> Array:
         velocity = model.velocity(x.astype(dtype), embedded, _at(inputs, i), positions)
         return _step(scheduler_step, x, velocity, i, sigmas, left)
 
     return jax.lax.fori_loop(0, turns, body, latents)
 
 
-def _at(inputs, i):
+def _at(inputs: StepInputs, i: Array) -> StepInputs:
     """The inputs of one step."""
     return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, 1, keepdims=False), inputs)
 
 
-def _step(scheduler_step, x, velocity, i, sigmas, left):
+def _step(scheduler_step: SchedulerStep, x: Array, velocity: Array, i: Array, sigmas: Array, left: Array) -> Array:
     moved = scheduler_step(x, velocity, sigmas[:, i], sigmas[:, i + 1])
     return jnp.where((i < left)[:, None, None], moved, x)
 
@@ -77,29 +93,46 @@ def _step(scheduler_step, x, velocity, i, sigmas, left):
 # The same in parts, for blocks that come one at a time.
 
 
-def step_vector(graph, dtype, state, conditioning, sigmas, guidance):
-    return nnx.merge(graph, state).step_vector(conditioning, sigmas[:, :-1], guidance, dtype)
+def step_vector(
+    graph: Graph, dtype: Any, state: State, conditioning: Conditioning, sigmas: Array, guidance: Array
+) -> tuple[Any, Any]:
+    model: StreamedDenoiser = nnx.merge(graph, state)
+    return model.step_vector(conditioning, sigmas[:, :-1], guidance, dtype)
 
 
-def step_layer(graph, state, vector):
+def step_layer(graph: Graph, state: State, vector: Any) -> Array:
     return nnx.merge(graph, state)(vector)
 
 
-def embed(graph, dtype, state, latents, conditioning, positions):
-    return nnx.merge(graph, state).embed_tokens(latents, conditioning, positions, dtype)
+def embed(
+    graph: Graph, dtype: Any, state: State, latents: Array, conditioning: Conditioning, positions: Positions
+) -> Any:  # fmt: skip
+    model: StreamedDenoiser = nnx.merge(graph, state)
+    return model.embed_tokens(latents, conditioning, positions, dtype)
 
 
-def block(block_graph, graph, block, state, x, inputs, shared, i, positions):
+def block(
+    block_graph: Graph, graph: Graph, block: State, state: State, x: Any, inputs: Sequence[Array], shared: Any, i: Array,
+    positions: Positions,
+) -> Any:  # fmt: skip
     """``inputs``: what the block's step layers made, ``shared``: what all blocks read; both of all steps."""
-    return nnx.merge(graph, state).block(nnx.merge(block_graph, block), x, [part[:, i] for part in inputs], _at(shared, i), positions)
+    model: StreamedDenoiser = nnx.merge(graph, state)
+    own = [part[:, i] for part in inputs]
+    return model.block(nnx.merge(block_graph, block), x, own, _at(shared, i), positions)
 
 
-def step(scheduler_step, graph, state, latents, x, shared, i, sigmas, left):
-    velocity = nnx.merge(graph, state).finish(x, _at(shared, i))
+def step(
+    scheduler_step: SchedulerStep, graph: Graph, state: State, latents: Array, x: Any, shared: Any, i: Array,
+    sigmas: Array, left: Array,
+) -> Array:  # fmt: skip
+    model: StreamedDenoiser = nnx.merge(graph, state)
+    velocity = model.finish(x, _at(shared, i))
     return _step(scheduler_step, latents, velocity, i, sigmas, left)
 
 
-def decode(family, graph, dtype, state, latents, height, width, at_once):
+def decode(
+    family: Family, graph: Graph, dtype: Any, state: State, latents: Array, height: int, width: int, at_once: int
+) -> tuple[Array, Array]:
     """Latents ``[B, L, C]`` → uint8 pictures ``[B, height, width, 3]``, and whether each is finite.
 
     Non-finite pictures of finite latents are decoded once more in float32. A device decodes as many together as have
@@ -109,8 +142,10 @@ def decode(family, graph, dtype, state, latents, height, width, at_once):
     vae = nnx.merge(graph, gathered(state, nnx.merge(graph, state).layout))
     mesh = vae.layout.mesh
 
-    def pictures(grid):
-        picture = lambda dtype: vae(grid.astype(dtype)).astype(jnp.float32)  # noqa: E731
+    def pictures(grid: Array) -> tuple[Array, Array]:
+        def picture(dtype: Any) -> Array:
+            return vae(grid.astype(dtype)).astype(jnp.float32)
+
         image = picture(dtype)
         if dtype != jnp.float32:
             again = jnp.all(jnp.isfinite(grid), axis=(1, 2, 3)) & ~jnp.all(jnp.isfinite(image), axis=(1, 2, 3))

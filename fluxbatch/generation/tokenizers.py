@@ -71,7 +71,10 @@ class Tokenizer:
         most = {word: len(word) + 1 for word in seen} | dict(zip(often, self.count(often, special=False), strict=True))
         least = dict.fromkeys(seen, 1) | {word: most[word] for word in often}
         ends = self._backend.num_special_tokens_to_add(is_pair=False)
-        return tuple({text: ends + sum(map(of.__getitem__, words)) for text, words in texts.items()} for of in (least, most))
+        low, high = (
+            {text: ends + sum(map(of.__getitem__, words)) for text, words in texts.items()} for of in (least, most)
+        )
+        return low, high
 
 
 def _open(folder: Path) -> tuple[Backend, int, dict[str, object], str]:

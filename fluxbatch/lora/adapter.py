@@ -150,17 +150,17 @@ def read_adapter(spec: Spec, plans: Mapping[str, Plan], keys: LoraKeys, strict: 
     reader.zeros += [module for module, roles in strays.items() if _changes_nothing(roles)]
     dropped = {key for module in reader.zeros for key, _ in strays[module].values()}
     unknown = [key for key in unknown if key not in dropped]
-    for key, group in groups.items():
+    for at, group in groups.items():
         try:
-            reader.add(sites[key], group)
+            reader.add(sites[at], group)
         except ValueError as error:
-            problems.append(f"{sites[key].module}: {error}")
+            problems.append(f"{sites[at].module}: {error}")
     lines = listed(unknown, "key that leads nowhere in this model") + listed(problems, "unusable")
     if (strict and lines) or not reader.changes:
         nothing = [] if reader.changes else ["holds no adapter for this model"]
         hint = [f"{spec.key}: lora_config.strict=false leaves these keys out"] if reader.changes else []
         raise UserError(*(f"{where}: {line}" for line in [*lines, *nothing]), *hint)
-    left_out = tuple([*unknown, *problems]), tuple(reader.zeros)
+    left_out = (*unknown, *problems), tuple(reader.zeros)
     return Adapter(spec, public(where), digest, ", ".join(kinds), reader.changes, reader.parts(), *left_out)
 
 
@@ -223,10 +223,10 @@ class _Reader:
     def _deltas(self, site: Site, tensors: dict[str, np.ndarray]) -> Iterator[tuple[str, Delta, float]]:
         """(leaf if not the weight's own, change, alpha) of what the tensors are; takes them out."""
         pop = tensors.pop
-        alpha = pop("alpha", None)
-        if alpha is not None and alpha.size != 1:
-            raise ValueError(f"alpha of shape {list(alpha.shape)}, expected one number")
-        alpha = None if alpha is None else float(alpha.reshape(()))
+        given = pop("alpha", None)
+        if given is not None and given.size != 1:
+            raise ValueError(f"alpha of shape {list(given.shape)}, expected one number")
+        alpha = None if given is None else float(given.reshape(()))
         delta: Delta | None = None
         if {"down", "up"} <= tensors.keys():
             a, b = _matrices(pop("down"), pop("up"))
@@ -241,12 +241,12 @@ class _Reader:
             if any(a.shape[1] != len(b) for a, b in (w1, w2)) or (len(w1[0]), w1[1].shape[1]) != (len(w2[0]), w2[1].shape[1]):
                 raise ValueError("the Hadamard factors' shapes disagree")
             scale, alpha = self._scale(site, len(w1[1]), alpha)
-            delta = Hadamard(w1, w2, scale)
+            delta = Hadamard((w1[0], w1[1]), (w2[0], w2[1]), scale)
         elif any(role.startswith("lokr_") for role in tensors):
-            w1, w2 = (_lokr_factor(tensors, w) for w in ("w1", "w2"))
-            rank = next((w[1].shape[0] for w in (w1, w2) if len(w) == 2), None)
+            left, right = (_lokr_factor(tensors, w) for w in ("w1", "w2"))
+            rank = next((w[1].shape[0] for w in (left, right) if len(w) == 2), None)
             scale, alpha = self._scale(site, rank, alpha)
-            delta = Kronecker(w1, w2, scale)
+            delta = Kronecker(left, right, scale)
         elif "diff" in tensors:
             delta = Whole(pop("diff"))
         elif "set_weight" in tensors:
@@ -304,8 +304,10 @@ class _Reader:
         parts = []
         for part, lines in self._lines.items():
             names, _, layers, ranks, alphas, counts, norms = zip(*lines, strict=True)
-            ends = ((min(values), max(values)) for values in (ranks, alphas))
-            parts.append(Part(part, len(set(layers)), self._of[part], tuple(dict.fromkeys(names)), *ends, sum(counts), math.sqrt(sum(norms))))
+            rank, alpha = ((min(values), max(values)) for values in (ranks, alphas))
+            own = tuple(dict.fromkeys(names))
+            norm = math.sqrt(sum(norms))
+            parts.append(Part(part, len(set(layers)), self._of[part], own, rank, alpha, sum(counts), norm))
         return tuple(parts)
 
 

@@ -97,13 +97,16 @@ class Loras:
             a, b, ranks = self._side_by_side(component, path, layers or 1)
             if layers is None:
                 a, b = a[0], b[0]
-            linear = module
+            linear: Any = module
             for name in path.split(".")[:-1]:
                 linear = getattr(linear, name)
-            rows, columns = linear.kernel.get_metadata()["axes"]  # type: ignore[attr-defined]
+            rows, columns = linear.kernel.get_metadata()["axes"]
             places = Placement.of(mesh, a.shape, (None, columns)), Placement.of(mesh, b.shape, (rows, None))
-            a, b = (put(np.asarray(place.arranged(x)).astype(dtype), place.final) for x, place in zip((a, b), places, strict=True))
-            linear.lora = LowRank(a, b, ranks, (rows, columns))  # type: ignore[attr-defined]
+            down, up = (
+                put(np.asarray(place.arranged(x)).astype(dtype), place.final)
+                for x, place in zip((a, b), places, strict=True)
+            )
+            linear.lora = LowRank(down, up, ranks, (rows, columns))
 
     def _beside(self, component: str) -> list[Mapping[Place, Delta]]:
         """What each adapter does there; nothing for one that can only be merged, as no row uses it where mixes differ."""
@@ -141,7 +144,8 @@ class Loras:
 
 def read(job: Job, plans: Mapping[str, Plan], family: Family) -> Loras:
     """Reads the job's adapters; one UserError with the complaints about all of them."""
-    adapters, lines = [], []
+    adapters: list[Adapter] = []
+    lines: list[str] = []
     for spec in specs(job):
         try:
             adapters.append(read_adapter(spec, plans, family.lora, job.lora_config.strict))

@@ -30,8 +30,14 @@ def _norm2(a: np.ndarray, b: np.ndarray) -> float:
 class Delta(abc.ABC):
     """A change of one weight, its own alpha included; the user's scale comes on top."""
 
-    merged_only: str | None = None  # why it cannot be given to each row in another proportion
-    rank: int
+    @property
+    def merged_only(self) -> str | None:
+        """Why it cannot be given to each row in another proportion."""
+        return None
+
+    @property
+    @abc.abstractmethod
+    def rank(self) -> int: ...
 
     @property
     @abc.abstractmethod
@@ -69,7 +75,7 @@ class Product(Delta):
     scale: float
 
     @property
-    def rank(self) -> int:  # type: ignore[override]
+    def rank(self) -> int:
         return self.a.shape[0]
 
     @property
@@ -98,7 +104,7 @@ class Hadamard(Delta):
     scale: float
 
     @property
-    def rank(self) -> int:  # type: ignore[override]
+    def rank(self) -> int:
         return self.w1[1].shape[0]
 
     @property
@@ -134,7 +140,7 @@ class Kronecker(Delta):
     rows: np.ndarray | None = None  # those of the whole that are meant; None: all
 
     @property
-    def rank(self) -> int:  # type: ignore[override]
+    def rank(self) -> int:
         return min(math.prod(min(x.shape) for x in (self.w1[0], self.w2[0])), *self.shape)
 
     @property
@@ -188,11 +194,11 @@ class Whole(Delta):
     scale: float = 1.0
 
     @property
-    def merged_only(self) -> str | None:  # type: ignore[override]
+    def merged_only(self) -> str | None:
         return None if self.value.ndim == 2 else "it changes biases or norms"
 
     @property
-    def rank(self) -> int:  # type: ignore[override]
+    def rank(self) -> int:
         return min(self.value.shape)
 
     @property
@@ -233,7 +239,7 @@ class Decomposed(Delta):
     merged_only = "it is a DoRA: its lengths depend on the weights it is merged into"
 
     @property
-    def rank(self) -> int:  # type: ignore[override]
+    def rank(self) -> int:
         return self.inner.rank
 
     @property

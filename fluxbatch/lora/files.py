@@ -90,7 +90,10 @@ def settings_of(source: Source, file: str, data: bytes) -> dict[str, dict[str, A
 
 def _sound(settings: dict[str, Any], where: str) -> dict[str, Any]:
     """PEFT's settings themselves; UserError for those of another kind, and of adapters that stand on other weights than the model's."""
-    number = lambda value: type(value) in (int, float)  # noqa: E731
+
+    def number(value: Any) -> bool:
+        return type(value) in (int, float)
+
     for key in ("lora_alpha", "alpha", "r"):
         if (value := settings.get(key)) is not None and not number(value):
             raise UserError(f"{where}: {key} is {shown(value)}, expected a number")

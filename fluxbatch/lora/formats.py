@@ -15,7 +15,6 @@ from fluxbatch.models.family import LoraKeys
 from fluxbatch.models.key_tables import Rows, Rule, split_layer
 from fluxbatch.weights.matching import unwrapped
 
-
 _NAME = r"(?:\.[^.]+)?"  # of the adapter, where PEFT keeps it
 # role → the ends of keys that have it
 ROLES = {
@@ -91,9 +90,9 @@ def _place(keys: LoraKeys, name: str, component: str | None, writer: str) -> tup
         if targets := tuple(_targets(name, rules)):
             return component or keys.main, name, naming if naming in keys.writers else writer or naming, targets
     for prefix, of, by in keys.prefixes:
-        if name.startswith(prefix) and (of is None or component in (None, of)):
-            if found := _place(keys, name[len(prefix) :], component or of, writer or by):
-                return found
+        fits = name.startswith(prefix) and (of is None or component in (None, of))
+        if fits and (found := _place(keys, name[len(prefix) :], component or of, writer or by)):
+            return found
     return None
 
 

@@ -62,7 +62,7 @@ def kind(stream: io.BufferedReader) -> str | None:
     """What the file is, as far as its first bytes tell, if it is no text in UTF-8 or another than was meant."""
     head = stream.peek(512)[:512]
     start = head.removeprefix(_BOM.encode()).lstrip()
-    if head.startswith((b"\xff\xfe", b"\xfe\xff")) and b"\0" in head or _is_wide(head):
+    if (head.startswith((b"\xff\xfe", b"\xfe\xff")) and b"\0" in head) or _is_wide(head):
         return "UTF-16 or UTF-32; save it as UTF-8"
     return next((what for beginning, what in _KINDS.items() if re.match(beginning, start)), None)
 
@@ -129,7 +129,7 @@ def _table(lines: Iterator[_Raw], ahead: deque[_Raw], columns: list[str], delimi
             yield Line(number, cells)
         elif any(cell.strip() for cell in cells):
             cells += [""] * (len(columns) - len(cells))
-            yield Line(number, {c: cell for c, cell in zip(columns, cells) if c})
+            yield Line(number, {c: cell for c, cell in zip(columns, cells, strict=False) if c})
 
 
 def _record(lines: Iterator[_Raw], ahead: deque[_Raw], delimiter: str, columns: int) -> _Record | None:

@@ -9,7 +9,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 from fluxbatch.config.schema import MAX_SIDE, MAX_STEPS, SIDES, Job, sigmas_wanted
 from fluxbatch.manifest import formats
@@ -324,7 +324,7 @@ def _text(given: Mapping[str, Any], key: str, problems: list[str], empty: bool =
 
 def _id(given: Mapping[str, Any], problems: list[str]) -> str | None:
     """The id that the line gives: usable as a file name, and not a way out of the output place."""
-    value = given.get("id")
+    value: Any = given.get("id")
     if value is None:
         return None
     if type(value) is float and value.is_integer() and abs(value) <= _WHOLE:
@@ -338,7 +338,7 @@ def _id(given: Mapping[str, Any], problems: list[str]) -> str | None:
             f"id: got {shown(value)}, expected 1 to {_MAX_ID} bytes "
             "without slashes, control characters or a leading dot"
         )
-    return value
+    return cast(str, value)  # a fault is in ``problems``
 
 
 def _float(key: str, value: Any, problems: list[str], low: float = -math.inf) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -44,9 +45,12 @@ def blocked(q: Array, k: Array, v: Array) -> Array:
     q = q.reshape(b * h, l // block, block, d)
     k, v = k.reshape(b * h, 1, m, d), v.reshape(b * h, 1, m, d)
 
-    def head(qkv):
+    def head(qkv: tuple[Array, Array, Array]) -> Array:
         q, k, v = qkv
-        one = lambda q: dot_product(q[None, None], k[None], v[None])[0, 0]  # noqa: E731
+
+        def one(q: Array) -> Array:
+            return dot_product(q[None, None], k[None], v[None])[0, 0]
+
         return jax.lax.map(one, q) if q.shape[0] > 1 else one(q[0])[None]
 
     return jax.lax.map(head, (q, k, v)).reshape(b, h, l, d)
@@ -75,7 +79,8 @@ def splash(
     over = [-x.shape[2] % sizes[block] for x, block in ((q, "block_q"), (k, "block_kv"))]
     mask = masks.MultiHeadMask([masks.FullMask((length + over[0], k.shape[2] + over[1])) for _ in range(heads)])
     attend = kernel.make_splash_mha(
-        mask, block_sizes=kernel.BlockSizes(**sizes), head_shards=1, q_seq_shards=1, interpret=interpret)  # fmt: skip
+        mask, block_sizes=kernel.BlockSizes(**cast(dict[str, Any], sizes)), head_shards=1, q_seq_shards=1,
+        interpret=interpret)  # fmt: skip
     real = [jnp.pad(jnp.ones(x.shape[2], jnp.int32), (0, n)) for x, n in zip((q, k), over, strict=True)]
     ids = kernel.SegmentIds(q=real[0], kv=real[1])
     q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, n), (0, 0))) for x, n in ((q / math.sqrt(width), over[0]), (k, over[1]), (v, over[1])))

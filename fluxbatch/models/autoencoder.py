@@ -106,7 +106,7 @@ class Level(nnx.Module):
         sizes = [c_in] + [c_out] * (count - 1)
         self.block = nnx.List([ResnetBlock(c, c_out, groups, rngs=rngs) for c in sizes])
         self.change = change
-        down = dict(stride=2, padding=((0, 1), (0, 1))) if change == "down" else {}
+        down: dict[str, Any] = {"stride": 2, "padding": ((0, 1), (0, 1))} if change == "down" else {}
         self.conv = Conv(c_out, c_out, 3, rngs=rngs, **down) if change else None
 
     def __call__(self, x: Array) -> Array:

@@ -22,6 +22,8 @@ from flax import nnx
 from fluxbatch.distributed.mesh import Axis, Layout
 
 Array = jax.Array
+Initializer = jax.nn.initializers.Initializer
+Padding = tuple[tuple[int, int], tuple[int, int]]  # before and after, of rows and of columns
 
 fan_in = jax.nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=-1, out_axis=-2)
 ones = jax.nn.initializers.ones
@@ -29,7 +31,9 @@ zeros = jax.nn.initializers.zeros
 normal = jax.nn.initializers.normal
 
 
-def param(rngs: nnx.Rngs | None, shape: tuple[int, ...], axes: tuple[Axis, ...], init=fan_in) -> nnx.Param:
+def param(
+    rngs: nnx.Rngs | None, shape: tuple[int, ...], axes: tuple[Axis, ...], init: Initializer = fan_in
+) -> nnx.Param[Any]:
     """A parameter with its logical axes; ``dist/mesh.py`` says which mesh axis each lies on.
 
     Without ``rngs`` it has a shape and no value, here and in all modules below: tracing what would draw the values
@@ -52,11 +56,12 @@ class LowRank(nnx.Module):
     def __init__(self, a: Array, b: Array, ranks: tuple[int, ...], axes: tuple[Axis, Axis] = (None, None)):
         """``axes``: those of the layer that it stands beside, outputs first."""
         self.a, self.b, self.ranks = nnx.Param(a, axes=(None, axes[1])), nnx.Param(b, axes=(axes[0], None)), ranks
-        self.rows = nnx.data(None)
+        self.rows: nnx.Variable[Any] | None = nnx.data(None)
 
     def __call__(self, x: Array) -> Array:
         """``[B, …, in]`` → ``[B, …, out]``."""
         y = x @ self.a[...].astype(x.dtype).T
+        assert self.rows is not None  # set_rows
         rows = self.rows[...].astype(x.dtype)
         return (y * rows.reshape(rows.shape[0], *[1] * (x.ndim - 2), -1)) @ self.b[...].astype(x.dtype).T
 
@@ -75,7 +80,10 @@ def set_rows(model: nnx.Module, scales: Array) -> nnx.Module:
 class Linear(nnx.Module):
     """``y = x Wᵀ + b``: ``[..., in]`` → ``[..., out]``, or ``[B, L, in]`` → ``[B, H, L, K]``."""
 
-    def __init__(self, d_in: int, d_out: int, axes: tuple[Axis, Axis], *, bias: bool = True, rngs: nnx.Rngs | None, init=fan_in):
+    def __init__(
+        self, d_in: int, d_out: int, axes: tuple[Axis, Axis], *, bias: bool = True, rngs: nnx.Rngs | None,
+        init: Initializer = fan_in,
+    ):  # fmt: skip
         self.kernel = param(rngs, (d_out, d_in), axes, init)
         self.bias = param(rngs, (d_out,), axes[:1], zeros) if bias else None
         self.lora: LowRank | None = nnx.data(None)
@@ -204,7 +212,10 @@ class Conv(nnx.Module):
     before each convolution, and undo them behind it.
     """
 
-    def __init__(self, c_in: int, c_out: int, size: int, *, stride: int = 1, padding=None, rngs: nnx.Rngs | None):
+    def __init__(
+        self, c_in: int, c_out: int, size: int, *, stride: int = 1, padding: Padding | None = None,
+        rngs: nnx.Rngs | None,
+    ):  # fmt: skip
         init = normal(1 / math.sqrt(c_in * size * size))
         self.kernel = param(rngs, (c_out, c_in, size, size), ("channels", None, None, None), init)
         self.bias = param(rngs, (c_out,), ("channels",), zeros)
@@ -277,7 +288,7 @@ def scan(layers: nnx.Module | None, call: Callable[..., Any], carry: Any, layout
         return carry
     graph, state = nnx.split(layers)
 
-    def body(carry, both):
+    def body(carry: Any, both: tuple[Any, Any]) -> tuple[Any, None]:
         layer, part = both
         return call(nnx.merge(graph, gathered(layer, layout)), carry, *([] if beside is None else [part])), None
 
@@ -293,7 +304,7 @@ def each(layers: nnx.Module, call: Callable[..., Array], layout: Layout) -> Arra
 def gathered(state: Any, layout: Layout) -> Any:
     """The parameters of a module as it computes with them: whole, where FSDP has divided them."""
 
-    def whole(leaf):
+    def whole(leaf: nnx.Variable[Any]) -> nnx.Variable[Any]:
         axes = leaf.get_metadata().get("axes")
         return leaf if axes is None else leaf.replace(layout.gathered(leaf.get_value(), axes))
 

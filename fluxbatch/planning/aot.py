@@ -50,6 +50,7 @@ def devices(target: Target) -> list[Any]:
     """Those of a TPU target, as far as the compiler needs them."""
     from jax.experimental import topologies
 
+    assert target.chip is not None
     options: Mapping[str, Any] = {}
     if target.chip.name == "v4":
         options = {"chip_config_name": "megacore"}
@@ -73,8 +74,8 @@ def needs(spec: Any, batch: int, height: int, width: int, parts: Sequence[str] =
         except jax.errors.JaxRuntimeError as error:
             yield Need(name, 0, 0, 0, time.monotonic() - start, " ".join(str(error).split())[:300])
             continue
-        states = lambda x: isinstance(x, nnx.State)  # noqa: E731
-        inputs = [x for x in jax.tree.leaves(lowered.args_info[0], is_leaf=states) if not states(x)]
+        leaves = jax.tree.leaves(lowered.args_info[0], is_leaf=lambda x: isinstance(x, nnx.State))
+        inputs = [x for x in leaves if not isinstance(x, nnx.State)]
         given = sum(info.dtype.itemsize * math.prod(info.shape) for info in inputs) // spec.data_parallel_size
         found = program.memory_analysis()
         more = given + temporaries + found.output_size_in_bytes - found.alias_size_in_bytes

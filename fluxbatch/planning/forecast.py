@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from fluxbatch.config.schema import Job, shown
-from fluxbatch.distributed.chips import Target
 from fluxbatch.distributed.backend import GPU_SHARES, gpu_share
+from fluxbatch.distributed.chips import Target
 from fluxbatch.generation.model_spec import ModelSpec
 from fluxbatch.planning import aot, memory
 from fluxbatch.reporting import columns, startup_warnings
@@ -171,6 +171,7 @@ def _memory(job: Job, spec: ModelSpec, target: Target, work: Work) -> Iterator[s
 
 def _compiled(job: Job, spec: ModelSpec, target: Target, work: Work) -> Iterator[str]:
     height, width = max(work.buckets, key=math.prod)
+    needs: Iterable[aot.Need]
     if target.topology:
         needs = aot.compiled(job, target, height, width)
     else:

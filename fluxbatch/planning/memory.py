@@ -10,6 +10,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -91,13 +92,17 @@ class Situation:
         """Of the largest picture."""
         spec = self.spec
         height, width = max(self.sizes, key=math.prod)
-        dtypes = (jnp.dtype(name).itemsize for name in (spec.activations_dtype, spec.weights_dtype))
+        activation, weight = (jnp.dtype(name).itemsize for name in (spec.activations_dtype, spec.weights_dtype))
         at_once = together(self.images, height, width, pixels_at_once(self.platform))
-        return Footprint(self.images, height, width, self.platform, *dtypes, dict(spec.mesh.shape), self.scores, STEPS, at_once)
+        mesh = dict(spec.mesh.shape)
+        return Footprint(
+            self.images, height, width, self.platform, activation, weight, mesh, self.scores, STEPS, at_once
+        )
 
     def way_out(self, limit: int) -> tuple[str, ...]:
         """The fewest settings with which every phase fits in ``limit``, slow ones last; none if nothing does."""
-        spec, ways = self.spec, {}
+        spec = self.spec
+        ways: dict[str, dict[str, Any]] = {}
         offload = "offload_encoders=free" if self.platform == "cpu" else "offload_encoders=true"
         if self.scores and attention.chosen("auto", self.platform, spec.activations_dtype) != "dot_product":
             ways["attention=auto"] = {"scores": False}

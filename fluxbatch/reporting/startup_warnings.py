@@ -22,7 +22,7 @@ from fluxbatch.types import Row
 SHOWN = 3  # rows named in one line
 SHOWN_FIELDS = 8
 # A job's key → the fields of a row that are used instead
-DECIDED_BY = {key: (key,) for key in ("seed", "prompt_2", "num_images")}
+DECIDED_BY: dict[str, tuple[str, ...]] = {key: (key,) for key in ("seed", "prompt_2", "num_images")}
 DECIDED_BY |= {
     f"sampler.{key}": (key,) for key in ("num_inference_steps", "guidance_scale", "sigmas", "height", "width")
 }

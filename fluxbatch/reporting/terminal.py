@@ -77,16 +77,16 @@ class Report(ProgressObserver):
         self.peak: float | None = None  # FLOP/s of all devices together, where it is known
         self._streamed = 0.0  # seconds of reading that went on beside the stages
         self._within = 0.0  # seconds of stages inside the current one
-        self._bars: list[tqdm | Lines] = []
+        self._bars: list[tqdm[Any] | Lines] = []
         self._thread = threading.get_ident()
         self._watch_compiler()
 
     def _watch_compiler(self) -> None:
         import jax.monitoring
 
-        def seen(event: str, seconds: float, **_: object) -> None:
+        def seen(event: str, duration_secs: float, **kwargs: str | int) -> None:
             if event == "/jax/core/compile/backend_compile_duration" and threading.get_ident() == self._thread:
-                self._account("compile", seconds)
+                self._account("compile", duration_secs)
 
         jax.monitoring.register_event_duration_secs_listener(seen)
 
@@ -106,7 +106,7 @@ class Report(ProgressObserver):
         self._within += seconds
 
     @contextlib.contextmanager
-    def bar(self, total: int | None, what: str, unit: str, unit_scale: bool = False) -> Iterator[tqdm | Lines]:
+    def bar(self, total: int | None, what: str, unit: str, unit_scale: bool = False) -> Iterator[tqdm[Any] | Lines]:
         with progress.bar(total, what, unit, self.quiet, unit_scale) as bar:
             self._bars.append(bar)
             try:

@@ -28,7 +28,7 @@ class Namer:
         try:
             fields = [(field, spec) for _, field, spec, _ in string.Formatter().parse(template) if field is not None]
             for field, spec in fields:
-                if field not in FIELDS or "{" in spec:
+                if field not in FIELDS or "{" in (spec or ""):
                     raise ValueError(f"no field {{{field}}}")
             self._has_index = any(field == "i" for field, _ in fields)
             check_name(self._name(0, "id", 0))

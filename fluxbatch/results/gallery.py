@@ -18,7 +18,7 @@ import json
 import math
 import random
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -158,7 +158,7 @@ def _lowest(drawn: Iterable[tuple[float, T]]) -> tuple[float, T]:
 def _page(
     title: str,
     summary: Mapping[str, Any],
-    rows: list[Record],
+    rows: Sequence[Record],
     *,
     left_out: int,
     sweep: Mapping[str, Any] | None = None,
@@ -187,13 +187,14 @@ def _template() -> tuple[str, str]:
     template = importlib.resources.files("fluxbatch.results").joinpath("gallery.html").read_text("utf-8")
     allowed = []
     for tag in ("style", "script"):
-        text = re.search(f"<{tag}>(.*?)</{tag}>", template, re.DOTALL)[1]
-        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        found = re.search(f"<{tag}>(.*?)</{tag}>", template, re.DOTALL)
+        assert found is not None
+        digest = base64.b64encode(hashlib.sha256(found[1].encode()).digest()).decode()
         allowed.append(f"{tag}-src 'sha256-{digest}'")
     return template, "; ".join(allowed)
 
 
-def _columns(rows: list[Record]) -> dict[str, Any]:
+def _columns(rows: Sequence[Record]) -> dict[str, Any]:
     """``columns``: field → its value in every row; ``common``: field → the value all images share."""
     adapters = any(mix(row) for row in rows if "lora" in row)
     rows = [_shown(row, adapters) for row in rows]
@@ -312,7 +313,7 @@ def _caption(record: Record) -> str:
     return " ".join(latin.split()) or record["file_name"]
 
 
-def _lines_of(text: str, font: ImageFont.FreeTypeFont, width: float, lines: int) -> list[str]:
+def _lines_of(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float, lines: int) -> list[str]:
     """``text`` broken into at most ``lines`` lines of ``width`` pixels, the last one cut with "…"."""
     rows = [""]
     words = text[:500].split(" ")
@@ -328,7 +329,7 @@ def _lines_of(text: str, font: ImageFont.FreeTypeFont, width: float, lines: int)
     return [_cut(row, font, width) for row in rows]
 
 
-def _cut(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
+def _cut(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> str:
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "…") > width:

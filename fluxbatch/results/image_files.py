@@ -61,7 +61,7 @@ def parameters(data: bytes) -> dict[str, Any]:
     when that is damaged."""
     try:
         with Image.open(io.BytesIO(data)) as image:
-            text = image.getexif().get(_IMAGE_DESCRIPTION)
+            text: Any = image.getexif().get(_IMAGE_DESCRIPTION)
     except (OSError, SyntaxError, ValueError, EOFError) as error:
         raise ValueError(f"what it says of itself is damaged: {error}") from None
     try:
@@ -75,7 +75,7 @@ def pixel_sha256(pixels: np.ndarray) -> str:
     """Hex sha256 of the raw RGB bytes with their shape, so that a reshaped image differs."""
     pixels = np.ascontiguousarray(_checked(pixels))
     digest = hashlib.sha256("x".join(map(str, pixels.shape)).encode())
-    digest.update(pixels)
+    digest.update(pixels.data)
     return digest.hexdigest()
 
 

@@ -13,6 +13,7 @@ import json
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from typing import Any
 
 from fluxbatch.results.file_names import Namer
 from fluxbatch.results.location import (
@@ -225,7 +226,7 @@ class Ledger:
 
     def _merge_rejects(self, done: set[str]) -> tuple[tuple[Reject, ...], set[str]]:
         """Writes rejects.jsonl: what stands against rows of this manifest that are not done."""
-        latest: dict[str, dict] = {}
+        latest: dict[str, dict[str, Any]] = {}
         objects = set()
         for name, _, line in self._rejects.scan():
             objects.add(name)
@@ -291,7 +292,7 @@ class Ledger:
         return json.dumps({"layout": FORMAT} | dict(self._facts), indent=2, sort_keys=True).encode() + b"\n"
 
 
-def read_job(store: Store) -> dict | None:
+def read_job(store: Store) -> dict[str, Any] | None:
     """What decides the pixels of the job there, and its ``layout``; None where no start has been."""
     try:
         job = json.loads(store.read(JOB))
@@ -323,7 +324,9 @@ def _once(log: Log) -> Iterator[Record]:
 
 def remove(store: Store, log: Log, unwanted: Callable[[Record], bool]) -> None:
     """Removes records and then their images, so that no record is ever without its image."""
-    scanned, files, kept = set(), set(), set()
+    scanned: set[str] = set()
+    files: set[str] = set()
+    kept: set[str] = set()
     for name, _, record in log.scan():
         scanned.add(name)
         (files if unwanted(record) else kept).add(record["file_name"])

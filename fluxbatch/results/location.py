@@ -24,8 +24,8 @@ def open_location(job: Job) -> Store:
     """The job's store. UserError where a run would write over its own manifest or over somebody's files."""
     assert job.run_name is not None
     store = open_store(join(job.output_dir, job.run_name))
-    for name in RESERVED if job.manifest is not None else ():
-        if _is_one(job.manifest, join(store.url, name)):
+    for name in RESERVED:
+        if job.manifest is not None and _is_one(job.manifest, join(store.url, name)):
             raise UserError(f"manifest={job.manifest}: the run would write its {name} there; give another run_name=… or output_dir=…")
     if not job.overwrite:
         refuse_foreign(store)

@@ -141,7 +141,7 @@ def match(
     def pair(named: bool, handle_of_record: Callable[[Record], Any], handle_of_row: Callable[[Row, str], Any]) -> None:
         """Makes rows with ids of their own, or those without, done by the records that have the same handle,
         each record once."""
-        by_handle = defaultdict(deque)
+        by_handle: dict[Any, deque[tuple[str, str]]] = defaultdict(deque)
         for record in remembered:
             # an id that is not the index was given by a manifest, and only its own row may have the record
             if (record["id"], record["key"]) not in row_of and (named or record["id"] == str(record["index"])):
@@ -180,9 +180,9 @@ def describe(changed: Sequence[tuple[Row, Record]]) -> Iterator[str]:
         alike[*fields, row.seed - record["seed"]].append((row, record))
     groups = list(alike.values())
     for (row, record), *others in groups[:_SHOWN]:
-        fields = ", ".join(difference(record, decisive(row), only_new=True)) or "the job's configuration changed"
+        what = ", ".join(difference(record, decisive(row), only_new=True)) or "the job's configuration changed"
         likewise = f" and likewise {len(others):,} more rows" if others else ""
-        yield f"{row.where}{likewise}: {fields} since {record['file_name']} was made (id {json.dumps(row.id)})"
+        yield f"{row.where}{likewise}: {what} since {record['file_name']} was made (id {json.dumps(row.id)})"
     if more := sum(map(len, groups[_SHOWN:])):
         yield f"… and {more:,} more changed rows"
 

@@ -137,7 +137,7 @@ class Writer:
         def run() -> None:
             try:
                 task(*arguments)
-            except BaseException as error:  # noqa: BLE001 (raised by the next put, or by close)
+            except BaseException as error:  # raised by the next put, or by close
                 self._error = self._error or error
 
         return self._batches.submit(run)
@@ -194,7 +194,7 @@ class Writer:
             return record
         except StorageError as error:
             return error if error.fatal else self._reject(row, str(error))
-        except Exception as error:  # noqa: BLE001 (one image never costs the others)
+        except Exception as error:  # one image never costs the others
             return self._reject(row, f"{type(error).__name__}: {error}")
 
     def _encode_and_write(self, record: Record, pixels: np.ndarray) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import jax
 
@@ -76,5 +76,5 @@ class Generator:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *error: object) -> bool | None:
-        return self._until_end.__exit__(*error)  # type: ignore[arg-type]
+    def __exit__(self, *error: Any) -> bool | None:
+        return self._until_end.__exit__(*error)

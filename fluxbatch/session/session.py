@@ -98,7 +98,7 @@ def open_session(job: Job, kept: KeptPipeline | None = None) -> Iterator[Session
             given, bad_lines = read_rows(job, size_multiple=spec.size_multiple)
             rows = spec.resolve(given)  # each row with its mix of LoRA adapters
             store = open_location(job)
-            facts = spec.facts | job.output.facts()
+            facts = {**spec.facts, **job.output.facts()}
             start = group.start_id()
             with group.first_goes_first():
                 if group.is_first:

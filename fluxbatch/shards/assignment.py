@@ -24,7 +24,7 @@ from fluxbatch.distributed.replica import Replica, counted_by, find
 from fluxbatch.distributed.shutdown import Drain
 from fluxbatch.results.ledger import Ledger, utc_now, write_status
 from fluxbatch.shards import batching, progress
-from fluxbatch.shards.claims import REPLICAS, Claims, Holder, Heartbeat
+from fluxbatch.shards.claims import REPLICAS, Claims, Heartbeat, Holder
 from fluxbatch.shards.progress import Progress
 from fluxbatch.storage.base import StorageError, Store
 from fluxbatch.types import Exit, Row, Shard, UserError
@@ -228,8 +228,8 @@ class ClaimedShards:
                     f"number of chips than replica_index={self._replica.index}: replicas of one run are started alike, others have another run_name"
                 )
             while True:
-                if (number := self._from_hand()) is not None:
-                    return number, [True] * len(self._left[number])
+                if (mine := self._from_hand()) is not None:
+                    return mine, [True] * len(self._left[mine])
                 survey = self._claims.survey()
                 if survey.finished:
                     return _END, []

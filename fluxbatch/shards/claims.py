@@ -20,7 +20,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fluxbatch.results.ledger import HIDDEN, utc_now
 from fluxbatch.storage.base import NotFound, StorageError, Store
@@ -162,7 +162,8 @@ class Claims:
         in_parallel(self._store.delete, names)
 
     def survey(self) -> Survey:
-        done, claimed = set(), {}
+        done: set[str] = set()
+        claimed: dict[str, Any] = {}
         for name in self._store.list(self._place):
             task, _, what = name.removeprefix(self._place).rpartition(".")
             if what == _FINISHED:

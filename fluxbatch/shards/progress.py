@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import Self
+from typing import Any, Self, cast
 
 from tqdm import tqdm
 
@@ -76,8 +76,9 @@ class Lines:
             now = time.monotonic()
             self._worked, self._worked_at = self._worked + now - self._worked_at, now
             self._count += count
-            goes_on = self._total is not None and self._count < self._total
-            if goes_on and self._count - self._said >= STEP * self._total and now - self._at >= LEAST:
+            total = self._total
+            goes_on = total is not None and self._count < total and self._count - self._said >= STEP * total
+            if goes_on and now - self._at >= LEAST:
                 self._say()
 
     def set_description_str(self, what: str) -> None:
@@ -109,12 +110,13 @@ class Lines:
             self._at, self._said = time.monotonic(), self._count
             rate = self._count / self._worked if self._worked else None
             line = tqdm.format_meter(
-                self._count, self._total, self._at - self._begun, ncols=0, prefix=self.desc, unit=self._unit,
+                self._count, cast(float, self._total), self._at - self._begun,  # tqdm takes None too
+                ncols=0, prefix=self.desc, unit=self._unit,
                 unit_scale=self._scale, rate=rate)  # fmt: skip
             print(line.strip(), file=sys.stderr, flush=True)
 
 
-def bar(total: int | None, what: str, unit: str, quiet: bool = False, unit_scale: bool = False) -> tqdm | Lines:
+def bar(total: int | None, what: str, unit: str, quiet: bool = False, unit_scale: bool = False) -> tqdm[Any] | Lines:
     """A context manager that is told of what is done, and shows it on standard error."""
     if quiet or sys.stderr.isatty():
         return tqdm(

@@ -12,7 +12,7 @@ import io
 import re
 import zlib
 from collections.abc import Callable, Iterator, Set
-from typing import BinaryIO, TypeVar, cast
+from typing import Any, BinaryIO, TypeVar, cast
 
 import requests
 import urllib3
@@ -200,7 +200,7 @@ class _PieceReader(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: memoryview) -> int:
+    def readinto(self, buffer: Any) -> int:  # a memoryview: BufferedReader's
         if not self._held and self._position < self._size:
             self._held = self._piece(self._position)
             self._position += len(self._held)
@@ -240,7 +240,7 @@ def _translated(place: str, missing: str = "") -> Iterator[None]:
 
 def _reason(error: BaseException) -> str:
     """The server's own words where there are any: the library's contain whole URLs."""
-    response = getattr(error, "response", None)
+    response: Any = getattr(error, "response", None)
     with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):
         return str(response.json()["error"]["message"]).splitlines()[0][:200]
     code = getattr(error, "code", None)

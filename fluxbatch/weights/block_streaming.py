@@ -35,7 +35,8 @@ class StreamedWeights(DeviceWeights):
 
     def __init__(self, plan: load.Plan, mesh: jax.sharding.Mesh, dtype: Any, edits: load.Edits, hold: bool = False):
         """``hold``: keep the blocks in pinned host memory."""
-        self._whole, self._hold, self._held = plan, hold, {}
+        self._whole, self._hold = plan, hold
+        self._held: dict[Name, Any] = {}
         self._stream = nnx.merge(plan.graph, plan.state).stream()
         self._names = [(stack, i) for stack, count in self._stream.blocks for i in range(count)]
         self._shapes = {path: _abstract(make) for path, make in self._stream.makers.items()}

@@ -19,7 +19,8 @@ from fluxbatch.types import UserError
 from fluxbatch.weights import load, zarr
 from fluxbatch.weights.checkpoint import TOKENIZER_FILES, Checkpoint
 from fluxbatch.weights.matching import Piece
-from fluxbatch.weights.source import Source
+from fluxbatch.weights.source import Source, store_spec
+from fluxbatch.weights.staging import Index, StagingBuffer
 
 WRITING = 256 << 20  # bytes of writes under way
 
@@ -51,14 +52,14 @@ class Array:
             yield a, min(a + layers, len(self.pieces)), names
 
 
-class Block(load.StagingBuffer):
+class Block(StagingBuffer):
     """Layers on their way into an array: one buffer on the host."""
 
     def __init__(self, array: Array, first: int, last: int):
         shape = (last - first, *array.shape[1:]) if array.stacked else array.shape
         self.buffer, self._array, self._first = np.empty(shape, array.dtype), array, first
 
-    def open(self, layer: int, dtype: np.dtype) -> list[tuple[load.Index, np.ndarray]]:
+    def open(self, layer: int, dtype: np.dtype) -> list[tuple[Index, np.ndarray]]:
         buffer = self.buffer[layer - self._first] if self._array.stacked else self.buffer
         return [(tuple((0, n) for n in buffer.shape), buffer)]
 
@@ -163,10 +164,10 @@ class _Writer:
 
     def __init__(self, root: Source):
         self.root = root
-        self._kv = ts.KvStore.open(zarr.store_spec(root.url)).result()
-        self._pending: collections.deque[tuple[ts.Future, str, int]] = collections.deque()
+        self._kv = ts.KvStore.open(store_spec(root.url)).result()
+        self._pending: collections.deque[tuple[Any, str, int]] = collections.deque()
 
-    def start_open(self, array: Array) -> ts.Future:
+    def start_open(self, array: Array) -> ts.Future[Any]:
         url = self.root.path(f"{array.component}/{array.path}")
         return ts.open(zarr.spec(url, array.shape, array.dtype, array.stacked), open=True, create=True)
 
@@ -189,7 +190,7 @@ class _Writer:
     def delete(self, name: str) -> None:
         self.wait(self._kv.write(name, None), name)
 
-    def wait(self, future: ts.Future, name: str) -> Any:
+    def wait(self, future: ts.Future[Any], name: str) -> Any:
         try:
             return future.result()
         except (ValueError, OSError) as error:

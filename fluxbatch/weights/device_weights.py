@@ -14,6 +14,7 @@ from flax import nnx
 
 from fluxbatch.distributed.process_group import ProcessGroup
 from fluxbatch.weights import load
+from fluxbatch.weights.load import Edits
 
 PROC, CGROUPS = pathlib.Path("/proc"), pathlib.Path("/sys/fs/cgroup")
 OFFLOAD_POLICIES = ("keep", "host", "free")  # where weights go that are not needed: nowhere, pinned host memory, nowhere at all
@@ -71,7 +72,7 @@ class DeviceWeights:
         self._attach(module)
         return nnx.split(module)
 
-    def merge(self, edits: load.Edits) -> None:
+    def merge(self, edits: Edits) -> None:
         """Other edits from the next `load` on, which reads what these or the ones before change."""
         self._stale |= {path for path, _ in (*self.edits, *edits)}
         self.edits = edits

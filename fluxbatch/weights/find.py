@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib.resources
 import os
 import re
+from pathlib import Path
 from urllib.parse import unquote
 
 from fluxbatch.types import UserError
 from fluxbatch.weights.source import broken_link
 
-EMBEDDED = importlib.resources.files("fluxbatch") / "checkpoints"
+EMBEDDED = Path(str(importlib.resources.files("fluxbatch"))) / "checkpoints"
 SUFFIX = ".safetensors"
 SUFFIXES = (SUFFIX, ".sft")
 CONVERTED = "fluxbatch.json"  # lists a converted copy, whose weights have no suffix

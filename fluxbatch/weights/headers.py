@@ -11,7 +11,7 @@ from typing import Any
 
 from fluxbatch.types import UserError
 from fluxbatch.weights import quantized
-from fluxbatch.weights.find import SUFFIXES
+from fluxbatch.weights.find import INSTEAD, SUFFIXES
 from fluxbatch.weights.matching import unwrapped
 from fluxbatch.weights.source import DTYPES, FLOATS, Source, Tensor, broken_link, first_line
 
@@ -183,7 +183,7 @@ def with_scales(tensors: dict[str, Tensor], where: str) -> dict[str, Tensor]:
                 blocks = "looks quantized in blocks, which is not read: "
                 raise UserError(f"{where}: {name}: a scale of shape {list(scale.shape)}, {scale.dtype}, for a weight "
                                 f"of shape {shape}: expected one number, or one for each row"
-                                + (f": {blocks}{quantized.INSTEAD}" if scale.shape[1:] > (1,) else ""))  # fmt: skip
+                                + (f": {blocks}{INSTEAD}" if scale.shape[1:] > (1,) else ""))  # fmt: skip
             whole[of] = dataclasses.replace(weight, scale=scale)
     return whole
 

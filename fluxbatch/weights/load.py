@@ -25,16 +25,16 @@ from fluxbatch.weights.matching import Piece, assign
 from fluxbatch.weights.source import Source, Tensor
 from fluxbatch.weights.staging import (
     IN_FLIGHT,
-    StagingBuffer,
     DeviceBuffer,
     HostBuffer,
     Index,
+    StagingBuffer,
     local_parts,
 )
 
 SMALL = 256 << 10  # a tensor up to this size is read whole, not part by part
 
-Progress = Callable[[int], None]
+Progress = Callable[[int], object]
 Edit = Callable[[np.ndarray], np.ndarray]  # one layer of a parameter, float32 → float32
 Edits = Mapping[tuple[str, int], Edit]  # by path and layer (0 of a parameter that is not stacked)
 
@@ -166,14 +166,15 @@ def on_host(mesh: jax.sharding.Mesh) -> bool:
 
 def read_scales(pieces: list[Piece], reader: Reader) -> dict[int, np.ndarray]:
     """The float32 scales of quantized tensors, by the tensor's identity: one number, or one a row."""
-    tensors = {id(p.tensor): p.tensor for p in pieces if p.tensor.scale is not None}
+    found = {id(p.tensor): p.tensor.scale for p in pieces if p.tensor.scale is not None}
     scales: dict[int, np.ndarray] = {}
-    for key, tensor in tensors.items():
-        count = math.prod(tensor.scale.shape)
+    for key, scale in found.items():
+        count = math.prod(scale.shape)
         scales[key] = np.empty(count, np.float32)
-        reader.read(tensor.scale, 0, tensor.scale.shape[0] if tensor.scale.shape else 1, Rows([(((0, count),), scales[key])], 0, None, lambda: None))
+        rows = Rows([(((0, count),), scales[key])], 0, None, lambda: None)
+        reader.read(scale, 0, scale.shape[0] if scale.shape else 1, rows)
     reader.drain()
-    return {key: scale if scale.size > 1 else scale.reshape(()) for key, scale in scales.items()}
+    return {key: values if values.size > 1 else values.reshape(()) for key, values in scales.items()}
 
 
 class Reader:
@@ -272,7 +273,10 @@ def _ranges(local: list[Index], piece: Piece, edited: bool = False) -> set[tuple
     return set(found)
 
 
-def _fill_edited(box: StagingBuffer, layer: int, piece: Piece, scale: np.ndarray | None, reader: Reader, edit: Edit, parts) -> None:
+def _fill_edited(
+    box: StagingBuffer, layer: int, piece: Piece, scale: np.ndarray | None, reader: Reader, edit: Edit,
+    parts: list[tuple[Index, np.ndarray]],
+) -> None:  # fmt: skip
     """Starts the reads of a whole layer, which is changed before its parts are cut from it."""
     whole = np.empty(box.shape[1:] if box.stacked else box.shape, np.float32)
 

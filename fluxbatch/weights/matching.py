@@ -72,8 +72,8 @@ def assign(
                 wrong.append(f"{name}: dtype {tensor.dtype}, expected one of {', '.join(FLOATS)} (other quantizations are not read)")
             elif got != shape and not (math.prod(got) == math.prod(shape) and got[: len(shape)] == shape):
                 wrong.append(f"{name}: shape {list(got)}, the model expects {list(shape)} for {path}")
-            elif filled[path][layer] is not None:
-                wrong.append(f"{name}: {path} is filled already by {filled[path][layer].tensor.name}")
+            elif (other := filled[path][layer]) is not None:
+                wrong.append(f"{name}: {path} is filled already by {other.tensor.name}")
             else:
                 filled[path][layer] = piece
 
@@ -82,9 +82,9 @@ def assign(
         lines = listed(dict.fromkeys(unknown), "tensor that the model does not have")
         named = []
         for path, layer in empty[:MAX_LISTED]:
-            name = lacked(table, path, layer if stacked[path] else None, tensors)
+            lacking = lacked(table, path, layer if stacked[path] else None, tensors)
             full = f"{path}[{layer}]" if stacked[path] else path
-            named.append(f"{full}: the file lacks {name}" if name not in (None, full) else full)
+            named.append(f"{full}: the file lacks {lacking}" if lacking not in (None, full) else full)
         lines += listed(named, "parameter that no tensor fills", len(empty)) + listed(wrong, "wrong tensor")
         raise UserError(*(f"{where}: {line}" for line in lines))
     return filled  # type: ignore[return-value]  # no None left
@@ -101,7 +101,12 @@ def lacked(table: Table, path: str, layer: int | None, tensors: Mapping[str, Ten
             names += _written(rule.pattern, iter([match[f"g{i}"] for i in range(len(match.groups()))]))
     if not names:
         return None
-    name = max(names, key=lambda name: max((len(os.path.commonprefix([name, other])) for other in tensors), default=0))
+
+    def alike(name: str) -> int:
+        common = (os.path.commonprefix([name, other]) for other in tensors)  # noqa: RUF071  # letters
+        return max(map(len, common), default=0)
+
+    name = max(names, key=alike)
     prefix = next((tensor.name[: -len(key)] for key, tensor in tensors.items() if tensor.name.endswith(key)), "")
     return prefix + name
 

@@ -11,7 +11,7 @@ import functools
 import math
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 from urllib.parse import unquote
 
 import huggingface_hub
@@ -149,7 +149,7 @@ def _apart(family: type[Family], name: str, model: Model, base: str) -> tuple[Op
         folder = _cached(repo, f"{name}/config.json", revision)
         if not folder or not _has_all(Source(folder), definition.stems):
             return component(name, definition, known, known["repository"]), None
-        model = dataclasses.replace(model, **{definition.home: os.path.dirname(folder)})
+        model = dataclasses.replace(model, **cast(dict[str, Any], {definition.home: os.path.dirname(folder)}))
     return open_component(family, name, model, Named(base), None, {}, None)
 
 
@@ -173,7 +173,7 @@ def _by_sizes(model: Model, known: Known, downloaded: Source | None) -> Publishe
         except UserError:
             tokenizers[part] = ""
     named = [part.where for part in components.values() if isinstance(part.source, Named)]
-    named = dict.fromkeys([shown(model.pretrained_model_name_or_path), *named[1:]])
-    unseen = (f"{', '.join(named)}: not here, or not all of it, so this goes by the sizes that come with fluxbatch; "
+    names = dict.fromkeys([shown(model.pretrained_model_name_or_path), *named[1:]])
+    unseen = (f"{', '.join(names)}: not here, or not all of it, so this goes by the sizes that come with fluxbatch; "
               "the checkpoint itself was not looked at")  # fmt: skip
     return Published(whole, components, tokenizers, known["scheduler"], revision=None, unseen=unseen)

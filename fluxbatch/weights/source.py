@@ -16,7 +16,7 @@ import re
 import stat
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 from urllib.parse import urlsplit
 
 import ml_dtypes
@@ -99,11 +99,11 @@ class Source:
     def path(self, name: str) -> str:
         return f"{self.url}/{name}"
 
-    def start_read(self, name: str, start: int | None = None, stop: int | None = None) -> ts.Future:
+    def start_read(self, name: str, start: int | None = None, stop: int | None = None) -> ts.Future[Any]:
         """A read under way; ``finish_read`` checks and returns its bytes."""
         return self._kv.read(name, byte_range=slice(start, stop))
 
-    def finish_read(self, future: ts.Future, name: str, size: int | None = None) -> bytes:
+    def finish_read(self, future: ts.Future[Any], name: str, size: int | None = None) -> bytes:
         """The bytes of a read; UserError if the object is missing, unreadable, shorter than ``size``
         or no longer the one that was read before."""
         result = self.wait(future, name)
@@ -117,7 +117,7 @@ class Source:
             raise UserError(f"{self.path(name)}: changed while it was being read")
         return value
 
-    def wait(self, future: ts.Future, name: str) -> Any:
+    def wait(self, future: ts.Future[Any], name: str) -> Any:
         try:
             return future.result(timeout=STALLED)
         except TimeoutError as error:
@@ -165,7 +165,7 @@ class Source:
             if self._opened.setdefault(name, found) != found:
                 raise UserError(f"{self.path(name)}: changed while it was being read")
             while buffers:
-                count = os.preadv(file, buffers, start + done)
+                count = os.preadv(file, cast(Any, buffers), start + done)
                 if not count:
                     raise UserError(f"{self.path(name)}: read {done} bytes where {size} were expected: the file is truncated")
                 done += count
@@ -189,7 +189,7 @@ class Source:
                     raise UserError(told) from None
                 return False
             except OSError as error:
-                raise UserError(f"{self.path(name)}: cannot be read: {error.strerror.lower()}") from error
+                raise UserError(f"{self.path(name)}: cannot be read: {str(error.strerror).lower()}") from error
         try:
             return self.wait(self._kv.read(name, byte_range=slice(0, 0)), name).state == "value"
         except UserError as error:
@@ -212,7 +212,7 @@ class Source:
         except (FileNotFoundError, NotADirectoryError):
             return []
         except OSError as error:
-            raise UserError(f"{self.url}: cannot be read: {error.strerror.lower()}") from error
+            raise UserError(f"{self.url}: cannot be read: {str(error.strerror).lower()}") from error
 
     def json(self, name: str) -> dict[str, Any]:
         """A JSON object; UserError when it is missing or malformed."""

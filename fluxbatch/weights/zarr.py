@@ -151,7 +151,7 @@ class Layout:
     def place(self, layer: int, row: int) -> tuple[str, int]:
         """The file of the chunk that begins with this row, and the chunk's number in it."""
         file, chunk = self.grids
-        corner = ((layer, row) if self.stacked else (row,)) if file != chunk else ()
+        corner: tuple[int, ...] = ((layer, row) if self.stacked else (row,)) if file != chunk else ()
         corner += (0,) * (len(self.shape) - len(corner))
         key = "/".join(str(at // size) for at, size in zip(corner, file, strict=True))
         inside = [at % size // part for at, size, part in zip(corner, file, chunk, strict=True)]
@@ -178,7 +178,7 @@ class Arrays(Source):
         super().__init__(url)
         self._pool = ThreadPoolExecutor(READERS if self.local else REQUESTS, "weights")
         self._context = ts.Context(_CONTEXT)
-        self._opening: dict[str, ts.Future] = {}
+        self._opening: dict[str, ts.Future[Any]] = {}
         self._layouts: dict[str, Layout] = {}
         self._indices: dict[str, np.ndarray] = {}  # by file: start and length of each chunk
         self._small: dict[str, np.ndarray] = {}  # arrays whose layers are one chunk

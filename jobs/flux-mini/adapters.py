@@ -93,7 +93,7 @@ def peft(adapter: Mapping[str, Mapping[str, np.ndarray]], flux: Any) -> dict[str
     downs, ups = {}, {}
     for name, paths in FUSED.items():
         ends = np.cumsum([rows[path] for path in paths])[:-1]
-        downs |= {path: adapter[name]["down"] for path in paths}
+        downs |= dict.fromkeys(paths, adapter[name]["down"])
         ups |= dict(zip(paths, np.split(adapter[name]["up"], ends, axis=1), strict=True))
     out = {}
     for letter, arrays in (("A", downs), ("B", ups)):

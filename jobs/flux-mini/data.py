@@ -166,7 +166,7 @@ def phrase(name: str, rng: np.random.Generator, article: bool = True) -> str:
     words = f"{ADJECTIVES[name]} {name}" if name in ADJECTIVES and rng.random() < 0.25 else name
     if not article or name in PLURAL or rng.random() < 0.2:
         return words
-    return f"{'an' if words[0] in 'aeiou' and not words.startswith('un') or words.startswith('umb') else 'a'} {words}"
+    return f"{'an' if (words[0] in 'aeiou' and not words.startswith('un')) or words.startswith('umb') else 'a'} {words}"
 
 
 def make(rng: np.random.Generator, names: tuple[str, ...], color: str, place: str | None, shape=(128, 128)) -> Scene:

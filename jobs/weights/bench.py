@@ -184,9 +184,9 @@ def in_process(way: str, path: pathlib.Path | str, mesh: str = "1,1", dtype: str
             subprocess.Popen(
                 [sys.executable, HERE, "measure", path, "--way", way, "--mesh", mesh, "--dtype", dtype,
                  "--processes", str(processes), "--index", str(i), "--port", str(held.getsockname()[1])],
-                env=environment, stdout=subprocess.PIPE, text=True)  # fmt: skip
+                env=environment, stdout=subprocess.PIPE, text=True)
             for i in range(processes)
-        ]
+        ]  # fmt: skip
         answers = [process.communicate()[0] for process in running]
     if any(process.returncode for process in running):
         raise RuntimeError(f"{way}: a measurement failed")

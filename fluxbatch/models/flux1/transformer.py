@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -68,8 +68,8 @@ def rope_table(text_len: int, rows: int, cols: int, axes: tuple[int, ...]) -> tu
     ids = np.zeros((text_len + rows * cols, 3))
     ids[text_len:, 1] = np.repeat(np.arange(rows), cols)
     ids[text_len:, 2] = np.tile(np.arange(cols), rows)
-    angles = [ids[:, i, None] / ROPE_BASE ** (np.arange(0, d, 2) / d) for i, d in enumerate(axes)]
-    angles = np.concatenate(angles, axis=-1)
+    by_axis = [ids[:, i, None] / ROPE_BASE ** (np.arange(0, d, 2) / d) for i, d in enumerate(axes)]
+    angles = np.concatenate(by_axis, axis=-1)
     return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
 
@@ -110,7 +110,9 @@ class DoubleBlock(nnx.Module):
         self.img = Stream(cfg, rngs=rngs)
         self.txt = Stream(cfg, rngs=rngs)
 
-    def __call__(self, x: tuple[Array, Array], mods: tuple[Array, Array], rope, model: Flux) -> tuple[Array, Array]:
+    def __call__(
+        self, x: tuple[Array, Array], mods: Sequence[Array], rope: tuple[Array, Array], model: Flux
+    ) -> tuple[Array, Array]:
         """``x`` and ``mods`` ``[B, 6D]``: of the image and of the text."""
         img, txt = x
         img_mod, txt_mod = (jnp.split(mod, 6, axis=-1) for mod in mods)
@@ -134,7 +136,7 @@ class SingleBlock(nnx.Module):
         self.mlp_in = Linear(d, 4 * d, ("mlp", "embed"), rngs=rngs)
         self.out = Linear(5 * d, d, ("embed", (("heads", d), ("mlp", 4 * d))), rngs=rngs)  # reads attention, then MLP
 
-    def __call__(self, x: Array, mod: Array, rope, model: Flux) -> Array:
+    def __call__(self, x: Array, mod: Array, rope: tuple[Array, Array], model: Flux) -> Array:
         shift, scale, gate = jnp.split(mod, 3, axis=-1)
         y = jax.lax.optimization_barrier(modulate(x, shift, scale))  # a TPU would make it anew in each of the products
         q, k, v = self.qkv(y, model.split_head_dim)
@@ -190,7 +192,7 @@ class Flux(nnx.Module):
     def drop_step_layers(self) -> None:
         for blocks in (self.double_blocks, self.single_blocks):
             if blocks is not None:
-                without_modulators(blocks)
+                without_modulators(cast(Any, blocks))  # a stack
 
     def embed(self, conditioning: Any, dtype: Any) -> Array:
         """``[B, T, D]`` of T5's states."""
@@ -199,8 +201,12 @@ class Flux(nnx.Module):
     def velocity(self, img: Array, txt: Array, mod: Modulation, rope: tuple[Array, Array]) -> Array:
         """Of packed latents ``[B, L, C]``, embedded text ``[B, T, D]`` and the modulation of one step."""
         sizes = txt.shape[1], img.shape[1]
-        rope = tuple(self.layout.join((table[: sizes[0]], table[sizes[0] :]), 0, "tokens") for table in rope)
-        by_layer = lambda mods: jax.tree.map(lambda x: x.swapaxes(0, 1), mods)  # noqa: E731
+        cos, sin = (self.layout.join((table[: sizes[0]], table[sizes[0] :]), 0, "tokens") for table in rope)
+        rope = cos, sin
+
+        def by_layer(mods: Any) -> Any:
+            return jax.tree.map(lambda x: x.swapaxes(0, 1), mods)
+
         x = self._embed_image(img), txt
         x = scan(self.double_blocks, lambda block, x, mods: block(x, mods, rope, self), x, self.layout, by_layer((mod.img, mod.txt)))
         both = self.layout.join(x[::-1], 1, "tokens")
@@ -263,8 +269,12 @@ class Flux(nnx.Module):
 
     def _modulation(self, vec: Array) -> Modulation:
         """Of what ``_vector`` returns."""
-        of = lambda layers: jnp.moveaxis(each(layers, lambda layer: layer(vec), self.layout), 0, 2)  # noqa: E731
-        double, single = self.double_blocks, self.single_blocks
+
+        def of(layers: nnx.Module) -> Array:
+            return jnp.moveaxis(each(layers, lambda layer: layer(vec), self.layout), 0, 2)
+
+        double = cast(DoubleBlock | None, self.double_blocks)  # a stack of them
+        single = cast(SingleBlock | None, self.single_blocks)
         img, txt = (of(double.img.mod), of(double.txt.mod)) if double else (None, None)
         return jax.tree.map(self._whole, Modulation(img, txt, of(single.mod) if single else None, self.final_mod(vec)))
 
