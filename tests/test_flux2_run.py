@@ -45,7 +45,14 @@ def draw(cli, tmp_path):
     def call(folder, rows, run, *words):
         manifest = tmp_path / "rows.jsonl"
         manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        code, err = cli(f"pretrained_model_name_or_path={folder}", f"manifest={manifest}", f"output_dir={tmp_path}", f"run_name={run}", *WORDS, *words)
+        code, err = cli(
+            f"pretrained_model_name_or_path={folder}",
+            f"manifest={manifest}",
+            f"output_dir={tmp_path}",
+            f"run_name={run}",
+            *WORDS,
+            *words,
+        )
         assert code == 0, err
         return images(tmp_path / run)
 
@@ -122,10 +129,15 @@ def test_converted_cached_resumed_and_replayed(cli, model, draw, tmp_path):
     again = draw(folder, rows, "again", cache)
     sizes = {part: (folder / part).resolve() for part in ("transformer", "vae")}
     read = json.loads((tmp_path / "again/status.json").read_text())["load"]["bytes"]
-    assert read < sum(file.stat().st_size for part in sizes.values() for file in part.glob("*.safetensors"))  # no text encoder
+    assert read < sum(
+        file.stat().st_size for part in sizes.values() for file in part.glob("*.safetensors")
+    )  # no text encoder
     code, err = cli(f"pretrained_model_name_or_path={folder}", f"to={tmp_path / 'copy'}", entry="convert")
     assert code == 0, err
-    assert json.loads((tmp_path / "copy/model_index.json").read_text()) == {"_class_name": "Flux2KleinPipeline", "is_distilled": False}
+    assert json.loads((tmp_path / "copy/model_index.json").read_text()) == {
+        "_class_name": "Flux2KleinPipeline",
+        "is_distilled": False,
+    }
     assert (tmp_path / "copy/tokenizer/chat_template.jinja").exists()
     copied = draw(tmp_path / "copy", rows, "copied")
     for drawn in (again, copied):
@@ -133,7 +145,13 @@ def test_converted_cached_resumed_and_replayed(cli, model, draw, tmp_path):
     digests = {metadata(tmp_path / run)[0]["model_digest"] for run in ("run", "copied")}
     assert len(digests) == 1
     other = model(True, "distilled")
-    code, err = cli(f"pretrained_model_name_or_path={other}", f"manifest={tmp_path / 'rows.jsonl'}", f"output_dir={tmp_path}", "run_name=run", *WORDS)
+    code, err = cli(
+        f"pretrained_model_name_or_path={other}",
+        f"manifest={tmp_path / 'rows.jsonl'}",
+        f"output_dir={tmp_path}",
+        "run_name=run",
+        *WORDS,
+    )
     assert code == 2 and "is_distilled" in err
     shutil.rmtree(tmp_path / "copied")
 
@@ -149,18 +167,29 @@ def bfl(own):
              "time_guidance_embed.timestep_embedder.linear_1": "time_in.in_layer",
              "time_guidance_embed.timestep_embedder.linear_2": "time_in.out_layer"}  # fmt: skip
     found = {f"{new}.weight": own[f"{old}.weight"] for old, new in plain.items()}
-    found["final_layer.adaLN_modulation.1.weight"] = np.concatenate(np.split(own["norm_out.linear.weight"], 2)[::-1])  # shift before scale
+    found["final_layer.adaLN_modulation.1.weight"] = np.concatenate(
+        np.split(own["norm_out.linear.weight"], 2)[::-1]
+    )  # shift before scale
     for i in range(1 + max(int(name.split(".")[1]) for name in own if name.startswith("transformer_blocks."))):
         at, to = f"transformer_blocks.{i}.", f"double_blocks.{i}."
         for half, qkv, norms, proj, ff in (("img", ("to_q", "to_k", "to_v"), ("norm_q", "norm_k"), "to_out.0", "ff"),
                                            ("txt", ("add_q_proj", "add_k_proj", "add_v_proj"), ("norm_added_q", "norm_added_k"), "to_add_out", "ff_context")):  # fmt: skip
             found[f"{to}{half}_attn.qkv.weight"] = np.concatenate([own[f"{at}attn.{n}.weight"] for n in qkv])
-            found |= {f"{to}{half}_attn.norm.{n}_norm.scale": own[f"{at}attn.{old}.weight"] for n, old in zip(("query", "key"), norms, strict=True)}
+            found |= {
+                f"{to}{half}_attn.norm.{n}_norm.scale": own[f"{at}attn.{old}.weight"]
+                for n, old in zip(("query", "key"), norms, strict=True)
+            }
             found[f"{to}{half}_attn.proj.weight"] = own[f"{at}attn.{proj}.weight"]
-            found |= {f"{to}{half}_mlp.{n}.weight": own[f"{at}{ff}.linear_{old}.weight"] for n, old in (("0", "in"), ("2", "out"))}
+            found |= {
+                f"{to}{half}_mlp.{n}.weight": own[f"{at}{ff}.linear_{old}.weight"]
+                for n, old in (("0", "in"), ("2", "out"))
+            }
     for i in range(1 + max(int(name.split(".")[1]) for name in own if name.startswith("single_transformer_blocks."))):
         at, to = f"single_transformer_blocks.{i}.attn.", f"single_blocks.{i}."
-        found |= {f"{to}linear1.weight": own[f"{at}to_qkv_mlp_proj.weight"], f"{to}linear2.weight": own[f"{at}to_out.weight"]}
+        found |= {
+            f"{to}linear1.weight": own[f"{at}to_qkv_mlp_proj.weight"],
+            f"{to}linear2.weight": own[f"{at}to_out.weight"],
+        }
         found |= {f"{to}norm.{n}_norm.scale": own[f"{at}norm_{n[0]}.weight"] for n in ("query", "key")}
     assert sum(x.size for x in found.values()) == sum(x.size for x in own.values())
     return found
@@ -170,14 +199,25 @@ def diffusers(found):
     """Undoes ``bfl``, by where each of its numbers comes from."""
     own = load_file(GOLDEN / "flux2-klein" / WEIGHTS)
     starts = np.cumsum([0, *(x.size for x in own.values())])
-    numbered = bfl({name: (start + np.arange(x.size)).reshape(x.shape) for (name, x), start in zip(own.items(), starts[:-1], strict=True)})
+    numbered = bfl(
+        {
+            name: (start + np.arange(x.size)).reshape(x.shape)
+            for (name, x), start in zip(own.items(), starts[:-1], strict=True)
+        }
+    )
     flat = np.empty(starts[-1], np.float32)
     for name, places in numbered.items():
         flat[places.ravel()] = found[name].ravel()
-    return {name: flat[start : start + x.size].reshape(x.shape) for (name, x), start in zip(own.items(), starts[:-1], strict=True)}
+    return {
+        name: flat[start : start + x.size].reshape(x.shape)
+        for (name, x), start in zip(own.items(), starts[:-1], strict=True)
+    }
 
 
-@pytest.mark.parametrize("file,prefix", [("flux-2-klein-tiny.safetensors", ""), ("flux-2-klein-base-tiny.safetensors", "model.diffusion_model.")])
+@pytest.mark.parametrize(
+    "file,prefix",
+    [("flux-2-klein-tiny.safetensors", ""), ("flux-2-klein-base-tiny.safetensors", "model.diffusion_model.")],
+)
 def test_single_file(model, draw, file, prefix):
     """Black Forest Labs' file, the rest in folders beside it; its name says whether it is distilled."""
     folder, row = model("base" not in file), golden_rows()[:1]
@@ -194,7 +234,10 @@ def modules(own):
 
 def fused(own):
     """diffusers' names after ``fuse_qkv_projections``."""
-    return {f"transformer_blocks.0.attn.{n}": (3 * own["x_embedder.weight"].shape[0], own["x_embedder.weight"].shape[0]) for n in ("to_qkv", "to_added_qkv")}
+    return {
+        f"transformer_blocks.0.attn.{n}": (3 * own["x_embedder.weight"].shape[0], own["x_embedder.weight"].shape[0])
+        for n in ("to_qkv", "to_added_qkv")
+    }
 
 
 FORMATS = {  # the names that its modules have, what is before them, and how it is written
@@ -221,11 +264,16 @@ def change(tensors, module):
             rank = rank if a is None else a.shape[1]  # the second's, where both are products
             parts.append(own[f"lokr_{w}"] if a is None else a @ b)
         return np.kron(*parts) * (1 if rank is None or alpha is None else alpha / rank)
-    down, up = (next(x for name, x in own.items() if any(word in name for word in words)) for words in (("lora_A", "lora_down"), ("lora_B", "lora_up")))
+    down, up = (
+        next(x for name, x in own.items() if any(word in name for word in words))
+        for words in (("lora_A", "lora_down"), ("lora_B", "lora_up"))
+    )
     return up @ down * (1 if alpha is None else alpha / len(down))
 
 
-@pytest.mark.parametrize("name", [*list(FORMATS)[:1], *(pytest.param(name, marks=pytest.mark.slow) for name in list(FORMATS)[1:])])
+@pytest.mark.parametrize(
+    "name", [*list(FORMATS)[:1], *(pytest.param(name, marks=pytest.mark.slow) for name in list(FORMATS)[1:])]
+)
 def test_adapters(model, draw, tmp_path, name):
     """All linear layers changed, the final one's modulation among them: merged, and beside the weights, as a checkpoint that
     was changed by the formula."""
@@ -233,8 +281,13 @@ def test_adapters(model, draw, tmp_path, name):
     own = load_file(GOLDEN / "flux2-klein" / WEIGHTS)
     named = {"diffusers": own, "bfl": bfl(own), "fused": own}[naming]
     shapes = fused(own) if naming == "fused" else modules(named)
-    path = (lambda module: prefix + module.replace(".", "_")) if prefix.endswith("_") else (lambda module: prefix + module)
-    tensors = write(files.Maker(3, size=0.2, ranks=(2, 4), alphas=(1.0, 2.0)), {path(module): shape for module, shape in shapes.items()})
+    path = (
+        (lambda module: prefix + module.replace(".", "_")) if prefix.endswith("_") else (lambda module: prefix + module)
+    )
+    tensors = write(
+        files.Maker(3, size=0.2, ranks=(2, 4), alphas=(1.0, 2.0)),
+        {path(module): shape for module, shape in shapes.items()},
+    )
     files.save(tmp_path / "a.safetensors", tensors)
 
     changed, scale = dict(named), 0.7
@@ -254,5 +307,13 @@ def test_adapters(model, draw, tmp_path, name):
     words = [f"lora_config.{key}=[{value}]" for key, value in
              {"lora_model_name_or_path": tmp_path / "a.safetensors", "weight_name": "null", "adapter_name": "a", "scale": 1.0, "from_pt": "true"}.items()]  # fmt: skip
     merged = draw(tmp_path / "model", [row | {"lora": {"a": scale}}], "merged", *words)
-    beside = draw(tmp_path / "model", [row | {"lora": {"a": scale}}, row | {"id": "none", "lora": {}}], "beside", "per_device_batch_size=2", *words)
-    assert psnr(merged["g0"], expected) >= 60 and psnr(beside["g0"], expected) >= 60 and psnr(beside["none"], plain) >= 60
+    beside = draw(
+        tmp_path / "model",
+        [row | {"lora": {"a": scale}}, row | {"id": "none", "lora": {}}],
+        "beside",
+        "per_device_batch_size=2",
+        *words,
+    )
+    assert (
+        psnr(merged["g0"], expected) >= 60 and psnr(beside["g0"], expected) >= 60 and psnr(beside["none"], plain) >= 60
+    )

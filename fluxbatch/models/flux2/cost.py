@@ -16,8 +16,14 @@ from fluxbatch.models.flux2.transformer import Flux2Config
 def linear(cfg: Flux2Config, image: int, text: int, references: int = 0) -> int:
     """A step's linear layers for so many tokens. What embeds text and references is done once a picture, and counted here."""
     d, blocks = cfg.width, cfg.num_layers + cfg.num_single_layers
-    ends = image * d * (cfg.in_channels + cfg.out_channels) + references * d * cfg.in_channels + text * cfg.joint_attention_dim * d
-    return 2 * (blocks * (4 * d * d + 3 * d * cfg.hidden) * (image + references + text) + ends)  # 4: q, k, v, out; 3: gate, up and down
+    ends = (
+        image * d * (cfg.in_channels + cfg.out_channels)
+        + references * d * cfg.in_channels
+        + text * cfg.joint_attention_dim * d
+    )
+    return 2 * (
+        blocks * (4 * d * d + 3 * d * cfg.hidden) * (image + references + text) + ends
+    )  # 4: q, k, v, out; 3: gate, up and down
 
 
 def attention(cfg: Flux2Config, image: int, text: int, references: int = 0) -> int:
@@ -42,20 +48,33 @@ def denoise_bytes(cfg: Flux2Config, at: Footprint, tokens: int, text: int, texts
     """As FLUX.1's: in a single block the sequence and its normed form, and in heads and hidden units q, k, v and the MLP's
     halves; besides what text is embedded to. ``tokens``, ``text``: of an image, which has ``texts`` of them."""
     d, hidden = cfg.width, cfg.hidden
-    modulation = at.images * at.steps * 17 * d * at.activation_bytes + texts * at.images * text * d * at.activation_bytes
+    modulation = (
+        at.images * at.steps * 17 * d * at.activation_bytes + texts * at.images * text * d * at.activation_bytes
+    )
     width = at.images * (tokens + text) // at.mesh["context"] * at.activation_bytes
-    layer = (4 * d * d + 3 * d * hidden) * at.weight_bytes // at.mesh["tensor"]  # of a single block; a double one has twice that
+    layer = (
+        (4 * d * d + 3 * d * hidden) * at.weight_bytes // at.mesh["tensor"]
+    )  # of a single block; a double one has twice that
     if at.platform == "cpu":  # cuts each layer from its stack
         return modulation + max(layer + width * (7 * d + 2 * hidden), 2 * layer + 6 * width * d)
     gathered = layer + layer // 2 if at.mesh["fsdp"] > 1 else 0
-    scores = 4 * at.images * cfg.num_attention_heads * (tokens + text) ** 2 // (at.mesh["context"] * at.mesh["tensor"]) if at.scores else 0
+    scores = (
+        4 * at.images * cfg.num_attention_heads * (tokens + text) ** 2 // (at.mesh["context"] * at.mesh["tensor"])
+        if at.scores
+        else 0
+    )
     return modulation + gathered + width * 2 * d + width * (3 * d + 2 * hidden) // at.mesh["tensor"] + scores
 
 
 def encode_bytes(cfg: DecoderConfig, layers: tuple[int, ...], at: Footprint, text: int, texts: int) -> int:
     """Scores in float32, twice, the states that are kept of each text, and what a block works on; on a CPU also the layer that
     it cuts from its stack."""
-    d, inner, shared, hidden = cfg.hidden_size, cfg.num_attention_heads * cfg.head_dim, cfg.num_key_value_heads * cfg.head_dim, cfg.intermediate_size
+    d, inner, shared, hidden = (
+        cfg.hidden_size,
+        cfg.num_attention_heads * cfg.head_dim,
+        cfg.num_key_value_heads * cfg.head_dim,
+        cfg.intermediate_size,
+    )
     scores = 8 * at.images * cfg.num_attention_heads * text**2 // at.mesh["tensor"]
     states = (texts + 1) * at.images * text * len(layers) * d * at.activation_bytes
     width = at.images * text * at.activation_bytes * (3 * d + max(3 * inner, 2 * hidden) // at.mesh["tensor"])

@@ -24,7 +24,10 @@ from fluxbatch.models.noise import torch_normal
 
 TRANSFORMER = Component(
     Flux2Config, Flux2,
-    namings=(Naming("single_stream_modulation.lin.weight", keys.bfl_of), Naming("single_stream_modulation.linear.weight", keys.diffusers_of)),
+    namings=(
+        Naming("single_stream_modulation.lin.weight", keys.bfl_of),
+        Naming("single_stream_modulation.linear.weight", keys.diffusers_of),
+    ),
     stems=("diffusion_pytorch_model", "model"),
     classes=("Flux2Transformer2DModel",),
     saved={"_class_name": "Flux2Transformer2DModel"},
@@ -35,11 +38,17 @@ TRANSFORMER = Component(
 # Dev's has one more sign: its embedding of guidance.
 DEV_TRANSFORMER = dataclasses.replace(TRANSFORMER, namings=(
     Naming(("single_stream_modulation.lin.weight", "guidance_in.in_layer.weight"), keys.bfl_of),
-    Naming(("single_stream_modulation.linear.weight", "time_guidance_embed.guidance_embedder.linear_1.weight"), keys.diffusers_of),
+    Naming(
+        ("single_stream_modulation.linear.weight", "time_guidance_embed.guidance_embedder.linear_1.weight"),
+        keys.diffusers_of,
+    ),
 ))  # fmt: skip
 VAE = Component(
     Flux2VaeConfig, Decoder,
-    namings=(Naming("decoder.norm_out.weight", keys.vae_bfl_of), Naming("decoder.conv_norm_out.weight", keys.VAE_DECODER_DIFFUSERS)),
+    namings=(
+        Naming("decoder.norm_out.weight", keys.vae_bfl_of),
+        Naming("decoder.conv_norm_out.weight", keys.VAE_DECODER_DIFFUSERS),
+    ),
     stems=("diffusion_pytorch_model", "model"),
     classes=("AutoencoderKLFlux2",),
     saved={"_class_name": "AutoencoderKLFlux2"},
@@ -76,7 +85,11 @@ class _Flux2(Family):
         cfg = self.transformer
         for key, expected, of in (
             ("in_channels", 4 * self.vae.latent_channels, "4 × the VAE's latent_channels"),
-            ("joint_attention_dim", len(self.layers) * self.text.hidden_size, f"{len(self.layers)} × {self.reads}'s hidden_size"),
+            (
+                "joint_attention_dim",
+                len(self.layers) * self.text.hidden_size,
+                f"{len(self.layers)} × {self.reads}'s hidden_size",
+            ),
             ("out_channels", cfg.in_channels, "in_channels"),
         ):
             if (found := getattr(cfg, key)) != expected:
@@ -88,7 +101,14 @@ class _Flux2(Family):
         return Flux2Schedule.of(config, time_shift, base_shift, max_shift)
 
     def published_scheduler(self) -> dict[str, Any]:
-        return dict(use_dynamic_shifting=True, shift=3.0, base_shift=0.5, max_shift=1.15, base_image_seq_len=256, max_image_seq_len=4096)
+        return dict(
+            use_dynamic_shifting=True,
+            shift=3.0,
+            base_shift=0.5,
+            max_shift=1.15,
+            base_image_seq_len=256,
+            max_image_seq_len=4096,
+        )
 
     @property
     def heads(self) -> int:
@@ -103,9 +123,15 @@ class _Flux2(Family):
     def text_inputs(self, tokenizers: Mapping[str, Tokenizer], max_sequence_length: int) -> tuple[TextInput, ...]:
         given = self.reads, tokenizers["tokenizer"], max_sequence_length
         prompt = text.ChatInput(*given, "prompt", self.chat.size)
-        return (prompt, text.NegativeInput(f"{self.reads}, of the negative prompt,", *given[1:], "", self.chat.size)) if self.cfg else (prompt,)
+        return (
+            (prompt, text.NegativeInput(f"{self.reads}, of the negative prompt,", *given[1:], "", self.chat.size))
+            if self.cfg
+            else (prompt,)
+        )
 
-    def encode(self, encoders: Mapping[str, Any], inputs: Sequence[tuple[jax.Array, ...]], dtype: Any) -> PromptEmbeds | Guided:
+    def encode(
+        self, encoders: Mapping[str, Any], inputs: Sequence[tuple[jax.Array, ...]], dtype: Any
+    ) -> PromptEmbeds | Guided:
         encoder = encoders["text_encoder"]
         if not self.cfg:
             return PromptEmbeds(encoder(*inputs[0], dtype))
@@ -129,7 +155,9 @@ class _Flux2(Family):
         return height // self.vae.scale, width // self.vae.scale
 
     def noise(self, seed: int, height: int, width: int) -> np.ndarray:
-        return latents.noise(functools.partial(torch_normal, seed), self.transformer.in_channels, *self._grid(height, width))
+        return latents.noise(
+            functools.partial(torch_normal, seed), self.transformer.in_channels, *self._grid(height, width)
+        )
 
     def positions(self, conditioning: PromptEmbeds | Guided, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
         return rope_table(self.transformer, conditioning.states.shape[-2], *self._grid(height, width))
@@ -172,7 +200,10 @@ class Dev(_Flux2):
         "transformer": DEV_TRANSFORMER,
         "text_encoder": Component(
             mistral.MistralConfig, mistral.MistralEncoder,
-            namings=tuple(Naming(f"{p}embed_tokens.weight", keys.MISTRAL) for p in ("model.language_model.", "language_model.model.", "model.", "")),
+            namings=tuple(
+                Naming(f"{prefix}embed_tokens.weight", keys.MISTRAL)
+                for prefix in ("model.language_model.", "language_model.model.", "model.", "")
+            ),
             stems=("model",),
             classes=("Mistral3ForConditionalGeneration", "MistralForCausalLM", "Mistral3Model"),
             saved={"architectures": ["Mistral3ForConditionalGeneration"], "model_type": "mistral3"},
@@ -183,7 +214,9 @@ class Dev(_Flux2):
         ),
         "vae": VAE,
     }  # fmt: skip
-    tokenizers = {"tokenizer": TokenizerFiles("text_encoder", 131072, None, functools.partial(text.ChatTokenizer, chat=text.DEV))}
+    tokenizers = {
+        "tokenizer": TokenizerFiles("text_encoder", 131072, None, functools.partial(text.ChatTokenizer, chat=text.DEV))
+    }
 
     @classmethod
     def claims(cls, config: Mapping[str, Any]) -> bool:
@@ -191,7 +224,8 @@ class Dev(_Flux2):
 
 
 class Klein(_Flux2):
-    """FLUX.2 klein: Qwen3 reads the prompt. A base is guided away from the empty prompt; a distilled one has no guidance."""
+    """FLUX.2 klein: Qwen3 reads the prompt. A base is guided away from the empty prompt; a distilled one has no
+    guidance."""
 
     name = "flux2-klein"
     pipelines = ("Flux2KleinPipeline",)
@@ -211,7 +245,11 @@ class Klein(_Flux2):
         ),
         "vae": VAE,
     }  # fmt: skip
-    tokenizers = {"tokenizer": TokenizerFiles("text_encoder", 151936, "Qwen/Qwen3-4B", functools.partial(text.ChatTokenizer, chat=text.KLEIN))}
+    tokenizers = {
+        "tokenizer": TokenizerFiles(
+            "text_encoder", 151936, "Qwen/Qwen3-4B", functools.partial(text.ChatTokenizer, chat=text.KLEIN)
+        )
+    }
 
     def __init__(self, configs: Mapping[str, Any], index: Mapping[str, Any] | None = None):
         super().__init__(configs, index)

@@ -39,7 +39,9 @@ def _fused(pattern: str, sizes: tuple[int, int]) -> tuple[Rule, ...]:
     return tuple(rule for name, a, b in parts for rule in _plain(pattern, _SINGLE_TO + name, ((a, b, total),)))
 
 
-def _diffusers_stream(stream: str, q: str, k: str, v: str, norms: tuple[str, str], proj: str, ff: str) -> tuple[Rule, ...]:
+def _diffusers_stream(
+    stream: str, q: str, k: str, v: str, norms: tuple[str, str], proj: str, ff: str
+) -> tuple[Rule, ...]:
     src, dst = r"transformer_blocks\.(\d+)\.", f"double_blocks[{{0}}].{stream}."
     return (
         *(r for name, n in ((q, "q"), (k, "k"), (v, "v")) for r in _plain(src + rf"attn\.{name}", dst + f"qkv.{n}")),
@@ -116,7 +118,10 @@ def transformer_bfl(sizes: tuple[int, int] = PUBLISHED) -> Table:
 
 def sizes_of(tensors: Tensors) -> tuple[int, int]:
     """Widths of a transformer and of its MLPs, from what either naming calls its single blocks' last layer."""
-    found = (tensors.get(name) for name in ("single_transformer_blocks.0.attn.to_out.weight", "single_blocks.0.linear2.weight"))
+    found = (
+        tensors.get(name)
+        for name in ("single_transformer_blocks.0.attn.to_out.weight", "single_blocks.0.linear2.weight")
+    )
     last = next((tensor for tensor in found if tensor is not None and len(tensor.shape) == 2), None)
     return PUBLISHED if last is None else (last.shape[0], last.shape[1] - last.shape[0])
 
@@ -145,7 +150,12 @@ def decoder(layers: tuple[int, ...], prefix: str, ignored: tuple[str, ...] = ())
             *norm(attn + "k_norm", dst + "key_norm", bias=False),
             *(r for n in ("gate", "up", "down") for r in _plain(mlp + f"{n}_proj", dst + n)),
         ),
-        ignored=(prefix + rf"layers\.(?!(?:{read})\.)\d+\..*", prefix + r"norm\.weight", r".*rotary_emb\.inv_freq", *ignored),
+        ignored=(
+            prefix + rf"layers\.(?!(?:{read})\.)\d+\..*",
+            prefix + r"norm\.weight",
+            r".*rotary_emb\.inv_freq",
+            *ignored,
+        ),
     )
 
 
@@ -165,15 +175,23 @@ VAE_ENCODER_DIFFUSERS = Table((*VAE_ENCODER.rules, *_STATISTICS), (*VAE_ENCODER.
 
 def vae_decoder_bfl(levels: int) -> Table:
     """``ae.safetensors``, ``flux2-vae.safetensors``: as FLUX.1's, the last convolution of the latents with the decoder."""
-    return Table((*vae_bfl(levels).rules, *linear(r"decoder\.post_quant_conv", "post_quant"), *_STATISTICS), (r"encoder\..*", _BATCHES))
+    return Table(
+        (*vae_bfl(levels).rules, *linear(r"decoder\.post_quant_conv", "post_quant"), *_STATISTICS),
+        (r"encoder\..*", _BATCHES),
+    )
 
 
 def vae_bfl_of(tensors: Tensors) -> Table:
-    return vae_decoder_bfl(1 + max((int(m[1]) for name in tensors if (m := re.match(r"decoder\.up\.(\d+)\.", name))), default=-1))
+    return vae_decoder_bfl(
+        1 + max((int(m[1]) for name in tensors if (m := re.match(r"decoder\.up\.(\d+)\.", name))), default=-1)
+    )
 
 
 _MID = r"encoder\.mid\.attn_1\."
-_BLOCKS = ((r"encoder\.down\.(\d+)\.block\.(\d+)\.", "down.{0}.block.{1}."), (r"encoder\.mid\.block_(\d)\.", "mid.block_{0}."))
+_BLOCKS = (
+    (r"encoder\.down\.(\d+)\.block\.(\d+)\.", "down.{0}.block.{1}."),
+    (r"encoder\.mid\.block_(\d)\.", "mid.block_{0}."),
+)
 
 VAE_ENCODER_BFL = Table(
     (
@@ -196,7 +214,9 @@ VAE_ENCODER_BFL = Table(
 def transformer_sizes(shapes: Shapes, layers: Mapping[str, int]) -> dict[str, Any]:
     """The entries of ``transformer/config.json`` that a single file's shapes give away. ``layers``: of each stack."""
     width, channels = shapes["img_in.kernel"]
-    stack, one = ("double_blocks", "double_blocks.img") if "double_blocks" in layers else ("single_blocks", "single_blocks")
+    stack, one = (
+        ("double_blocks", "double_blocks.img") if "double_blocks" in layers else ("single_blocks", "single_blocks")
+    )
     head, hidden = shapes[f"{one}.qkv.query_norm.scale"][0], _hidden(shapes, stack)
     return dict(
         in_channels=channels, out_channels=shapes["final_out.kernel"][0], num_layers=layers.get("double_blocks", 0),
@@ -248,5 +268,7 @@ def vae_constants(sizes: Mapping[str, Any]) -> dict[str, Any]:
 def _published(sizes: Mapping[str, Any], key: str, expected: int, values: dict[str, Any]) -> dict[str, Any]:
     """FLUX.2's published values; ValueError when the sizes are not FLUX.2's, so that they would be a guess."""
     if (got := sizes[key]) != expected:
-        raise ValueError(f"{key} is {got}, FLUX.2's is {expected}: put the model's config.json beside the file, for {', '.join(values)}")
+        raise ValueError(
+            f"{key} is {got}, FLUX.2's is {expected}: put the model's config.json beside the file, for {', '.join(values)}"
+        )
     return values

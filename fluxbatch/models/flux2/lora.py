@@ -1,7 +1,7 @@
 """What the keys of FLUX.2's adapter files begin with, and how their trainers name its modules.
 
-Of the final layer's modulation files in BFL's names have shift before scale, those in diffusers' names scale before shift,
-as the checkpoints whose names they use; the key tables tell them apart.
+Of the final layer's modulation files in BFL's names have shift before scale, those in diffusers' names scale before
+shift, as the checkpoints whose names they use; the key tables tell them apart.
 """
 
 from __future__ import annotations

@@ -38,10 +38,13 @@ class Flux2Schedule(Euler):
     def of(
         cls, config: Mapping[str, Any], time_shift: bool | None = None, base_shift: float | None = None, max_shift: float | None = None
     ) -> Flux2Schedule:  # fmt: skip
-        """From ``scheduler_config.json``; ``time_shift`` wins if it is not None. UserError for samplers that this is not."""
+        """From ``scheduler_config.json``; ``time_shift`` wins if it is not None. UserError for samplers that this is
+        not."""
         for key, value in (("base_shift", base_shift), ("max_shift", max_shift)):
             if value is not None:
-                raise UserError(f"sampler.{key}={value:g}: expected null: FLUX.2's schedule has its own shift for each number of tokens and steps")
+                raise UserError(
+                    f"sampler.{key}={value:g}: expected null: FLUX.2's schedule has its own shift for each number of tokens and steps"
+                )
         cls.check(config)
         if (shift := cls.number(config, "shift", 1.0)) <= 0:
             raise UserError(f"scheduler_config.json: shift is {shift:g}, expected a number above 0")

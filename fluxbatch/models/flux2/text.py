@@ -55,7 +55,9 @@ class ChatTokenizer:
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
             if not self._tokenizer.chat_template:
-                raise ValueError("it has no chat template: expected chat_template.jinja, or chat_template in tokenizer_config.json")
+                raise ValueError(
+                    "it has no chat template: expected chat_template.jinja, or chat_template in tokenizer_config.json"
+                )
             if self._tokenizer.pad_token is None:
                 raise ValueError("it has no pad_token")
             self.written("")
@@ -82,7 +84,9 @@ class ChatTokenizer:
 
     def longer(self, texts: Iterable[str], limit: int) -> set[str]:
         """Those of ``texts`` that have more than ``limit`` tokens."""
-        template = len(self.written("")) + 8  # a character of ASCII is a token at most; beside them stand starts and ends
+        template = (
+            len(self.written("")) + 8
+        )  # a character of ASCII is a token at most; beside them stand starts and ends
         doubtful = [text for text in dict.fromkeys(texts) if not text.isascii() or len(text) + template > limit]
         return {text for text, count in zip(doubtful, self.count(doubtful), strict=True) if count > limit}
 
@@ -91,7 +95,9 @@ class ChatTokenizer:
         return set()
 
     def _encoded(self, prompts: Sequence[str], **how: Any) -> Any:
-        return self._tokenizer([self.written(prompt) for prompt in prompts], add_special_tokens=self._chat.special, verbose=False, **how)
+        return self._tokenizer(
+            [self.written(prompt) for prompt in prompts], add_special_tokens=self._chat.special, verbose=False, **how
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -49,13 +49,17 @@ class Flux2Config:
         axes = tuple(config.get("axes_dims_rope", (32, 32, 32, 32)))
         head = config["attention_head_dim"]
         if sum(axes) != head or len(axes) != 4 or any(a % 2 for a in axes):
-            raise ValueError(f"axes_dims_rope {list(axes)}: expected four even sizes that add up to attention_head_dim {head}")
+            raise ValueError(
+                f"axes_dims_rope {list(axes)}: expected four even sizes that add up to attention_head_dim {head}"
+            )
         for key, expected in (("patch_size", 1), ("eps", EPS)):
             if (value := config.get(key, expected)) != expected:
                 raise ValueError(f"{key} {value}: expected {expected}")
         defaults = {"timestep_guidance_channels": 256, "mlp_ratio": 3.0, "guidance_embeds": True, "rope_theta": 2000}
         fields = {f.name: config.get(f.name, defaults.get(f.name)) for f in dataclasses.fields(cls)}
-        return cls(**fields | {"axes_dims_rope": axes, "out_channels": config.get("out_channels") or config["in_channels"]})
+        return cls(
+            **fields | {"axes_dims_rope": axes, "out_channels": config.get("out_channels") or config["in_channels"]}
+        )
 
     @property
     def width(self) -> int:
@@ -78,7 +82,9 @@ def positions(text_len: int, rows: int, cols: int, references: Sequence[tuple[in
     return np.concatenate(parts).astype(np.float64)
 
 
-def rope_table(cfg: Flux2Config, text_len: int, rows: int, cols: int, references: Sequence[tuple[int, int]] = ()) -> tuple[np.ndarray, np.ndarray]:
+def rope_table(
+    cfg: Flux2Config, text_len: int, rows: int, cols: int, references: Sequence[tuple[int, int]] = ()
+) -> tuple[np.ndarray, np.ndarray]:
     """Cosines and sines ``[T + L + R, K/2]`` float32 of the rotary angles at ``positions``. Angles are computed in float64."""
     ids = positions(text_len, rows, cols, references)
     angles = [ids[:, i, None] / cfg.rope_theta ** (np.arange(0, d, 2) / d) for i, d in enumerate(cfg.axes_dims_rope)]
@@ -102,7 +108,8 @@ class PromptEmbeds(NamedTuple):
 
 
 class Guided(NamedTuple):
-    """The same, and of what guidance leads away from: the velocity is ``negative + g · (positive - negative)`` where g > 1."""
+    """The same, and of what guidance leads away from: the velocity is ``negative + g · (positive - negative)`` where
+    g > 1."""
 
     states: Any
     negative: Any
@@ -140,7 +147,9 @@ class DoubleBlock(nnx.Module):
         self.img = Stream(cfg, rngs=rngs)
         self.txt = Stream(cfg, rngs=rngs)
 
-    def __call__(self, x: tuple[Array, Array], mods: tuple[Array, Array], rope: tuple[Array, Array], model: Flux2) -> tuple[Array, Array]:
+    def __call__(
+        self, x: tuple[Array, Array], mods: tuple[Array, Array], rope: tuple[Array, Array], model: Flux2
+    ) -> tuple[Array, Array]:
         """``x`` and ``mods`` ``[B, 6D]``: of the image and of the text."""
         img, txt = x
         img_mod, txt_mod = (jnp.split(mod, 6, axis=-1) for mod in mods)
@@ -223,7 +232,9 @@ class Flux2(nnx.Module):
         self.img_in = Linear(cfg.in_channels, d, ("embed", None), bias=False, rngs=rngs)
         self.txt_in = Linear(cfg.joint_attention_dim, d, ("embed", None), bias=False, rngs=rngs)
         self.time_in = MLPEmbedder(cfg.timestep_guidance_channels, d, bias=False, rngs=rngs)
-        self.guidance_in = MLPEmbedder(cfg.timestep_guidance_channels, d, bias=False, rngs=rngs) if cfg.guidance_embeds else None
+        self.guidance_in = (
+            MLPEmbedder(cfg.timestep_guidance_channels, d, bias=False, rngs=rngs) if cfg.guidance_embeds else None
+        )
         self.img_mod = Linear(d, 6 * d, ("mlp", "embed"), bias=False, rngs=rngs)
         self.txt_mod = Linear(d, 6 * d, ("mlp", "embed"), bias=False, rngs=rngs)
         self.single_mod = Linear(d, 3 * d, ("mlp", "embed"), bias=False, rngs=rngs)
@@ -232,15 +243,21 @@ class Flux2(nnx.Module):
         self.final_mod = Linear(d, 2 * d, ("mlp", "embed"), bias=False, rngs=rngs)  # shift, then scale, as BFL has it
         self.final_out = Linear(d, cfg.out_channels, (None, "embed"), bias=False, rngs=rngs)
 
-    def __call__(self, img: Array, txt: Array, t: Array, guidance: Array, rope: tuple[Array, Array], refs: Array | None = None) -> Array:
+    def __call__(
+        self, img: Array, txt: Array, t: Array, guidance: Array, rope: tuple[Array, Array], refs: Array | None = None
+    ) -> Array:
         """img ``[B, L, C]``, txt ``[B, T, joint_attention_dim]``, t and guidance ``[B]`` (guidance is read only if the model was
         distilled with it), rope from ``rope_table``, refs ``[B, R, C]`` of all reference images, one after the other."""
         mod = jax.tree.map(lambda x: x[:, 0], self._modulation(t[:, None], guidance, img.dtype))
-        return self._velocity(img, self._embed_text(txt, img.dtype), mod, rope, None if refs is None else self.embed_image(refs))
+        return self._velocity(
+            img, self._embed_text(txt, img.dtype), mod, rope, None if refs is None else self.embed_image(refs)
+        )
 
     # What the programs call: models/family.py, Denoiser
 
-    def step_inputs(self, conditioning: PromptEmbeds | Guided, sigmas: Array, guidance: Array, dtype: Any) -> StepInputs:
+    def step_inputs(
+        self, conditioning: PromptEmbeds | Guided, sigmas: Array, guidance: Array, dtype: Any
+    ) -> StepInputs:
         """Of noise levels ``[B, S]``."""
         mod = self._modulation(sigmas, guidance, dtype)
         if not isinstance(conditioning, Guided):
@@ -270,11 +287,16 @@ class Flux2(nnx.Module):
         return StreamParts(
             blocks=(("double_blocks", cfg.num_layers), ("single_blocks", cfg.num_single_layers)),
             step_layers={"double_blocks": (), "single_blocks": ()},
-            makers={"double_blocks": lambda rngs: DoubleBlock(cfg, rngs=rngs), "single_blocks": lambda rngs: SingleBlock(cfg, rngs=rngs)},
+            makers={
+                "double_blocks": lambda rngs: DoubleBlock(cfg, rngs=rngs),
+                "single_blocks": lambda rngs: SingleBlock(cfg, rngs=rngs),
+            },
             rest=lambda rngs: Flux2(bare, rngs=rngs, attention=self.attention, split_head_dim=self.split_head_dim),
         )
 
-    def step_vector(self, conditioning: PromptEmbeds | Guided, sigmas: Array, guidance: Array, dtype: Any) -> tuple[None, StepInputs]:
+    def step_vector(
+        self, conditioning: PromptEmbeds | Guided, sigmas: Array, guidance: Array, dtype: Any
+    ) -> tuple[None, StepInputs]:
         """No vector, as all blocks share their modulation, and that."""
         return None, self.step_inputs(conditioning, sigmas, guidance, dtype)
 
@@ -306,7 +328,9 @@ class Flux2(nnx.Module):
 
     # The parts of both
 
-    def _velocity(self, img: Array, txt: Array, mod: Modulation, rope: tuple[Array, Array], refs: Array | None = None) -> Array:
+    def _velocity(
+        self, img: Array, txt: Array, mod: Modulation, rope: tuple[Array, Array], refs: Array | None = None
+    ) -> Array:
         """Of one embedded text ``[B, T, D]``, embedded references ``[B, R, D]`` and the modulation of one step."""
         counts = [img.shape[1], *([] if refs is None else [refs.shape[1]])]
         sizes = txt.shape[1], sum(counts)
@@ -331,7 +355,9 @@ class Flux2(nnx.Module):
         """Of times ``[B, S]`` and one guidance for each image."""
         vec = self.time_in(sinusoids(_there_and_back(t), self.cfg.timestep_guidance_channels).astype(dtype))
         if self.guidance_in is not None:
-            vec = vec + self.guidance_in(sinusoids(guidance, self.cfg.timestep_guidance_channels).astype(dtype))[:, None]
+            vec = (
+                vec + self.guidance_in(sinusoids(guidance, self.cfg.timestep_guidance_channels).astype(dtype))[:, None]
+            )
         vec = self._whole(jax.nn.silu(vec))
         mods = (layer(vec) for layer in (self.img_mod, self.txt_mod, self.single_mod, self.final_mod))
         return jax.tree.map(self._whole, Modulation(*mods))
