@@ -79,8 +79,7 @@ def _todo(job: PlanJob, spec: ModelSpec, rows: Sequence[Row]) -> Sequence[Row]:
         lost = store.missing({record["file_name"] for record in read_records(store)})
         for line in startup_warnings.lost(sorted(lost)):
             print(f"fluxbatch: {line}", file=sys.stderr)
-        there = (record for record in read_records(store) if record["file_name"] not in lost)
-        places = {(record["id"], record["key"]): record["index"] for record in there}
+        places = {(r["id"], r["key"]): r["index"] for r in read_records(store) if r["file_name"] not in lost}
         return match(rows, functools.partial(key_under, facts_digest=digest(own)), places, lambda: read_records(store)).todo
     except NotFound:  # no start has been there
         return rows

@@ -15,9 +15,9 @@ from flax import nnx
 from PIL import Image
 
 from fluxbatch.distributed.mesh import make_mesh
-from fluxbatch.models.noise import torch_normal
 from fluxbatch.models.flux2 import autoencoder, keys, latents, mistral, qwen3, references, text, transformer
 from fluxbatch.models.flux2.schedule import Flux2Schedule
+from fluxbatch.models.noise import torch_normal
 from fluxbatch.weights import load
 from fluxbatch.weights.headers import read_headers
 from fluxbatch.weights.source import Source

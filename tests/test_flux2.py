@@ -15,9 +15,9 @@ from flax import nnx
 from fluxbatch.distributed.mesh import Layout, Placement, make_mesh
 from fluxbatch.models.flux2 import autoencoder, cost, keys, mistral, qwen3, transformer
 from fluxbatch.models.flux2.schedule import Flux2Schedule, empirical_mu
+from fluxbatch.models.key_tables import shapes_of
 from fluxbatch.types import UserError
 from fluxbatch.weights import load
-from fluxbatch.models.key_tables import shapes_of
 from fluxbatch.weights.source import Source, Tensor
 
 # The published configurations.

@@ -176,8 +176,8 @@ def agreed(family: type[Family], components: Mapping[str, Opened], index: Mappin
 def check_homes(family: type[Family], model: Model) -> None:
     """UserError for a component that is named apart and that this family does not have."""
     homes = dict.fromkeys(component.home for other in families() for component in other.components.values())
-    for home in homes.keys() - {component.home for component in family.components.values()} - {None}:
-        if given := getattr(model, home):
+    for home in homes.keys() - {component.home for component in family.components.values()}:
+        if home and (given := getattr(model, home)):
             raise UserError(f"model.{home}: {given!r}: expected null: nothing of a {family.pipelines[0]} is read from it")
 
 
@@ -243,7 +243,7 @@ def _from_file(name: str, component: Component, source: Source, file: str, whole
     where = source.path(file)
     found = single_files.recognise(component, whole)
     if found is None:
-        signs = " or ".join(dict.fromkeys(naming.sign for naming in component.namings))
+        signs = " or ".join(dict.fromkeys(" and ".join(sorted(naming.signs(""))) for naming in component.namings))
         names = f"its tensors are called {', '.join(list(whole)[:3])}, …"
         line = quantized.in_tensors(whole, where) or quantized.in_notes(notes(source, file), where)
         raise UserError(line or f"{where}: no {name} in it, which has {signs}: {names}")

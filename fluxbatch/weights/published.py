@@ -23,7 +23,15 @@ from fluxbatch.models.family import Component, Family
 from fluxbatch.models.key_tables import NATIVE
 from fluxbatch.models.registry import by_pipeline
 from fluxbatch.types import UserError
-from fluxbatch.weights.checkpoint import Checkpoint, Opened, agreed, check_homes, find_tokenizer, open_checkpoint, open_component
+from fluxbatch.weights.checkpoint import (
+    Checkpoint,
+    Opened,
+    agreed,
+    check_homes,
+    find_tokenizer,
+    open_checkpoint,
+    open_component,
+)
 from fluxbatch.weights.find import EMBEDDED, PAGE
 from fluxbatch.weights.load import path_of
 from fluxbatch.weights.source import Source, Tensor

@@ -13,7 +13,13 @@ import re
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, Flux2Pipeline, Flux2Transformer2DModel
+from diffusers import (
+    AutoencoderKLFlux2,
+    FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Pipeline,
+    Flux2Transformer2DModel,
+)
 from PIL import Image
 from transformers import (
     Mistral3Config,  # fmt: skip
@@ -98,7 +104,7 @@ def encoder(kind: str, vocabulary: int, depth: int, width: int, heads: int, grou
 
 def pipeline(
     kind, heads, axes, layers, single, channels, seed=0, width=24, groups=2, text_heads=4, depth=None, side="right", dynamic=True, mlp_ratio=3.0,
-    vae={},
+    vae=None,
 ) -> Flux2Pipeline | Flux2KleinPipeline:  # fmt: skip
     g = torch.Generator().manual_seed(seed)
     words = tokenizer(kind, side)
@@ -106,7 +112,7 @@ def pipeline(
     flux = Flux2Transformer2DModel(
         in_channels=4 * channels, num_layers=layers, num_single_layers=single, attention_head_dim=sum(axes), num_attention_heads=heads,
         joint_attention_dim=3 * width, guidance_embeds=kind == "dev", axes_dims_rope=axes, mlp_ratio=mlp_ratio)  # fmt: skip
-    pictures = loud(autoencoder(channels, **vae), 0.15, g)
+    pictures = loud(autoencoder(channels, **(vae or {})), 0.15, g)
     with torch.no_grad():  # colours, not black and white, in which errors would hide
         pictures.decoder.conv_out.weight.mul_(0.5)
         for name, p in loud(flux, 0.2, g).named_parameters():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import pathlib
 
@@ -30,7 +31,9 @@ Weights = dict[str, dict[str, np.ndarray]]  # component → name in its file →
 
 def weights(seed: int = 0) -> Weights:
     rng = np.random.default_rng(seed)
-    normal = lambda *shape, size=None: (rng.normal(size=shape) * (size or shape[-1] ** -0.5)).astype(np.float32)
+
+    def normal(*shape: int, size: float | None = None) -> np.ndarray:
+        return (rng.normal(size=shape) * (size or shape[-1] ** -0.5)).astype(np.float32)
 
     def linear(name: str, d_out: int, d_in: int) -> dict[str, np.ndarray]:
         return {f"{name}.weight": normal(d_out, d_in), f"{name}.bias": normal(d_out, size=0.2)}
@@ -130,9 +133,11 @@ def draw(tensors: Weights, prompt: str, seed: int, height: int, width: int, step
     reader, canvas, painter = (
         {key: value.astype(np.float64) for key, value in tensors[name].items()} for name in CONFIGS
     )
-    apply = lambda own, name, x: x @ own[f"{name}.weight"].T + own[f"{name}.bias"]
 
-    ids = [2 + byte for byte in prompt.encode()][: LENGTH - 1] + [1]
+    def apply(own: dict[str, np.ndarray], name: str, x: np.ndarray) -> np.ndarray:
+        return x @ own[f"{name}.weight"].T + own[f"{name}.bias"]
+
+    ids = [*(2 + byte for byte in prompt.encode()[: LENGTH - 1]), 1]
     text = reader["letters"][ids]
     for i in range(LINES):
         y = text / np.sqrt(np.mean(text**2, -1, keepdims=True) + 1e-5) * reader[f"line_{i}/norm"]
@@ -149,7 +154,7 @@ def draw(tensors: Weights, prompt: str, seed: int, height: int, width: int, step
     places = np.array([(row / 8, column / 8) for row in range(rows) for column in range(columns)])
     given = [np.cos(step / steps * np.pi / 2) for step in range(steps)] if isinstance(steps, int) else steps
     levels = [*(level**POWER for level in given), 0.0]
-    for now, then in zip(levels, levels[1:], strict=False):
+    for now, then in itertools.pairwise(levels):
         time = silu(apply(canvas, "brush/time_in", np.array([now, now**2, np.cos(3 * now), np.sin(3 * now)])))
         h = apply(canvas, "brush/latents_in", x) + places @ canvas["brush/place_in.weight"].T
         for i in range(LAYERS):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from fluxbatch.models.key_tables import SWAP_HALVES, Rule, Table, linear, norm
 
+
 def _diffusers_stream(stream: str, q: str, k: str, v: str, norms: tuple[str, str], proj: str, mod: str, ff: str) -> tuple[Rule, ...]:
     src, dst = r"transformer_blocks\.(\d+)\.", f"double_blocks[{{0}}].{stream}."
     return (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fluxbatch.models.family import LoraKeys
 from fluxbatch.models.flux1 import keys
-from fluxbatch.models.key_tables import Rule
+from fluxbatch.models.key_tables import SWAP_HALVES, Rule
 
 # (prefix, component, what writes it), one after another as far as they stand there: of those that lead to a module of
 # the component the first holds. None: it says nothing of the component.
@@ -85,7 +85,7 @@ DIFFSYNTH = (
       for src, dst in ((r"time_embedder\.timestep_embedder", "time_in"), ("pooled_text_embedder", "vector_in"),
                        (r"guidance_embedder\.timestep_embedder", "guidance_in"))
       for i, layer in ((0, "in_layer"), (2, "out_layer"))),
-    Rule(r"final_norm_out\.linear", "final_mod.kernel", keys.SWAP_HALVES),
+    Rule(r"final_norm_out\.linear", "final_mod.kernel", SWAP_HALVES),
     Rule("final_proj_out", "final_out.kernel"),
 )  # fmt: skip
 

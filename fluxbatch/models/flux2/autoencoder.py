@@ -105,5 +105,5 @@ class Encoder(autoencoder.Encoder):
         super().__init__(cfg.encoder, rngs=rngs)
         self.bn = Statistics(cfg, rngs=rngs)
 
-    def __call__(self, image: Array) -> Array:
+    def __call__(self, image: Array) -> Array:  # type: ignore[override]  # not a mean and a variance
         return self.bn.normed(patchify(super().__call__(image)[0]))

@@ -71,12 +71,16 @@ class Block(nnx.Module):
     def __init__(self, cfg: DecoderConfig, qk_norm: bool, *, rngs: nnx.Rngs | None):
         d, head, hidden = cfg.hidden_size, cfg.head_dim, cfg.intermediate_size
         self.heads, self.groups = cfg.num_attention_heads, cfg.num_key_value_heads
-        norm = lambda width: RMSNorm(width, eps=cfg.rms_norm_eps, rngs=rngs)  # noqa: E731
+
+        def norm(width: int) -> RMSNorm:
+            return RMSNorm(width, eps=cfg.rms_norm_eps, rngs=rngs)
+
         self.norm1 = norm(d)
         self.q = Linear(d, self.heads * head, ("heads", "embed"), bias=False, rngs=rngs)
         self.k = Linear(d, self.groups * head, ("heads", "embed"), bias=False, rngs=rngs)
         self.v = Linear(d, self.groups * head, ("heads", "embed"), bias=False, rngs=rngs)
-        self.query_norm, self.key_norm = (norm(head), norm(head)) if qk_norm else (None, None)
+        self.query_norm = norm(head) if qk_norm else None
+        self.key_norm = norm(head) if qk_norm else None
         self.o = Linear(self.heads * head, d, ("embed", "heads"), bias=False, rngs=rngs)
         self.norm2 = norm(d)
         self.gate = Linear(d, hidden, ("mlp", "embed"), bias=False, rngs=rngs)
@@ -90,7 +94,7 @@ class Block(nnx.Module):
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
         k, v = (jnp.repeat(part, self.heads // self.groups, axis=1) for part in (rotate(k, rope), v))
-        attended = dot_product(rotate(q, rope), k, v, bias=jnp.where(seen, 0.0, jnp.finfo(jnp.float32).min))
+        attended = dot_product(rotate(q, rope), k, v, bias=jnp.where(seen, 0.0, np.finfo(np.float32).min))
         x = x + self.o(from_heads(jnp.where(jnp.any(seen, axis=-1, keepdims=True), attended, 0)))
         y = self.norm2(x)
         return x + self.down(swiglu(self.gate(y), self.up(y)))
@@ -114,7 +118,8 @@ class Decoder(nnx.Module):
         back = np.arange(length)[:, None] - np.arange(length)
         near = (back >= 0) & (back < (self.cfg.sliding_window or length))
         seen = mask.astype(bool)[:, None, None, :] & near
-        rope = rope_table(self.cfg, length)
+        cos, sin = rope_table(self.cfg, length)
+        rope = jnp.asarray(cos), jnp.asarray(sin)
         x = self.embed(ids, dtype)
 
         def step(block: Block, carry: tuple[Array, Array], depth: Array) -> tuple[Array, Array]:

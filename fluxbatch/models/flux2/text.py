@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -68,7 +68,8 @@ class ChatTokenizer:
 
     def written(self, prompt: str) -> str:
         """The whole text that is tokenized."""
-        return self._tokenizer.apply_chat_template(self._chat.messages(prompt), tokenize=False, **self._chat.template)
+        text = self._tokenizer.apply_chat_template(self._chat.messages(prompt), tokenize=False, **self._chat.template)
+        return cast(str, text)
 
     def __call__(self, texts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
         """Ids and mask ``[B, length]`` int32, padded and truncated; the mask is 0 where there is padding."""

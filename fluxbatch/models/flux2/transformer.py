@@ -87,8 +87,8 @@ def rope_table(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Cosines and sines ``[T + L + R, K/2]`` float32 of the rotary angles at ``positions``. Angles are computed in float64."""
     ids = positions(text_len, rows, cols, references)
-    angles = [ids[:, i, None] / cfg.rope_theta ** (np.arange(0, d, 2) / d) for i, d in enumerate(cfg.axes_dims_rope)]
-    angles = np.concatenate(angles, axis=-1)
+    axes = [ids[:, i, None] / cfg.rope_theta ** (np.arange(0, d, 2) / d) for i, d in enumerate(cfg.axes_dims_rope)]
+    angles = np.concatenate(axes, axis=-1)
     return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
 
@@ -277,7 +277,7 @@ class Flux2(nnx.Module):
             return self._velocity(img, texts[0], step.mod, rope)
         # one text after the other: the program has the blocks once, and works on no more than without guidance
         both = jax.lax.map(lambda txt: self._velocity(img, self.residual(txt), step.mod, rope), jnp.stack(texts))
-        return led(*both, step.scale)
+        return led(both[0], both[1], step.scale)
 
     # The same for blocks that come one at a time: StreamedDenoiser
 
@@ -334,7 +334,8 @@ class Flux2(nnx.Module):
         """Of one embedded text ``[B, T, D]``, embedded references ``[B, R, D]`` and the modulation of one step."""
         counts = [img.shape[1], *([] if refs is None else [refs.shape[1]])]
         sizes = txt.shape[1], sum(counts)
-        rope = tuple(self._in_order(table, (sizes[0], *counts)) for table in rope)
+        cos, sin = (self._in_order(table, (sizes[0], *counts)) for table in rope)
+        rope = cos, sin
         x = self.layout.join([self.embed_image(img), *([] if refs is None else [refs])], 1, "tokens"), txt
         x = scan(self.double_blocks, lambda block, x: block(x, (mod.img, mod.txt), rope, self), x, self.layout)
         both = self.layout.join(x[::-1], 1, "tokens")

@@ -164,7 +164,12 @@ class Canvas(nnx.Module):
         return self._placed(self.latents_in(latents.astype(dtype)), positions), self.embed(conditioning, dtype)
 
     def block(
-        self, block: CanvasLayer, x: tuple[Array, Array], step: Sequence[Array], shared: Array, positions: Mapping[str, Array]
+        self,
+        block: CanvasLayer,
+        x: tuple[Array, Array],
+        step: Sequence[Array],
+        shared: Array,
+        positions: Mapping[str, Array],
     ) -> tuple[Array, Array]:
         return block(x[0], x[1], step[0], self), x[1]
 
