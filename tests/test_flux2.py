@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +14,13 @@ from conftest import filled
 from flax import nnx
 
 from fluxbatch.distributed.mesh import Layout, Placement, make_mesh
-from fluxbatch.models.flux2 import autoencoder, cost, keys, mistral, qwen3, transformer
+from fluxbatch.generation.tokenizers import Absent
+from fluxbatch.models.flux2 import autoencoder, cost, keys, mistral, qwen3, text, transformer
 from fluxbatch.models.flux2.schedule import Flux2Schedule, empirical_mu
 from fluxbatch.models.key_tables import shapes_of
 from fluxbatch.types import UserError
-from fluxbatch.weights import load
+from fluxbatch.weights import load, published
+from fluxbatch.weights.checkpoint import agreed
 from fluxbatch.weights.source import Source, Tensor
 
 # The published configurations.
@@ -240,6 +243,28 @@ def test_autoencoder_of_bfl():
         assert len(plan.pieces["bn.mean"]) == 1
 
 
+@pytest.mark.parametrize("name,kind,distilled", [
+    ("klein-4B", "klein-4b", True), ("klein-9B", "klein-9b", True), ("klein-base-4B", "klein-4b", False), ("klein-base-9B", "klein-9b", False),
+    ("dev", "dev", None)])  # fmt: skip
+def test_what_a_plan_knows(name, kind, distilled):
+    """The sizes that come with the package are the published ones, and what is drawn with them is of the right kind."""
+    known = published.published()[f"black-forest-labs/flux.2-{name}".lower()]
+    family = published.family_of(known)
+    parts = {part: published.component(part, of, known, "x") for part, of in family.components.items()}
+    assert parts["transformer"].config == transformer.Flux2Config.from_json(FULL[kind] | COMMON)
+    assert parts["text_encoder"].config == family.components["text_encoder"].config.from_json(ENCODERS[kind])
+    assert parts["vae"].config == autoencoder.Flux2VaeConfig.from_json(VAE)
+    whole = agreed(family, parts, known.get("index", {}))
+    assert (whole.cfg, whole.guided, whole.index()) == (
+        distilled is False, distilled is not True, {} if distilled is None else {"is_distilled": distilled})  # fmt: skip
+    assert whole.scheduler(known["scheduler"], None, None, None) == Flux2Schedule(True, 3.0)
+
+
+def test_a_shift_that_flux2_does_not_have():
+    with pytest.raises(UserError, match=r"sampler.max_shift=1.15: expected null"):
+        Flux2Schedule.of({}, None, None, 1.15)
+
+
 def test_shift_jumps():
     """μ of FLUX.2's authors, and the levels of four steps at a megapixel."""
     assert empirical_mu(4300, 4) == pytest.approx(2.308, abs=1e-3) and empirical_mu(4301, 4) == pytest.approx(1.185, abs=1e-3)
@@ -287,3 +312,25 @@ def test_encoder_that_is_too_short():
     cfg = qwen3.Qwen3Config.from_json(ENCODERS["klein-4b"] | dict(num_hidden_layers=27))
     with pytest.raises(ValueError, match="num_hidden_layers 27: expected more than 27"):
         qwen3.Qwen3Encoder(cfg, rngs=None)
+
+
+def test_prompts_without_a_tokenizer():
+    """A plan counts words, and what the template adds: what it calls cut is, and what may be cut it does not call whole."""
+    read = text.ChatInput("x", Absent(), 100, "prompt", 40)
+    short, long, unknown = "word " * 5, "word " * 100, "w" * 70
+    assert read.truncated([short, long, unknown]) == {long} and read.doubtful([short, long, unknown]) == {unknown}
+
+
+def test_the_tokenizer_says_what_is_cut(golden):
+    chat = text.ChatTokenizer(str(golden / "flux2-klein/tokenizer"), text.KLEIN)
+    (around,) = chat.count([""])
+    assert 0 < around <= 96 and chat.longer(["x" * n for n in (0, 10, 11, 200)], around + 10) == {"x" * 11, "x" * 200}
+    ids, mask = chat(["x" * 200, "x"], 96)
+    assert ids.shape == (2, 96) and mask.sum(1).tolist() == [96, around + 1] and not chat([], 96)[0].size
+
+
+def test_a_tokenizer_without_template_is_refused(golden, tmp_path):
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(golden / "flux2-klein/tokenizer" / file, tmp_path)
+    with pytest.raises(UserError, match=f"{tmp_path}: the tokenizer cannot be read: it has no chat template"):
+        text.ChatTokenizer(str(tmp_path), text.KLEIN)

@@ -251,6 +251,17 @@ def test_pipeline(generate, cli, tmp_path, variant, seed):
     assert own >= theirs - 2
 
 
+def test_many_tokens(generate, cli, tmp_path):
+    """4,356, behind the jump of the schedule."""
+    pipe, length, rows = made(generate, "flux2-klein", 7, tmp_path / "model")
+    row = rows[0] | {"height": 528, "width": 528}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    code, err = cli(f"pretrained_model_name_or_path={tmp_path / 'model'}", f"manifest={tmp_path / 'rows.jsonl'}", f"output_dir={tmp_path}",
+                    "run_name=x", f"max_sequence_length={length}", "hardware=cpu")  # fmt: skip
+    assert code == 0, err
+    assert psnr(images(tmp_path / "x")[row["id"]], generate.render(pipe, row, length)) >= 50
+
+
 @pytest.mark.parametrize("variant,seed", SEEDS[1:3])
 def test_references(generate, tmp_path, variant, seed):
     """One and two reference images, which must be cropped: ≥ 50 dB."""

@@ -82,6 +82,17 @@ def test_goldens_differ():
     assert all(psnr(klein[name], base[name]) < 30 for name in klein.files)
 
 
+def test_what_decides_nothing_is_said(cli, model, tmp_path):
+    words = f"pretrained_model_name_or_path={model(True)}", "prompt=x", "resolution=32", f"output_dir={tmp_path}"
+    code, said = cli(*words, "prompt_2=y", "guidance_scale=2", entry="plan")
+    assert code == 0 and "prompt_2 decides nothing (1 rows have one)" in said
+    assert "guidance_scale decides nothing (1 rows have one)" in said
+    code, said = cli(*words, "clip_model_name_or_path=z", entry="plan")
+    assert code == 2 and "model.clip_model_name_or_path: 'z': expected null" in said
+    code, said = cli(*words, "base_shift=0.5", entry="plan")
+    assert code == 2 and "sampler.base_shift=0.5: expected null" in said
+
+
 def mixed():
     """23 rows: two sizes, steps of 1 to 4, guidance above and below 1, prompts that come twice."""
     return [dict(id=f"r{i}", prompt=f"picture {i % 17}", seed=i, height=(32, 32, 16)[i % 3], width=(32, 32, 48)[i % 3],
@@ -142,6 +153,8 @@ def test_converted_cached_resumed_and_replayed(cli, model, draw, tmp_path):
     copied = draw(tmp_path / "copy", rows, "copied")
     for drawn in (again, copied):
         assert all(np.array_equal(drawn[key], picture) for key, picture in expected.items())
+    code, err = cli("id=r2", f"output_dir={tmp_path}", "run_name=run", entry="replay")
+    assert code == 0, err
     digests = {metadata(tmp_path / run)[0]["model_digest"] for run in ("run", "copied")}
     assert len(digests) == 1
     other = model(True, "distilled")

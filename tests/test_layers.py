@@ -8,16 +8,10 @@ from conftest import filled
 from flax import nnx
 
 from fluxbatch.models.autoencoder import Decoder, VaeConfig
+from fluxbatch.models.dit import rotate, rotated_by_halves, rotated_by_product
 from fluxbatch.models.flux1.clip import ClipConfig, ClipTextEncoder
 from fluxbatch.models.flux1.t5 import T5Config, T5Encoder
-from fluxbatch.models.flux1.transformer import (
-    Flux,
-    FluxConfig,
-    rope_table,
-    rotate,
-    rotated_by_halves,
-    rotated_by_product,
-)
+from fluxbatch.models.flux1.transformer import Flux, FluxConfig, rope_table
 from fluxbatch.models.layers import Conv, GroupNorm, Linear, from_heads, side_by_side, transposed
 
 
