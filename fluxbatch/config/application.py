@@ -35,7 +35,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from fluxbatch import __version__
-from fluxbatch.config import composition, overrides, reference
+from fluxbatch.config import checks, composition, overrides, reference
 from fluxbatch.config import schema as config
 from fluxbatch.config.reference import CONF
 from fluxbatch.config.schema import Job
@@ -199,7 +199,7 @@ class _HydraTask:
         if hydra.mode == RunMode.MULTIRUN:
             job.sweep = _swept(cfg, hydra.overrides.task, self.fixed)
             job.run_name = f"{job.run_name or hydra.job.name}/{_place(job.sweep)}"
-        config.check(job, self.rows)
+        checks.check(job, self.rows)
         if job.run_name is None and (job.manifest or job.prompt):
             job.run_name = config.default_run_name(job)
         return job
@@ -238,9 +238,9 @@ def _sweep_dir(output_dir: str, run_name: str | None, label: str) -> str:
     processes the first one's are enough."""
     base = os.path.expanduser(output_dir)
     first = all(os.environ.get(name, "0") in ("", "0") for name in RANKS)
-    if not first or "://" in base or base.startswith("~") or config.lost_slash(base):
+    if not first or "://" in base or base.startswith("~") or checks.lost_slash(base):
         return _scratch()
-    return str(Path(base, run_name if run_name and config.stays_inside(run_name, config.COLONS) else label))
+    return str(Path(base, run_name if run_name and checks.stays_inside(run_name, checks.COLONS) else label))
 
 
 @functools.cache

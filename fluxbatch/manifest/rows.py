@@ -11,7 +11,8 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
-from fluxbatch.config.schema import MAX_SIDE, MAX_STEPS, SIDES, Job, sigmas_wanted
+from fluxbatch.config.checks import sigmas_wanted
+from fluxbatch.config.schema import MAX_SIDE, MAX_STEPS, SIDES, Job
 from fluxbatch.manifest import formats
 from fluxbatch.manifest.formats import TAB, BadLine, Line, described, shown
 from fluxbatch.storage.base import StorageError
