@@ -230,3 +230,11 @@ def test_the_bar_says_compiling_while_it_compiles(monkeypatch, capsys):
             assert "compiling" in capsys.readouterr().err
         report.advance(3)
     assert "images" in (said := capsys.readouterr().err) and "compiling" not in said
+
+
+def test_a_process_that_is_silent_compiles_without_a_word(capsys):
+    """All but the first process of a replica: their bars are disabled, and a disabled bar has no description."""
+    report = terminal.Report(quiet=True)
+    with report.generating(3, None), report.compiling():
+        report.advance(3)
+    assert capsys.readouterr().err == "" and "compile" in report.seconds

@@ -152,7 +152,7 @@ class Report(ProgressObserver):
     @contextlib.contextmanager
     def compiling(self) -> Iterator[None]:
         """What threads compile meanwhile is nobody's time; the wait for them is, and the bar says so."""
-        bar = self._bars[-1] if self._bars else None
+        bar = self._bars[-1] if self._bars and not self.quiet else None
         what = bar.desc if bar is not None else ""
         with self.stage("compile"):
             if bar is not None:
