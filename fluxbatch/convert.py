@@ -27,7 +27,9 @@ def convert(job: Convert) -> int:
     from fluxbatch.weights.zarr import dtype_of
 
     if adapters := specs(job):
-        raise UserError(f"{adapters[0].key}: {adapters[0].path!r}: expected no adapter: a copy is of the checkpoint alone, and is used with any adapter")
+        raise UserError(
+            f"{adapters[0].key}: {adapters[0].path!r}: expected no adapter: a copy is of the checkpoint alone, and is used with any adapter"
+        )
     to = at_home("to", job.to)
     if not to.strip() or "\0" in to or re.match(r"(?!gs://[^/]|file://)\w+://", to):
         raise UserError(f"to={shown(job.to)}: expected a directory or gs://bucket/prefix")
@@ -40,7 +42,12 @@ def convert(job: Convert) -> int:
 
 
 def main() -> NoReturn:
-    application.main(convert, schema=Convert, rows=False, about="convert: a checkpoint as checksummed arrays. to=DIR or gs://bucket/prefix")
+    application.main(
+        convert,
+        schema=Convert,
+        rows=False,
+        about="convert: a checkpoint as checksummed arrays. to=DIR or gs://bucket/prefix",
+    )
 
 
 if __name__ == "__main__":

@@ -32,7 +32,9 @@ class PlanJob(Job):
 
     target: str | None = None  # v6e-4, v5e-8, v4-8, v5p-8, h100, a100-8, 2xh100-8, cpu; null: this machine
     price_per_chip_hour: float | None = None  # in any currency; null: no cost is shown
-    aot: bool | None = None  # compile the largest picture's programs ahead of time; null: for TPU targets, if libtpu is installed
+    aot: bool | None = (
+        None  # compile the largest picture's programs ahead of time; null: for TPU targets, if libtpu is installed
+    )
 
 
 def plan(job: PlanJob) -> int:
@@ -51,7 +53,9 @@ def plan(job: PlanJob) -> int:
     rows = spec.resolve(given)
     for line in startup_warnings.mixed(spec, given):
         print(f"fluxbatch: {line}", file=sys.stderr)
-    for line in forecast.lines(job, spec, target, rows, _todo(job, spec, rows), rejects, job.price_per_chip_hour, _ahead(job, target)):
+    for line in forecast.lines(
+        job, spec, target, rows, _todo(job, spec, rows), rejects, job.price_per_chip_hour, _ahead(job, target)
+    ):
         print(line, flush=True)
     return Exit.OK
 
@@ -74,13 +78,18 @@ def _todo(job: PlanJob, spec: ModelSpec, rows: Sequence[Row]) -> Sequence[Row]:
         if spec.checkpoint.unseen:  # whether it is the one that drew them cannot be told
             facts["model_digest"] = own["model_digest"] = there.get("model_digest")
         if changed := difference(there, facts):
-            print(f"fluxbatch: every row is planned, as {store.url} holds a job with another configuration: {'; '.join(changed)}", file=sys.stderr)
+            print(
+                f"fluxbatch: every row is planned, as {store.url} holds a job with another configuration: {'; '.join(changed)}",
+                file=sys.stderr,
+            )
             return rows
         lost = store.missing({record["file_name"] for record in read_records(store)})
         for line in startup_warnings.lost(sorted(lost)):
             print(f"fluxbatch: {line}", file=sys.stderr)
         places = {(r["id"], r["key"]): r["index"] for r in read_records(store) if r["file_name"] not in lost}
-        return match(rows, functools.partial(key_under, facts_digest=digest(own)), places, lambda: read_records(store)).todo
+        return match(
+            rows, functools.partial(key_under, facts_digest=digest(own)), places, lambda: read_records(store)
+        ).todo
     except NotFound:  # no start has been there
         return rows
     except (UserError, ValueError) as error:
@@ -100,7 +109,9 @@ def _ahead(job: PlanJob, target: Target) -> bool:
     if job.aot and tpu and not here and not aot.available():
         raise UserError(f"aot=true, target={job.target}: libtpu is not installed: pip install 'fluxbatch[tpu]'")
     if job.aot and job.hardware.stream_blocks:
-        raise UserError("aot=true, hardware.stream_blocks=true: expected one of them, as streamed blocks are small programs of their own")
+        raise UserError(
+            "aot=true, hardware.stream_blocks=true: expected one of them, as streamed blocks are small programs of their own"
+        )
     return job.aot
 
 
@@ -115,7 +126,9 @@ def _machine(job: PlanJob) -> tuple[Target, Any]:
 
         platform, devices = backend.start(wanted, None), jax.devices()
         kind = devices[0].device_kind
-        return chips.Target(f"this machine, {kind}", platform, chips.of_kind(kind), len(devices), jax.process_count()), None
+        return chips.Target(
+            f"this machine, {kind}", platform, chips.of_kind(kind), len(devices), jax.process_count()
+        ), None
     target = chips.target(job.target)
     if wanted not in ("auto", target.platform):
         raise UserError(f"hardware={wanted}: expected hardware={target.platform} or auto for target={job.target}")
@@ -135,7 +148,11 @@ def _stand_ins(target: Target) -> list[Any]:
 
 
 def main() -> NoReturn:
-    application.main(plan, schema=PlanJob, about="plan: what a run of the same command line would do, need and cost (target=…, price_per_chip_hour=…).")
+    application.main(
+        plan,
+        schema=PlanJob,
+        about="plan: what a run of the same command line would do, need and cost (target=…, price_per_chip_hour=…).",
+    )
 
 
 if __name__ == "__main__":

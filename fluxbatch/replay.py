@@ -66,7 +66,9 @@ def replay(job: ReplayJob) -> int:
         found = yaml.safe_load(store.read(CONFIG))
         facts = found.pop("resolved")
     except (yaml.YAMLError, AttributeError, KeyError, TypeError):
-        raise UserError(f"{join(store.url, CONFIG)}: expected what a run writes there; another start of the same job restores it") from None
+        raise UserError(
+            f"{join(store.url, CONFIG)}: expected what a run writes there; another start of the same job restores it"
+        ) from None
     # as of the last merge, which knows ids and places of rows that have moved; a run that was killed made more
     lines = store.read(METADATA).splitlines() if store.exists(METADATA) else []
     needs = {*OF_A_ROW, "lora", "file_name", "sha256"}
@@ -106,7 +108,13 @@ def replay(job: ReplayJob) -> int:
     file = record["file_name"]
     if pixel_sha256(made) == record["sha256"]:
         wrong = fault_of(store, record)
-        but = "" if wrong == "" else f"; but {file} is not there" if wrong is None else f"; but {file} is damaged: {wrong}"
+        but = (
+            ""
+            if wrong == ""
+            else f"; but {file} is not there"
+            if wrong is None
+            else f"; but {file} is damaged: {wrong}"
+        )
         print(f"{job.id}: the same pixels, sha256 {record['sha256']}{but}")
         return Exit.REJECTED_ROWS if but else Exit.OK
     try:
@@ -149,14 +157,18 @@ def _anew() -> list[str]:
     return keys
 
 
-def _recorded(job: ReplayJob, found: dict[str, Any], facts: dict[str, Any], record: dict[str, Any], anew: list[str]) -> Job:
+def _recorded(
+    job: ReplayJob, found: dict[str, Any], facts: dict[str, Any], record: dict[str, Any], anew: list[str]
+) -> Job:
     """The run's configuration, for the program that made this record, with what this command line says anew."""
     del found["lora_coverage"]  # said of the adapters, not asked of them
     config, given = OmegaConf.merge(OmegaConf.structured(Job), found), OmegaConf.structured(job)
     for key in anew:
         if key not in ("id", "save"):
             OmegaConf.update(config, key, OmegaConf.select(given, key))
-    if "sharding.per_device_batch_size" not in anew and "per_device_batch_size" in record:  # the run's last start may have had another
+    if (
+        "sharding.per_device_batch_size" not in anew and "per_device_batch_size" in record
+    ):  # the run's last start may have had another
         config.sharding.per_device_batch_size = record["per_device_batch_size"]
     recorded = OmegaConf.to_object(config)
     assert isinstance(recorded, Job)

@@ -1,6 +1,6 @@
 """``python -m fluxbatch.run``: a manifest of prompts in, images and a metadata manifest out.
 
-    manifest line → Row → shard → batch → prompt embeddings → latents → pixels → image file + record → merged metadata
+manifest line → Row → shard → batch → prompt embeddings → latents → pixels → image file + record → merged metadata
 """
 
 from __future__ import annotations

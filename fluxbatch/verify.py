@@ -83,7 +83,9 @@ def _report(store: Store, repair: bool) -> Findings:
         bad = {*found.missing, *found.damaged}
         log = Log(store, RECORDS, f"repair-{secrets.token_hex(4)}")
         if not log.names():
-            raise UserError(f"{join(store.url, RECORDS)}: not there, so repair=true has no records to forget; expected it to be copied along")
+            raise UserError(
+                f"{join(store.url, RECORDS)}: not there, so repair=true has no records to forget; expected it to be copied along"
+            )
         with store.hold(LOCK, shared=False):  # a start at work would write the records of its shard again
             remove(store, log, lambda record: record["file_name"] in bad)
         print(f"  repaired  {len(bad)} rows are to be made again: start the same job once more")

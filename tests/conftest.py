@@ -13,7 +13,9 @@ from importlib.metadata import version
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 if "xla_backend_optimization_level=0" in os.environ["XLA_FLAGS"] and version("jaxlib").startswith("0.10."):
-    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"  # half of what is left of compiling; later ones do not know it
+    os.environ["XLA_FLAGS"] += (
+        " --xla_cpu_use_fusion_emitters=false"  # half of what is left of compiling; later ones do not know it
+    )
 os.environ["HF_HUB_OFFLINE"] = "1"
 # What one test has compiled the next one need not compile, nor the next time.
 CACHE = pathlib.Path(__file__).parents[1] / ".pytest_cache/xla"

@@ -69,7 +69,9 @@ class Pipeline:
         config, module, table, chat = ENCODERS[index["text_encoder"][1]]
         stem, vae = "diffusion_pytorch_model", folder / "vae"
         half = functools.partial(opened, vae, config=autoencoder.Flux2VaeConfig, stem=stem, dtype=dtype)
-        flux = opened(folder / "transformer", transformer.Flux2, transformer.Flux2Config, transformer_table, stem, dtype)
+        flux = opened(
+            folder / "transformer", transformer.Flux2, transformer.Flux2Config, transformer_table, stem, dtype
+        )
         return cls(
             flux, opened(folder / "text_encoder", module, config, table, "model", dtype),
             half(module=autoencoder.Decoder, table=keys.VAE_DECODER_DIFFUSERS), half(module=autoencoder.Encoder, table=keys.VAE_ENCODER_DIFFUSERS),
@@ -87,16 +89,24 @@ class Pipeline:
         graph, state = nnx.split(self.flux)
         side = self.vae.scale
         pixels = [references.prepare(image, side) for image in images]
-        height, width = (row.get(key) or (pixels[0].shape[axis] if pixels else 64 * side) for axis, key in enumerate(("height", "width")))
+        height, width = (
+            row.get(key) or (pixels[0].shape[axis] if pixels else 64 * side)
+            for axis, key in enumerate(("height", "width"))
+        )
         rows, cols = height // side, width // side
         guided = self.cfg_scale and row["guidance_scale"] > 1
 
-        words = [_embed_text(graph, state, self.encode(p, length), self.dtype) for p in [row["prompt"], *([negative] if guided else [])]]
+        words = [
+            _embed_text(graph, state, self.encode(p, length), self.dtype)
+            for p in [row["prompt"], *([negative] if guided else [])]
+        ]
         refs = None
         if pixels:
             vae, weights = nnx.split(self.vae_encoder)
             patches = [run(vae, "__call__", weights, jnp.asarray(p[None], self.dtype)) for p in pixels]
-            refs = run(graph, "embed_image", state, jnp.concatenate([p.reshape(1, -1, p.shape[-1]) for p in patches], axis=1))
+            refs = run(
+                graph, "embed_image", state, jnp.concatenate([p.reshape(1, -1, p.shape[-1]) for p in patches], axis=1)
+            )
         sizes = tuple((p.shape[0] // side, p.shape[1] // side) for p in pixels)
         rope = transformer.rope_table(self.flux.cfg, length, rows, cols, sizes)
 
@@ -104,7 +114,10 @@ class Pipeline:
         sigmas = self.schedule.sigmas(row["num_inference_steps"], rows * cols)
         mod = _modulate(graph, state, sigmas[None, :-1], np.float32([row["guidance_scale"]]), self.dtype)
         for i in range(len(sigmas) - 1):
-            v = [np.asarray(velocity(graph, state, x.astype(self.dtype), w, mod, i, rope, refs), np.float32) for w in words]
+            v = [
+                np.asarray(velocity(graph, state, x.astype(self.dtype), w, mod, i, rope, refs), np.float32)
+                for w in words
+            ]
             v = v[1] + row["guidance_scale"] * (v[0] - v[1]) if guided else v[0]
             x = x + (sigmas[i + 1] - sigmas[i]) * v
 

@@ -42,7 +42,13 @@ def bfl(s: Size) -> Shapes:
     for i in range(s.double):
         for half in ("img", "txt"):
             at = f"double_blocks.{i}.{half}_"
-            found |= {at + "mod.lin": (6 * d, d), at + "attn.qkv": (3 * d, d), at + "attn.proj": (d, d), at + "mlp.0": (4 * d, d), at + "mlp.2": (d, 4 * d)}
+            found |= {
+                at + "mod.lin": (6 * d, d),
+                at + "attn.qkv": (3 * d, d),
+                at + "attn.proj": (d, d),
+                at + "mlp.0": (4 * d, d),
+                at + "mlp.2": (d, 4 * d),
+            }
     for i in range(s.single):
         at = f"single_blocks.{i}."
         found |= {at + "linear1": (7 * d, d), at + "linear2": (d, 5 * d), at + "modulation.lin": (3 * d, d)}
@@ -72,7 +78,10 @@ def diffusers(s: Size) -> Shapes:
 
 def clip(s: Size) -> Shapes:
     d, hidden, layers = s.clip
-    shapes = {f"self_attn.{n}": (d, d) for n in ("q_proj", "k_proj", "v_proj", "out_proj")} | {"mlp.fc1": (hidden, d), "mlp.fc2": (d, hidden)}
+    shapes = {f"self_attn.{n}": (d, d) for n in ("q_proj", "k_proj", "v_proj", "out_proj")} | {
+        "mlp.fc1": (hidden, d),
+        "mlp.fc2": (d, hidden),
+    }
     return {f"text_model.encoder.layers.{i}.{name}": shape for i in range(layers) for name, shape in shapes.items()}
 
 
@@ -88,9 +97,15 @@ def xlabs(s: Size) -> Shapes:
     found = {}
     for i in range(s.double):
         for n in "12":
-            found |= {f"double_blocks.{i}.processor.qkv_lora{n}": (3 * d, d), f"double_blocks.{i}.processor.proj_lora{n}": (d, d)}
+            found |= {
+                f"double_blocks.{i}.processor.qkv_lora{n}": (3 * d, d),
+                f"double_blocks.{i}.processor.proj_lora{n}": (d, d),
+            }
     for i in range(s.single):
-        found |= {f"single_blocks.{i}.processor.qkv_lora": (3 * d, d), f"single_blocks.{i}.processor.proj_lora": (d, 5 * d)}
+        found |= {
+            f"single_blocks.{i}.processor.qkv_lora": (3 * d, d),
+            f"single_blocks.{i}.processor.proj_lora": (d, 5 * d),
+        }
     return found
 
 
@@ -142,7 +157,15 @@ def blocks(shapes: Shapes) -> Shapes:
 class Maker:
     """Random tensors for modules; ``keep`` of them, ranks and alphas as drawn."""
 
-    def __init__(self, seed: int, ranks=(1, 2, 4, 8), alphas=(0.5, 1.0, 4.0, 16.0), size: float = 0.3, keep: float = 1.0, dtype=np.float32):
+    def __init__(
+        self,
+        seed: int,
+        ranks=(1, 2, 4, 8),
+        alphas=(0.5, 1.0, 4.0, 16.0),
+        size: float = 0.3,
+        keep: float = 1.0,
+        dtype=np.float32,
+    ):
         self.rng = np.random.default_rng(seed)
         self.ranks, self.alphas, self.size, self.keep, self.dtype = ranks, alphas, size, keep, dtype
 
@@ -157,7 +180,9 @@ class Maker:
     def alpha(self) -> np.ndarray:
         return np.asarray(self.rng.choice(self.alphas), self.dtype)
 
-    def lora(self, shapes: Shapes, down="lora_down.weight", up="lora_up.weight", alpha: bool = True, bias: bool = False) -> Tensors:
+    def lora(
+        self, shapes: Shapes, down="lora_down.weight", up="lora_up.weight", alpha: bool = True, bias: bool = False
+    ) -> Tensors:
         found = {}
         for name, out, width, rank in self.chosen(shapes):
             found |= {f"{name}.{down}": self.normal(rank, width), f"{name}.{up}": self.normal(out, rank)}
@@ -174,7 +199,10 @@ class Maker:
         found = {}
         for name, out, width, rank in self.chosen(shapes):
             for w in "12":
-                found |= {f"{name}.hada_w{w}_a": self.normal(out, rank), f"{name}.hada_w{w}_b": self.normal(rank, width)}
+                found |= {
+                    f"{name}.hada_w{w}_a": self.normal(out, rank),
+                    f"{name}.hada_w{w}_b": self.normal(rank, width),
+                }
             found[f"{name}.alpha"] = self.alpha()
         return found
 
@@ -199,17 +227,25 @@ class Maker:
         return found
 
 
-def save(path: pathlib.Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> pathlib.Path:
+def save(
+    path: pathlib.Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
+) -> pathlib.Path:
     names = {dtype: name for name, dtype in DTYPES.items()}
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     at = 0
     for name, value in tensors.items():
-        header[name] = {"dtype": names[value.dtype], "shape": list(value.shape), "data_offsets": [at, at + value.nbytes]}
+        header[name] = {
+            "dtype": names[value.dtype],
+            "shape": list(value.shape),
+            "data_offsets": [at, at + value.nbytes],
+        }
         at += value.nbytes
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(np.ascontiguousarray(v).tobytes() for v in tensors.values()))
+    path.write_bytes(
+        len(text).to_bytes(8, "little") + text + b"".join(np.ascontiguousarray(v).tobytes() for v in tensors.values())
+    )
     return path
 
 
@@ -221,19 +257,36 @@ FORMATS: dict[str, Callable[[Size, Maker], Tensors]] = {
     "mixed": lambda s, m: m.lora(dots("transformer.", blocks(diffusers(s))), alpha=False),
     "kohya": lambda s, m: m.lora(underscores("lora_unet_", blocks(bfl(s))) | underscores("lora_te1_", clip(s))),
     "kohya, all layers": lambda s, m: m.lora(underscores("lora_unet_", bfl(s))),
-    "kohya with T5": lambda s, m: m.lora(underscores("lora_unet_", blocks(bfl(s))) | underscores("lora_te1_", clip(s)) | underscores("lora_te3_", t5(s))),
+    "kohya with T5": lambda s, m: m.lora(
+        underscores("lora_unet_", blocks(bfl(s))) | underscores("lora_te1_", clip(s)) | underscores("lora_te3_", t5(s))
+    ),
     "ComfyUI": lambda s, m: m.peft(dots("diffusion_model.", bfl(s))),
-    "ComfyUI, down and up": lambda s, m: m.lora(dots("diffusion_model.", blocks(bfl(s))) | dots("text_encoders.clip_l.transformer.", clip(s))),
-    "OneTrainer": lambda s, m: m.lora(underscores("lora_transformer_", diffusers(s)) | underscores("lora_te1_", clip(s))),
-    "OneTrainer, newer": lambda s, m: m.lora(dots("transformer.", apart(s)) | dots("clip_l.", clip(s)) | dots("t5.", t5(s))),
+    "ComfyUI, down and up": lambda s, m: m.lora(
+        dots("diffusion_model.", blocks(bfl(s))) | dots("text_encoders.clip_l.transformer.", clip(s))
+    ),
+    "OneTrainer": lambda s, m: m.lora(
+        underscores("lora_transformer_", diffusers(s)) | underscores("lora_te1_", clip(s))
+    ),
+    "OneTrainer, newer": lambda s, m: m.lora(
+        dots("transformer.", apart(s)) | dots("clip_l.", clip(s)) | dots("t5.", t5(s))
+    ),
     "XLabs": lambda s, m: m.lora(xlabs(s), "down.weight", "up.weight", alpha=False),
     "DiffSynth": lambda s, m: m.lora(diffsynth(s), "lora_A.default.weight", "lora_B.default.weight", alpha=False),
-    "diffusers, underscores": lambda s, m: m.lora(underscores("transformer_", diffusers(s))
-                                                  | underscores("text_encoder_", clip(s))),
+    "diffusers, underscores": lambda s, m: m.lora(
+        underscores("transformer_", diffusers(s)) | underscores("text_encoder_", clip(s))
+    ),
     "BFL control": lambda s, m: m.peft(bfl(s), bias=True) | norms(s, m),
-    "fal": lambda s, m: m.peft(dots("base_model.model.", blocks(bfl(s)) | {"final_layer.linear": (s.channels, s.width)})),
+    "fal": lambda s, m: m.peft(
+        dots("base_model.model.", blocks(bfl(s)) | {"final_layer.linear": (s.channels, s.width)})
+    ),
     "PEFT": lambda s, m: m.peft(dots("base_model.model.", diffusers(s))),
-    "PEFT DoRA": lambda s, m: m.dora(dots("base_model.model.", diffusers(s)), "lora_magnitude_vector", down="lora_A.weight", up="lora_B.weight", alpha=False),
+    "PEFT DoRA": lambda s, m: m.dora(
+        dots("base_model.model.", diffusers(s)),
+        "lora_magnitude_vector",
+        down="lora_A.weight",
+        up="lora_B.weight",
+        alpha=False,
+    ),
     "kohya DoRA": lambda s, m: m.dora(underscores("lora_unet_", blocks(bfl(s)))),
     "kohya LoHa": lambda s, m: m.loha(underscores("lora_unet_", blocks(bfl(s)))),
     "SimpleTuner LoKr": lambda s, m: m.lokr(underscores("lycoris_", blocks(diffusers(s))), s.factor),
@@ -242,6 +295,11 @@ FORMATS: dict[str, Callable[[Size, Maker], Tensors]] = {
 
 
 def norms(s: Size, m: Maker) -> Tensors:
-    names = [f"double_blocks.{i}.{half}_attn.norm.{n}_norm.scale" for i in range(s.double) for half in ("img", "txt") for n in ("query", "key")]
+    names = [
+        f"double_blocks.{i}.{half}_attn.norm.{n}_norm.scale"
+        for i in range(s.double)
+        for half in ("img", "txt")
+        for n in ("query", "key")
+    ]
     names += [f"single_blocks.{i}.norm.{n}_norm.scale" for i in range(s.single) for n in ("query", "key")]
     return {name: np.asarray(1, m.dtype) + m.normal(s.head) for name in names}

@@ -13,7 +13,12 @@ from fluxbatch.types import Row
 def job(**changes) -> Job:
     plain = Job(
         sampler=Sampler(
-            num_inference_steps=4, guidance_scale=0.0, resolution=64, height=None, width=None, max_sequence_length=64,
+            num_inference_steps=4,
+            guidance_scale=0.0,
+            resolution=64,
+            height=None,
+            width=None,
+            max_sequence_length=64,
             sigmas=None,
         ),
         output=Output(format=ImageFormat.png, filename="flux_{i}", quality=90, png_level=1, gallery=False),

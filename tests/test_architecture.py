@@ -77,7 +77,9 @@ def test_every_package_has_its_layer_and_a_line_about_its_duty():
 
 
 def test_the_top_is_small():
-    top = [path.stem for path in MODULES.values() if path.parent == ROOT / "fluxbatch" and not path.stem.startswith("__")]
+    top = [
+        path.stem for path in MODULES.values() if path.parent == ROOT / "fluxbatch" and not path.stem.startswith("__")
+    ]
     assert len(top) <= 8, top
 
 
@@ -138,7 +140,9 @@ def test_only_models_know_a_family():
         if package_of(module) in ("models", "config"):
             continue
         lines = path.read_text("utf-8").splitlines()
-        if hits := [f"{number}: {match[0]}" for number, line in enumerate(lines, 1) for match in FAMILY_WORDS.finditer(line)]:
+        if hits := [
+            f"{number}: {match[0]}" for number, line in enumerate(lines, 1) for match in FAMILY_WORDS.finditer(line)
+        ]:
             found[module] = hits
     assert not found
 

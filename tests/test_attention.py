@@ -48,8 +48,16 @@ def test_splash_blocks_divide_what_they_pad_to():
     assert attention.splash_blocks(4608) == {"block_q": 2304, "block_kv": 2304, "block_kv_compute": 768}
     assert attention.splash_blocks(4608, "TPU v4") == {"block_q": 2304, "block_kv": 2304, "block_kv_compute": 256}
     assert attention.splash_blocks(4352)["block_q"] == 2176
-    assert attention.splash_blocks(600, given={"block_kv": 256}) == {"block_q": 640, "block_kv": 256, "block_kv_compute": 256}
-    assert attention.splash_blocks(4608, given={"block_kv_compute": 512, "block_q": 128}) == {"block_q": 128, "block_kv": 2048, "block_kv_compute": 512}
+    assert attention.splash_blocks(600, given={"block_kv": 256}) == {
+        "block_q": 640,
+        "block_kv": 256,
+        "block_kv_compute": 256,
+    }
+    assert attention.splash_blocks(4608, given={"block_kv_compute": 512, "block_q": 128}) == {
+        "block_q": 128,
+        "block_kv": 2048,
+        "block_kv_compute": 512,
+    }
     for length in (1, 127, 128, 1000, 4352, 4608, 5000):
         blocks = attention.splash_blocks(length)
         padded = -(-length // 128) * 128
@@ -95,5 +103,7 @@ def test_splash_compiles_for_tpu(chip):
     pytest.importorskip("libtpu", reason="needs .[tpu]")
     from fluxbatch.planning import aot
 
-    done = subprocess.run([sys.executable, "-c", COMPILE, chip], env=os.environ | aot.ENVIRONMENT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE, chip], env=os.environ | aot.ENVIRONMENT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-2000:]

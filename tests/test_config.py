@@ -260,10 +260,15 @@ def test_run_name_of_a_manifest_tells_its_place_apart_and_nothing_else(command, 
 def test_no_directory_is_called_tilde(command, monkeypatch, tmp_path, key):
     monkeypatch.delenv("HOME")
     monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])
-    more, options = {"to": ([], {"task": convert, "schema": Convert, "rows": False}), "manifest": ([], {})}.get(key, (["prompt=x"], {}))
+    more, options = {"to": ([], {"task": convert, "schema": Convert, "rows": False}), "manifest": ([], {})}.get(
+        key, (["prompt=x"], {})
+    )
     for word, expected in (
         ("~/x", "no home directory is known (HOME is not set): expected a path without ~"),
-        ("~nobody-here/x", "no user nobody-here is known: expected another path, or ./~nobody-here/x for what is called so"),
+        (
+            "~nobody-here/x",
+            "no user nobody-here is known: expected another path, or ./~nobody-here/x for what is called so",
+        ),
     ):
         command(*more, f"{key}={word}", expect=2, **options)
         assert command.lines == [f"fluxbatch: error: {key}={word}: {expected}"]
@@ -351,7 +356,10 @@ def test_own_config_directory(command, own):
         (["--config-name=short"], ["steps", "short", "did you mean sampler.num_inference_steps?"]),
         (["--config-name=inner"], ["sampler.cfg", "inner", "did you mean sampler.guidance_scale?"]),
         (["--config-name=nothing"], ["nothing"]),
-        (["--config-name=choice"], ["model: In 'choice'", "got flux-dev, expected {flux_name, ", "defaults: override model"]),
+        (
+            ["--config-name=choice"],
+            ["model: In 'choice'", "got flux-dev, expected {flux_name, ", "defaults: override model"],
+        ),
         (["--config-name=latin"], ["own/latin.yaml: not UTF-8: byte 0xe9 at 39"]),
         (["--config-name=number"], ["lora_config: In 'number'", "got 3, expected {lora_model_name_or_path, "]),
     ],
@@ -615,7 +623,9 @@ def printing(tmp_path):
     root = str(Path(schema.__file__).parents[2])
 
     def start(*words, env=None, by=(), **streams):
-        return subprocess.Popen([*by, sys.executable, entry, "prompt=x", *words], env={"PYTHONPATH": root, **(env or {})}, **streams)
+        return subprocess.Popen(
+            [*by, sys.executable, entry, "prompt=x", *words], env={"PYTHONPATH": root, **(env or {})}, **streams
+        )
 
     return start
 
@@ -643,7 +653,12 @@ def test_what_a_terminal_cannot_show_is_spelt_out(printing):
 
 
 def test_a_closed_output_is_no_mistake(printing):
-    closing = ["/bin/sh", "-c", 'exec "$@" >&-', "sh"]  # not by a preexec_fn: JAX warns of the fork that this needs, if a test before has started it
+    closing = [
+        "/bin/sh",
+        "-c",
+        'exec "$@" >&-',
+        "sh",
+    ]  # not by a preexec_fn: JAX warns of the fork that this needs, if a test before has started it
     process = printing("seed=2", stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, by=closing)
     assert process.wait() == 3
 

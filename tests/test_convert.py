@@ -40,7 +40,11 @@ def test_conversion_resumes_and_refuses(golden, tmp_path, monkeypatch, expected)
         convert.convert(checkpoint, str(to), zarr.BFLOAT16)
     first = list(wrote)
     wrote.clear()
-    monkeypatch.setattr(convert._Writer, "block", lambda self, target, values, name: wrote.append(name) or block(self, target, values, name))
+    monkeypatch.setattr(
+        convert._Writer,
+        "block",
+        lambda self, target, values, name: wrote.append(name) or block(self, target, values, name),
+    )
     assert convert.convert(checkpoint, str(to), None)
     assert first and wrote and not set(first) & set(wrote)
     assert_equal(expected["dev"], parameters(to))
@@ -115,8 +119,19 @@ def test_the_command(golden, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for place in ("''", "' '", "http://host/flux", "https://host/flux", "s3://bucket/flux", "gs:///flux"):
         code, said = call(base, f"to={place}")
-        assert code == 2 and "to=" in said.err and "expected a directory or gs://bucket/prefix" in said.err and len(said.err.splitlines()) == 1
-    one = {"lora_model_name_or_path": "a.safetensors", "weight_name": "null", "adapter_name": "a", "scale": 1.0, "from_pt": "true"}
+        assert (
+            code == 2
+            and "to=" in said.err
+            and "expected a directory or gs://bucket/prefix" in said.err
+            and len(said.err.splitlines()) == 1
+        )
+    one = {
+        "lora_model_name_or_path": "a.safetensors",
+        "weight_name": "null",
+        "adapter_name": "a",
+        "scale": 1.0,
+        "from_pt": "true",
+    }
     code, said = call(base, "to=new", *(f"lora_config.{key}=[{value}]" for key, value in one.items()))
     assert code == 2 and "lora_config.lora_model_name_or_path[0]: 'a.safetensors': expected no adapter" in said.err
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
@@ -130,7 +145,9 @@ def load_marker(folder):
     return [entry["dtype"] for arrays in components.values() for entry in arrays.values()]
 
 
-@pytest.mark.parametrize("shape,stacked", [((5, 24, 8), True), ((24, 8), False), ((3, 10), True), ((7, 12, 2, 2), True)])
+@pytest.mark.parametrize(
+    "shape,stacked", [((5, 24, 8), True), ((24, 8), False), ((3, 10), True), ((7, 12, 2, 2), True)]
+)
 @pytest.mark.parametrize("rows", [(0, None), (5, 11)])
 def test_rows_of_chunks(monkeypatch, tmp_path, shape, stacked, rows):
     """Files of several layers, the last one not full; ranges that begin and end within chunks."""

@@ -28,7 +28,9 @@ pytestmark = pytest.mark.slow
 def place(tmp_path_factory):
     """A manifest, a cache of compiled programs, and the uninterrupted run."""
     folder = tmp_path_factory.mktemp("crash")
-    rows = [{"id": f"r{i}", "prompt": f"prompt {i % 40}", "seed": i, "num_inference_steps": 1 + i % 3} for i in range(ROWS)]
+    rows = [
+        {"id": f"r{i}", "prompt": f"prompt {i % 40}", "seed": i, "num_inference_steps": 1 + i % 3} for i in range(ROWS)
+    ]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert start(folder, "whole").wait() == 0
     return folder

@@ -25,11 +25,19 @@ from fluxbatch.weights.source import Source, Tensor
 
 # The published configurations.
 FULL = {
-    "klein-4b": dict(num_layers=5, num_single_layers=20, num_attention_heads=24, joint_attention_dim=7680, guidance_embeds=False),
-    "klein-9b": dict(num_layers=8, num_single_layers=24, num_attention_heads=32, joint_attention_dim=12288, guidance_embeds=False),
-    "dev": dict(num_layers=8, num_single_layers=48, num_attention_heads=48, joint_attention_dim=15360, guidance_embeds=True),
+    "klein-4b": dict(
+        num_layers=5, num_single_layers=20, num_attention_heads=24, joint_attention_dim=7680, guidance_embeds=False
+    ),
+    "klein-9b": dict(
+        num_layers=8, num_single_layers=24, num_attention_heads=32, joint_attention_dim=12288, guidance_embeds=False
+    ),
+    "dev": dict(
+        num_layers=8, num_single_layers=48, num_attention_heads=48, joint_attention_dim=15360, guidance_embeds=True
+    ),
 }
-COMMON = dict(in_channels=128, attention_head_dim=128, axes_dims_rope=[32, 32, 32, 32], mlp_ratio=3.0, rope_theta=2000, eps=1e-6)
+COMMON = dict(
+    in_channels=128, attention_head_dim=128, axes_dims_rope=[32, 32, 32, 32], mlp_ratio=3.0, rope_theta=2000, eps=1e-6
+)
 ENCODERS = {
     "klein-4b": dict(vocab_size=151936, hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32,
                      num_key_value_heads=8, head_dim=128, rope_theta=1000000, rms_norm_eps=1e-6),
@@ -53,7 +61,12 @@ def tiny():
     arrays = [rng.normal(size=shape).astype(np.float32) for shape in ((4, 24, 16), (4, 8, 24), (4, 16, 16))]
     t, guidance = np.float32([1, 0.7, 0.3, 0.1]), np.float32([1, 2, 3, 4])
     flux = filled(transformer.Flux2(TINY, rngs=None))
-    return nnx.split(flux), (*arrays[:2], t, guidance), arrays[2], transformer.rope_table(TINY, 8, 4, 6, ((2, 4), (4, 2)))
+    return (
+        nnx.split(flux),
+        (*arrays[:2], t, guidance),
+        arrays[2],
+        transformer.rope_table(TINY, 8, 4, 6, ((2, 4), (4, 2))),
+    )
 
 
 def velocity(graph, state, inputs, rope, refs):
@@ -69,7 +82,9 @@ def test_divided(tiny, shape, with_refs):
     expected = velocity(graph, state, inputs, rope, refs if with_refs else None)
     mesh = make_mesh(shape)
     layout = Layout(mesh)
-    divided, abstract = nnx.split(transformer.Flux2(TINY, rngs=None, layout=layout, attention=layout.attention(transformer.attn.dot_product)))
+    divided, abstract = nnx.split(
+        transformer.Flux2(TINY, rngs=None, layout=layout, attention=layout.attention(transformer.attn.dot_product))
+    )
 
     def placed(leaf, like):
         axes = like.get_metadata()["axes"]
@@ -83,7 +98,12 @@ def test_divided(tiny, shape, with_refs):
     assert np.abs(got - expected).max() < 2e-5 * np.abs(expected).max()
     split = {load.path_of(k): leaf.get_value().sharding.spec for k, leaf in nnx.to_flat_state(own)}
     if shape[3] > 1:
-        for path in ("single_blocks.mlp_gate.kernel", "single_blocks.mlp_up.kernel", "single_blocks.qkv.q.kernel", "double_blocks.img.mlp_gate.kernel"):
+        for path in (
+            "single_blocks.mlp_gate.kernel",
+            "single_blocks.mlp_up.kernel",
+            "single_blocks.qkv.q.kernel",
+            "double_blocks.img.mlp_gate.kernel",
+        ):
             assert "tensor" in str(split[path][1])
         assert "tensor" in str(split["single_blocks.out.kernel"][2])
 
@@ -106,7 +126,9 @@ def test_one_program_of_steps(tiny):
     words = [flux.embed(each, jnp.float32) for each in prompts]
     for i in range(3):
         at = [jax.tree.map(lambda x, i=i: x[:, i], step) for step in steps]
-        positive, negative = (velocity(graph, state, (img, x, times[:, i], guidance), rope, None) for x in (txt, txt[::-1]))
+        positive, negative = (
+            velocity(graph, state, (img, x, times[:, i], guidance), rope, None) for x in (txt, txt[::-1])
+        )
         plain, led = (flux.velocity(img, *each, rope) for each in zip(words, at, strict=True))
         assert np.abs(plain - positive).max() < 1e-4
         scale = guidance[:, None, None]  # 1, 2, 3, 4: the first row has none
@@ -115,24 +137,45 @@ def test_one_program_of_steps(tiny):
 
 
 def tensors(shapes):
-    return {name: Tensor(name, "f", np.dtype(np.float32), tuple(shape), 0, 4 * int(np.prod(shape))) for name, shape in shapes.items()}
+    return {
+        name: Tensor(name, "f", np.dtype(np.float32), tuple(shape), 0, 4 * int(np.prod(shape)))
+        for name, shape in shapes.items()
+    }
 
 
 def bfl_transformer(name):
     """Names and shapes of Black Forest Labs' file."""
     c = FULL[name]
     d, own = 128 * c["num_attention_heads"], {}
-    own |= {"img_in.weight": (d, 128), "txt_in.weight": (d, c["joint_attention_dim"]), "final_layer.linear.weight": (128, d)}
-    own |= {f"{n}.{p}_layer.weight": (d, 256 if p == "in" else d) for n in ["time_in", *["guidance_in"] * c["guidance_embeds"]] for p in ("in", "out")}
+    own |= {
+        "img_in.weight": (d, 128),
+        "txt_in.weight": (d, c["joint_attention_dim"]),
+        "final_layer.linear.weight": (128, d),
+    }
+    own |= {
+        f"{n}.{p}_layer.weight": (d, 256 if p == "in" else d)
+        for n in ["time_in", *["guidance_in"] * c["guidance_embeds"]]
+        for p in ("in", "out")
+    }
     own |= {f"double_stream_modulation_{s}.lin.weight": (6 * d, d) for s in ("img", "txt")}
     own |= {"single_stream_modulation.lin.weight": (3 * d, d), "final_layer.adaLN_modulation.1.weight": (2 * d, d)}
     for i in range(c["num_layers"]):
         for s in (f"double_blocks.{i}.img_", f"double_blocks.{i}.txt_"):
-            own |= {s + "attn.qkv.weight": (3 * d, d), s + "attn.proj.weight": (d, d), s + "mlp.0.weight": (6 * d, d), s + "mlp.2.weight": (d, 3 * d)}
+            own |= {
+                s + "attn.qkv.weight": (3 * d, d),
+                s + "attn.proj.weight": (d, d),
+                s + "mlp.0.weight": (6 * d, d),
+                s + "mlp.2.weight": (d, 3 * d),
+            }
             own |= {s + f"attn.norm.{n}_norm.scale": (128,) for n in ("query", "key")}
     for i in range(c["num_single_layers"]):
         s = f"single_blocks.{i}."
-        own |= {s + "linear1.weight": (9 * d, d), s + "linear2.weight": (d, 4 * d), s + "norm.query_norm.scale": (128,), s + "norm.key_norm.scale": (128,)}
+        own |= {
+            s + "linear1.weight": (9 * d, d),
+            s + "linear2.weight": (d, 4 * d),
+            s + "norm.query_norm.scale": (128,),
+            s + "norm.key_norm.scale": (128,),
+        }
     return tensors(own)
 
 
@@ -148,7 +191,9 @@ def test_transformer_of_bfl(name):
     table = keys.transformer_bfl(keys.sizes_of(found))
     given = sizes(found, table, keys.transformer_sizes)
     expected = FULL[name] | COMMON
-    assert {key: expected[key] for key in given if key in expected} == {key: value for key, value in given.items() if key in expected}
+    assert {key: expected[key] for key in given if key in expected} == {
+        key: value for key, value in given.items() if key in expected
+    }
     cfg = transformer.Flux2Config.from_json(given | keys.transformer_constants(given))
     assert cfg == transformer.Flux2Config.from_json(expected)
     plan = load.plan(lambda rngs: transformer.Flux2(cfg, rngs=rngs), found, table, Source("/"))
@@ -173,7 +218,10 @@ def language_model(config, prefix, norms, depth):
         s = f"{prefix}layers.{i}."
         own |= {s + f"{n}.weight": (d,) for n in ("input_layernorm", "post_attention_layernorm")}
         own |= {s + f"self_attn.{n}.weight": (head,) for n in norms}
-        own |= {s + f"self_attn.{n}_proj.weight": shape for n, shape in zip("qkvo", ((heads, d), (groups, d), (groups, d), (d, heads)), strict=True)}
+        own |= {
+            s + f"self_attn.{n}_proj.weight": shape
+            for n, shape in zip("qkvo", ((heads, d), (groups, d), (groups, d), (d, heads)), strict=True)
+        }
         own |= {s + f"mlp.{n}_proj.weight": (d, hidden) if n == "down" else (hidden, d) for n in ("gate", "up", "down")}
     return tensors(own)
 
@@ -191,11 +239,15 @@ def test_text_encoder_names(name, prefix, beside):
     given = sizes(found, table, keys.decoder_sizes)
     constants = keys.mistral_constants(given) if name == "dev" else keys.qwen3_constants(given)
     last = mistral.LAYERS[-1] if name == "dev" else qwen3.LAYERS[-1]
-    assert config.from_json(constants | given) == dataclasses.replace(cfg, num_hidden_layers=last + 1)  # more are not counted
+    assert config.from_json(constants | given) == dataclasses.replace(
+        cfg, num_hidden_layers=last + 1
+    )  # more are not counted
     plan = load.plan(lambda rngs: module(cfg, rngs=rngs), found, table, Source("/"))
     read = {piece.tensor.name for pieces in plan.pieces.values() for piece in pieces}
     assert {int(m[1]) for n in read if (m := re.search(r"layers\.(\d+)\.", n))} == set(range(last))
-    states = jax.eval_shape(lambda s, i, m: nnx.merge(plan.graph, s)(i, m, jnp.bfloat16), plan.state, *[jnp.zeros((2, 512), jnp.int32)] * 2)
+    states = jax.eval_shape(
+        lambda s, i, m: nnx.merge(plan.graph, s)(i, m, jnp.bfloat16), plan.state, *[jnp.zeros((2, 512), jnp.int32)] * 2
+    )
     assert states.shape == (2, 512, FULL[name]["joint_attention_dim"])
 
 
@@ -220,7 +272,11 @@ def bfl_vae(half):
     conv("conv_in", before, 32 if up else 3, 3)
     for level in levels:
         for block in range(3 if up else 2):
-            resnet(f"{'up' if up else 'down'}.{level}.block.{block}", before if block == 0 else widths[level], widths[level])
+            resnet(
+                f"{'up' if up else 'down'}.{level}.block.{block}",
+                before if block == 0 else widths[level],
+                widths[level],
+            )
         before = widths[level]
         if level != levels[-1]:
             conv(f"up.{level}.upsample.conv" if up else f"down.{level}.downsample.conv", before, before, 3)
@@ -267,7 +323,9 @@ def test_a_shift_that_flux2_does_not_have():
 
 def test_shift_jumps():
     """μ of FLUX.2's authors, and the levels of four steps at a megapixel."""
-    assert empirical_mu(4300, 4) == pytest.approx(2.308, abs=1e-3) and empirical_mu(4301, 4) == pytest.approx(1.185, abs=1e-3)
+    assert empirical_mu(4300, 4) == pytest.approx(2.308, abs=1e-3) and empirical_mu(4301, 4) == pytest.approx(
+        1.185, abs=1e-3
+    )
     levels = Flux2Schedule.of({"use_dynamic_shifting": True}).sigmas(4, 4096)
     assert levels == pytest.approx([1, 0.9674, 0.9081, 0.7672, 0], abs=1e-4)
 

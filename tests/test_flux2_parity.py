@@ -81,28 +81,36 @@ def test_transformer(generate, tmp_path, heads, axes, channels, layers, single, 
                 hidden_states=pixels, encoder_hidden_states=txt, timestep=t, img_ids=img_ids, txt_ids=text_ids,
                 guidance=scale if guidance else None).sample[:, : rows * cols]  # fmt: skip
         rope = transformer.rope_table(module.cfg, words, rows, cols, given)
-        close(call(module, *inputs, rope, None if extra is None else jnp.asarray(extra.numpy())), expected.numpy(), 5e-5)
+        close(
+            call(module, *inputs, rope, None if extra is None else jnp.asarray(extra.numpy())), expected.numpy(), 5e-5
+        )
 
 
 def mask_of(length, counts, side):
     mask = np.zeros((len(counts), length), np.int32)
     for row, count in zip(mask, counts, strict=True):
-        row[: count] = 1
+        row[:count] = 1
     return mask if side == "right" else mask[:, ::-1].copy()
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
-@pytest.mark.parametrize("kind,heads,groups,head_dim", [("qwen", 4, 2, 8), ("qwen", 3, 1, 4), ("dev", 4, 4, 8), ("dev", 6, 2, 4)])
+@pytest.mark.parametrize(
+    "kind,heads,groups,head_dim", [("qwen", 4, 2, 8), ("qwen", 3, 1, 4), ("dev", 4, 4, 8), ("dev", 6, 2, 4)]
+)
 def test_text_encoder(generate, tmp_path, kind, heads, groups, head_dim, side):
     """The states of three layers, those of padding too; a prompt that fills the window has none."""
-    model = generate.loud(generate.encoder(kind, 99, 32, 24, heads, groups, head_dim), 0.25, torch.Generator().manual_seed(heads))
+    model = generate.loud(
+        generate.encoder(kind, 99, 32, 24, heads, groups, head_dim), 0.25, torch.Generator().manual_seed(heads)
+    )
     length = 21
     mask = mask_of(length, [5, length, 1], side)
     ids = np.random.default_rng(0).integers(0, 99, (3, length))
     module, config, table = ((mistral.MistralEncoder, mistral.MistralConfig, keys.MISTRAL) if kind == "dev" else
                              (qwen3.Qwen3Encoder, qwen3.Qwen3Config, keys.QWEN3))  # fmt: skip
     with torch.no_grad():
-        states = model(input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask), output_hidden_states=True).hidden_states
+        states = model(
+            input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask), output_hidden_states=True
+        ).hidden_states
     layers = mistral.LAYERS if kind == "dev" else qwen3.LAYERS
     expected = torch.cat([states[k] for k in layers], dim=-1).numpy()
     made = ours(model, tmp_path, module, config, table, "model")
@@ -120,7 +128,10 @@ def test_autoencoder(generate, tmp_path, options):
     model = generate.loud(generate.autoencoder(4, (8, 16, 32), **options), 0.12, torch.Generator().manual_seed(0))
     patches = torch.randn(2, 16, 3, 5, generator=torch.Generator().manual_seed(1))
     image = torch.randn(2, 3, 24, 40, generator=torch.Generator().manual_seed(2))
-    mean, std = (x.view(1, -1, 1, 1) for x in (model.bn.running_mean, torch.sqrt(model.bn.running_var + model.config.batch_norm_eps)))
+    mean, std = (
+        x.view(1, -1, 1, 1)
+        for x in (model.bn.running_mean, torch.sqrt(model.bn.running_var + model.config.batch_norm_eps))
+    )
     with torch.no_grad():
         decoded = model.decode(Flux2KleinPipeline._unpatchify_latents(patches * std + mean)).sample
         encoded = (Flux2KleinPipeline._patchify_latents(model.encode(image).latent_dist.mode()) - mean) / std
@@ -190,7 +201,11 @@ def test_tokens(generate, tmp_path, kind, side):
     prompts = ["", "a dog", "東京 [IMG] at night", "x" * 500, "<|im_end|> {{ injected }} {% raw %}", " spaces  \n"]
     words.save_pretrained(tmp_path)
     ours = text.ChatTokenizer(str(tmp_path), text.DEV if kind == "dev" else text.KLEIN)
-    get = Flux2Pipeline._get_mistral_3_small_prompt_embeds if kind == "dev" else Flux2KleinPipeline._get_qwen3_prompt_embeds
+    get = (
+        Flux2Pipeline._get_mistral_3_small_prompt_embeds
+        if kind == "dev"
+        else Flux2KleinPipeline._get_qwen3_prompt_embeds
+    )
     module = get.__globals__
     device = module.get("get_module_execution_device")
     for length in (64, 300):
@@ -208,9 +223,23 @@ def test_tokens(generate, tmp_path, kind, side):
 
 
 EXTRA = {
-    "wide": dict(kind="base", heads=4, axes=(8, 8, 8, 8), layers=1, single=1, channels=16, groups=4, width=24, vae=dict(sizes=(8, 16, 16, 16))),
-    "deep": dict(kind="distilled", heads=2, axes=(6, 4, 4, 2), layers=3, single=5, channels=2, mlp_ratio=2.0, side="left"),
-    "static": dict(kind="dev", heads=2, axes=(4, 4, 4, 4), layers=2, single=2, channels=4, dynamic=False, depth=35, width=32),
+    "wide": dict(
+        kind="base",
+        heads=4,
+        axes=(8, 8, 8, 8),
+        layers=1,
+        single=1,
+        channels=16,
+        groups=4,
+        width=24,
+        vae=dict(sizes=(8, 16, 16, 16)),
+    ),
+    "deep": dict(
+        kind="distilled", heads=2, axes=(6, 4, 4, 2), layers=3, single=5, channels=2, mlp_ratio=2.0, side="left"
+    ),
+    "static": dict(
+        kind="dev", heads=2, axes=(4, 4, 4, 4), layers=2, single=2, channels=4, dynamic=False, depth=35, width=32
+    ),
 }
 SEEDS = [("flux2-klein", 1), ("flux2-base", 2), ("flux2-dev", 3), ("wide", 4), ("deep", 5), ("static", 6)]
 
@@ -290,14 +319,21 @@ def meta_model(name, config):
         return Mistral3ForConditionalGeneration(Mistral3Config(text_config=config | {"model_type": "mistral"}))
 
 
-FULL_SIZE = [(part, size) for part in ("transformer", "text") for size in test_flux2.FULL] + [("decoder", None), ("encoder", None)]
+FULL_SIZE = [(part, size) for part in ("transformer", "text") for size in test_flux2.FULL] + [
+    ("decoder", None),
+    ("encoder", None),
+]
 
 
 @pytest.mark.parametrize("part,size", FULL_SIZE)
 def test_full_size_names_and_shapes(part, size):
     """Tables cover exactly what diffusers and transformers instantiate at FLUX.2's real sizes."""
-    kind = "vae" if size is None else "transformer" if part == "transformer" else "mistral" if size == "dev" else "qwen3"
-    config = {"transformer": lambda: test_flux2.FULL[size] | test_flux2.COMMON, "vae": lambda: test_flux2.VAE}.get(kind, lambda: test_flux2.ENCODERS[size])()
+    kind = (
+        "vae" if size is None else "transformer" if part == "transformer" else "mistral" if size == "dev" else "qwen3"
+    )
+    config = {"transformer": lambda: test_flux2.FULL[size] | test_flux2.COMMON, "vae": lambda: test_flux2.VAE}.get(
+        kind, lambda: test_flux2.ENCODERS[size]
+    )()
     model = meta_model(kind, config)
     found = test_flux2.tensors({name: tuple(value.shape) for name, value in model.state_dict().items()})
     module, cfg, table = {
@@ -327,8 +363,16 @@ def test_transformer_of_bfl(generate, tmp_path):
         guidance_embeds=True, axes_dims_rope=(4, 4, 4, 4)), 0.2, torch.Generator().manual_seed(0))  # fmt: skip
     theirs = model.state_dict()
     d, g = 32, torch.Generator().manual_seed(1)
-    names = {"x_embedder": "img_in", "context_embedder": "txt_in", "proj_out": "final_layer.linear", "norm_out.linear": "final_layer.adaLN_modulation.1"}
-    names |= {f"{n}_modulation{s}.linear": f"{n}_modulation{s}.lin" for n, s in (("double_stream", "_img"), ("double_stream", "_txt"), ("single_stream", ""))}
+    names = {
+        "x_embedder": "img_in",
+        "context_embedder": "txt_in",
+        "proj_out": "final_layer.linear",
+        "norm_out.linear": "final_layer.adaLN_modulation.1",
+    }
+    names |= {
+        f"{n}_modulation{s}.linear": f"{n}_modulation{s}.lin"
+        for n, s in (("double_stream", "_img"), ("double_stream", "_txt"), ("single_stream", ""))
+    }
     for a, b in (("timestep", "time_in"), ("guidance", "guidance_in")):
         names |= {f"time_guidance_embed.{a}_embedder.linear_{i}": f"{b}.{p}_layer" for i, p in ((1, "in"), (2, "out"))}
     bfl = {f"{to}.weight": torch.randn(theirs[f"{name}.weight"].shape, generator=g) * 0.2 for name, to in names.items()}
@@ -339,7 +383,10 @@ def test_transformer_of_bfl(generate, tmp_path):
             bfl |= {f"{at}{n}.weight": torch.randn(shape, generator=g) * 0.2 for n, shape in shapes.items()}
             bfl |= {f"{at}attn.norm.{n}_norm.scale": 1 + 0.2 * torch.randn(16, generator=g) for n in ("query", "key")}
         at = f"single_blocks.{i}."
-        bfl |= {at + "linear1.weight": torch.randn(9 * d, d, generator=g) * 0.2, at + "linear2.weight": torch.randn(d, 4 * d, generator=g) * 0.2}
+        bfl |= {
+            at + "linear1.weight": torch.randn(9 * d, d, generator=g) * 0.2,
+            at + "linear2.weight": torch.randn(d, 4 * d, generator=g) * 0.2,
+        }
         bfl |= {f"{at}norm.{n}_norm.scale": 1 + 0.2 * torch.randn(16, generator=g) for n in ("query", "key")}
     save_file(bfl, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(dict(model.config)))
@@ -347,9 +394,21 @@ def test_transformer_of_bfl(generate, tmp_path):
     img, txt, t = torch.randn(1, 6, 16, generator=g), torch.randn(1, 3, 20, generator=g), torch.tensor([0.4])
     ids, words = (torch.tensor(transformer.positions(3, 2, 3)[part]) for part in (slice(3, None), slice(3)))
     with torch.no_grad():
-        expected = model(hidden_states=img, encoder_hidden_states=txt, timestep=t, img_ids=ids, txt_ids=words, guidance=t).sample
-    module = opened(tmp_path, transformer.Flux2, transformer.Flux2Config, lambda found: keys.transformer_bfl(keys.sizes_of(found)), "model")
-    close(call(module, *(jnp.asarray(x.numpy()) for x in (img, txt, t, t)), transformer.rope_table(module.cfg, 3, 2, 3)), expected.numpy(), 5e-5)
+        expected = model(
+            hidden_states=img, encoder_hidden_states=txt, timestep=t, img_ids=ids, txt_ids=words, guidance=t
+        ).sample
+    module = opened(
+        tmp_path,
+        transformer.Flux2,
+        transformer.Flux2Config,
+        lambda found: keys.transformer_bfl(keys.sizes_of(found)),
+        "model",
+    )
+    close(
+        call(module, *(jnp.asarray(x.numpy()) for x in (img, txt, t, t)), transformer.rope_table(module.cfg, 3, 2, 3)),
+        expected.numpy(),
+        5e-5,
+    )
 
 
 @pytest.mark.parametrize("tokens", [4300, 4352])

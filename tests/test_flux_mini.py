@@ -70,7 +70,11 @@ def spoilt(kind: str, image: np.ndarray) -> np.ndarray:
     if kind == "noise":
         return np.clip(image + np.random.default_rng(0).normal(0, 10, image.shape), 0, 255).astype(np.uint8)
     picture = Image.fromarray(image)
-    changed = {"none": picture, "blur": picture.filter(ImageFilter.GaussianBlur(1)), "half": picture.resize((64, 64), Image.Resampling.BOX)}
+    changed = {
+        "none": picture,
+        "blur": picture.filter(ImageFilter.GaussianBlur(1)),
+        "half": picture.resize((64, 64), Image.Resampling.BOX),
+    }
     return np.asarray(changed[kind])
 
 
@@ -152,7 +156,9 @@ def trained(data, tmp_path_factory):
         adapters.train_adapters(work, 3, size=4)
         train.write(work)
     assert (before["step"], after["step"]) == (3, 5), "a stage goes on where it was stopped"
-    changed = [not np.array_equal(a, b) for a, b in zip(*(jax.tree.leaves(s["params"]) for s in (before, after)), strict=True)]
+    changed = [
+        not np.array_equal(a, b) for a, b in zip(*(jax.tree.leaves(s["params"]) for s in (before, after)), strict=True)
+    ]
     assert np.mean(changed) > 0.9, "gradients reach the whole model"
     return work.folder
 
@@ -166,7 +172,13 @@ def picture(cli, folder: pathlib.Path, name: str, *overrides: str) -> np.ndarray
 
 def arrays(path: pathlib.Path, scale: float = 1.0) -> list[str]:
     """One adapter, from the command line."""
-    values = {"lora_model_name_or_path": path, "weight_name": "null", "adapter_name": "mine", "scale": scale, "from_pt": "true"}
+    values = {
+        "lora_model_name_or_path": path,
+        "weight_name": "null",
+        "adapter_name": "mine",
+        "scale": scale,
+        "from_pt": "true",
+    }
     return [f"lora_config.{key}=[{value}]" for key, value in values.items()]
 
 
@@ -180,7 +192,9 @@ def test_recipe_exports_what_the_runner_runs(trained, tmp_path, cli):
         assert not np.array_equal(picture(cli, tmp_path, name, plain, *arrays(path, 4.0)), first)
         assert np.array_equal(picture(cli, tmp_path, f"{name}-off", plain, *arrays(path, 0.0)), first)
     dev = f"pretrained_model_name_or_path={trained / 'flux-mini-dev'}"
-    weak, strong = (picture(cli, tmp_path, f"g{g}", dev, f"guidance_scale={g}", "num_inference_steps=6") for g in (1.0, 5.0))
+    weak, strong = (
+        picture(cli, tmp_path, f"g{g}", dev, f"guidance_scale={g}", "num_inference_steps=6") for g in (1.0, 5.0)
+    )
     assert not np.array_equal(weak, strong), "the strength of guidance is read"
 
 
@@ -220,14 +234,23 @@ def test_both_formats_say_what_training_multiplies(data, tmp_path, cli):
 
 @pytest.mark.parity
 @pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize(("model", "asked"), [("flux-mini", {}), ("flux-mini-dev", {"num_inference_steps": 6, "guidance_scale": 2.0})])
+@pytest.mark.parametrize(
+    ("model", "asked"), [("flux-mini", {}), ("flux-mini-dev", {"num_inference_steps": 6, "guidance_scale": 2.0})]
+)
 def test_embedded_checkpoint_draws_the_same_in_diffusers(tmp_path, cli, model, asked):
     torch = pytest.importorskip("torch")
     diffusers = pytest.importorskip("diffusers")
 
     folder = pathlib.Path(__file__).parents[1] / "fluxbatch" / "checkpoints" / model
     prompt, size = "a red apple on a blue background", 128
-    arguments = [f"model={model}", f"resolution={size}", "weights_dtype=float32", "activations_dtype=float32", f"output_dir={tmp_path}", "run_name=one"]
+    arguments = [
+        f"model={model}",
+        f"resolution={size}",
+        "weights_dtype=float32",
+        "activations_dtype=float32",
+        f"output_dir={tmp_path}",
+        "run_name=one",
+    ]
     code, err = cli(f"prompt={prompt}", *arguments, "seed=3", *(f"{key}={value}" for key, value in asked.items()))
     assert code == 0, err
     record = metadata(tmp_path / "one")[0]

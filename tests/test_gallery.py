@@ -107,7 +107,9 @@ def test_adapters_are_told_as_such_and_what_is_not_known_is_not_told(store):
 
 
 def test_summary_is_told_in_order_and_the_model_comes_from_the_records(store):
-    gallery.write_gallery(store, [record(0)], [], "a <b> & c", {"images": 12345, "images/s": 2.4321, "speed": None, "<i>": "x<y"})
+    gallery.write_gallery(
+        store, [record(0)], [], "a <b> & c", {"images": 12345, "images/s": 2.4321, "speed": None, "<i>": "x<y"}
+    )
     text = store.read("index.html").decode()
     figures = re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", text)
     assert figures == [("images", "12,345"), ("images/s", "2.43"), ("&lt;i&gt;", "x&lt;y"), ("model", "flux-mini")]
@@ -258,12 +260,21 @@ def test_grid_places_pictures_by_metadata_never_by_name(store):
     jobs = {}
     for number, (steps, guidance) in enumerate([(16, 3.5), (2, 3.5), (16, 7.0), (2, 7.0)]):
         # names that lie: each job calls its images by another row's index
-        rows = [record(0, "a cat", file_name=f"flux_{(number + 1) % 2}.png"), record(1, "a dog", file_name=f"x_{number}.png")]
+        rows = [
+            record(0, "a cat", file_name=f"flux_{(number + 1) % 2}.png"),
+            record(1, "a dog", file_name=f"x_{number}.png"),
+        ]
         write_job(store, f"{number}", rows[::-1] if number == 0 else rows)
-        jobs[f"{number}"] = {"sampler.num_inference_steps": steps, "sampler.guidance_scale": guidance, "model": "flux-mini"}
+        jobs[f"{number}"] = {
+            "sampler.num_inference_steps": steps,
+            "sampler.guidance_scale": guidance,
+            "model": "flux-mini",
+        }
     gallery.write_grid(store, jobs, title="steps")
     page = page_of(store)
-    axes = {axis["key"]: [v.get("label") or v.get("prompt") for v in axis["values"]] for axis in page.data["sweep"]["axes"]}
+    axes = {
+        axis["key"]: [v.get("label") or v.get("prompt") for v in axis["values"]] for axis in page.data["sweep"]["axes"]
+    }
     assert axes == {
         "prompt": ["a cat", "a dog"], "sampler.num_inference_steps": ["2", "16"], "sampler.guidance_scale": ["3.5", "7.0"],
     }  # numbers by size; the key that never varies is no axis  # fmt: skip
@@ -290,7 +301,9 @@ def test_grid_shows_failed_rows_failed_jobs_and_jobs_still_to_come(store):
     write_job(store, "0", [record(0, "a cat"), record(1, "a dog")])
     write_job(store, "1", [record(0, "a cat")], [{"where": "p:2", "index": 1, "id": "1", "reason": "non-finite image"}])
     store.write("2/status.json", b'{"exit_code": 2, "reason": "lora.anime: no such file"}')
-    gallery.write_grid(store, {str(job): {"lora": name} for job, name in enumerate(["none", "pencil", "anime", "late"])})
+    gallery.write_grid(
+        store, {str(job): {"lora": name} for job, name in enumerate(["none", "pencil", "anime", "late"])}
+    )
     page = page_of(store)
     gone = "the job made nothing: lora.anime: no such file"
     assert cells_of(page) == {
@@ -348,7 +361,9 @@ def run(tmp_path):
     records[8] = record(8, "odd", file_name=f"deep er/{odd}", flags="flat", lora='{"anime": 0.8}')
     for entry in records:
         store.write(entry["file_name"], png("red"))
-    gallery.write_gallery(store, records, [{"where": "p:300", "index": 299, "id": "299", "reason": "went <b>wrong</b>"}], "run", {})
+    gallery.write_gallery(
+        store, records, [{"where": "p:300", "index": 299, "id": "299", "reason": "went <b>wrong</b>"}], "run", {}
+    )
     return tmp_path / "run #1 50%" / "index.html"
 
 
@@ -437,4 +452,7 @@ def test_browser_draws_the_grid(tmp_path):
     )
     heads, body = tables("#rows=0&cols=2&q=none")
     assert [re.sub("<.*?>", "", head) for head in heads] == ["steps = 1", "steps = 4"]
-    assert body == [["a cat", f"0/{cat}", "—", "a dog", f"0/{dog}", "—"], ["a cat", f"2/{cat}", "—", "a dog", f"2/{dog}", "—"]]
+    assert body == [
+        ["a cat", f"0/{cat}", "—", "a dog", f"0/{dog}", "—"],
+        ["a cat", f"2/{cat}", "—", "a dog", f"2/{dog}", "—"],
+    ]

@@ -32,7 +32,18 @@ def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("xla")
 
 
-def replica(folder, cache, processes, name="run", devices=2, log=None, first=(), program=("-m", "fluxbatch.run"), places=None, **more):
+def replica(
+    folder,
+    cache,
+    processes,
+    name="run",
+    devices=2,
+    log=None,
+    first=(),
+    program=("-m", "fluxbatch.run"),
+    places=None,
+    **more,
+):
     """Starts the processes of a replica on this machine; ``first``: arguments that only process 0 gets; ``places``:
     for each process the words that start it elsewhere, if the first one's address is not this machine's own."""
     held = hold_port()
@@ -48,7 +59,11 @@ def replica(folder, cache, processes, name="run", devices=2, log=None, first=(),
             "XLA_FLAGS": xla_flags(devices), "JAX_COORDINATOR_ADDRESS": f"{address}:{held.getsockname()[1]}",
             "JAX_NUM_PROCESSES": str(processes), "JAX_PROCESS_ID": str(index)}  # fmt: skip
         file = open(folder / f"{log or name}.{index}.log", "w")  # noqa: SIM115
-        started.append(subprocess.Popen([*prefixes[index], *command, *(first if index == 0 else ())], env=env, stdout=file, stderr=file))
+        started.append(
+            subprocess.Popen(
+                [*prefixes[index], *command, *(first if index == 0 else ())], env=env, stdout=file, stderr=file
+            )
+        )
     started[0].port = held  # as long as there is a process to look at
     return started
 
@@ -68,7 +83,9 @@ def test_several_processes_make_the_pictures_of_one(tmp_path, cache, count, devi
     rows = (GOLDEN / "dev.jsonl").read_text().splitlines()
     rows = rows if count == 2 else [rows[0], rows[3]]  # of one size: four processes on few cores compile for long
     (tmp_path / "rows.jsonl").write_text("\n".join(rows) + "\n")
-    processes = replica(tmp_path, cache, count, devices=devices, manifest=tmp_path / "rows.jsonl", sharding="single", **flags)
+    processes = replica(
+        tmp_path, cache, count, devices=devices, manifest=tmp_path / "rows.jsonl", sharding="single", **flags
+    )
     assert [p.wait(timeout=600) for p in processes] == [0] * count, said(tmp_path)
     expected = np.load(GOLDEN / "dev.npz")
     made = images(tmp_path / "run")
@@ -181,7 +198,14 @@ def test_a_failure_of_one_is_known_to_all_at_once(tmp_path, cache):
 @pytest.mark.slow
 def test_one_of_four_killed_anywhere(tmp_path, cache):
     """Nothing is lost or doubled however often it happens; the last start is left in peace."""
-    more = {"manifest": long_manifest(tmp_path), "resolution": 16, "shard_size": 32, "devices": 1, "sharding": "single", "ici_data_parallelism": -1}
+    more = {
+        "manifest": long_manifest(tmp_path),
+        "resolution": 16,
+        "shard_size": 32,
+        "devices": 1,
+        "sharding": "single",
+        "ici_data_parallelism": -1,
+    }
     rng = random.Random(0)
     for _ in range(KILLS):
         processes = replica(tmp_path, cache, 4, **more)
@@ -209,13 +233,19 @@ def two_hosts(tmp_path):
         return subprocess.run(["ip", *words], capture_output=True, text=True)
 
     try:
-        made = [ip("netns", "add", name) for name in names] + [ip("link", "add", "va", "netns", names[0], "type", "veth", "peer", "vb", "netns", names[1])]
+        made = [ip("netns", "add", name) for name in names] + [
+            ip("link", "add", "va", "netns", names[0], "type", "veth", "peer", "vb", "netns", names[1])
+        ]
         if any(done.returncode for done in made):
             pytest.skip(f"no network namespaces here: {''.join(done.stderr for done in made)}")
         (tmp_path / "hosts").write_text("127.0.0.1 localhost\n10.9.8.1 hosta\n10.9.8.2 hostb\n")
         places = []
         for name, letter, number in zip(names, "ab", "12", strict=True):
-            for words in (["addr", "add", f"10.9.8.{number}/24", "dev", f"v{letter}"], ["link", "set", f"v{letter}", "up"], ["link", "set", "lo", "up"]):
+            for words in (
+                ["addr", "add", f"10.9.8.{number}/24", "dev", f"v{letter}"],
+                ["link", "set", f"v{letter}", "up"],
+                ["link", "set", "lo", "up"],
+            ):
                 assert ip("-n", name, *words).returncode == 0
             there = f'mount --bind {tmp_path / "hosts"} /etc/hosts && hostname host{letter} && exec "$@"'
             places.append(["ip", "netns", "exec", name, "unshare", "-m", "-u", "sh", "-c", there, "sh"])
@@ -230,14 +260,27 @@ def two_hosts(tmp_path):
 def test_a_cut_link_ends_both_sides(tmp_path, cache, two_hosts):
     """Nobody dies and nobody answers: with a heartbeat of 10 s both end within 15 s, and the next start completes."""
     places, link = two_hosts
-    more = {"manifest": long_manifest(tmp_path), "resolution": 16, "shard_size": 32, "places": places, "devices": 1, "num_inference_steps": 2}
-    impatient = "from fluxbatch.distributed import backend\nbackend.HEARTBEAT = 10\nfrom fluxbatch import run\nrun.main()"
+    more = {
+        "manifest": long_manifest(tmp_path),
+        "resolution": 16,
+        "shard_size": 32,
+        "places": places,
+        "devices": 1,
+        "num_inference_steps": 2,
+    }
+    impatient = (
+        "from fluxbatch.distributed import backend\nbackend.HEARTBEAT = 10\nfrom fluxbatch import run\nrun.main()"
+    )
     processes = replica(tmp_path, cache, 2, program=("-c", impatient), **more)
     wait_for(processes, tmp_path / "run", 12)
     link("down")
     begun = time.monotonic()
     codes = [p.wait(timeout=60) for p in processes]
-    assert time.monotonic() - begun < 15 and {*codes} <= {76, -signal.SIGABRT}, (codes, time.monotonic() - begun, said(tmp_path))
+    assert time.monotonic() - begun < 15 and {*codes} <= {76, -signal.SIGABRT}, (
+        codes,
+        time.monotonic() - begun,
+        said(tmp_path),
+    )
     assert 12 <= pictures(tmp_path / "run") < ROWS
     link("up")
     processes = replica(tmp_path, cache, 2, **more)
@@ -272,7 +315,15 @@ def test_processes_that_disagree_are_told(tmp_path, cache):
     """One sees another manifest: nobody starts."""
     (tmp_path / "rows.jsonl").write_text('{"prompt": "one"}\n')
     (tmp_path / "other.jsonl").write_text('{"prompt": "two"}\n')
-    processes = replica(tmp_path, cache, 2, "odd", first=[f"manifest={tmp_path / 'other.jsonl'}"], manifest=tmp_path / "rows.jsonl", resolution=16)
+    processes = replica(
+        tmp_path,
+        cache,
+        2,
+        "odd",
+        first=[f"manifest={tmp_path / 'other.jsonl'}"],
+        manifest=tmp_path / "rows.jsonl",
+        resolution=16,
+    )
     assert [p.wait(timeout=120) for p in processes] == [2, 2], said(tmp_path, "odd")
     assert said(tmp_path, "odd").count("sees another manifest") == 2
 
@@ -282,16 +333,36 @@ def test_a_compilation_cache_needs_what_jax_writes_with(cli, golden, tmp_path, m
     """There it would keep nothing, or fail when the first program is compiled. A plan or a launch spec for elsewhere may name it."""
     asked = []
     monkeypatch.setattr("importlib.util.find_spec", asked.append)
-    code, err = cli(f"pretrained_model_name_or_path={golden / 'dev'}", "prompt=a fox", f"output_dir={tmp_path}", "hardware=cpu", f"jax_cache_dir={address}")
-    assert (code, err) == (2, f"fluxbatch: error: jax_cache_dir={address}: expected a local directory, null, or gs://bucket/prefix where gcsfs is installed\n")
+    code, err = cli(
+        f"pretrained_model_name_or_path={golden / 'dev'}",
+        "prompt=a fox",
+        f"output_dir={tmp_path}",
+        "hardware=cpu",
+        f"jax_cache_dir={address}",
+    )
+    assert (code, err) == (
+        2,
+        f"fluxbatch: error: jax_cache_dir={address}: expected a local directory, null, or gs://bucket/prefix where gcsfs is installed\n",
+    )
     assert asked == ["gcsfs"] * address.startswith("gs") and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("environment,word", [
-    ({"JAX_NUM_PROCESSES": "2"}, "JAX_PROCESS_ID"), ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "5"}, "JAX_PROCESS_ID"),
-    ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}, "JAX_COORDINATOR_ADDRESS is not set: expected host:port"),
-    ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1", "JAX_COORDINATOR_ADDRESS": "node0"}, "JAX_COORDINATOR_ADDRESS=node0: expected host:port"),
-    ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0", "JAX_COORDINATOR_ADDRESS": "busy"}, "process 0 cannot listen there: Address already in use")])
+@pytest.mark.parametrize(
+    "environment,word",
+    [
+        ({"JAX_NUM_PROCESSES": "2"}, "JAX_PROCESS_ID"),
+        ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "5"}, "JAX_PROCESS_ID"),
+        ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}, "JAX_COORDINATOR_ADDRESS is not set: expected host:port"),
+        (
+            {"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1", "JAX_COORDINATOR_ADDRESS": "node0"},
+            "JAX_COORDINATOR_ADDRESS=node0: expected host:port",
+        ),
+        (
+            {"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0", "JAX_COORDINATOR_ADDRESS": "busy"},
+            "process 0 cannot listen there: Address already in use",
+        ),
+    ],
+)
 def test_an_unsound_environment_is_one_line(cli, golden, tmp_path, monkeypatch, environment, word):
     """Among it another program at the coordinator's port: JAX would crash there, or share it with another replica's."""
     monkeypatch.delenv("JAX_COORDINATOR_ADDRESS", raising=False)
@@ -299,6 +370,8 @@ def test_an_unsound_environment_is_one_line(cli, golden, tmp_path, monkeypatch, 
     other.listen()
     for name, value in environment.items():
         monkeypatch.setenv(name, value if value != "busy" else "127.0.0.1:{1}".format(*other.getsockname()))
-    code, err = cli(f"pretrained_model_name_or_path={golden / 'dev'}", "prompt=a fox", f"output_dir={tmp_path}", "hardware=cpu")
+    code, err = cli(
+        f"pretrained_model_name_or_path={golden / 'dev'}", "prompt=a fox", f"output_dir={tmp_path}", "hardware=cpu"
+    )
     other.close()
     assert code == 2 and word in err and "Traceback" not in err

@@ -48,7 +48,9 @@ def hub(tmp_path, monkeypatch):
             return str(folder)
 
         def list_repo_files(self, repo, revision=None):
-            return sorted(str(path.relative_to(self.root / repo)) for path in (self.root / repo).rglob("*") if path.is_file())
+            return sorted(
+                str(path.relative_to(self.root / repo)) for path in (self.root / repo).rglob("*") if path.is_file()
+            )
 
     made = Hub()
     for name in ("snapshot_download", "list_repo_files"):
@@ -85,7 +87,10 @@ def test_a_checkpoint_of_a_repository(hub, published, golden):
     assert "transformer/diffusion_pytorch_model.safetensors" not in hub.fetched
 
     apart = {short: str(golden / "dev") for short in ("clip", "t5")} | {"vae": str(golden / "dev/vae")}
-    for name, file in ((published, "transformer/diffusion_pytorch_model.safetensors"), (f"{published}/flux1-dev.safetensors", "flux1-dev.safetensors")):
+    for name, file in (
+        (published, "transformer/diffusion_pytorch_model.safetensors"),
+        (f"{published}/flux1-dev.safetensors", "flux1-dev.safetensors"),
+    ):
         open_checkpoint(model(name, **apart))
         assert weights(hub.fetched) == {file}
 
@@ -115,12 +120,18 @@ def test_an_adapter_of_a_repository(hub):
     repo = hub.root / "o/loras"
     for name in ("one", "two"):
         files.save(repo / f"{name}.safetensors", maker.lora({"lora_unet_double_blocks_0_img_attn_proj": (3072, 3072)}))
-    files.save(repo / "deep/adapter_model.safetensors", maker.peft({"base_model.model.transformer_blocks.0.attn.to_q": (3072, 3072)}))
+    files.save(
+        repo / "deep/adapter_model.safetensors",
+        maker.peft({"base_model.model.transformer_blocks.0.attn.to_q": (3072, 3072)}),
+    )
     (repo / "deep/adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 16}))
     for given in (dict(path="o/loras/one.safetensors"), dict(path="o/loras", weight_name="one.safetensors")):
         assert read(**given).file.endswith("one.safetensors")
         assert hub.fetched == ("deep/adapter_config.json", "one.safetensors")
-    for given in (dict(path="o/loras/deep/adapter_model.safetensors"), dict(path="o/loras", weight_name="deep/adapter_model.safetensors")):
+    for given in (
+        dict(path="o/loras/deep/adapter_model.safetensors"),
+        dict(path="o/loras", weight_name="deep/adapter_model.safetensors"),
+    ):
         (delta,) = read(**given).changes["transformer"].values()
         assert delta.scale == 16 / 4
         assert hub.fetched == ("deep/adapter_config.json", "deep/adapter_model.safetensors")
@@ -133,7 +144,10 @@ def test_an_adapter_of_a_repository(hub):
 def test_a_page_of_the_hub_is_its_file(hub, published, golden):
     """Downloads are redirected, and gated ones need the token: they are fetched as from the repository."""
     page = f"https://huggingface.co/{published}"
-    for address, revision in ((f"{page}/resolve/main/ae.safetensors", "main"), (f"{page}/blob/refs%2Fpr%2F1/ae.safetensors?download=true", "refs/pr/1")):
+    for address, revision in (
+        (f"{page}/resolve/main/ae.safetensors", "main"),
+        (f"{page}/blob/refs%2Fpr%2F1/ae.safetensors?download=true", "refs/pr/1"),
+    ):
         vae = open_checkpoint(model(golden / "dev", vae=address)).components["vae"]
         assert vae.where.endswith(f"{COMMIT}/ae.safetensors") and hub.revision == revision
     for address, revision in ((page, None), (f"{page}/tree/v1", "v1"), (f"{page}/", None)):
@@ -152,7 +166,9 @@ def test_a_repository_of_single_files_says_which(hub, published):
         with pytest.raises(UserError) as error:
             open_checkpoint(model(**given))
         assert len(error.value.lines) == 1 and not weights(hub.fetched)
-        assert "by name: kijai/flux/flux1-dev-bf16.safetensors, kijai/flux/flux1-dev-fp8.safetensors" in str(error.value)
+        assert "by name: kijai/flux/flux1-dev-bf16.safetensors, kijai/flux/flux1-dev-fp8.safetensors" in str(
+            error.value
+        )
 
 
 def test_a_converted_copy_of_a_repository(hub, golden):

@@ -80,7 +80,8 @@ def test_flat_images():
 
 
 @pytest.mark.parametrize(
-    "pixels", [np.zeros((8, 8, 3)), np.zeros((8, 8), np.uint8), np.zeros((8, 8, 4), np.uint8), np.zeros((2, 8, 8, 3), np.uint8)]
+    "pixels",
+    [np.zeros((8, 8, 3)), np.zeros((8, 8), np.uint8), np.zeros((8, 8, 4), np.uint8), np.zeros((2, 8, 8, 3), np.uint8)],
 )
 def test_other_arrays_are_refused(pixels):
     with pytest.raises(ValueError, match="expected uint8"):

@@ -29,8 +29,17 @@ module = importlib.util.module_from_spec(_spec)
 sys.modules["render"] = module  # its dataclasses ask for it
 _spec.loader.exec_module(module)
 
-WORDS = ["model=flux-dev", "sharding=fsdp", "manifest=gs://bucket/prompts.jsonl", "output_dir=gs://bucket/out", "run_name=night", "replica_count=6",
-         "image=eu.pkg.dev/p/fluxbatch", "project=p", "hf_token_secret=hf"]
+WORDS = [
+    "model=flux-dev",
+    "sharding=fsdp",
+    "manifest=gs://bucket/prompts.jsonl",
+    "output_dir=gs://bucket/out",
+    "run_name=night",
+    "replica_count=6",
+    "image=eu.pkg.dev/p/fluxbatch",
+    "project=p",
+    "hf_token_secret=hf",
+]
 
 FLAVOR = {"gpu": "cuda", "tpu": "tpu"}  # of the image
 
@@ -85,10 +94,18 @@ def check(kind, text, target, replicas=6):
         spec = yaml.safe_load(text)
         if kind == "jobset":
             pytest.importorskip("jsonschema").validate(spec, JOBSET)
-            job, size, restarts = at(spec, "spec", "replicatedJobs", 0, "template", "spec"), target.hosts, "backoffLimit"
+            job, size, restarts = (
+                at(spec, "spec", "replicatedJobs", 0, "template", "spec"),
+                target.hosts,
+                "backoffLimit",
+            )
             assert at(spec, "spec", "replicatedJobs", 0, "replicas") == replicas
             assert spec["metadata"]["name"] == at(spec, "spec", "network", "subdomain")
-            judge.validate({"apiVersion": "batch/v1", "kind": "Job", "metadata": spec["metadata"], "spec": job}, "1.32", strict=True)
+            judge.validate(
+                {"apiVersion": "batch/v1", "kind": "Job", "metadata": spec["metadata"], "spec": job},
+                "1.32",
+                strict=True,
+            )
         else:
             judge.validate(spec, "1.32", strict=True)
             job, size, restarts = at(spec, "spec", "jobTemplate", "spec"), replicas, "backoffLimitPerIndex"
@@ -105,7 +122,9 @@ def check(kind, text, target, replicas=6):
             check_schedule(spec["schedule"])
             place = r"projects/[\w-]+/locations/[\w-]+"
             assert re.fullmatch(rf"https://batch\.googleapis\.com/v1/{place}/jobs", at(spec, "httpTarget", "uri"))
-            assert at(spec, "httpTarget", "httpMethod") == "POST" and re.fullmatch(rf"{place}/jobs/[a-z0-9-]+", spec["name"])
+            assert at(spec, "httpTarget", "httpMethod") == "POST" and re.fullmatch(
+                rf"{place}/jobs/[a-z0-9-]+", spec["name"]
+            )
             assert at(spec, "httpTarget", "oauthToken", "serviceAccountEmail") == "fluxbatch@p.iam.gserviceaccount.com"
             spec = json.loads(base64.b64decode(at(spec, "httpTarget", "body"), validate=True))
         protobuf.ParseDict(spec, batch_v1.Job.pb(batch_v1.Job()))
@@ -120,20 +139,34 @@ def check_schedule(text):
 
 def check_job(name, job, target, size, restarts, replicas, kind):
     pod = at(job, "template", "spec")
-    container, = pod["containers"]
+    (container,) = pod["containers"]
     assert (job["parallelism"], job["completions"], job["completionMode"]) == (size, size, "Indexed")
-    assert 1 <= job[restarts] <= 100 and pod["restartPolicy"] == "Never" and 30 <= pod["terminationGracePeriodSeconds"] <= 600
+    assert (
+        1 <= job[restarts] <= 100
+        and pod["restartPolicy"] == "Never"
+        and 30 <= pod["terminationGracePeriodSeconds"] <= 600
+    )
     (final, again, lost) = at(job, "podFailurePolicy", "rules")
-    assert final["action"] == {"jobset": "FailJob", "cronjob": "FailIndex"}[kind] and again["action"] == lost["action"] == "Ignore"
+    assert (
+        final["action"] == {"jobset": "FailJob", "cronjob": "FailIndex"}[kind]
+        and again["action"] == lost["action"] == "Ignore"
+    )
     assert at(final, "onExitCodes", "values") == [2, 3]
     codes = at(again, "onExitCodes", "values")
-    assert {75, 76, 134} <= {*codes} and not {0, 1, 2, 3} & {*codes} and at(lost, "onPodConditions", 0, "type") == "DisruptionTarget"
-    limit, = container["resources"]["limits"].items()
+    assert (
+        {75, 76, 134} <= {*codes}
+        and not {0, 1, 2, 3} & {*codes}
+        and at(lost, "onPodConditions", 0, "type") == "DisruptionTarget"
+    )
+    (limit,) = container["resources"]["limits"].items()
     assert limit == ({"tpu": "google.com/tpu", "gpu": "nvidia.com/gpu"}[target.hardware], target.chips)
     selector = pod["nodeSelector"]
     if target.hardware == "tpu":
         width, height = map(int, selector["cloud.google.com/gke-tpu-topology"].split("x"))
-        assert width * height == target.hosts * target.chips and selector["cloud.google.com/gke-tpu-accelerator"] == "tpu-v6e-slice"
+        assert (
+            width * height == target.hosts * target.chips
+            and selector["cloud.google.com/gke-tpu-accelerator"] == "tpu-v6e-slice"
+        )
     else:
         assert selector["cloud.google.com/gke-accelerator"] == target.accelerator
     args = container["args"]
@@ -142,30 +175,41 @@ def check_job(name, job, target, size, restarts, replicas, kind):
     env = {entry["name"]: entry for entry in container["env"]}
     assert at(env, "HF_TOKEN", "valueFrom", "secretKeyRef") == {"name": "hf", "key": "HF_TOKEN"}
     if kind == "jobset":
-        assert "replica_index=$(REPLICA_INDEX)" in args and "job-index'" in at(env, "REPLICA_INDEX", "valueFrom", "fieldRef", "fieldPath")
+        assert "replica_index=$(REPLICA_INDEX)" in args and "job-index'" in at(
+            env, "REPLICA_INDEX", "valueFrom", "fieldRef", "fieldPath"
+        )
     if target.hosts > 1:
         assert env["JAX_NUM_PROCESSES"]["value"] == str(target.hosts)
-        assert re.fullmatch(rf"{name}-replica-\$\(REPLICA_INDEX\)-0\.{name}:\d{{4,5}}", env["JAX_COORDINATOR_ADDRESS"]["value"])
+        assert re.fullmatch(
+            rf"{name}-replica-\$\(REPLICA_INDEX\)-0\.{name}:\d{{4,5}}", env["JAX_COORDINATOR_ADDRESS"]["value"]
+        )
         assert "job-completion-index'" in at(env, "JAX_PROCESS_ID", "valueFrom", "fieldRef", "fieldPath")
-        assert list(env).index("REPLICA_INDEX") < list(env).index("JAX_COORDINATOR_ADDRESS")  # defined before it is used
+        assert list(env).index("REPLICA_INDEX") < list(env).index(
+            "JAX_COORDINATOR_ADDRESS"
+        )  # defined before it is used
     else:
         assert not any(name.startswith("JAX_") for name in env)
 
 
 def check_batch(spec, target, replicas):
-    group, = spec["taskGroups"]
+    (group,) = spec["taskGroups"]
     assert group["taskCount"] == group["parallelism"] == replicas <= 10_000 and group["taskCountPerNode"] == 1
     task = group["taskSpec"]
     assert 1 <= task["maxRetryCount"] <= 10
     retry, fail = task["lifecyclePolicies"]
     assert retry["action"] == "RETRY_TASK" and {1, 75, 76, 134, 50001} <= {*at(retry, "actionCondition", "exitCodes")}
     assert fail["action"] == "FAIL_TASK" and at(fail, "actionCondition", "exitCodes") == [2, 3]
-    instance, = at(spec, "allocationPolicy", "instances")
+    (instance,) = at(spec, "allocationPolicy", "instances")
     assert instance["installGpuDrivers"] is True and instance["policy"]["machineType"] == target.machine
-    assert instance["policy"]["provisioningModel"] in ("SPOT", "STANDARD") and 50 <= at(instance, "policy", "bootDisk", "sizeGb") <= 65_536
+    assert (
+        instance["policy"]["provisioningModel"] in ("SPOT", "STANDARD")
+        and 50 <= at(instance, "policy", "bootDisk", "sizeGb") <= 65_536
+    )
     container = at(task, "runnables", 0, "container")
     assert container["imageUri"] == f"eu.pkg.dev/p/fluxbatch:{FLAVOR[target.hardware]}"
-    assert at(task, "runnables", 0, "environment", "secretVariables") == {"HF_TOKEN": "projects/p/secrets/hf/versions/latest"}
+    assert at(task, "runnables", 0, "environment", "secretVariables") == {
+        "HF_TOKEN": "projects/p/secrets/hf/versions/latest"
+    }
     assert f"hardware={target.hardware}" in container["commands"]
     assert not any(word.startswith("replica_") for word in container["commands"])  # Batch says it
 
@@ -270,8 +314,12 @@ def test_targets_have_the_names_of_the_plan(render):
         text, code = render(f"target={name}")
         assert code == 0, text
         assert text == render(f"target={other}")[0]
-    text, code = render("kind=slurm", "target=2x4090-4", "hf_token_secret=null", "image=null", "manifest=rows.jsonl", "output_dir=out")
-    assert code == 0 and "#SBATCH --nodes=2\n" in text and "#SBATCH --gpus-per-node=4\n" in text  # a cluster has what it has
+    text, code = render(
+        "kind=slurm", "target=2x4090-4", "hf_token_secret=null", "image=null", "manifest=rows.jsonl", "output_dir=out"
+    )
+    assert (
+        code == 0 and "#SBATCH --nodes=2\n" in text and "#SBATCH --gpus-per-node=4\n" in text
+    )  # a cluster has what it has
 
 
 def test_an_image_with_a_tag_or_digest_is_taken_as_it_is(render):
@@ -281,22 +329,35 @@ def test_an_image_with_a_tag_or_digest_is_taken_as_it_is(render):
 
 
 def test_a_gated_checkpoint_without_a_token_is_remarked_on(capsys):
-    for words, remarked in (([], False), (["hf_token_secret=null"], True), (["hf_token_secret=null", "pretrained_model_name_or_path=gs://b/dev"], False)):
+    for words, remarked in (
+        ([], False),
+        (["hf_token_secret=null"], True),
+        (["hf_token_secret=null", "pretrained_model_name_or_path=gs://b/dev"], False),
+    ):
         with pytest.raises(SystemExit) as stop:
             module.application.main(module.render, schema=module.Launch, argv=[*WORDS, *words])
         assert not stop.value.code and ("black-forest-labs/FLUX.1-dev is gated" in capsys.readouterr().err) == remarked
 
 
 def test_slurm_has_a_task_for_each_gpu_and_an_array_of_replicas(render, tmp_path):
-    text, code = render("kind=slurm", "target=2xh100-8", "hf_token_secret=null", "prompt='a fox, it''s red'", "manifest=null")
+    text, code = render(
+        "kind=slurm", "target=2xh100-8", "hf_token_secret=null", "prompt='a fox, it''s red'", "manifest=null"
+    )
     assert code == 0
     for line in ("--array=0-5", "--nodes=2", "--ntasks-per-node=8", "--gpus-per-node=8", "--requeue"):
         assert f"#SBATCH {line}\n" in text
     # It runs what it should, and puts back into the queue what wants another start.
-    for name, body in {"srun": 'printf "%s\\n" "$@" >> said; exit $CODE', "scontrol": 'echo "scontrol $*" >> said'}.items():
+    for name, body in {
+        "srun": 'printf "%s\\n" "$@" >> said; exit $CODE',
+        "scontrol": 'echo "scontrol $*" >> said',
+    }.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
         (tmp_path / name).chmod(0o755)
-    env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_ARRAY_JOB_ID": "9", "SLURM_ARRAY_TASK_ID": "3"}
+    env = os.environ | {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "SLURM_ARRAY_JOB_ID": "9",
+        "SLURM_ARRAY_TASK_ID": "3",
+    }
     for code, requeued in ((0, False), (3, False), (75, True), (76, True), (134, True)):
         (tmp_path / "said").unlink(missing_ok=True)
         done = subprocess.run(["bash"], input=text, text=True, cwd=tmp_path, env=env | {"CODE": str(code)})
@@ -312,7 +373,7 @@ def test_words_are_written_as_people_write_them(render):
     assert code == 0, text
     assert ("python -m fluxbatch.run hardware=gpu model=flux-dev manifest=/data/p.jsonl output_dir=\"/data/out put\" "
             "run_name=\"it's\" lora=\"[]\" seed=8 prompt_2=\n") in text  # fmt: skip
-    assert "#SBATCH --job-name=\"it's\"\n" in text
+    assert '#SBATCH --job-name="it\'s"\n' in text
     text, _ = render("prompt=a fox, (red)", "manifest=null")
     assert "- prompt=a fox, (red)\n" in text and "- output_dir=gs://bucket/out\n" in text
 
@@ -391,7 +452,13 @@ def test_what_is_slurms_alone_is_refused_elsewhere(render):
 
 
 def test_help_names_the_script_and_all_its_keys():
-    done = subprocess.run([sys.executable, "jobs/launch/render.py", "--help"], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "jobs/launch/render.py", "--help"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0 and "Usage: python jobs/launch/render.py " in done.stdout
     assert all(f"\n  {key}=" in done.stdout for key in module.Launch.__annotations__)
     assert "\n  schedule=0 3 * * *        of kind=cronjob" in done.stdout  # with its comment
@@ -434,12 +501,16 @@ def test_replicas_on_this_machine_survive_a_kill(tmp_path):
              f"manifest={long_manifest(tmp_path)}"]  # fmt: skip
     env = os.environ | {"XLA_FLAGS": xla_flags(1), "PYTHONPATH": str(ROOT)}
     with open(tmp_path / "log", "w") as log:
-        local = subprocess.Popen([sys.executable, LAUNCH / "local.py", "2", "2", *words], env=env, stdout=log, stderr=log)
+        local = subprocess.Popen(
+            [sys.executable, LAUNCH / "local.py", "2", "2", *words], env=env, stdout=log, stderr=log
+        )
     end = time.monotonic() + 250
     while pictures(tmp_path / "run") < 20:
         assert time.monotonic() < end and local.poll() is None, (tmp_path / "log").read_text()[-2000:]
         time.sleep(0.01)
-    children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(local.pid)], capture_output=True, text=True).stdout.split()
+    children = subprocess.run(
+        ["ps", "-o", "pid=", "--ppid", str(local.pid)], capture_output=True, text=True
+    ).stdout.split()
     assert len(children) == 4
     os.kill(int(children[-1]), signal.SIGKILL)
     assert local.wait(timeout=300) == 0, (tmp_path / "log").read_text()[-2000:]

@@ -23,7 +23,10 @@ def conv(size, **options):
 
 def plain(module, x, padding):
     """In float64, pixel by pixel."""
-    kernel, x = np.asarray(module.kernel[...], np.float64), np.pad(np.asarray(x, np.float64), ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+    kernel, x = (
+        np.asarray(module.kernel[...], np.float64),
+        np.pad(np.asarray(x, np.float64), ((0, 0), (padding, padding), (padding, padding), (0, 0))),
+    )
     size = kernel.shape[2]
     windows = np.lib.stride_tricks.sliding_window_view(x, (size, size), (1, 2))
     return np.einsum("bhwcij,ocij->bhwo", windows, kernel) + np.asarray(module.bias[...])
@@ -57,7 +60,9 @@ def test_pictures_in_bands():
     cfg = VaeConfig(4, (8, 16), 1, 4, 1.0, 0.0, True, True, True)
     latents = jax.random.normal(jax.random.key(1), (2, 12, 6, 4))
     whole, bands = (jax.jit(filled(Decoder(cfg, rngs=None, bands=bands))) for bands in (1, 8))
-    assert "conv_general_dilated" in (program := str(jax.make_jaxpr(bands)(latents))) and "f32[8,5,6,16]" in program  # 4 bands of 3 rows, and 2
+    assert (
+        "conv_general_dilated" in (program := str(jax.make_jaxpr(bands)(latents))) and "f32[8,5,6,16]" in program
+    )  # 4 bands of 3 rows, and 2
     assert np.abs(np.asarray(bands(latents)) - np.asarray(whole(latents))).max() < 1e-5
     alone = [str(jax.make_jaxpr(by.__wrapped__)(latents[:, :7])) for by in (whole, bands)]
     assert alone[0] == alone[1] and "conv_general_dilated" in alone[0]  # seven rows have no bands
@@ -101,6 +106,9 @@ MODELS = {
 def test_a_model_without_values_has_the_shapes_of_one_with_them(name):
     graph, state = nnx.split(MODELS[name](None))
     real_graph, real = nnx.split(nnx.eval_shape(lambda: MODELS[name](nnx.Rngs(0))), nnx.Param, ...)[:2]
-    parameters = lambda state: [(keys, leaf.get_value().shape, leaf.get_value().dtype, leaf.get_metadata()["axes"]) for keys, leaf in nnx.to_flat_state(state)]  # noqa: E731
+    parameters = lambda state: [
+        (keys, leaf.get_value().shape, leaf.get_value().dtype, leaf.get_metadata()["axes"])
+        for keys, leaf in nnx.to_flat_state(state)
+    ]  # noqa: E731
     assert parameters(state) == parameters(real)
     assert str(jax.tree.structure(nnx.merge(graph, real))) == str(jax.tree.structure(nnx.merge(real_graph, real)))

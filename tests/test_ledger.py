@@ -233,7 +233,10 @@ def test_ids_that_count_the_rows_are_ids_all_the_same():
     store = MemoryStore()
     run(store, rows)
     before = {line["id"]: line["sha256"] for line in metadata(store)}
-    order = [plain.row(0, id="new"), *(dataclasses.replace(rows[k], index=1 + i, seed=43 + i) for i, k in enumerate((2, 0, 3, 1)))]
+    order = [
+        plain.row(0, id="new"),
+        *(dataclasses.replace(rows[k], index=1 + i, seed=43 + i) for i, k in enumerate((2, 0, 3, 1))),
+    ]
     assert assign(open_ledger(store), order)[0] == order[:1]
     assert run(store, order).left == 0
     lines = metadata(store)
@@ -377,7 +380,9 @@ def test_a_run_does_not_write_over_its_own_manifest(tmp_path):
     for _begun in (False, True):
         for manifest in (run / "metadata.jsonl", run / ".." / "foo" / "metadata.jsonl", tmp_path / "link.jsonl"):
             job = plain.job(manifest=str(manifest), output_dir=str(tmp_path / "exp"), run_name="foo", overwrite=True)
-            with pytest.raises(UserError, match=r"manifest=.*: the run would write its metadata.jsonl there; give another run_name"):
+            with pytest.raises(
+                UserError, match=r"manifest=.*: the run would write its metadata.jsonl there; give another run_name"
+            ):
                 open_location(job)
         open_ledger(open_location(dataclasses.replace(job, manifest=str(tmp_path / "other.jsonl"))), overwrite=True)
 
@@ -541,7 +546,9 @@ def test_a_run_of_another_format_is_refused_in_one_line():
     Ledger(store, {"a": 1}, writer_id="w")
     for document in (b'{"a": 1}', b'{"a": 1, "layout": 9}'):
         store.objects[".fluxbatch/job.json"] = document
-        with pytest.raises(UserError, match=r"job.json: layout [19], expected 2: another version .* run_name=") as error:
+        with pytest.raises(
+            UserError, match=r"job.json: layout [19], expected 2: another version .* run_name="
+        ) as error:
             Ledger(store, {"a": 1}, writer_id="w")
         assert len(error.value.lines) == 1
     Ledger(store, {"a": 1}, writer_id="w", overwrite=True)
@@ -560,11 +567,17 @@ def test_a_damaged_record_is_named_with_its_line():
         open_ledger(store)
 
 
-@pytest.mark.parametrize("line,told", [(b"null", "no JSON object"), (b"{}", "without file_name, height, id, index, key"), (b'{"id": "a"}', "without ")])
+@pytest.mark.parametrize(
+    "line,told",
+    [(b"null", "no JSON object"), (b"{}", "without file_name, height, id, index, key"), (b'{"id": "a"}', "without ")],
+)
 def test_a_line_that_is_no_record_is_named(line, told):
     store, rows = MemoryStore(), [plain.row(k) for k in range(4)]
     run(store, rows)
-    for name, words in ((".fluxbatch/rejects/other-000001.jsonl", told[:8]), (".fluxbatch/records/other-000001.jsonl", told)):
+    for name, words in (
+        (".fluxbatch/rejects/other-000001.jsonl", told[:8]),
+        (".fluxbatch/records/other-000001.jsonl", told),
+    ):
         store.objects[name] = line + b"\n"
         with pytest.raises(StorageError, match=f"memory/{name}:1: {words}"):
             run(store, rows)
@@ -608,10 +621,15 @@ def test_status():
 def seconds_of(count):
     """Processor time to open, match, name and merge a ledger of ``count`` records."""
     store = MemoryStore()
-    rows = [plain.row(k, id=f"row-{k}", prompt=f"a prompt of the usual length, of a cat on a mat, number {k}") for k in range(count)]
+    rows = [
+        plain.row(k, id=f"row-{k}", prompt=f"a prompt of the usual length, of a cat on a mat, number {k}")
+        for k in range(count)
+    ]
     ledger = open_ledger(store)
     for start in range(0, count, 5000):
-        ledger.commit([record(ledger, row, f"flux_{row.index}.png") for row in rows[start : start + 5000] if row.index % 10])
+        ledger.commit(
+            [record(ledger, row, f"flux_{row.index}.png") for row in rows[start : start + 5000] if row.index % 10]
+        )
     start = time.process_time()
     again = open_ledger(store)
     todo, names = assign(again, rows)

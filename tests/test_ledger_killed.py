@@ -38,7 +38,9 @@ def test_killed_at_every_instant_and_resumed():
         with pytest.raises(Killed):
             run(store, rows, batch_size=2)
         states_are_sound(store)
-        recorded = {line["id"] for n, d in store.objects.items() if "/records/" in n for line in map(json.loads, d.splitlines())}
+        recorded = {
+            line["id"] for n, d in store.objects.items() if "/records/" in n for line in map(json.loads, d.splitlines())
+        }
         images = [name for name in store.objects if name.endswith(".png")]
         assert len(images) - len(recorded) <= 2, "more than one batch to make again"
         again = MemoryStore(store.objects)
@@ -149,7 +151,11 @@ def test_images_that_two_starts_wrote_over_are_made_again(others):
     """Neither knew of the other, as in a bucket: whose image is under a name nobody can say."""
     mine = [plain.row(k, id=f"r{k}", seed=k) for k in range(4)]
     order = {"the same rows in another order": (3, 2, 1, 0), "some of them in another order": (0, 1, 3)}.get(others)
-    theirs = [dataclasses.replace(mine[k], index=n) for n, k in enumerate(order)] if order else [plain.row(k, id=f"t{k}", seed=9 + k) for k in range(3)]
+    theirs = (
+        [dataclasses.replace(mine[k], index=n) for n, k in enumerate(order)]
+        if order
+        else [plain.row(k, id=f"t{k}", seed=9 + k) for k in range(3)]
+    )
     store = MemoryStore()
     first, second = open_ledger(store), open_ledger(store)
     (_, names), (_, other_names) = assign(first, mine), assign(second, theirs)

@@ -46,7 +46,9 @@ def plans(size: files.Size = files.FULL) -> dict[str, Plan]:
     }  # fmt: skip
     made = {}
     for name, (module, config) in configs.items():
-        graph, state = nnx.split(nnx.eval_shape(lambda module=module, config=config: module(config, rngs=nnx.Rngs(0))), nnx.Param, ...)[:2]
+        graph, state = nnx.split(
+            nnx.eval_shape(lambda module=module, config=config: module(config, rngs=nnx.Rngs(0))), nnx.Param, ...
+        )[:2]
         made[name] = Plan(Source("/"), graph, state, {})
     return made
 
@@ -64,8 +66,12 @@ def test_every_key_of_every_format_at_full_size(tmp_path, name):
     of = {part.part: (part.layers, part.of) for part in adapter.parts}
     assert of["double_blocks.img"] == of["double_blocks.txt"] == (19, 19)
     assert of["single_blocks"] == (38, 38)
-    assert ("text_encoder blocks" in of) == any(key.startswith(("lora_te1", "text_encoder", "clip_l")) for key in tensors)
-    assert sum(part.parameters for part in adapter.parts) == sum(v.size for k, v in tensors.items() if not k.endswith(("alpha", "norm.scale")))
+    assert ("text_encoder blocks" in of) == any(
+        key.startswith(("lora_te1", "text_encoder", "clip_l")) for key in tensors
+    )
+    assert sum(part.parameters for part in adapter.parts) == sum(
+        v.size for k, v in tensors.items() if not k.endswith(("alpha", "norm.scale"))
+    )
 
     # one renamed key, wherever it stands
     at = list(files.FORMATS).index(name)
@@ -179,7 +185,11 @@ def test_alpha_is_a_number_of_any_kind(tmp_path):
     """kohya's flux_extract_lora.py writes the rank as it is, an int64."""
     tensors = files.Maker(0, ranks=(4,)).lora({PROJ: (3072, 3072)}, alpha=False)
     for value in (np.int64(2).reshape(()), np.asarray([2], np.int32), np.asarray([[2]], np.float16)):
-        (delta,) = read(files.save(tmp_path / "x.safetensors", tensors | {f"{PROJ}.alpha": value})).changes["transformer"].values()
+        (delta,) = (
+            read(files.save(tmp_path / "x.safetensors", tensors | {f"{PROJ}.alpha": value}))
+            .changes["transformer"]
+            .values()
+        )
         assert delta.scale == 2 / 4
     with pytest.raises(UserError, match=r"alpha of shape \[2\], expected one number"):
         read(files.save(tmp_path / "x.safetensors", tensors | {f"{PROJ}.alpha": np.ones(2, np.float32)}))
@@ -198,29 +208,53 @@ def test_peft_names_adapters(tmp_path):
 def test_what_is_left_out_changes_nothing(tmp_path):
     """The second of two, and integers, where strict=false lets them pass."""
     tensors = files.Maker(0, ranks=(4,)).lora({PROJ: (3072, 3072)}, alpha=False)
-    twice = {key.replace("lora_down", "lora_A").replace("lora_up", "lora_B"): 2 * value for key, value in tensors.items()}
+    twice = {
+        key.replace("lora_down", "lora_A").replace("lora_up", "lora_B"): 2 * value for key, value in tensors.items()
+    }
     wrong = {key.replace("_0_", "_1_"): value.astype(np.int8) for key, value in tensors.items()}
     plain = read(files.save(tmp_path / "a.safetensors", tensors)).changes["transformer"]
     adapter = read(files.save(tmp_path / "b.safetensors", tensors | twice | wrong), strict=False)
-    assert {key for key in twice | wrong if any(line.startswith(f"{key}: ") for line in adapter.skipped)} == {*twice, *wrong}
+    assert {key for key in twice | wrong if any(line.startswith(f"{key}: ") for line in adapter.skipped)} == {
+        *twice,
+        *wrong,
+    }
     assert adapter.changes["transformer"].keys() == plain.keys()
-    assert all(np.array_equal(delta.full(), plain[place].full()) for place, delta in adapter.changes["transformer"].items())
+    assert all(
+        np.array_equal(delta.full(), plain[place].full()) for place, delta in adapter.changes["transformer"].items()
+    )
 
 
 def test_biases_and_norms_alone(tmp_path):
     maker = files.Maker(0)
-    for tensors in ({f"{PROJ}.diff_b": maker.normal(3072)}, {"double_blocks.0.img_attn.norm.query_norm.scale": maker.normal(128)}):
+    for tensors in (
+        {f"{PROJ}.diff_b": maker.normal(3072)},
+        {"double_blocks.0.img_attn.norm.query_norm.scale": maker.normal(128)},
+    ):
         adapter = read(files.save(tmp_path / "x.safetensors", tensors))
-        assert "biases and norms alone" in next(adapter.table()) and adapter.merged_only and adapter.coverage()["parts"] == []
-    for tensors, words in (({f"{PROJ}.alpha": np.float32(1).reshape(())}, "alpha without what belongs to it"), ({f"{PROJ}.diff_b": np.zeros(3072, np.float32)}, "holds no adapter")):
+        assert (
+            "biases and norms alone" in next(adapter.table())
+            and adapter.merged_only
+            and adapter.coverage()["parts"] == []
+        )
+    for tensors, words in (
+        ({f"{PROJ}.alpha": np.float32(1).reshape(())}, "alpha without what belongs to it"),
+        ({f"{PROJ}.diff_b": np.zeros(3072, np.float32)}, "holds no adapter"),
+    ):
         with pytest.raises(UserError, match=words):
             read(files.save(tmp_path / "x.safetensors", tensors))
 
 
 def test_biases_that_stay_as_they_are(tmp_path):
     tensors = files.Maker(0, ranks=(4,)).lora({PROJ: (3072, 3072)})
-    assert read(files.save(tmp_path / "x.safetensors", tensors | {f"{PROJ}.diff_b": np.zeros(3072, np.float32)})).merged_only is None
-    assert read(files.save(tmp_path / "x.safetensors", tensors | {f"{PROJ}.diff_b": np.ones(3072, np.float32)})).merged_only
+    assert (
+        read(
+            files.save(tmp_path / "x.safetensors", tensors | {f"{PROJ}.diff_b": np.zeros(3072, np.float32)})
+        ).merged_only
+        is None
+    )
+    assert read(
+        files.save(tmp_path / "x.safetensors", tensors | {f"{PROJ}.diff_b": np.ones(3072, np.float32)})
+    ).merged_only
 
 
 FIRST = "double_blocks.0.processor.qkv_lora1"
@@ -247,13 +281,17 @@ def test_what_is_wrong_is_named(tmp_path, tensors, name):
     assert str(file) in str(error.value) and words in str(error.value)
     if name == "another model":
         adapter = read(file, strict=False)
-        assert adapter.skipped == ("double_blocks.19.processor.proj_lora1.down.weight",) and adapter.coverage()["skipped"]
+        assert (
+            adapter.skipped == ("double_blocks.19.processor.proj_lora1.down.weight",) and adapter.coverage()["skipped"]
+        )
         assert any("double_blocks.19" in line for line in adapter.table())
 
 
 def test_orientation_dtypes_and_defaults(tmp_path):
     """from_pt=false: every matrix transposed. bfloat16 and float16 hold the same numbers. No alpha: the rank."""
-    shapes = files.underscores("lora_unet_", {k: v for k, v in files.bfl(files.FULL).items() if k.startswith("double_blocks.0.img_attn.proj")})
+    shapes = files.underscores(
+        "lora_unet_", {k: v for k, v in files.bfl(files.FULL).items() if k.startswith("double_blocks.0.img_attn.proj")}
+    )
     tensors = files.Maker(0, ranks=(4,), dtype=ml_dtypes.bfloat16).lora(shapes, alpha=False)
     plain = read(files.save(tmp_path / "a.safetensors", tensors))
     turned = read(files.save(tmp_path / "b.safetensors", {k: v.T for k, v in tensors.items()}), from_pt=False)
@@ -271,7 +309,9 @@ def test_orientation_dtypes_and_defaults(tmp_path):
 
 def test_peft_keeps_alpha_beside_its_file(tmp_path):
     """In a config, or where diffusers saves it in the header; a file that has lost it is no adapter of a known strength."""
-    tensors = files.Maker(0, ranks=(4,), dtype=np.float16).peft({"base_model.model.transformer_blocks.0.attn.to_q": (3072, 3072)})
+    tensors = files.Maker(0, ranks=(4,), dtype=np.float16).peft(
+        {"base_model.model.transformer_blocks.0.attn.to_q": (3072, 3072)}
+    )
     file, config = files.save(tmp_path / "adapter_model.safetensors", tensors), tmp_path / "adapter_config.json"
 
     def scale():
@@ -290,22 +330,48 @@ def test_peft_keeps_alpha_beside_its_file(tmp_path):
     assert scale() == 2 / 4
     files.save(file, tensors, {"lora_adapter_metadata": '{"transformer.lora_alpha": 8, "transformer.r": 4}'})
     assert scale() == 8 / 4
-    for text in ("{oops", "[1]", '{"transformer.lora_alpha": "x"}', '{"transformer.lora_alpha": 1, "transformer.alpha_pattern": {"(": 1}}'):
+    for text in (
+        "{oops",
+        "[1]",
+        '{"transformer.lora_alpha": "x"}',
+        '{"transformer.lora_alpha": 1, "transformer.alpha_pattern": {"(": 1}}',
+    ):
         files.save(file, tensors, {"lora_adapter_metadata": text})
         assert f"{file}: lora_adapter_metadata" in complaint()
-    for wrong in ({"lora_alpha": [1]}, {"r": "4"}, {"alpha_pattern": ["x"]}, {"alpha_pattern": {"(": 1}}, {"rank_pattern": {"x": None}}):
+    for wrong in (
+        {"lora_alpha": [1]},
+        {"r": "4"},
+        {"alpha_pattern": ["x"]},
+        {"alpha_pattern": {"(": 1}},
+        {"rank_pattern": {"x": None}},
+    ):
         config.write_text(json.dumps({"lora_alpha": 16} | wrong))
         assert f"{config}: {next(iter(wrong))} is" in complaint()
     for start in ("pissa", "pissa_niter_4", "OLoRA"):  # the rest of the weights belongs to it
         config.write_text(json.dumps({"lora_alpha": 16, "init_lora_weights": start}))
         assert f"{config}: init_lora_weights is {start}: made for what this start has left" in complaint()
-    config.write_text(json.dumps({"r": 4, "lora_alpha": 16, "alpha_pattern": [], "rank_pattern": None, "init_lora_weights": "gaussian"}))
+    config.write_text(
+        json.dumps(
+            {"r": 4, "lora_alpha": 16, "alpha_pattern": [], "rank_pattern": None, "init_lora_weights": "gaussian"}
+        )
+    )
     assert scale() == 16 / 4
 
 
 # ---- a small model with adapters ----
 
-SMALL = files.Size(width=32, double=2, single=2, channels=16, context=32, pooled=32, head=16, factor=4, clip=(32, 64, 2), t5=(32, 32, 64, 2))
+SMALL = files.Size(
+    width=32,
+    double=2,
+    single=2,
+    channels=16,
+    context=32,
+    pooled=32,
+    head=16,
+    factor=4,
+    clip=(32, 64, 2),
+    t5=(32, 32, 64, 2),
+)
 
 
 @pytest.fixture(scope="module")
@@ -359,7 +425,10 @@ def states(pipeline):
 
 def test_eight_rows_of_eight_mixes(opened, adapters):
     """One batch, one compilation; each row as it comes out of a run of its own, where its mix is merged."""
-    rows = [{"prompt": f"prompt {i % 2}", "seed": 1, "height": 32, "width": 32, "num_inference_steps": 2, "lora": mix} for i, mix in enumerate(MIXES)]
+    rows = [
+        {"prompt": f"prompt {i % 2}", "seed": 1, "height": 32, "width": 32, "num_inference_steps": 2, "lora": mix}
+        for i, mix in enumerate(MIXES)
+    ]
     engine, rows = opened(rows, *arrays(adapters))
     pipeline = engine.pipeline(rows)
     together = draw(engine, pipeline, rows)
@@ -375,7 +444,10 @@ def test_eight_rows_of_eight_mixes(opened, adapters):
 @pytest.mark.slow
 def test_mixes_do_not_depend_on_the_sharding(opened, adapters):
     """Beside the weights, whose rows and columns are divided."""
-    rows = [{"prompt": "x", "seed": 1, "height": 32, "width": 32, "num_inference_steps": 1, "lora": mix} for mix in MIXES[:4]]
+    rows = [
+        {"prompt": "x", "seed": 1, "height": 32, "width": 32, "num_inference_steps": 1, "lora": mix}
+        for mix in MIXES[:4]
+    ]
     drawn = []
     for sizes in ((), ("ici_fsdp_parallelism=2", "ici_tensor_parallelism=2")):
         engine, resolved = opened(rows, *arrays(adapters), *sizes, sweep=False)
@@ -401,7 +473,9 @@ def test_a_hundred_swaps_leave_no_trace(opened, adapters):
     for name, state in weights().items():
         assert all(jax.tree.leaves(jax.tree.map(lambda a, b: a.tobytes() == b.tobytes(), state, fresh[name])))
     # what no adapter touches was never read again
-    norms = [i for i, (path, _) in enumerate(nnx.to_flat_state(states(pipeline)["transformer"])) if "query_norm" in path]
+    norms = [
+        i for i, (path, _) in enumerate(nnx.to_flat_state(states(pipeline)["transformer"])) if "query_norm" in path
+    ]
     now = jax.tree.leaves(states(pipeline)["transformer"])
     assert norms and all(now[i] is arrays_before[i] for i in norms)
 
@@ -428,7 +502,10 @@ def test_an_adapter_that_no_row_uses_may_be_of_any_kind(opened, adapters, tmp_pa
     """It takes no place beside those that the rows do use."""
     one = "lora_unet_single_blocks_0_linear2"
     files.save(tmp_path / "biases.safetensors", {f"{one}.diff_b": files.Maker(0).normal(SMALL.width)})
-    rows = [{"prompt": "x", "seed": 1, "height": 32, "width": 32, "num_inference_steps": 1, "lora": mix} for mix in ({"peft": 1.0}, {"peft": 0.5})]
+    rows = [
+        {"prompt": "x", "seed": 1, "height": 32, "width": 32, "num_inference_steps": 1, "lora": mix}
+        for mix in ({"peft": 1.0}, {"peft": 0.5})
+    ]
     drawn = []
     for named in ({"peft": adapters["peft"]}, {"biases": tmp_path / "biases.safetensors", "peft": adapters["peft"]}):
         engine, resolved = opened(rows, *arrays(named), sweep=False)
@@ -457,7 +534,10 @@ def test_a_run_says_which_adapters_it_used(cli, golden, tmp_path, adapters):
         code, said = cli(f"output_dir={tmp_path}", "run_name=a", f"id={row}", entry="replay")
         assert code == 0, said
 
-    for text in ('{"prompt": "x"}\n', '{"prompt": "x", "lora": {}}\n{"prompt": "y", "lora": {"peft": 1}}\n'):  # no row differs in that
+    for text in (
+        '{"prompt": "x"}\n',
+        '{"prompt": "x", "lora": {}}\n{"prompt": "y", "lora": {"peft": 1}}\n',
+    ):  # no row differs in that
         manifest.write_text(text)
         assert "rows have none" not in cli(*common, "run_name=plain", "overwrite=true", *arrays(two, 0.5))[1]
 

@@ -39,8 +39,25 @@ CACHE = tempfile.mkdtemp(prefix="fluxbatch-test-xla-")
 atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
 
 # dev: two blocks of each kind, guidance
-SIZE = files.Size(width=32, double=2, single=2, channels=16, context=32, pooled=32, head=16, factor=4, clip=(32, 64, 2), t5=(32, 32, 64, 2))
-ROW = {"prompt": "a red apple on a blue background", "height": 32, "width": 32, "num_inference_steps": 2, "guidance_scale": 2.0}
+SIZE = files.Size(
+    width=32,
+    double=2,
+    single=2,
+    channels=16,
+    context=32,
+    pooled=32,
+    head=16,
+    factor=4,
+    clip=(32, 64, 2),
+    t5=(32, 32, 64, 2),
+)
+ROW = {
+    "prompt": "a red apple on a blue background",
+    "height": 32,
+    "width": 32,
+    "num_inference_steps": 2,
+    "guidance_scale": 2.0,
+}
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +75,11 @@ def pipe(model, monkeypatch):
     from diffusers.loaders import lora_pipeline
 
     d = SIZE.width
-    for name in ("_convert_kohya_flux_lora_to_diffusers", "_convert_bfl_flux_control_lora_to_diffusers", "_convert_fal_kontext_lora_to_diffusers"):
+    for name in (
+        "_convert_kohya_flux_lora_to_diffusers",
+        "_convert_bfl_flux_control_lora_to_diffusers",
+        "_convert_fal_kontext_lora_to_diffusers",
+    ):
         source = inspect.getsource(getattr(converters, name))
         for old, new in (("[3072, 3072, 3072, 12288]", f"{[d, d, d, 4 * d]}"), ("inner_dim = 3072", f"inner_dim = {d}"), ("range(19)", f"range({SIZE.double})"),
                          ("range(38)", f"range({SIZE.single})"), ("num_layers = 19", f"num_layers = {SIZE.double}"), ("num_single_layers = 38", f"num_single_layers = {SIZE.single}")):  # fmt: skip
@@ -92,7 +113,9 @@ def ours(model, tmp_path, monkeypatch, adapters, mixes, **options) -> list[np.nd
         "scale": [1.0] * len(names), "from_pt": ["true"] * len(names)}  # fmt: skip
     flags = {"pretrained_model_name_or_path": model, "manifest": manifest, "max_sequence_length": 24, "hardware": "cpu",
              "weights_dtype": "float32", "activations_dtype": "float32", "output_dir": tmp_path} | options  # fmt: skip
-    args = [f"{key}={value}" for key, value in flags.items()] + [f"lora_config.{key}=[{','.join(map(str, value))}]" for key, value in arrays.items()]
+    args = [f"{key}={value}" for key, value in flags.items()] + [
+        f"lora_config.{key}=[{','.join(map(str, value))}]" for key, value in arrays.items()
+    ]
     jobs = []
     monkeypatch.setattr("sys.argv", ["fluxbatch.run", *args])
     with pytest.raises(SystemExit):
@@ -122,23 +145,31 @@ def test_as_diffusers_does(pipe, model, tmp_path, monkeypatch, name):
         tensors = files.FORMATS[name](SIZE, maker)
         if name == "OneTrainer":  # diffusers knows the attention layers of its blocks
             tensors = {k: v for k, v in tensors.items() if "_blocks_" not in k or "_attn_" in k}
-        if name == "BFL control":  # diffusers swaps the halves of the last layer's A, which has none; equal ones do not notice
+        if (
+            name == "BFL control"
+        ):  # diffusers swaps the halves of the last layer's A, which has none; equal ones do not notice
             half = maker.normal(1, SIZE.width)
             tensors["final_layer.adaLN_modulation.1.lora_A.weight"] = np.concatenate([half, half])
             tensors["final_layer.adaLN_modulation.1.lora_B.weight"] = maker.normal(2 * SIZE.width, 2)
         if name in ("diffusers with alphas", "OneTrainer"):  # and wants an alpha for every layer
             for key in [key for key in tensors if key.endswith(("lora_A.weight", "lora_down.weight"))]:
-                tensors.setdefault(key.removesuffix(".lora_A.weight").removesuffix(".lora_down.weight") + ".alpha", maker.alpha())
+                tensors.setdefault(
+                    key.removesuffix(".lora_A.weight").removesuffix(".lora_down.weight") + ".alpha", maker.alpha()
+                )
         adapters[adapter] = files.save(tmp_path / f"{adapter}.safetensors", tensors)
         pipe.load_lora_weights(str(adapters[adapter]), adapter_name=adapter)
     mixes = [{"a": 1.0}] if name == "BFL control" else [{"a": 1.0}, {"b": 0.7}, {"a": 0.4, "b": -0.6}, {}]
     expected = [theirs(pipe, mix) for mix in mixes]
-    assert all(psnr(picture, base) < 30 for mix, picture in zip(mixes, expected, strict=True) if mix)  # the adapters do something
+    assert all(
+        psnr(picture, base) < 30 for mix, picture in zip(mixes, expected, strict=True) if mix
+    )  # the adapters do something
     merged = [ours(model, tmp_path, monkeypatch, adapters, [mix])[0] for mix in mixes]
     for mix, picture, wanted in zip(mixes, merged, expected, strict=True):
         assert psnr(picture, wanted) >= 50, ("merged", mix)
     if name != "BFL control":
-        for mix, picture, wanted in zip(mixes, ours(model, tmp_path, monkeypatch, adapters, mixes), expected, strict=True):
+        for mix, picture, wanted in zip(
+            mixes, ours(model, tmp_path, monkeypatch, adapters, mixes), expected, strict=True
+        ):
             assert psnr(picture, wanted) >= 50, ("row by row", mix)
 
 
@@ -149,7 +180,9 @@ def rows_of(weight: np.ndarray, rows) -> np.ndarray:
 
 def agree(file, base: dict[str, np.ndarray], wanted: dict[str, np.ndarray], scale: float = 1.0) -> None:
     """Our merge of ``file`` into ``base`` (by diffusers' module names) gives ``wanted``, row by row too."""
-    adapter = lora.read_adapter(lora.Spec("x", str(file), None, scale, True, "lora.x.path"), test_lora.plans(SIZE), LORA, True)
+    adapter = lora.read_adapter(
+        lora.Spec("x", str(file), None, scale, True, "lora.x.path"), test_lora.plans(SIZE), LORA, True
+    )
     edits = apply.Loras((adapter,)).edits("transformer", (("x", scale),))
     changed = 0
     for name, old in base.items():
@@ -170,7 +203,9 @@ def agree(file, base: dict[str, np.ndarray], wanted: dict[str, np.ndarray], scal
 
 
 def linears(transformer) -> dict[str, np.ndarray]:
-    return {n: m.weight.detach().numpy().copy() for n, m in transformer.named_modules() if isinstance(m, torch.nn.Linear)}
+    return {
+        n: m.weight.detach().numpy().copy() for n, m in transformer.named_modules() if isinstance(m, torch.nn.Linear)
+    }
 
 
 @pytest.mark.parametrize("kind,options", [
@@ -201,7 +236,9 @@ def test_as_peft_merges(pipe, tmp_path, kind, options):
             if kind == "LoraConfig" and isinstance(module, peft.tuners.lora.LoraLayer):
                 module.set_scale("default", scale)
         model.merge_adapter()
-        merged = {n.removesuffix(".base_layer"): w for n, w in linears(model.base_model.model).items() if ".lora_" not in n}
+        merged = {
+            n.removesuffix(".base_layer"): w for n, w in linears(model.base_model.model).items() if ".lora_" not in n
+        }
         agree(tmp_path / "adapter_model.safetensors", base, {name: merged[name] for name in base}, scale)
         model.unmerge_adapter()
 

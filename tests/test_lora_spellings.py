@@ -29,7 +29,9 @@ FILES = {
 
 
 def read(path, golden, strict=True):
-    return adapter.read_adapter(adapter.Spec("x", str(path), None, 1.0, True, "lora.x.path"), plans(golden / "dev"), LORA, strict)
+    return adapter.read_adapter(
+        adapter.Spec("x", str(path), None, 1.0, True, "lora.x.path"), plans(golden / "dev"), LORA, strict
+    )
 
 
 def base(golden, component):
@@ -263,9 +265,7 @@ def test_spellings_of_the_text_encoders(golden, tmp_path, component, prefixes, m
         )
     for one in adapters:
         assert one.changes.keys() == {component}
-        (place, delta), (first, other) = (
-            next(iter(each.changes[component].items())) for each in (one, adapters[0])
-        )
+        (place, delta), (first, other) = (next(iter(each.changes[component].items())) for each in (one, adapters[0]))
         assert place == first and np.array_equal(delta.full(), other.full())
     check(golden, tmp_path, None, {name: weight + SCALE * b @ a}, component, adapter=adapters[0])
 

@@ -105,8 +105,8 @@ def test_text_file(manifest):
 
 def test_tables(manifest):
     rows, _ = manifest(
-        'Prompt,Seed,height,note,guidance_scale,id\n'
-        'a cat,7,32,,3.5,\n'
+        "Prompt,Seed,height,note,guidance_scale,id\n"
+        "a cat,7,32,,3.5,\n"
         '"a ""big"", red\nthing",,,"x, y",,second\n'
         'a 5" pipe\n',
         name="m.csv",
@@ -127,7 +127,7 @@ def test_the_prompt_column_is_found_or_named(manifest, problems):
     assert problems(table, name="m.tsv", prompt_column="words") == [
         'm.tsv:1: got the columns "text", "CAPTION", expected "words"'
     ]
-    assert 'expected prompt, caption or text' in problems("a\tb\n1\t2\n", name="m.tsv")[0]
+    assert "expected prompt, caption or text" in problems("a\tb\n1\t2\n", name="m.tsv")[0]
     rows, _ = manifest('{"caption": "a cat", "prompt": "not this"}', prompt_column="caption")
     assert rows[0].prompt == "a cat"
 
@@ -155,7 +155,9 @@ def test_a_quote_in_tsv_opens_a_cell_only_where_the_record_has_one_cell_a_column
     assert [(row.prompt, row.seed) for row in rows] == [("a fox\nin snow", 28), ("a cat", 3)]
     rows, _ = manifest('prompt\tnote\tseed\n"a fox\tx\t1\na sign, 5"\n"a dog\ty\n', name="m.tsv")
     assert [(row.prompt, row.seed) for row in rows] == [('"a fox', 1), ('a sign, 5"', 43), ('"a dog', 44)]
-    rows, _ = manifest('prompt\tseed\n"Welcome\t1\na cat\t2\nhome"\t3\n', name="m.tsv")  # each line is a record by itself
+    rows, _ = manifest(
+        'prompt\tseed\n"Welcome\t1\na cat\t2\nhome"\t3\n', name="m.tsv"
+    )  # each line is a record by itself
     assert [(row.prompt, row.seed) for row in rows] == [('"Welcome', 1), ("a cat", 2), ('home"', 3)]
     rows, _ = manifest('prompt\n"a fox\n"a" dog\n', name="m.tsv")
     assert [row.prompt for row in rows] == ['"a fox', '"a" dog']
@@ -165,7 +167,10 @@ def test_what_spreadsheets_write_of_empty_cells_means_nothing(manifest, problems
     table = "prompt,seed,,\r\na fox,3,, \r\n,,,\r\n , \r\na cat\r\n"
     for name, comma in (("m.csv", ","), ("m.tsv", "\t")):
         rows, rejects = manifest(table.replace(",", comma), name=name)
-        assert [(row.prompt, row.seed, row.extra) for row in rows] == [("a fox", 3, {}), ("a cat", 43, {})] and not rejects
+        assert [(row.prompt, row.seed, row.extra) for row in rows] == [
+            ("a fox", 3, {}),
+            ("a cat", 43, {}),
+        ] and not rejects
         assert rows[1].where.endswith(f"{name}:5")
     assert problems("prompt,seed,\na,1,note\n,1,\n", name="m.csv") == [
         "m.csv:2: 3 cells, but the header names 2 columns",
@@ -300,7 +305,11 @@ def test_indices_do_not_depend_on_which_lines_are_bad(manifest):
         (b"", "m.csv", "m.csv:1: no header line with the column names"),
         (b"prompt,seed\n", "m.csv", "m.csv: no rows in it"),
         (b"prompt,seed,seed\na,1,2\n", "m.csv", 'm.csv:1: column "seed" is there more than once'),
-        (b"Style,style,id,prompt,ID\n1,2,a,b,c\n", "m.csv", 'm.csv:1: columns "id" and "ID" differ only in case, expected one of them'),
+        (
+            b"Style,style,id,prompt,ID\n1,2,a,b,c\n",
+            "m.csv",
+            'm.csv:1: columns "id" and "ID" differ only in case, expected one of them',
+        ),
         (b"prompt,seed\na,b,c\n", "m.csv", "m.csv:2: 3 cells, but the header names 2 columns"),
         (b"prompt,seed\na,7.5\n", "m.csv", 'm.csv:2: seed: got "7.5" (string), expected an integer'),
         (b"prompt,guidance_scale\na,nan\n", "m.csv", "m.csv:2: guidance_scale: got NaN, expected a number from 0"),
@@ -410,17 +419,21 @@ likely = {
     "note": json_values,
 }
 objects = st.fixed_dictionaries({}, optional=likely).map(lambda value: json.dumps(value).encode())
-hostile = st.one_of(
-    objects,
-    objects,
-    json_values.map(lambda value: json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass")),
-    st.binary(max_size=60),
-    st.text(max_size=40).map(lambda text: text.encode("utf-8", "surrogatepass")),
-    st.tuples(objects, st.integers(0, 200), st.integers(0, 255)).map(  # one byte changed
-        lambda t: t[0][: t[1]] + bytes([t[2]]) + t[0][t[1] + 1 :]
-    ),
-    st.sampled_from([b"[" * 5000, b'{"prompt":' * 3000, b"\x00", b"\xef\xbb\xbf{}", b"\r", b'{"prompt": "a"}\r']),
-).map(lambda line: line.replace(b"\n", b"")).map(lambda line: line[:-1].replace(b"\r", b"") + line[-1:])
+hostile = (
+    st.one_of(
+        objects,
+        objects,
+        json_values.map(lambda value: json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass")),
+        st.binary(max_size=60),
+        st.text(max_size=40).map(lambda text: text.encode("utf-8", "surrogatepass")),
+        st.tuples(objects, st.integers(0, 200), st.integers(0, 255)).map(  # one byte changed
+            lambda t: t[0][: t[1]] + bytes([t[2]]) + t[0][t[1] + 1 :]
+        ),
+        st.sampled_from([b"[" * 5000, b'{"prompt":' * 3000, b"\x00", b"\xef\xbb\xbf{}", b"\r", b'{"prompt": "a"}\r']),
+    )
+    .map(lambda line: line.replace(b"\n", b""))
+    .map(lambda line: line[:-1].replace(b"\r", b"") + line[-1:])
+)
 
 
 def read_hostile(tmp_path, content: list[bytes]) -> None:
@@ -469,7 +482,9 @@ def test_ten_thousand_hostile_lines(tmp_path, content):
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=_no_checks)
-@given(st.lists(st.text(alphabet='ab",\t\r é\0', max_size=12), max_size=8), st.sampled_from(["m.csv", "m.tsv", "m.txt"]))
+@given(
+    st.lists(st.text(alphabet='ab",\t\r é\0', max_size=12), max_size=8), st.sampled_from(["m.csv", "m.tsv", "m.txt"])
+)
 def test_hostile_tables(tmp_path, content, name):
     path = tmp_path / name
     path.write_bytes("\n".join(["prompt,seed" if name == "m.csv" else "prompt\tseed", *content, "good"]).encode())

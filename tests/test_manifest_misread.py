@@ -60,12 +60,15 @@ def test_line_ends_may_be_mixed(manifest):
 
 @pytest.mark.parametrize(("name", "comma"), [("m.csv", ","), ("m.tsv", "\t")])
 def test_a_quoted_cell_may_have_any_number_of_lines(manifest, name, comma):
-    text = "\n".join(f"line {i}, 5\" wide" for i in range(3_000))
+    text = "\n".join(f'line {i}, 5" wide' for i in range(3_000))
     cell = '"' + text.replace('"', '""') + '"'
     for columns, before, after in ((f"prompt{comma}seed", "", f"{comma}7"), (f"seed{comma}prompt", f"7{comma}", "")):
         table = f"{columns}\n{before}{cell}{after}\n{before}a fox{after}\n"
         assert told(manifest(table, name)) == [(text, 7, 2), ("a fox", 7, 3_002)]
-    assert told(manifest('prompt\tseed\tnote\n"a fox\t7\t\na "cat\t8\t\n', "m.tsv")) == [('"a fox', 7, 2), ('a "cat', 8, 3)]
+    assert told(manifest('prompt\tseed\tnote\n"a fox\t7\t\na "cat\t8\t\n', "m.tsv")) == [
+        ('"a fox', 7, 2),
+        ('a "cat', 8, 3),
+    ]
     # cells left out at its end make it no other record
     table = f"prompt{comma}seed{comma}note\n{cell}{comma}7\na fox\n"
     assert told(manifest(table, name)) == [(text, 7, 2), ("a fox", 43, 3_002)]

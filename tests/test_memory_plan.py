@@ -38,7 +38,11 @@ def test_weights_leave_and_return(golden, where):
         net.load(read.append)
         assert net.missing == 0
         held = leaves(net)
-        assert sum(part.data.nbytes for x in held for part in x.addressable_shards) == load.held(net.plan, net.mesh, np.float32) > 0
+        assert (
+            sum(part.data.nbytes for x in held for part in x.addressable_shards)
+            == load.held(net.plan, net.mesh, np.float32)
+            > 0
+        )
         before = [np.array(x) for x in held]
         net.leave()
         assert all(x.is_deleted() for x in held) == (where != "keep")
@@ -68,22 +72,50 @@ def test_a_file_replaced_between_two_loads_is_noticed(copy):  # noqa: F811
 
 def test_where_weights_go(golden, monkeypatch):
     mesh = make_mesh((1, 1))
-    assert [device_weights.offload_policy(offload, mesh, 1) for offload in (False, True, "host", "free")] == ["keep", "keep", "keep", "free"]
+    assert [device_weights.offload_policy(offload, mesh, 1) for offload in (False, True, "host", "free")] == [
+        "keep",
+        "keep",
+        "keep",
+        "free",
+    ]
     monkeypatch.setattr(load, "on_host", lambda mesh: False)
-    assert [device_weights.offload_policy(offload, mesh, 1) for offload in (False, True, "host", "free")] == ["keep", "host", "host", "free"]
+    assert [device_weights.offload_policy(offload, mesh, 1) for offload in (False, True, "host", "free")] == [
+        "keep",
+        "host",
+        "host",
+        "free",
+    ]
     assert device_weights.offload_policy(True, mesh, device_weights.host_memory()) == "free"  # no room
     assert 0 < device_weights.host_memory() < 1 << 50
 
 
-@pytest.mark.parametrize(("cgroup", "left"), [
-    ("0::/system.slice/job_1/step_0", 250), ("1:name=systemd:/\n0::/system.slice/job_1", 250), ("0::/", 900), ("0::/elsewhere", 900), ("4:memory:/x", 900), (None, 900)])
+@pytest.mark.parametrize(
+    ("cgroup", "left"),
+    [
+        ("0::/system.slice/job_1/step_0", 250),
+        ("1:name=systemd:/\n0::/system.slice/job_1", 250),
+        ("0::/", 900),
+        ("0::/elsewhere", 900),
+        ("4:memory:/x", 900),
+        (None, 900),
+    ],
+)
 def test_memory_of_the_groups_around_a_process(tmp_path, monkeypatch, cgroup, left):
     """A Slurm job's limit stands on the way down to its step, whose own may be none; file cache can be had back."""
-    groups = {"": (1000, 200, 100), "system.slice": ("max", 150, 0), "system.slice/job_1": (300, 150, 100), "system.slice/job_1/step_0": ("max", 150, 100)}
+    groups = {
+        "": (1000, 200, 100),
+        "system.slice": ("max", 150, 0),
+        "system.slice/job_1": (300, 150, 100),
+        "system.slice/job_1/step_0": ("max", 150, 100),
+    }
     for name, (limit, used, cache) in groups.items():
         folder = tmp_path / "groups" / name
         folder.mkdir()
-        for file, text in {"memory.max": limit, "memory.current": used, "memory.stat": f"anon 1\nfile {cache}\n"}.items():
+        for file, text in {
+            "memory.max": limit,
+            "memory.current": used,
+            "memory.stat": f"anon 1\nfile {cache}\n",
+        }.items():
             (folder / file).write_text(f"{text}\n")
     (tmp_path / "proc/self").mkdir(parents=True)
     (tmp_path / "proc/meminfo").write_text("MemTotal: 9 kB\nMemAvailable: 2 kB\n")
@@ -112,7 +144,9 @@ def test_adapters_on_encoders_that_come_and_go(opened, adapters, monkeypatch, wh
     assert len({id(pipeline) for pipeline, _ in swept}) == 1
     for (_, values), (_, same) in ((swept[0], swept[3]), (swept[2], weights(two, sweep=False))):
         assert all(np.array_equal(a, b) for name in values for a, b in zip(values[name], same[name], strict=True))
-    assert not all(np.array_equal(a, b) for a, b in zip(swept[0][1]["text_encoder_2"], swept[1][1]["text_encoder_2"], strict=True))
+    assert not all(
+        np.array_equal(a, b) for a, b in zip(swept[0][1]["text_encoder_2"], swept[1][1]["text_encoder_2"], strict=True)
+    )
 
 
 @pytest.mark.parametrize("where", ["keep", "free"])

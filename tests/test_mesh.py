@@ -26,7 +26,9 @@ CONFIG = FluxConfig(16, 16, 2, 3, 4, 16, 24, 16, True, (4, 6, 6))
 def arguments(text=8, rows=4, cols=6):
     rng = np.random.default_rng(0)
     img, txt, pooled = (rng.normal(size=s).astype(np.float32) for s in ((4, rows * cols, 16), (4, text, 24), (4, 16)))
-    return (img, txt, pooled, np.array([1, 0.7, 0.5, 0.1], np.float32), np.full(4, 3.5, np.float32)), rope_table(text, rows, cols, (4, 6, 6))
+    return (img, txt, pooled, np.array([1, 0.7, 0.5, 0.1], np.float32), np.full(4, 3.5, np.float32)), rope_table(
+        text, rows, cols, (4, 6, 6)
+    )
 
 
 @functools.cache
@@ -34,7 +36,10 @@ def weights():
     """Graph and parameters of the model, by path."""
     graph, state = nnx.split(nnx.eval_shape(lambda: Flux(CONFIG, rngs=nnx.Rngs(0))))
     rng = np.random.default_rng(1)
-    return graph, [(keys, leaf, rng.normal(0, 0.2, leaf.get_value().shape).astype(np.float32)) for keys, leaf in nnx.to_flat_state(state)]
+    return graph, [
+        (keys, leaf, rng.normal(0, 0.2, leaf.get_value().shape).astype(np.float32))
+        for keys, leaf in nnx.to_flat_state(state)
+    ]
 
 
 @functools.cache
@@ -49,7 +54,10 @@ def velocity(shape, *args):
         place = Placement.of(mesh, value.shape, leaf.get_metadata()["axes"])
         placed.append((keys, leaf.replace(put(np.asarray(place.arranged(value)), place.final))))
     batch, rope = arguments(*args)
-    (img, txt, pooled, t, guidance), rope = [put(x, batch_sharding(mesh)) for x in batch], tuple(put(x, replicated(mesh)) for x in rope)
+    (img, txt, pooled, t, guidance), rope = (
+        [put(x, batch_sharding(mesh)) for x in batch],
+        tuple(put(x, replicated(mesh)) for x in rope),
+    )
     state = nnx.from_flat_state(placed)
 
     def modulate(state, pooled, t, guidance):
@@ -58,7 +66,9 @@ def velocity(shape, *args):
 
     def step(state, img, txt, mod, rope):
         model = nnx.merge(graph, state)
-        return model.velocity(img, model.embed(PromptEmbeds(txt, None), jnp.float32), jax.tree.map(lambda x: x[:, 0], mod), rope)
+        return model.velocity(
+            img, model.embed(PromptEmbeds(txt, None), jnp.float32), jax.tree.map(lambda x: x[:, 0], mod), rope
+        )
 
     modulate, step = (jax.jit(program, out_shardings=batch_sharding(mesh)) for program in (modulate, step))
     modulate = modulate.lower(state, pooled, t, guidance).compile()
@@ -71,12 +81,18 @@ def velocity(shape, *args):
 def plain(*args):
     batch, rope = arguments(*args)
     graph, leaves = weights()
-    arranged = lambda leaf, value: Placement.of(make_mesh((1,)), value.shape, leaf.get_metadata()["axes"]).arranged(value)  # noqa: E731
-    state = nnx.from_flat_state([(keys, leaf.replace(jnp.asarray(arranged(leaf, value)))) for keys, leaf, value in leaves])
+    arranged = lambda leaf, value: Placement.of(make_mesh((1,)), value.shape, leaf.get_metadata()["axes"]).arranged(
+        value
+    )  # noqa: E731
+    state = nnx.from_flat_state(
+        [(keys, leaf.replace(jnp.asarray(arranged(leaf, value)))) for keys, leaf, value in leaves]
+    )
     return np.asarray(jax.jit(lambda state, batch, rope: nnx.merge(graph, state)(*batch, rope))(state, batch, rope))
 
 
-@pytest.mark.parametrize("shape,sizes", [((1, 1, 1, 4), (8, 4, 6)), ((1, 2, 2, 2), (8, 4, 6)), ((1, 1, 4), (7, 3, 5))], ids=str)
+@pytest.mark.parametrize(
+    "shape,sizes", [((1, 1, 1, 4), (8, 4, 6)), ((1, 2, 2, 2), (8, 4, 6)), ((1, 1, 4), (7, 3, 5))], ids=str
+)
 def test_the_velocity_is_the_same_on_every_mesh(shape, sizes):
     """Modulation made before, or within. The last one's 7 text and 15 image tokens do not divide."""
     *_, found = velocity(shape, *sizes)
@@ -228,5 +244,11 @@ def test_pictures_are_the_same_on_every_mesh(cli, golden, tmp_path):
     (["ici_context_parallelism=16"], ["ici_context_parallelism=16", "8"]),
 ])  # fmt: skip
 def test_what_cannot_be_divided_is_one_line(cli, golden, tmp_path, sizes, words):
-    code, err = cli(f"pretrained_model_name_or_path={golden / 'dev'}", "prompt=a fox", f"output_dir={tmp_path}", "hardware=cpu", *sizes)
+    code, err = cli(
+        f"pretrained_model_name_or_path={golden / 'dev'}",
+        "prompt=a fox",
+        f"output_dir={tmp_path}",
+        "hardware=cpu",
+        *sizes,
+    )
     assert code == 2 and all(word in err for word in words) and len(err.splitlines()) == 1

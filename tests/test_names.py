@@ -37,10 +37,28 @@ def test_templates():
 
 @pytest.mark.parametrize(
     "template",
-    ["../{i}", "/tmp/{i}", "{i}/../../x", "{x}", "{i.real}", "{id[0]}", "{}", "{i", "{i:{seed}}", ".{i}", "a/.b/{i}", "a\\{i}", "{i!r:>0}{q}", "{i:q}", "a\n{i}"],
+    [
+        "../{i}",
+        "/tmp/{i}",
+        "{i}/../../x",
+        "{x}",
+        "{i.real}",
+        "{id[0]}",
+        "{}",
+        "{i",
+        "{i:{seed}}",
+        ".{i}",
+        "a/.b/{i}",
+        "a\\{i}",
+        "{i!r:>0}{q}",
+        "{i:q}",
+        "a\n{i}",
+    ],
 )
 def test_templates_cannot_leave_the_output_place(template):
-    with pytest.raises(UserError, match=r"output.filename: got .*expected a file name with \{i\}, \{thousand\}, \{id\} or \{seed\}"):
+    with pytest.raises(
+        UserError, match=r"output.filename: got .*expected a file name with \{i\}, \{thousand\}, \{id\} or \{seed\}"
+    ):
         Namer(template, ".png")
 
 
@@ -48,13 +66,23 @@ def test_no_name_is_given_twice():
     rows = [plain.row(0, id="Cat", seed=1), plain.row(1, id="cat", seed=1), plain.row(2, id="contact_sheet", seed=1)]
     assert names_of("{id}", rows) == {0: "Cat.png", 1: "cat_1.png", 2: "contact_sheet.png"}
     assert names_of("{seed}", rows) == {0: "1.png", 1: "1_1.png", 2: "1_2.png"}
-    assert names_of("flux_{i}", rows, ["flux_1.png", "flux_3.png"]) == {0: "flux_0.png", 2: "flux_2.png", 1: "flux_4.png"}
+    assert names_of("flux_{i}", rows, ["flux_1.png", "flux_3.png"]) == {
+        0: "flux_0.png",
+        2: "flux_2.png",
+        1: "flux_4.png",
+    }
 
 
 def test_names_that_some_file_systems_take_for_one_are_told_apart():
     ids = ("caf\u00e9", "cafe\u0301", "CAFE\u0301", "\u212bngstr\u00f6m", "\u00e5ngstro\u0308m")
     rows = [plain.row(k, id=id) for k, id in enumerate(ids)]
-    expected = {0: "caf\u00e9.png", 1: "cafe\u0301_1.png", 2: "CAFE\u0301_2.png", 3: "\u212bngstr\u00f6m.png", 4: "\u00e5ngstro\u0308m_1.png"}
+    expected = {
+        0: "caf\u00e9.png",
+        1: "cafe\u0301_1.png",
+        2: "CAFE\u0301_2.png",
+        3: "\u212bngstr\u00f6m.png",
+        4: "\u00e5ngstro\u0308m_1.png",
+    }
     assert names_of("{id}", rows) == expected
     assert names_of("{id}", rows[1:2], ["caf\u00e9.png"]) == {1: "cafe\u0301_1.png"}
 
@@ -62,14 +90,19 @@ def test_names_that_some_file_systems_take_for_one_are_told_apart():
 def test_a_name_that_no_file_can_have_is_told_before_anything_is_drawn():
     row = plain.row(0, id="é" * 100)
     assert names_of("{id}" + "x" * 51, [row])[0].endswith("x.png")  # 255 bytes
-    with pytest.raises(UserError, match=r"output.filename=.*: m.jsonl:1: got a name of 256 bytes, expected at most 255"):
+    with pytest.raises(
+        UserError, match=r"output.filename=.*: m.jsonl:1: got a name of 256 bytes, expected at most 255"
+    ):
         names_of("{id}" + "x" * 52, [row])
     with pytest.raises(UserError, match="got a name of 257 bytes"):  # with what tells it from the other
         names_of("{id}" + "x" * 51, [row, dataclasses.replace(row, index=1)])
     assert names_of("a" * 250 + "/{id}", [row])
 
 
-@pytest.mark.parametrize(("template", "id"), [("index.html/{i}", "x"), ("Metadata.jsonl/{i}", "x"), ("{id}/{i}", "status.json"), ("config.yaml/a/{i}", "x")])
+@pytest.mark.parametrize(
+    ("template", "id"),
+    [("index.html/{i}", "x"), ("Metadata.jsonl/{i}", "x"), ("{id}/{i}", "status.json"), ("config.yaml/a/{i}", "x")],
+)
 def test_no_folder_has_the_name_of_a_file_that_a_run_writes(template, id):
     with pytest.raises(UserError, match=r"output.filename=.*: m.jsonl:1: got .*/0.*, expected another folder"):
         names_of(template, [plain.row(0, id=id)])
@@ -78,7 +111,10 @@ def test_no_folder_has_the_name_of_a_file_that_a_run_writes(template, id):
 
 @settings(max_examples=200, deadline=None)
 @given(
-    st.permutations(range(8)), st.sets(st.integers(0, 12)), st.sets(st.integers(0, 7)), st.sampled_from(["f_{i}", "{seed}"])
+    st.permutations(range(8)),
+    st.sets(st.integers(0, 12)),
+    st.sets(st.integers(0, 7)),
+    st.sampled_from(["f_{i}", "{seed}"]),
 )
 def test_names_do_not_change_while_rows_get_done(order, taken, done, template):
     rows = [plain.row(k, seed=k % 3) for k in order]

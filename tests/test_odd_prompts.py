@@ -52,7 +52,9 @@ def test_prompts_that_are_hardly_meant_are_counted_in_every_format(tmp_path, pro
 
 def test_what_looks_like_a_table_is_told_of_a_list_alone(tmp_path):
     header, tab, quotes = said(tmp_path, 'prompt,seed\na fox\t7\n"a fox",\n"a cat"\n', "m.txt")
-    assert header.startswith("prompts that are a table's header (name the file .tsv or .csv), and drawn as they stand: 1;")
+    assert header.startswith(
+        "prompts that are a table's header (name the file .tsv or .csv), and drawn as they stand: 1;"
+    )
     assert header.endswith('m.txt:1: "prompt,seed"')
     assert "with a tab" in tab and "stand: 1;" in tab and "in quotes" in quotes and "stand: 2;" in quotes
     assert said(tmp_path, '{"prompt": "\\"a fox\\""}\n{"prompt": "prompt"}\n{"prompt": "a\\tb"}\n') == []
@@ -126,5 +128,8 @@ def test_sweeps_over_two_manifests_of_one_name_are_two(cli, golden, tmp_path, mo
         (tmp_path / folder / "rows.jsonl").write_text(f'{{"prompt": "{folder}"}}\n')
         monkeypatch.chdir(tmp_path / folder)
         assert cli("-m", *flags, f"manifest={manifest}")[0] == 0
-    prompts = [{metadata(run)[0]["prompt"] for run in sweep.iterdir() if run.is_dir()} for sweep in (tmp_path / "out").iterdir()]
+    prompts = [
+        {metadata(run)[0]["prompt"] for run in sweep.iterdir() if run.is_dir()}
+        for sweep in (tmp_path / "out").iterdir()
+    ]
     assert sorted(map(sorted, prompts)) == [["a"], ["b"]]

@@ -75,7 +75,9 @@ def test_flux(generate, tmp_path, heads, head_dim, axes, channels, guidance):
         expected = model(
             hidden_states=img, encoder_hidden_states=txt, pooled_projections=pooled, timestep=t, img_ids=ids.reshape(-1, 3),
             txt_ids=torch.zeros(words, 3), guidance=scale if guidance else None).sample  # fmt: skip
-    module = ours(model, tmp_path, transformer.Flux, transformer.FluxConfig, keys.FLUX_DIFFUSERS, "diffusion_pytorch_model")
+    module = ours(
+        model, tmp_path, transformer.Flux, transformer.FluxConfig, keys.FLUX_DIFFUSERS, "diffusion_pytorch_model"
+    )
     inputs = [jnp.asarray(x.numpy()) for x in (img, txt, pooled, t, scale)]
     close(call(module, *inputs, transformer.rope_table(words, rows, cols, axes)), expected.numpy())
 
@@ -108,7 +110,10 @@ def test_clip(tmp_path, act, eos):
     close(call(module, jnp.asarray(ids.numpy())), expected)
 
 
-@pytest.mark.parametrize("given", [{}, dict(hidden_size=768, intermediate_size=3072, num_attention_heads=12, projection_dim=768, dropout=0.0)])
+@pytest.mark.parametrize(
+    "given",
+    [{}, dict(hidden_size=768, intermediate_size=3072, num_attention_heads=12, projection_dim=768, dropout=0.0)],
+)
 def test_clip_of_which_little_is_said(given):
     """transformers 4 leaves out of a whole CLIP's ``text_config`` what is as by default: vocabulary, layers, …"""
     from transformers import CLIPConfig
@@ -152,7 +157,9 @@ def test_noise_and_schedule():
         schedule = FlowMatchEuler.of(dict(scheduler.config), None, None, None)
         for steps in (1, 4, 28, 50):
             for tokens in (64, 256, 4096, 5000):
-                scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps), mu=calculate_shift(tokens, 256, 4096, 0.5, 1.15))
+                scheduler.set_timesteps(
+                    sigmas=np.linspace(1, 1 / steps, steps), mu=calculate_shift(tokens, 256, 4096, 0.5, 1.15)
+                )
                 assert np.abs(schedule.sigmas(steps, tokens) - scheduler.sigmas.numpy()).max() < 1e-6
 
 
@@ -170,7 +177,10 @@ FULL = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name,guidance", [("transformer", True), ("transformer", False), ("text_encoder_2", None), ("text_encoder", None), ("vae", None)])
+@pytest.mark.parametrize(
+    "name,guidance",
+    [("transformer", True), ("transformer", False), ("text_encoder_2", None), ("text_encoder", None), ("vae", None)],
+)
 def test_full_size_names_and_shapes(name, guidance):
     """Tables cover exactly what diffusers and transformers instantiate at FLUX.1's real size."""
     from diffusers import AutoencoderKL, FluxTransformer2DModel
@@ -184,10 +194,14 @@ def test_full_size_names_and_shapes(name, guidance):
             "text_encoder": lambda: CLIPTextModel(CLIPTextConfig(**config)),
             "text_encoder_2": lambda: T5EncoderModel(T5Config(**config)),
         }[name]()
-    tensors = {k: Tensor(k, "f", np.dtype(np.float32), tuple(v.shape), 0, 4 * v.numel()) for k, v in model.named_parameters()}
+    tensors = {
+        k: Tensor(k, "f", np.dtype(np.float32), tuple(v.shape), 0, 4 * v.numel()) for k, v in model.named_parameters()
+    }
     kind = Flux1.components[name]
     cfg = kind.config.from_json(config)
-    plan = load.plan(lambda rngs: kind.module(cfg, rngs=rngs), tensors, kind.namings[-1].table_for(tensors), Source("/"))
+    plan = load.plan(
+        lambda rngs: kind.module(cfg, rngs=rngs), tensors, kind.namings[-1].table_for(tensors), Source("/")
+    )
     if name == "transformer":
         size = sum(v.size for v in jax.tree.leaves(plan.state))
         assert size == 11_901_408_320 if guidance else size < 11_901_408_320
@@ -198,8 +212,28 @@ def test_pipeline(generate, cli, tmp_path, variant, seed):
     """Whole random pipelines through the command line and through diffusers: ≥ 50 dB in float32, and in
     bfloat16 no more than 2 dB worse than diffusers' own bfloat16."""
     extra = {
-        "wide": dict(heads=4, head_dim=32, axes=(8, 12, 12), layers=1, single=1, channels=16, guidance=True, dynamic=True, act="gelu"),
-        "deep": dict(heads=1, head_dim=24, axes=(4, 8, 12), layers=3, single=5, channels=2, guidance=False, dynamic=True, act="quick_gelu"),
+        "wide": dict(
+            heads=4,
+            head_dim=32,
+            axes=(8, 12, 12),
+            layers=1,
+            single=1,
+            channels=16,
+            guidance=True,
+            dynamic=True,
+            act="gelu",
+        ),
+        "deep": dict(
+            heads=1,
+            head_dim=24,
+            axes=(4, 8, 12),
+            layers=3,
+            single=5,
+            channels=2,
+            guidance=False,
+            dynamic=True,
+            act="quick_gelu",
+        ),
     }
     pipe = generate.pipeline(**(generate.VARIANTS | extra)[variant], seed=seed)
     pipe.set_progress_bar_config(disable=True)

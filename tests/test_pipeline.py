@@ -51,7 +51,9 @@ def test_steps_with_modulation_made_before_are_the_plain_steps(flux):
     networks = {"transformer": Loaded(flux), "vae": Loaded(decoder_module())}
     whole = pipeline.Pipeline(family(), networks, make_mesh((1, 1)), "float32", schedule, pipeline.ProgressObserver())
     counts = (2 * STEPS + 3, 1, STEPS)
-    rows = [plain.row(i, height=12, width=8, num_inference_steps=n, guidance_scale=float(i)) for i, n in enumerate(counts)]
+    rows = [
+        plain.row(i, height=12, width=8, num_inference_steps=n, guidance_scale=float(i)) for i, n in enumerate(counts)
+    ]
     rng = np.random.default_rng(2)
     text, pooled = (rng.normal(size=shape).astype(np.float32) for shape in ((3, 5, 24), (3, 16)))
     found = np.asarray(whole.denoise(rows, PromptEmbeds(text, pooled)))
@@ -100,11 +102,24 @@ def test_denoising_does_not_receive_the_weights_that_make_modulation(flux):
                   flux.guidance_in])  # fmt: skip
     shape = jax.ShapeDtypeStruct
     text = shape((2, 5, 24), "float32")
-    sigmas, left, pooled, guidance = shape((2, 9), "float32"), shape((2,), "int32"), shape((2, 16), "float32"), shape((2,), "float32")
-    modulate = jax.jit(functools.partial(programs.step_inputs, graph, jnp.dtype("float32"))).lower(state, PromptEmbeds(text, pooled), sigmas, guidance).compile()
+    sigmas, left, pooled, guidance = (
+        shape((2, 9), "float32"),
+        shape((2,), "int32"),
+        shape((2, 16), "float32"),
+        shape((2,), "float32"),
+    )
+    modulate = (
+        jax.jit(functools.partial(programs.step_inputs, graph, jnp.dtype("float32")))
+        .lower(state, PromptEmbeds(text, pooled), sigmas, guidance)
+        .compile()
+    )
     mod = modulate.out_info
     latents, rope = shape((2, 6, 16), "float32"), 2 * (shape((11, 8), "float32"),)
-    denoise = jax.jit(functools.partial(programs.denoise, FlowMatchEuler.step, graph, jnp.dtype("float32"))).lower(state, latents, PromptEmbeds(text, pooled), mod, sigmas, left, jnp.int32(8), rope).compile()
+    denoise = (
+        jax.jit(functools.partial(programs.denoise, FlowMatchEuler.step, graph, jnp.dtype("float32")))
+        .lower(state, latents, PromptEmbeds(text, pooled), mod, sigmas, left, jnp.int32(8), rope)
+        .compile()
+    )
     given = sum(np.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves((latents, text, mod, sigmas, left, rope)))
     received = denoise.memory_analysis().argument_size_in_bytes
     assert apart > 0.25 * size([flux]) and denoise.out_info.shape == latents.shape
@@ -157,21 +172,34 @@ def test_without_the_second_decode_it_would_be_lost():
 
 def test_large_pictures_are_decoded_a_few_at_a_time():
     """Each device's own, and what comes out is what they are all at once."""
-    assert [programs.together(8, side, side, programs.pixels_at_once("tpu")) for side in (128, 256, 512, 1024)] == [8, 4, 1, 1]
+    assert [programs.together(8, side, side, programs.pixels_at_once("tpu")) for side in (128, 256, 512, 1024)] == [
+        8,
+        4,
+        1,
+        1,
+    ]
     assert programs.together(6, 256, 256, 4 * 256 * 256) == 3  # equal turns
     vae = filled(Decoder(VAE, rngs=None, layout=Layout(make_mesh([2]))))
     graph, state = nnx.split(vae)
     many = jax.random.normal(jax.random.key(0), (8, 16, 16)).at[5].multiply(1e6).at[6, 0, 0].set(jnp.nan)
 
     def run(pixels):
-        program = jax.jit(functools.partial(programs.decode, family(), graph, jnp.dtype("float16")), static_argnums=(2, 3, 4)).lower(state, many, 16, 16, pixels).compile()
-        assert "dim_labels=b01f_01io->b01f" in (text := program.as_text()) and "_oi01->" not in text  # for the latter XLA:CPU has plain loops alone
+        program = (
+            jax.jit(functools.partial(programs.decode, family(), graph, jnp.dtype("float16")), static_argnums=(2, 3, 4))
+            .lower(state, many, 16, 16, pixels)
+            .compile()
+        )
+        assert (
+            "dim_labels=b01f_01io->b01f" in (text := program.as_text()) and "_oi01->" not in text
+        )  # for the latter XLA:CPU has plain loops alone
         return [np.asarray(x) for x in program(state, many)], program.memory_analysis().temp_size_in_bytes
 
     (whole, finite), most = run(1 << 20)
     for pixels in (2 * 16 * 16, 1):
         (parts, parts_finite), least = run(pixels)
-        assert np.abs(parts.astype(int) - whole).max() <= 1 and np.array_equal(parts_finite, finite)  # other shapes round otherwise
+        assert np.abs(parts.astype(int) - whole).max() <= 1 and np.array_equal(
+            parts_finite, finite
+        )  # other shapes round otherwise
     assert finite.tolist() == [True] * 6 + [False, True] and whole[5].std() > 0
     assert least < 0.6 * most
 
@@ -187,7 +215,10 @@ def test_times_are_float32_whatever_the_activations_are(flux):
     assert vec.dtype == jnp.bfloat16 and not np.array_equal(*np.asarray(vec[0], np.float32))
 
 
-@pytest.mark.parametrize(("flags", "expected"), [("sse2 avx2 fma", "LIBRARY_FUSION_TYPE_REDUCE"), ("avx2 avx512f", None), ("asimd sve", None)])
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [("sse2 avx2 fma", "LIBRARY_FUSION_TYPE_REDUCE"), ("avx2 avx512f", None), ("asimd sve", None)],
+)
 def test_who_convolves_on_a_cpu(monkeypatch, flags, expected):
     """Of a wide decoder; a narrow one's convolutions are XLA's everywhere."""
     monkeypatch.setattr(Path, "read_text", lambda path: f"flags\t: fpu {flags} sse")

@@ -45,7 +45,9 @@ def test_flops_of_flux_at_1024(text, linear, attention, step):
 
 
 def test_flops_of_the_rest():
-    doubled = 9 * 2 * (512**2 * 256**2 + 512**2 * 512**2 + 256**2 * 1024**2) / T  # of 3×3 kernels over doubled pixels: 4/9 of it is needed
+    doubled = (
+        9 * 2 * (512**2 * 256**2 + 512**2 * 512**2 + 256**2 * 1024**2) / T
+    )  # of 3×3 kernels over doubled pixels: 4/9 of it is needed
     assert autoencoder_cost.decode_flops(VAE, 1024, 1024) / T == pytest.approx(10.4 - 5 / 9 * doubled, abs=0.1)
     assert cost.t5(T5XXL, 512) / T == pytest.approx(4.845, abs=0.001)
     assert cost.clip(CLIP_L, 77) / T == pytest.approx(0.0134, rel=0.05)
@@ -74,7 +76,18 @@ def test_targets_that_do_not_exist(name):
 def test_chips_by_the_name_that_jax_gives_them():
     found = {kind: chips.of_kind(kind) for kind in ("NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB", "NVIDIA A100-SXM4-40GB", "TPU v5 lite",
              "TPU v5", "TPU v6 lite", "TPU v4", "NVIDIA L40S", "NVIDIA L4", "cpu")}  # fmt: skip
-    assert [chip and chip.name for chip in found.values()] == ["h100", "a100", "a100-40gb", "v5e", "v5p", "v6e", "v4", "l40s", "l4", None]
+    assert [chip and chip.name for chip in found.values()] == [
+        "h100",
+        "a100",
+        "a100-40gb",
+        "v5e",
+        "v5p",
+        "v6e",
+        "v4",
+        "l40s",
+        "l4",
+        None,
+    ]
 
 
 def counted(module, *arrays):
@@ -86,9 +99,20 @@ def counted(module, *arrays):
 def test_flops_against_the_compilers_count():
     flux = dataclasses.replace(DEV, num_layers=1, num_single_layers=1, num_attention_heads=4)
     shape = lambda *s: jax.ShapeDtypeStruct(s, np.float32)  # noqa: E731
-    inputs = shape(1, 1024, 64), shape(1, 128, 4096), shape(1, 768), shape(1), shape(1), (shape(1152, 64), shape(1152, 64))
-    assert counted(lambda: Flux(flux, rngs=nnx.Rngs(0)), *inputs) == pytest.approx(cost.flux_step(flux, 1024, 128), rel=0.02)
-    assert counted(lambda: Decoder(VAE, rngs=nnx.Rngs(0)), shape(1, 44, 44, 16)) == pytest.approx(autoencoder_cost.decode_flops(VAE, 352, 352), rel=0.02)
+    inputs = (
+        shape(1, 1024, 64),
+        shape(1, 128, 4096),
+        shape(1, 768),
+        shape(1),
+        shape(1),
+        (shape(1152, 64), shape(1152, 64)),
+    )
+    assert counted(lambda: Flux(flux, rngs=nnx.Rngs(0)), *inputs) == pytest.approx(
+        cost.flux_step(flux, 1024, 128), rel=0.02
+    )
+    assert counted(lambda: Decoder(VAE, rngs=nnx.Rngs(0)), shape(1, 44, 44, 16)) == pytest.approx(
+        autoencoder_cost.decode_flops(VAE, 352, 352), rel=0.02
+    )
 
 
 # ---- the command
@@ -101,7 +125,13 @@ def planned(cli, golden, tmp_path):
     def call(rows, *args, code=0):
         manifest = tmp_path / "rows.jsonl"
         manifest.write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows))
-        base = f"pretrained_model_name_or_path={golden / 'dev'}", "sampler=dev", "resolution=64", "max_sequence_length=24", f"output_dir={tmp_path}"
+        base = (
+            f"pretrained_model_name_or_path={golden / 'dev'}",
+            "sampler=dev",
+            "resolution=64",
+            "max_sequence_length=24",
+            f"output_dir={tmp_path}",
+        )
         status, text = cli(f"manifest={manifest}", *base, "aot=false", *args, entry="plan")
         assert status == code, text
         return text
@@ -110,7 +140,9 @@ def planned(cli, golden, tmp_path):
 
 
 def test_rows_buckets_and_what_fills_them_up(planned):
-    rows = [{"prompt": f"fox {i // 2}", "num_inference_steps": 4} for i in range(10)] + [{"prompt": "wide", "width": 96, "num_inference_steps": 8}]
+    rows = [{"prompt": f"fox {i // 2}", "num_inference_steps": 4} for i in range(10)] + [
+        {"prompt": "wide", "width": 96, "num_inference_steps": 8}
+    ]
     text = planned([*rows, "nonsense\n"], "target=v6e-4", "sharding=ddp", "manifest_errors=quarantine")
     assert "rows      11 of" in text and "6 distinct prompts" in text
     assert "rejects   1 bad lines are set aside: rows.jsonl:12" in text
@@ -126,7 +158,13 @@ def test_rows_that_are_done_are_not_planned_again(planned, cli, golden, tmp_path
     assert "done " not in planned(rows)
     manifest, here = tmp_path / "rows.jsonl", {path.name for path in tmp_path.iterdir()}
     manifest.write_text(json.dumps(rows[0]) + "\n")
-    base = f"pretrained_model_name_or_path={golden / 'dev'}", "sampler=dev", "resolution=64", "max_sequence_length=24", f"output_dir={tmp_path}"
+    base = (
+        f"pretrained_model_name_or_path={golden / 'dev'}",
+        "sampler=dev",
+        "resolution=64",
+        "max_sequence_length=24",
+        f"output_dir={tmp_path}",
+    )
     assert here == {"rows.jsonl"} and cli(f"manifest={manifest}", *base, "hardware=cpu")[0] == 0
     text = planned(rows, "target=cpu")
     assert "rows      3 of" in text and "done      1 of them have their image; what follows is of the 2 to make" in text
@@ -138,25 +176,50 @@ def test_rows_that_are_done_are_not_planned_again(planned, cli, golden, tmp_path
 
 
 def test_prompts_that_are_cut_are_named(planned):
-    text = planned([{"prompt": "short"}, {"prompt": "word " * 100}, {"prompt": "ü" * 60}, {"prompt": "short", "prompt_2": "one " * 40}])
+    text = planned(
+        [
+            {"prompt": "short"},
+            {"prompt": "word " * 100},
+            {"prompt": "ü" * 60},
+            {"prompt": "short", "prompt_2": "one " * 40},
+        ]
+    )
     clip, t5 = (next(line for line in text.splitlines() if f"{name} reads" in line) for name in ("CLIP", "T5"))
-    assert "CLIP reads 24 tokens: 2 rows are cut: rows.jsonl:2 has 402, rows.jsonl:3 has 122" in clip  # a token a byte, and both ends
+    assert (
+        "CLIP reads 24 tokens: 2 rows are cut: rows.jsonl:2 has 402, rows.jsonl:3 has 122" in clip
+    )  # a token a byte, and both ends
     assert "T5 reads 24 tokens: 2 rows are cut: rows.jsonl:2 has 501, rows.jsonl:4 has 161" in t5
 
 
 def test_fields_that_decide_nothing_are_named(planned):
-    rows = [{"prompt": "x", "steps": 3}, {"prompt": "x", "guidence_scale": 3.5, "category": "a"}, {"prompt": "x", "category": "b"}]
-    line = next(line for line in planned([*rows, {"prompt": "x", "two\nlines": 1}]).splitlines() if line.startswith("remark"))
-    assert "steps (1 rows; did you mean num_inference_steps?), guidence_scale (1 rows; did you mean guidance_scale?), category (2 rows)" in line
+    rows = [
+        {"prompt": "x", "steps": 3},
+        {"prompt": "x", "guidence_scale": 3.5, "category": "a"},
+        {"prompt": "x", "category": "b"},
+    ]
+    line = next(
+        line for line in planned([*rows, {"prompt": "x", "two\nlines": 1}]).splitlines() if line.startswith("remark")
+    )
+    assert (
+        "steps (1 rows; did you mean num_inference_steps?), guidence_scale (1 rows; did you mean guidance_scale?), category (2 rows)"
+        in line
+    )
     assert line.endswith(r"two\nlines (1 rows)")
     assert "remark" not in planned([{"prompt": "x", "id": "x", "seed": 1, "num_images": 2}])
 
 
 def test_time_and_cost_follow_from_the_flops(planned):
-    text = planned([{"prompt": "x", "num_inference_steps": 4}], "target=h100", "price_per_chip_hour=2", "resolution=2048")
-    config = [json.loads((pathlib.Path(__file__).parent / "golden/dev" / part / "config.json").read_text()) for part in ("transformer", "vae")]
+    text = planned(
+        [{"prompt": "x", "num_inference_steps": 4}], "target=h100", "price_per_chip_hour=2", "resolution=2048"
+    )
+    config = [
+        json.loads((pathlib.Path(__file__).parent / "golden/dev" / part / "config.json").read_text())
+        for part in ("transformer", "vae")
+    ]
     flux, vae = FluxConfig.from_json(config[0]), VaeConfig.from_json(config[1])
-    image = 4 * cost.flux_step(flux, (2048 // (2 * vae.scale)) ** 2, 24) + autoencoder_cost.decode_flops(vae, 2048, 2048)
+    image = 4 * cost.flux_step(flux, (2048 // (2 * vae.scale)) ** 2, 24) + autoencoder_cost.decode_flops(
+        vae, 2048, 2048
+    )
     assert f"{image / 1e12:.3g} TFLOP of it for the picture alone" in text
     assert "at the peak of 989 TFLOP/s" in text and "at 52% of it" in text and "cost " in text and "(estimate)" in text
 
@@ -164,7 +227,9 @@ def test_time_and_cost_follow_from_the_flops(planned):
 def test_adapters_are_covered_and_weigh_what_they_weigh(planned):
     rows = [{"prompt": "a", "lora": {"outline": 1.0}}, {"prompt": "b", "lora": {"outline": 0.5}}]
     text = planned(rows, "pretrained_model_name_or_path=flux-mini", "sampler=mini", "lora=outline", "target=v6e-1")
-    merged = planned(rows[:1], "pretrained_model_name_or_path=flux-mini", "sampler=mini", "lora=outline", "target=v6e-1")
+    merged = planned(
+        rows[:1], "pretrained_model_name_or_path=flux-mini", "sampler=mini", "lora=outline", "target=v6e-1"
+    )
     assert "lora      outline × 1: " in text and " layers  rank " in text
     held = [re.search(r"denoise +([\d.]+) MiB weights", of)[1] for of in (text, merged)]
     assert float(held[0]) > float(held[1])
@@ -173,10 +238,14 @@ def test_adapters_are_covered_and_weigh_what_they_weigh(planned):
 def test_mistakes(planned, tmp_path):
     row = [{"prompt": "x"}]
     assert "target=v7: expected cpu, a TPU slice" in planned(row, "target=v7", code=2)
-    assert "hardware=tpu: expected hardware=gpu or auto for target=h100" in planned(row, "target=h100", "hardware=tpu", code=2)
+    assert "hardware=tpu: expected hardware=gpu or auto for target=h100" in planned(
+        row, "target=h100", "hardware=tpu", code=2
+    )
     assert "aot=true, target=h100: expected a TPU slice" in planned(row, "target=h100", "aot=true", code=2)
     assert "price_per_chip_hour=-1.0: expected a number from 0" in planned(row, "price_per_chip_hour=-1", code=2)
-    assert "ici_data_parallelism=8 × dcn_data_parallelism=-1 needs 8 devices, there are 4" in planned(row, "target=v6e-4", "ici_data_parallelism=8", code=2)
+    assert "ici_data_parallelism=8 × dcn_data_parallelism=-1 needs 8 devices, there are 4" in planned(
+        row, "target=v6e-4", "ici_data_parallelism=8", code=2
+    )
     assert not (tmp_path / "rows").exists()  # nothing is written
 
 
@@ -192,13 +261,27 @@ def opened(checkpoint, *args):
     return found[0], open_model_spec(found[0], "cpu", jax.devices()[:1])
 
 
-@pytest.mark.parametrize(("side", "images"), [(128, 2), pytest.param(256, 4, marks=pytest.mark.slow), pytest.param(128, 1, marks=pytest.mark.slow),
-                                            pytest.param(512, 2, marks=pytest.mark.slow)])  # decoded one after the other
+@pytest.mark.parametrize(
+    ("side", "images"),
+    [
+        (128, 2),
+        pytest.param(256, 4, marks=pytest.mark.slow),
+        pytest.param(128, 1, marks=pytest.mark.slow),
+        pytest.param(512, 2, marks=pytest.mark.slow),
+    ],
+)  # decoded one after the other
 def test_memory_against_the_compiler(side, images):
     text = 32
-    args = f"resolution={side}", f"per_device_batch_size={images}", f"max_sequence_length={text}", "offload_encoders=free"
+    args = (
+        f"resolution={side}",
+        f"per_device_batch_size={images}",
+        f"max_sequence_length={text}",
+        "offload_encoders=free",
+    )
     job, engine = opened("flux-mini", *args)
-    phases = {phase.name: phase for phase in memory.Situation.of(job, engine, "cpu", [(side, side)], again=False).phases()}
+    phases = {
+        phase.name: phase for phase in memory.Situation.of(job, engine, "cpu", [(side, side)], again=False).phases()
+    }
     needs = {need.name: need for need in aot.needs(engine, images, side, side)}
     for name, phase in phases.items():
         assert phase.total == pytest.approx(phase.weights + needs[name].more, rel=0.1), name
@@ -215,7 +298,9 @@ def test_memory_of_a_decoder_against_its_compiler(platform, side, sharded, figur
     v6e-4. One H100, and eight with fsdp."""
     _, state = nnx.split(Decoder(VAE, rngs=None))
     weights = 2 * sum(math.prod(leaf.get_value().shape) for _, leaf in nnx.to_flat_state(state))
-    assert autoencoder_cost.decode_bytes(VAE, footprint(1, side, platform)) + sharded * weights == pytest.approx(figure * 2**30, rel=0.1)
+    assert autoencoder_cost.decode_bytes(VAE, footprint(1, side, platform)) + sharded * weights == pytest.approx(
+        figure * 2**30, rel=0.1
+    )
 
 
 def footprint(images, side, platform):
@@ -252,18 +337,33 @@ def modulators(engine):
 def test_compiled_for_a_tpu_that_is_not_here(planned):
     pytest.importorskip("libtpu", reason="needs .[tpu]")
     for sharding in ("ddp", "fsdp"):
-        text = planned([{"prompt": "x"}], "pretrained_model_name_or_path=flux-mini", "sampler=mini", "target=v6e-4", f"sharding={sharding}", "aot=true")
-        assert all(re.search(rf"{name} +[\d.]+ [KM]iB weights \+ [\d.]+ MiB, of it temporary", text) for name in ("compiled  denoise", "decode")), text
+        text = planned(
+            [{"prompt": "x"}],
+            "pretrained_model_name_or_path=flux-mini",
+            "sampler=mini",
+            "target=v6e-4",
+            f"sharding={sharding}",
+            "aot=true",
+        )
+        assert all(
+            re.search(rf"{name} +[\d.]+ [KM]iB weights \+ [\d.]+ MiB, of it temporary", text)
+            for name in ("compiled  denoise", "decode")
+        ), text
 
 
 def test_what_makes_it_fit(golden):
-    job, engine = opened(golden / "dev", "resolution=64", "per_device_batch_size=4", "offload_encoders=false", "max_sequence_length=24")
+    job, engine = opened(
+        golden / "dev", "resolution=64", "per_device_batch_size=4", "offload_encoders=false", "max_sequence_length=24"
+    )
     need = memory.Situation.of(job, engine, "tpu", [(64, 64)], again=False)
     largest = max(phase.total for phase in need.phases())
     assert need.way_out(largest) != () and need.way_out(1000) == ()
     assert need.way_out(largest - 1) in {("offload_encoders=true",), ("per_device_batch_size=1",)}
     one = dataclasses.replace(need, images=1, stay=False)
-    assert set(need.way_out(max(phase.total for phase in one.phases()))) >= {"per_device_batch_size=1", "offload_encoders=true"}
+    assert set(need.way_out(max(phase.total for phase in one.phases()))) >= {
+        "per_device_batch_size=1",
+        "offload_encoders=true",
+    }
 
 
 def test_what_makes_it_fit_on_what_is_there(golden):
@@ -290,7 +390,9 @@ def test_what_makes_it_fit_on_what_is_there(golden):
     writing = dataclasses.replace(memory.Situation.of(job, engine, "tpu", [(256, 256)], again=False), scores=True)
     assert way(writing, scores=False) == ("attention=auto",)
     scores = 4 * engine.checkpoint.components["transformer"].config.num_attention_heads * (256 // 16) ** 4
-    assert writing.phases()[1].activations - dataclasses.replace(writing, scores=False).phases()[1].activations >= scores
+    assert (
+        writing.phases()[1].activations - dataclasses.replace(writing, scores=False).phases()[1].activations >= scores
+    )
 
 
 def test_a_transformer_that_does_not_fit_beside_the_encoders_makes_room(golden):
@@ -307,7 +409,12 @@ def test_a_transformer_that_does_not_fit_beside_the_encoders_makes_room(golden):
 def test_attention_as_the_plan_takes_it(planned, monkeypatch):
     seen = []
     monkeypatch.setattr(memory.Situation, "phases", lambda self: seen.append(self) or [memory.Phase("denoise", 1, 1)])
-    for words in (["target=h100"], ["target=h100", "activations_dtype=float32"], ["target=v6e-1", "attention=dot_product"], ["target=cpu"]):
+    for words in (
+        ["target=h100"],
+        ["target=h100", "activations_dtype=float32"],
+        ["target=v6e-1", "attention=dot_product"],
+        ["target=cpu"],
+    ):
         planned([{"prompt": "x"}], *words)
     assert [need.scores for need in seen] == [False, True, True, False]
 
@@ -315,7 +422,9 @@ def test_attention_as_the_plan_takes_it(planned, monkeypatch):
 def test_machines_of_several_hosts_are_taken_whole(planned):
     """As by a run of so many processes."""
     row = [{"prompt": "x"}]
-    assert "the sharding takes 1 devices, the 2 processes have 4: all must be taken" in planned(row, "target=2xh100-2", code=2)
+    assert "the sharding takes 1 devices, the 2 processes have 4: all must be taken" in planned(
+        row, "target=2xh100-2", code=2
+    )
     assert "data 2 × fsdp 2" in planned(row, "target=2xh100-2", "sharding=fsdp", "dcn_data_parallelism=2")
 
 
@@ -339,7 +448,9 @@ def test_several_plans_leave_nothing_behind(planned, tmp_path):
 
 def test_a_place_that_is_not_this_jobs_is_planned_whole(planned, tmp_path):
     (tmp_path / "rows/.fluxbatch").mkdir(parents=True)
-    (tmp_path / "rows/metadata.jsonl").write_text('{"file_name": "a.png", "text": "x"}\n')  # somebody's, who has no job there
+    (tmp_path / "rows/metadata.jsonl").write_text(
+        '{"file_name": "a.png", "text": "x"}\n'
+    )  # somebody's, who has no job there
     assert "rows      1 of" in planned([{"prompt": "x"}], "target=h100", "run_name=rows")
     for text, why in (('{"format": "webp"}', f'{tmp_path}/rows holds a job with another configuration: '),
                       ('{"form', "what is done cannot be read: "), ("[]", "what is done cannot be read: ")):  # fmt: skip

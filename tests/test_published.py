@@ -102,7 +102,9 @@ def test_published_sizes(name, flux, blocks, guided, cache):
 ])  # fmt: skip
 def test_a_plan_without_checkpoint_token_or_network(planned, words):
     text = planned(*words)
-    assert text.count(UNSEEN) == 1 and "transformer 11.9 G, text_encoder 123 M, text_encoder_2 4.76 G, vae 49.5 M" in text
+    assert (
+        text.count(UNSEEN) == 1 and "transformer 11.9 G, text_encoder 123 M, text_encoder_2 4.76 G, vae 49.5 M" in text
+    )
     assert all(name in text for name in ("encode  ", "denoise ", "decode  ", "reads     ", "time      "))
 
 
@@ -150,7 +152,13 @@ def small(golden, monkeypatch):
     """The golden dev checkpoint is published as ``bfl/small``, and known by its configurations."""
     read = {part: json.loads((golden / "dev" / part / "config.json").read_text()) for part in Flux1.components}
     scheduler = json.loads((golden / "dev/scheduler/scheduler_config.json").read_text())
-    known = {"repository": "bfl/small", "file": "small.safetensors", "pipeline": "FluxPipeline", "dtype": "float32", "components": read}
+    known = {
+        "repository": "bfl/small",
+        "file": "small.safetensors",
+        "pipeline": "FluxPipeline",
+        "dtype": "float32",
+        "components": read,
+    }
     known["scheduler"] = scheduler
     monkeypatch.setattr(published, "published", lambda: {"bfl/small": known})
     return "sampler=dev", "resolution=64", "max_sequence_length=24", "aot=false"
@@ -170,7 +178,12 @@ def test_a_component_of_another_known_repository(planned, golden, cache, small):
     download(cache, golden, without=("vae",))
     found = published.open_or_known(model("bfl/small", t5="bfl/small", clip=str(golden / "dev")))
     assert found.unseen == f"bfl/small{UNSEEN}" and found.tokenizers["tokenizer"] == str(golden / "dev/tokenizer")
-    assert [isinstance(part.source, published.Named) for part in found.components.values()] == [True, False, False, True]
+    assert [isinstance(part.source, published.Named) for part in found.components.values()] == [
+        True,
+        False,
+        False,
+        True,
+    ]
 
 
 @pytest.mark.parametrize("mesh", [(1, 1), (1, 4), (4, 1)])

@@ -29,7 +29,12 @@ from fluxbatch.types import Row, UserError
 # ---- which replica
 
 
-ARRAY = {"SLURM_ARRAY_TASK_ID": "5", "SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_MAX": "8", "SLURM_ARRAY_TASK_COUNT": "8"}
+ARRAY = {
+    "SLURM_ARRAY_TASK_ID": "5",
+    "SLURM_ARRAY_TASK_MIN": "1",
+    "SLURM_ARRAY_TASK_MAX": "8",
+    "SLURM_ARRAY_TASK_COUNT": "8",
+}
 
 
 @pytest.mark.parametrize(("index", "count", "env", "expected"), [
@@ -81,7 +86,12 @@ def test_overwriting_is_for_one_replica(cli, golden, tmp_path, monkeypatch):
     assert code == 2 and "overwrite=true, replica_count=2: expected one replica" in err and len(err.splitlines()) == 1
     for name, value in ARRAY.items():
         monkeypatch.setenv(name, value)
-    words = f"pretrained_model_name_or_path={golden / 'dev'}", "prompt=a fox", f"output_dir={tmp_path}", "overwrite=true"
+    words = (
+        f"pretrained_model_name_or_path={golden / 'dev'}",
+        "prompt=a fox",
+        f"output_dir={tmp_path}",
+        "overwrite=true",
+    )
     code, err = cli(*words)
     assert code == 2 and "overwrite=true, replica_count=8 (SLURM_ARRAY_TASK_COUNT=8): expected one replica" in err
     assert cli(*words, "replica_count=1", "resolution=16", "num_inference_steps=1", "max_sequence_length=24")[0] == 0
@@ -110,7 +120,9 @@ def test_images_that_were_written_over_are_made_again_by_the_next_start(cli, gol
 def mixed_rows(count):
     rng = random.Random(0)
     sizes = [(1024, 1024)] * 4 + [(768, 1344), (1344, 768), (512, 512), (1536, 1536), (832, 1216), (1216, 832)]
-    return [Row(i, str(i), "", "", i, *rng.choice(sizes), rng.choice([4, 8, 20, 28, 28, 50]), 3.5) for i in range(count)]
+    return [
+        Row(i, str(i), "", "", i, *rng.choice(sizes), rng.choice([4, 8, 20, 28, 28, 50]), 3.5) for i in range(count)
+    ]
 
 
 def imbalance(costs, count):
@@ -160,7 +172,10 @@ def test_a_million_rows_for_512_replicas(capsys):
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
     cut = batching.work_units(rows, 8, 256)
     costs = [sum(map(batching.cost, work_unit)) for work_unit in cut]
-    dealt, worst = time.monotonic(), max(imbalance(costs, count) for count in (1, 2, 3, 5, 8, 13, 64, 100, 255, 256, 511, 512))
+    dealt, worst = (
+        time.monotonic(),
+        max(imbalance(costs, count) for count in (1, 2, 3, 5, 8, 13, 64, 100, 255, 256, 511, 512)),
+    )
     now = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with capsys.disabled():
         print(f"\n1,000,000 rows: {len(cut):,} work_units in {dealt - start:.1f} s, 12 deals in {time.monotonic() - dealt:.1f} s,"
@@ -293,7 +308,9 @@ def work_through(store, index, count, rows, pause, dies_after=None, expiry=0.8, 
     start = f"start{index}x{random.randrange(10**9):09}"
     ledger = Ledger(store, FACTS, writer_id=f"{start}-0")
     todo = ledger.remaining(rows)
-    work = assignment.ClaimedShards(ProcessGroup(), Replica(index, count), store, ledger, start, batching.work_units(rows, 2, 16), todo, 2, expiry)
+    work = assignment.ClaimedShards(
+        ProcessGroup(), Replica(index, count), store, ledger, start, batching.work_units(rows, 2, 16), todo, 2, expiry
+    )
     work.started()
     drawn = 0
     try:
@@ -302,7 +319,19 @@ def work_through(store, index, count, rows, pause, dies_after=None, expiry=0.8, 
                 time.sleep(pause)
                 if dies_after is not None and drawn >= dies_after:
                     raise Killed
-                ledger.commit([{"file_name": f"{row.id}.png", **decisive(row), "id": row.id, "index": row.index, "sha256": "", "key": ledger.key(row)} for row in batch.rows])
+                ledger.commit(
+                    [
+                        {
+                            "file_name": f"{row.id}.png",
+                            **decisive(row),
+                            "id": row.id,
+                            "index": row.index,
+                            "sha256": "",
+                            "key": ledger.key(row),
+                        }
+                        for row in batch.rows
+                    ]
+                )
                 drawn += len(batch.rows)
                 made.extend(row.id for row in batch.rows)
                 for row in batch.rows:
@@ -320,7 +349,17 @@ def test_who_wakes_up_after_the_end_draws_nothing_again():
     """Of its hand, which nobody claims any more as the claims are cleared away."""
     store, rows, made = MemoryStore(), mixed_rows(100), []
     ledger = Ledger(store, FACTS, writer_id="asleep-0")
-    asleep = assignment.ClaimedShards(ProcessGroup(), Replica(0, 2), store, ledger, "asleep", batching.work_units(rows, 2, 16), ledger.remaining(rows), 2, 60)
+    asleep = assignment.ClaimedShards(
+        ProcessGroup(),
+        Replica(0, 2),
+        store,
+        ledger,
+        "asleep",
+        batching.work_units(rows, 2, 16),
+        ledger.remaining(rows),
+        2,
+        60,
+    )
     asleep.started()
     merges, tally = work_through(store, 1, 2, rows, 0, made=made)
     assert merges and tally.done == len(made) == 100
@@ -355,7 +394,9 @@ def test_every_row_once_whoever_dies(seed):
     assert (tally.rows, tally.done, tally.left) == (300, 300, 0)
     lines = [json.loads(line) for line in store.objects["metadata.jsonl"].splitlines()]
     assert sorted(int(line["id"]) for line in lines) == list(range(300))
-    assert sorted(set(map(int, made))) == list(range(300)) and len(made) == 300  # nothing that was recorded is drawn again
+    assert (
+        sorted(set(map(int, made))) == list(range(300)) and len(made) == 300
+    )  # nothing that was recorded is drawn again
     status = json.loads(store.objects["status.json"])
     assert (status["exit_code"], status["counts"]) == (0, {"made": 300}) and "speed" not in status  # of the place
     signs = {n: json.loads(store.objects[f".fluxbatch/replicas/{n}.json"]) for n in range(5)}
@@ -371,12 +412,25 @@ def test_a_replica_that_works_says_how_far_it_is(monkeypatch):
     monkeypatch.setattr(progress, "EVERY", 0.0)
     store, rows = MemoryStore(), mixed_rows(40)
     ledger = Ledger(store, FACTS, writer_id="start-0")
-    work = assignment.ClaimedShards(ProcessGroup(), Replica(0, 2), store, ledger, "start", batching.work_units(rows, 2, 16), ledger.remaining(rows), 2, 1e3)
+    work = assignment.ClaimedShards(
+        ProcessGroup(),
+        Replica(0, 2),
+        store,
+        ledger,
+        "start",
+        batching.work_units(rows, 2, 16),
+        ledger.remaining(rows),
+        2,
+        1e3,
+    )
     work.started()
     assert json.loads(store.objects[".fluxbatch/replicas/0.json"])["counts"] == {"made": 0, "before": 0, "rejected": 0}
     next(work.shards(Never()))
     status = json.loads(store.objects["status.json"])
-    assert (status["exit_code"], status["counts"]) == (None, {"before": 0, "left": 40}) and ".fluxbatch/replicas/" in status["reason"]
+    assert (status["exit_code"], status["counts"]) == (
+        None,
+        {"before": 0, "left": 40},
+    ) and ".fluxbatch/replicas/" in status["reason"]
     for row in rows[:3]:
         work.progress.beside(row, 0)
         work.progress.through(row, True)
@@ -384,7 +438,11 @@ def test_a_replica_that_works_says_how_far_it_is(monkeypatch):
     while (sign := json.loads(store.objects[".fluxbatch/replicas/0.json"]))["counts"]["made"] < 3:
         assert time.monotonic() < end
         time.sleep(0.01)
-    assert sign["counts"] == {"made": 3, "before": 0, "rejected": 0} and sign["speed"]["images_per_second"] > 0 and sign["beat"] > 0
+    assert (
+        sign["counts"] == {"made": 3, "before": 0, "rejected": 0}
+        and sign["speed"]["images_per_second"] > 0
+        and sign["beat"] > 0
+    )
     assert sign["reason"].startswith("running, or killed after 20")
     work.ended(75, "drained", {})
     sign = json.loads(store.objects[".fluxbatch/replicas/0.json"])
@@ -413,7 +471,10 @@ def test_every_row_once_in_a_bucket_that_fails():
             store = GcsStore("gs://bucket/run", timeout=(1.0, 1.0), deadline=60.0)
             results[index] = work_through(store, index, 3, rows, 0.02, expiry=8, made=made, **how)
 
-        threads = [threading.Thread(target=replica_thread, args=(n,), kwargs={"dies_after": 1} if n == 1 else {}) for n in range(3)]
+        threads = [
+            threading.Thread(target=replica_thread, args=(n,), kwargs={"dies_after": 1} if n == 1 else {})
+            for n in range(3)
+        ]
         threads[1].start()
         threads[1].join(120)
         for thread in (threads[0], threads[2]):
@@ -425,18 +486,32 @@ def test_every_row_once_in_a_bucket_that_fails():
         store = GcsStore("gs://bucket/run")
         assert results[1] is None and sum(results[n][0] for n in (0, 2)) == 1
         lines = [json.loads(line) for line in store.read("metadata.jsonl").splitlines()]
-        assert sorted(int(line["id"]) for line in lines) == list(range(48)) and {*made} == {line["id"] for line in lines}
+        assert sorted(int(line["id"]) for line in lines) == list(range(48)) and {*made} == {
+            line["id"] for line in lines
+        }
         assert json.loads(store.read("status.json"))["exit_code"] == 0 and len(proxy.met) > 5
 
 
-@pytest.mark.parametrize("change", [{"seed": 1}, {"rows": 39}, {"facts": {**FACTS, "weights_dtype": "bfloat16"}}, {"batch_size": 4}], ids=str)
+@pytest.mark.parametrize(
+    "change", [{"seed": 1}, {"rows": 39}, {"facts": {**FACTS, "weights_dtype": "bfloat16"}}, {"batch_size": 4}], ids=str
+)
 def test_replicas_that_were_not_started_alike_do_not_go_on(change):
     """Another manifest, configuration or batch under one output place: the later one stops with a line."""
 
     def open_(index, seed=0, rows=40, facts=FACTS, batch_size=2):
         rows = [dataclasses.replace(row, seed=row.seed + seed) for row in mixed_rows(rows)]
         ledger = Ledger(store, facts, writer_id=f"start{index}-0")
-        work = assignment.ClaimedShards(ProcessGroup(), Replica(index, 2), store, ledger, f"start{index}", batching.work_units(rows, batch_size, 16), rows, batch_size, 0.04)
+        work = assignment.ClaimedShards(
+            ProcessGroup(),
+            Replica(index, 2),
+            store,
+            ledger,
+            f"start{index}",
+            batching.work_units(rows, batch_size, 16),
+            rows,
+            batch_size,
+            0.04,
+        )
         work.started()
         return work
 
@@ -457,7 +532,17 @@ def test_who_lost_its_records_place_says_so():
     """The first process cannot claim: one line, and no claim is left behind as done."""
     store, rows = MemoryStore(), mixed_rows(40)
     ledger = Ledger(store, FACTS, writer_id="start-0")
-    work = assignment.ClaimedShards(ProcessGroup(), Replica(0, 2), store, ledger, "start", batching.work_units(rows, 2, 16), ledger.remaining(rows), 2, 60)
+    work = assignment.ClaimedShards(
+        ProcessGroup(),
+        Replica(0, 2),
+        store,
+        ledger,
+        "start",
+        batching.work_units(rows, 2, 16),
+        ledger.remaining(rows),
+        2,
+        60,
+    )
     work.started()
     shards = work.shards(Never())
     next(shards)
@@ -491,7 +576,13 @@ def check(folder, rows=ROWS, killed=False):
 @pytest.mark.slow
 @pytest.mark.parametrize(("replicas", "processes"), [(2, 2), (3, 1)])
 def test_a_replica_is_killed_for_good_and_the_others_finish(tmp_path, cache, replicas, processes):
-    more = {"manifest": long_manifest(tmp_path), "resolution": 16, "shard_size": 16, "replica_count": replicas, "replica_expiry": 3}
+    more = {
+        "manifest": long_manifest(tmp_path),
+        "resolution": 16,
+        "shard_size": 16,
+        "replica_count": replicas,
+        "replica_expiry": 3,
+    }
     started = []
     for index in range(replicas):
         name = {"processes": processes, "devices": 1, "replica_index": index, "log": f"replica{index}"}
@@ -499,27 +590,41 @@ def test_a_replica_is_killed_for_good_and_the_others_finish(tmp_path, cache, rep
     end = time.monotonic() + 200
     victim = tmp_path / "run" / ".fluxbatch" / "records"
     while not (victim.exists() and pictures(tmp_path / "run") >= 20):
-        assert time.monotonic() < end and all(p.poll() is None for group in started for p in group), said(tmp_path, "replica*")
+        assert time.monotonic() < end and all(p.poll() is None for group in started for p in group), said(
+            tmp_path, "replica*"
+        )
         time.sleep(0.01)
     for process in started[-1]:
         process.kill()
-    assert [p.wait(timeout=240) for group in started[:-1] for p in group] == [0] * (replicas - 1) * processes, said(tmp_path, "replica*")
+    assert [p.wait(timeout=240) for group in started[:-1] for p in group] == [0] * (replicas - 1) * processes, said(
+        tmp_path, "replica*"
+    )
     assert all(p.wait() == -signal.SIGKILL for p in started[-1])
     check(tmp_path, killed=True)
-    ends = [json.loads((tmp_path / "run" / ".fluxbatch" / "replicas" / f"{n}.json").read_text()).get("exit_code") for n in range(replicas)]
+    ends = [
+        json.loads((tmp_path / "run" / ".fluxbatch" / "replicas" / f"{n}.json").read_text()).get("exit_code")
+        for n in range(replicas)
+    ]
     assert ends == [0] * (replicas - 1) + [None]
 
 
 @pytest.mark.slow
 def test_replicas_make_the_pictures_of_one(tmp_path, cache):
     more = {"manifest": long_manifest(tmp_path), "resolution": 16, "shard_size": 16, "devices": 1}
-    started = [replica(tmp_path, cache, 1, log=f"replica{n}", replica_index=n, replica_count=2, **more)[0] for n in range(2)]
+    started = [
+        replica(tmp_path, cache, 1, log=f"replica{n}", replica_index=n, replica_count=2, **more)[0] for n in range(2)
+    ]
     assert [p.wait(timeout=240) for p in started] == [0, 0], said(tmp_path, "replica*")
     check(tmp_path)
     signs = [json.loads((tmp_path / "run" / ".fluxbatch" / "replicas" / f"{n}.json").read_text()) for n in range(2)]
-    assert sum(sign["counts"]["made"] for sign in signs) == ROWS and all(sign["speed"] and sign["load"] for sign in signs)
+    assert sum(sign["counts"]["made"] for sign in signs) == ROWS and all(
+        sign["speed"] and sign["load"] for sign in signs
+    )
     logs = [(tmp_path / f"replica{n}.0.log").read_text() for n in range(2)]
-    assert sorted(f"{sign['counts']['made']} made" in log for sign, log in zip(signs, logs, strict=True)) == [True, True]
+    assert sorted(f"{sign['counts']['made']} made" in log for sign, log in zip(signs, logs, strict=True)) == [
+        True,
+        True,
+    ]
     assert all(f"rows       {ROWS}: " in log and " by this replica, " in log for log in logs)
     assert all("%" not in log.rpartition("images: ")[2].partition("img")[0] for log in logs)
     alone = replica(tmp_path, cache, 1, name="alone", **more)
@@ -531,7 +636,14 @@ def test_replicas_make_the_pictures_of_one(tmp_path, cache):
 @pytest.mark.slow
 def test_a_drained_replica_leaves_its_work_at_once(tmp_path, cache):
     """SIGTERM to one of two: it ends with 75, the other finishes without waiting for the expiry."""
-    more = {"manifest": long_manifest(tmp_path), "resolution": 16, "shard_size": 16, "devices": 1, "replica_count": 2, "replica_expiry": 600}
+    more = {
+        "manifest": long_manifest(tmp_path),
+        "resolution": 16,
+        "shard_size": 16,
+        "devices": 1,
+        "replica_count": 2,
+        "replica_expiry": 600,
+    }
     started = [replica(tmp_path, cache, 1, log=f"replica{n}", replica_index=n, **more)[0] for n in range(2)]
     end = time.monotonic() + 200
     while pictures(tmp_path / "run") < 20:

@@ -79,7 +79,10 @@ def test_what_a_replica_made_is_told_apart(capsys, monkeypatch):
         "images": 9, "made now": 8, "rejected": 3, "speed": None, "weights": None, "seconds": 0}  # fmt: skip
     assert "rows       12: 3 made by this replica, 5 by others, 1 done before, 3 rejected\n" in capsys.readouterr().out
     seen.summary(counts, "there", own=3, others="left to others")
-    assert "rows       12: 3 made by this replica, 5 left to others, 1 done before, 3 rejected\n" in capsys.readouterr().out
+    assert (
+        "rows       12: 3 made by this replica, 5 left to others, 1 done before, 3 rejected\n"
+        in capsys.readouterr().out
+    )
     assert terminal.Report(quiet=True).measured() == {}
 
 
@@ -94,7 +97,10 @@ def test_progress_is_told_now_and_then(clock):
         assert [counted.through(row, row.index != 2) for row in rows] == [1, 2]
         clock(EVERY / 3)
     assert told.pop(0) == ({"made": 3, "before": 5, "rejected": 0, "left": 37}, None)  # the first batch
-    assert told == [({"made": 8, "before": 5, "rejected": 1, "left": 31}, 0.3), ({"made": 17, "before": 5, "rejected": 1, "left": 22}, 0.3)]
+    assert told == [
+        ({"made": 8, "before": 5, "rejected": 1, "left": 31}, 0.3),
+        ({"made": 17, "before": 5, "rejected": 1, "left": 22}, 0.3),
+    ]
     assert Progress(5, None, lambda *_: None).counts == {"made": 0, "before": 5, "rejected": 0}
 
 
@@ -115,17 +121,36 @@ def test_how_busy_the_devices_were(monkeypatch, capsys):
     seen = terminal.Report()
     seen.peak = 10.0
     assert seen.speed() == {}
-    for since, end, pictures in ((0, 3, False), (4, 10, True), (8, 14, True), (15, 16, False), (17, 24, True), (24, 30, False)):
+    for since, end, pictures in (
+        (0, 3, False),
+        (4, 10, True),
+        (8, 14, True),
+        (15, 16, False),
+        (17, 24, True),
+        (24, 30, False),
+    ):
         seen.launched(since, Until(end), pictures)
     for _ in range(3):
         seen.drawing(2, 20.0)
     assert seen.devices.drawing().result() == 0.0  # the first call had it all
     # from 4 to 24; without work from 14 to 15 and from 16 to 17
-    assert seen.speed() == {"images_per_second": 0.3, "seconds_per_image": 3.333, "device_busy": 0.9, "mfu": 0.3, "floor_ratio": 3.333}
+    assert seen.speed() == {
+        "images_per_second": 0.3,
+        "seconds_per_image": 3.333,
+        "device_busy": 0.9,
+        "mfu": 0.3,
+        "floor_ratio": 3.333,
+    }
     seen.summary({"rows": 6, "made": 6, "before": 0, "rejected": 0}, "there")
     said = capsys.readouterr().out
-    assert "6 images in 20.0 s, from the launch of the first batch to the end of the last: 0.30 images/s, 3.33 s an image; " in said
-    assert "devices    computing 90.0% of these 20.0 s, else they waited for " in said and "; 30% of their peak, 3.33 × the time at it\n" in said
+    assert (
+        "6 images in 20.0 s, from the launch of the first batch to the end of the last: 0.30 images/s, 3.33 s an image; "
+        in said
+    )
+    assert (
+        "devices    computing 90.0% of these 20.0 s, else they waited for " in said
+        and "; 30% of their peak, 3.33 × the time at it\n" in said
+    )
 
 
 def test_the_devices_time_for_a_batch_is_without_their_waits(monkeypatch):
@@ -146,7 +171,10 @@ def test_a_text_counts_once_however_many_shards_have_it(capsys):
     for keys, encoded in (("abc", "a"), ("abd", "d"), ("ab", "a")):
         seen.encoded(PromptEmbeds(dict.fromkeys(keys), str, frozenset(encoded), tuple))
     seen.summary({"rows": 1, "made": 1, "before": 0, "rejected": 0}, "there")
-    assert "texts      4 distinct: 2 encoded, 2 from the cache; 1 encoded once more for later shards\n" in capsys.readouterr().out
+    assert (
+        "texts      4 distinct: 2 encoded, 2 from the cache; 1 encoded once more for later shards\n"
+        in capsys.readouterr().out
+    )
 
 
 # ---- bars, and lines where nobody watches
@@ -218,7 +246,13 @@ def test_a_terminal_has_its_bar_and_a_quiet_process_neither(monkeypatch, capsys)
 def test_a_run_that_nobody_watches_writes_no_carriage_return(cli, golden, tmp_path):
     code, err = cli(f"pretrained_model_name_or_path={golden / 'dev'}", "hardware=cpu", "prompt=x", "num_images=30", "resolution=16",
                     "num_inference_steps=1", f"output_dir={tmp_path}", "max_sequence_length=24")  # fmt: skip
-    assert code == 0 and "\r" not in err and "\x1b" not in err and "images: 100% 30/30" in err and len(err.splitlines()) < 8
+    assert (
+        code == 0
+        and "\r" not in err
+        and "\x1b" not in err
+        and "images: 100% 30/30" in err
+        and len(err.splitlines()) < 8
+    )
 
 
 def test_the_bar_says_compiling_while_it_compiles(monkeypatch, capsys):

@@ -56,7 +56,9 @@ def mixed(tmp_path):
 
 @pytest.mark.parametrize("variant", ["dev", "schnell"])
 def test_goldens(cli, golden, tmp_path, variant):
-    code, _ = cli(*flags(golden, tmp_path, variant=variant, manifest=golden / f"{variant}.jsonl", per_device_batch_size=2))
+    code, _ = cli(
+        *flags(golden, tmp_path, variant=variant, manifest=golden / f"{variant}.jsonl", per_device_batch_size=2)
+    )
     assert code == 0
     expected = np.load(golden / f"{variant}.npz")
     made = images(tmp_path / "run")
@@ -72,7 +74,9 @@ def test_a_picture_depends_on_its_row_alone(cli, golden, tmp_path, mixed):
     for batch, sharding in ((3, "single"), (1, "single"), (4, "single"), (1, "ddp"), (1, "fsdp"), (2, "ddp")):
         name = f"{sharding}{batch}"
         extra = {"ici_data_parallelism": 2} if name == "ddp2" else {}
-        code, _ = cli(*flags(golden, tmp_path, name, manifest=mixed, per_device_batch_size=batch, sharding=sharding, **extra))
+        code, _ = cli(
+            *flags(golden, tmp_path, name, manifest=mixed, per_device_batch_size=batch, sharding=sharding, **extra)
+        )
         assert code == 0
         made = images(tmp_path / name)
         assert len(made) == 23
@@ -87,7 +91,9 @@ def test_one_compilation_per_shape(cli, golden, tmp_path, mixed, monkeypatch, ca
 
     made = []
     init = pipeline.Pipeline.__init__
-    monkeypatch.setattr(pipeline.Pipeline, "__init__", lambda self, *a, **k: (init(self, *a, **k), made.append(self))[0])
+    monkeypatch.setattr(
+        pipeline.Pipeline, "__init__", lambda self, *a, **k: (init(self, *a, **k), made.append(self))[0]
+    )
     jax.config.update("jax_log_compiles", True)  # as a context it would be this thread's alone
     try:
         assert cli(*flags(golden, tmp_path, manifest=mixed, per_device_batch_size=2, shard_size=8))[0] == 0
@@ -104,10 +110,15 @@ def test_one_compilation_per_shape(cli, golden, tmp_path, mixed, monkeypatch, ca
 
 
 def test_the_record_says_it_all(cli, golden, tmp_path):
-    rows = [{"prompt": "a fox", "id": "fox", "seed": 5, "category": "animals", "model": "mine"}, {"prompt": "two", "prompt_2": "deux", "num_images": 2}]
+    rows = [
+        {"prompt": "a fox", "id": "fox", "seed": 5, "category": "animals", "model": "mine"},
+        {"prompt": "two", "prompt_2": "deux", "num_images": 2},
+    ]
     manifest = tmp_path / "rows.jsonl"
     manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    code, err = cli(*flags(golden, tmp_path, manifest=manifest, resolution=32, num_inference_steps=2, seed=40, profile="true"))
+    code, err = cli(
+        *flags(golden, tmp_path, manifest=manifest, resolution=32, num_inference_steps=2, seed=40, profile="true")
+    )
     assert code == 0 and 'not carried into the metadata: "model"' in err
     folder = tmp_path / "run"
     (trace,) = folder.glob("profile/plugins/profile/*/*.xplane.pb")
@@ -117,11 +128,27 @@ def test_the_record_says_it_all(cli, golden, tmp_path):
     assert [r["id"] for r in records] == ["fox", "1", "2"]
     assert [r["seed"] for r in records] == [5, 41, 42]
     assert records[0]["category"] == "animals" and records[1]["prompt_2"] == "deux"
-    made_by = {"fluxbatch_version": __version__, "jax_version": jax.__version__, "device_kind": "cpu", "device_count": 1, "per_device_batch_size": 1}
+    made_by = {
+        "fluxbatch_version": __version__,
+        "jax_version": jax.__version__,
+        "device_kind": "cpu",
+        "device_count": 1,
+        "per_device_batch_size": 1,
+    }
     for record in records:
         assert record["model"] == "dev"  # and not its path on this machine
         assert (made_by | {"quality": 100}).items() <= record.items()
-        assert {"height", "width", "num_inference_steps", "guidance_scale", "model", "model_digest", "seconds", "created", "key"} <= record.keys()
+        assert {
+            "height",
+            "width",
+            "num_inference_steps",
+            "guidance_scale",
+            "model",
+            "model_digest",
+            "seconds",
+            "created",
+            "key",
+        } <= record.keys()
         picture = Image.open(folder / record["file_name"])
         assert record["prompt"] in " ".join(map(str, picture.text.values()))
         assert len(record["sha256"]) == hashlib.sha256().digest_size * 2
@@ -181,15 +208,36 @@ def test_a_signal_while_the_run_opens_ends_it_at_once(cli, golden, tmp_path, mon
 
 
 def test_a_checkpoint_of_the_other_kind_is_remarked_on(cli, golden, tmp_path):
-    for model, variant, remarked in (("flux-schnell", "dev", True), ("flux-dev", "schnell", True), ("flux-dev", "dev", False)):
-        args = flags(golden, tmp_path, f"{model}-{variant}", variant=variant, prompt="a fox", resolution=32, num_inference_steps=1)
+    for model, variant, remarked in (
+        ("flux-schnell", "dev", True),
+        ("flux-dev", "schnell", True),
+        ("flux-dev", "dev", False),
+    ):
+        args = flags(
+            golden,
+            tmp_path,
+            f"{model}-{variant}",
+            variant=variant,
+            prompt="a fox",
+            resolution=32,
+            num_inference_steps=1,
+        )
         code, err = cli(*args, f"model={model}")
         assert code == 0 and ("guidance embedding" in err) == remarked
 
 
 def test_guidance_that_nothing_reads_is_remarked_on(cli, golden, tmp_path):
     for variant, scale, remarked in (("schnell", 2.5, True), ("schnell", 0, False), ("dev", 2.5, False)):
-        args = flags(golden, tmp_path, f"{variant}-{scale}", variant=variant, prompt="a fox", resolution=32, num_inference_steps=1, guidance_scale=scale)
+        args = flags(
+            golden,
+            tmp_path,
+            f"{variant}-{scale}",
+            variant=variant,
+            prompt="a fox",
+            resolution=32,
+            num_inference_steps=1,
+            guidance_scale=scale,
+        )
         said = "guidance_scale decides nothing (1 rows have one)"
         for entry in ("run", "plan"):
             code, text = cli(*args, entry=entry)
@@ -197,7 +245,10 @@ def test_guidance_that_nothing_reads_is_remarked_on(cli, golden, tmp_path):
 
 
 def test_what_was_probably_not_meant_is_said_in_a_line(cli, golden, tmp_path):
-    rows = [{"prompt": "short", "negative_prompt": "blurry", "guidence_scale": 2.0}, {"prompt": "word " * 40, "prompt_2": "short"}]
+    rows = [
+        {"prompt": "short", "negative_prompt": "blurry", "guidence_scale": 2.0},
+        {"prompt": "word " * 40, "prompt_2": "short"},
+    ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     code, err = cli(*flags(golden, tmp_path, manifest=tmp_path / "rows.jsonl", resolution=32, num_inference_steps=1))
     said = [line.removeprefix("fluxbatch: ") for line in err.splitlines() if line.startswith("fluxbatch: ")]
@@ -237,10 +288,22 @@ def test_an_error_after_the_first_picture_leaves_what_was_made(cli, golden, tmp_
         return real(self, *args)
 
     monkeypatch.setattr(Pipeline, "denoise", second)
-    code, err = cli(*flags(golden, tmp_path, prompt="a fox", num_images=2, resolution=32, num_inference_steps=1, per_device_batch_size=1))
+    code, err = cli(
+        *flags(
+            golden,
+            tmp_path,
+            prompt="a fox",
+            num_images=2,
+            resolution=32,
+            num_inference_steps=1,
+            per_device_batch_size=1,
+        )
+    )
     assert code == 1 and shown in err and ("Traceback" in err) == (raised == "broken")
     status = json.loads((tmp_path / "run" / "status.json").read_text())
-    assert (status["exit_code"], status["counts"]["made"], status["counts"]["left"]) == (1, 1, 1) and shown in status["reason"]
+    assert (status["exit_code"], status["counts"]["made"], status["counts"]["left"]) == (1, 1, 1) and shown in status[
+        "reason"
+    ]
     assert images(tmp_path / "run").keys() == {"0"}
 
 
@@ -253,7 +316,11 @@ def test_the_status_is_left_where_the_records_cannot_be_merged(cli, golden, tmp_
     monkeypatch.setattr(LocalStore, "write", full)
     code, err = cli(*flags(golden, tmp_path, prompt="a fox", resolution=32, num_inference_steps=1))
     status = json.loads((tmp_path / "run" / "status.json").read_text())
-    assert code == 1 and (status["exit_code"], status["reason"]) == (1, "flux_0.png: no space left on device") and status["reason"] in err
+    assert (
+        code == 1
+        and (status["exit_code"], status["reason"]) == (1, "flux_0.png: no space left on device")
+        and status["reason"] in err
+    )
 
 
 def test_a_disk_that_is_full_at_the_start_is_no_mistake_of_the_user_s(cli, golden, tmp_path, monkeypatch):
@@ -279,7 +346,14 @@ def test_pages_and_status_are_there_before_a_word_is_printed(cli, golden, tmp_pa
 
 
 def test_replay_and_verify(cli, golden, tmp_path):
-    assert cli(*flags(golden, tmp_path, manifest=golden / "dev.jsonl", per_device_batch_size=4, activations_dtype="bfloat16"))[0] == 0
+    assert (
+        cli(
+            *flags(
+                golden, tmp_path, manifest=golden / "dev.jsonl", per_device_batch_size=4, activations_dtype="bfloat16"
+            )
+        )[0]
+        == 0
+    )
     here = [f"output_dir={tmp_path}", "run_name=run"]
     code, said = cli(*here, "id=g1", entry="replay")
     assert code == 0 and "same pixels" in said
@@ -299,7 +373,12 @@ def test_replay_and_verify(cli, golden, tmp_path):
     (tmp_path / "run" / "metadata.jsonl").unlink()  # as after a kill
     code, said = cli(*here, "id=g1", entry="replay")
     assert code == 0 and "same pixels" in said
-    for name, text, where in (("metadata.jsonl", '{"id": "g1"}\n', ":1"), ("metadata.jsonl", "cut o", ":1"), ("config.yaml", "a: [", ""), ("config.yaml", "a: 1", "")):
+    for name, text, where in (
+        ("metadata.jsonl", '{"id": "g1"}\n', ":1"),
+        ("metadata.jsonl", "cut o", ":1"),
+        ("config.yaml", "a: [", ""),
+        ("config.yaml", "a: 1", ""),
+    ):
         (tmp_path / "run" / name).write_text(text)
         code, said = cli(*here, "id=g1", entry="replay")
         assert code == 2 and f"{name}{where}: " in said and "Traceback" not in said
@@ -316,8 +395,15 @@ def test_replay_is_by_the_program_that_made_the_row(cli, golden, tmp_path, monke
     assert [record["per_device_batch_size"] for record in metadata(tmp_path / "run")] == [1, 2, 2]
     sizes = []
     denoise = Pipeline.denoise
-    monkeypatch.setattr(Pipeline, "denoise", lambda self, rows, *rest: (sizes.append(len(rows)), denoise(self, rows, *rest))[1])
-    for words in (["id=g0"], ["id=g1"], ["id=g1", "sharding=ddp", "ici_data_parallelism=2"], ["id=g1", "per_device_batch_size=3"]):
+    monkeypatch.setattr(
+        Pipeline, "denoise", lambda self, rows, *rest: (sizes.append(len(rows)), denoise(self, rows, *rest))[1]
+    )
+    for words in (
+        ["id=g0"],
+        ["id=g1"],
+        ["id=g1", "sharding=ddp", "ici_data_parallelism=2"],
+        ["id=g1", "per_device_batch_size=3"],
+    ):
         assert cli(f"output_dir={tmp_path}", "run_name=run", *words, entry="replay")[0] == 0
     assert sizes == [1, 2, 4, 3]
 
@@ -325,7 +411,10 @@ def test_replay_is_by_the_program_that_made_the_row(cli, golden, tmp_path, monke
 def test_replay_tells_rounding_from_another_picture(cli, golden, tmp_path):
     assert cli(*flags(golden, tmp_path, prompt="a fox", resolution=32, num_inference_steps=1))[0] == 0
     (record,), picture = metadata(tmp_path / "run"), pixels(tmp_path / "run" / "flux_0.png")
-    for level, wanted, code in ((1, "the same to rounding: largest difference 1 of 255", 0), (2, "largest difference 2 of 255", 3)):
+    for level, wanted, code in (
+        (1, "the same to rounding: largest difference 1 of 255", 0),
+        (2, "largest difference 2 of 255", 3),
+    ):
         other = picture.copy()
         other[0, 0, 0] += level if other[0, 0, 0] < 128 else -level
         Image.fromarray(other).save(tmp_path / "run" / "flux_0.png")
@@ -357,7 +446,19 @@ def test_replay_does_without_the_other_machines_cache(cli, golden, tmp_path):
 
 def test_replay_is_told_where_things_are_now_and_nothing_else(cli, golden, tmp_path):
     model = shutil.copytree(golden / "dev", tmp_path / "model")
-    assert cli(*flags(golden, tmp_path, prompt="a fox", resolution=32, num_inference_steps=1, pretrained_model_name_or_path=model))[0] == 0
+    assert (
+        cli(
+            *flags(
+                golden,
+                tmp_path,
+                prompt="a fox",
+                resolution=32,
+                num_inference_steps=1,
+                pretrained_model_name_or_path=model,
+            )
+        )[0]
+        == 0
+    )
     here = [f"output_dir={tmp_path}", "run_name=run", "id=0"]
     model = model.rename(tmp_path / "moved")
     code, said = cli(*here, entry="replay")
@@ -371,7 +472,15 @@ def test_replay_is_told_where_things_are_now_and_nothing_else(cli, golden, tmp_p
 
 def test_single_prompt_and_formats(cli, golden, tmp_path):
     for form in ("png", "jpeg", "webp"):
-        args = flags(golden, tmp_path, form, prompt="a cat, (sitting) = 3: 'x'", resolution=32, num_inference_steps=1, output=form)
+        args = flags(
+            golden,
+            tmp_path,
+            form,
+            prompt="a cat, (sitting) = 3: 'x'",
+            resolution=32,
+            num_inference_steps=1,
+            output=form,
+        )
         assert cli(*args)[0] == 0
         (record,) = metadata(tmp_path / form)
         assert record["prompt"] == "a cat, (sitting) = 3: 'x'"
@@ -395,7 +504,9 @@ def test_non_finite_rows_are_set_aside(cli, golden, tmp_path):
     tensors["shared.weight"][4 + ord("z") - 33] = np.nan
     save_file(tensors, file)
     manifest = tmp_path / "rows.jsonl"
-    manifest.write_text('{"prompt": "a cat", "id": "good"}\n{"prompt": "a zebra", "id": "bad"}\n{"prompt": "a dog", "id": "too"}\n')
+    manifest.write_text(
+        '{"prompt": "a cat", "id": "good"}\n{"prompt": "a zebra", "id": "bad"}\n{"prompt": "a dog", "id": "too"}\n'
+    )
     args = flags(golden, tmp_path, manifest=manifest, resolution=32, num_inference_steps=1, per_device_batch_size=3)
     whole = images(tmp_path / "whole") if cli(*args, "run_name=whole")[0] == 0 else {}
     code, _ = cli(*args, f"pretrained_model_name_or_path={checkpoint}")
@@ -447,17 +558,33 @@ def test_a_gpu_that_is_not_there_is_one_line(tmp_path):
     command = [sys.executable, "-m", "fluxbatch.run", "prompt=a fox", "hardware=gpu", f"output_dir={tmp_path}"]
     done = subprocess.run(command, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True)
     said = [line for line in done.stderr.splitlines() if line.startswith("fluxbatch: error")]
-    assert done.returncode == 2 and len(said) == 1 and said[0].startswith("fluxbatch: error: hardware=gpu: JAX finds none here: ")
+    assert (
+        done.returncode == 2
+        and len(said) == 1
+        and said[0].startswith("fluxbatch: error: hardware=gpu: JAX finds none here: ")
+    )
     assert "Traceback" not in done.stderr
 
 
 def test_parti_prompts(cli, golden, tmp_path):
     """Real prompts, where they are at hand."""
-    parti = next((p / "shared/data/PartiPrompts.tsv" for p in golden.parents if (p / "shared/data/PartiPrompts.tsv").exists()), None)
+    parti = next(
+        (p / "shared/data/PartiPrompts.tsv" for p in golden.parents if (p / "shared/data/PartiPrompts.tsv").exists()),
+        None,
+    )
     if parti is None:
         pytest.skip("PartiPrompts is not here")
     lines = parti.read_text().splitlines(keepends=True)
     (tmp_path / "parti.tsv").write_text("".join(lines[:1] + lines[100:1600:37]))
-    code, _ = cli(*flags(golden, tmp_path, manifest=tmp_path / "parti.tsv", resolution=32, num_inference_steps=2, per_device_batch_size=8))
+    code, _ = cli(
+        *flags(
+            golden,
+            tmp_path,
+            manifest=tmp_path / "parti.tsv",
+            resolution=32,
+            num_inference_steps=2,
+            per_device_batch_size=8,
+        )
+    )
     records = metadata(tmp_path / "run")
     assert code == 0 and len(records) >= 40 and {"Category", "Challenge"} <= records[0].keys()

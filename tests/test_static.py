@@ -126,7 +126,9 @@ def test_cycles_and_collectives_of_a_step(static):
 
 def test_bytes_that_a_step_moves(static):
     moved = static.traffic(GPU)
-    assert moved["weights copied"] == 19 * 2 * (2 * 16 * 8 + 4 + 2 * 16 * 8)  # twice read and written, with the event beside the first
+    assert moved["weights copied"] == 19 * 2 * (
+        2 * 16 * 8 + 4 + 2 * 16 * 8
+    )  # twice read and written, with the event beside the first
     assert moved["others"] == 19 * (2 * 64 + 2 * 64 + 2 * 16)
     assert moved["attention"] == 19 * 2 * 2 * 64 and moved["products"] > 0
 
@@ -144,7 +146,9 @@ def test_a_tpu_that_is_not_here():
     done = subprocess.run([sys.executable, SCRIPT, "v6e-4", "--sharding", "fsdp"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "all-gather, asynchronous: 16.0" in done.stdout and "all-gather, synchronous" not in done.stdout
-    milliseconds, arguments, temporary = map(float, re.search(r": (\d+) ms a step .*?, ([\d.]+) GiB of arguments, ([\d.]+) GiB temp", done.stdout).groups())
+    milliseconds, arguments, temporary = map(
+        float, re.search(r": (\d+) ms a step .*?, ([\d.]+) GiB of arguments, ([\d.]+) GiB temp", done.stdout).groups()
+    )
     assert milliseconds < 230 and arguments < 4.1 and temporary < 0.6
 
 

@@ -37,7 +37,9 @@ def test_the_status_says_how_far_a_run_is(cli, golden, tmp_path, mixed, monkeypa
     assert cli(*flags(golden, tmp_path, manifest=mixed, per_device_batch_size=4))[0] == 0
     codes, reasons, counts, more = zip(*said, strict=True)
     assert counts[0] == {"made": 0, "before": 0, "rejected": 0, "left": 23} and len(said) > 12
-    assert codes == (None,) * (len(said) - 1) + (0,) and all(each.startswith("running, or killed after 20") for each in reasons[:-1])
+    assert codes == (None,) * (len(said) - 1) + (0,) and all(
+        each.startswith("running, or killed after 20") for each in reasons[:-1]
+    )
     made = [each["made"] for each in counts]
     assert made == sorted(made) and len({*made}) > 2 and all(each["made"] + each["left"] == 23 for each in counts)
     assert any(each.get("speed", {}).get("images_per_second", 0) > 0 for each in more[:-1])

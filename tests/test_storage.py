@@ -166,13 +166,21 @@ def test_a_file_system_without_colons_is_named(tmp_path, monkeypatch):
         assert ("not every file system takes a name with ':'" in str(caught.value)) == said
 
 
-@pytest.mark.parametrize(("first", "second", "refused"), [(False, False, True), (False, True, True), (True, False, True), (True, True, False)])
+@pytest.mark.parametrize(
+    ("first", "second", "refused"),
+    [(False, False, True), (False, True, True), (True, False, True), (True, True, False)],
+)
 def test_one_start_at_a_time_or_those_that_share(tmp_path, first, second, refused):
     """Each store stands for a process: a lock is of the file as it was opened."""
     places = [LocalStore(str(tmp_path / "run")) for _ in range(2)]
     with places[0].hold(".fluxbatch/lock", shared=first):
         if refused:
-            with pytest.raises(StorageError, match=rf"another start is at work in {tmp_path}/run \(process {os.getpid()} on "), places[1].hold(".fluxbatch/lock", shared=second):
+            with (
+                pytest.raises(
+                    StorageError, match=rf"another start is at work in {tmp_path}/run \(process {os.getpid()} on "
+                ),
+                places[1].hold(".fluxbatch/lock", shared=second),
+            ):
                 pass
         else:
             with places[1].hold(".fluxbatch/lock", shared=second):
@@ -245,7 +253,9 @@ def linkless(request, tmp_path, monkeypatch):
 
     fsync = os.fsync
     monkeypatch.setattr(os, "link", lambda *_: fail(request.param))
-    monkeypatch.setattr(os, "fsync", lambda file: fail(errno.EINVAL) if stat.S_ISDIR(os.fstat(file).st_mode) else fsync(file))
+    monkeypatch.setattr(
+        os, "fsync", lambda file: fail(errno.EINVAL) if stat.S_ISDIR(os.fstat(file).st_mode) else fsync(file)
+    )
     return LocalStore(str(tmp_path))
 
 
@@ -257,7 +267,9 @@ def test_only_one_writer_creates_without_hard_links(linkless, tmp_path):
     assert sorted(os.listdir(tmp_path)) == sorted(f"race{n}" for n in range(20))
 
 
-def test_a_writer_that_is_killed_in_its_turn_is_waited_for_and_leaves_nothing_under_the_name(linkless, tmp_path, monkeypatch):
+def test_a_writer_that_is_killed_in_its_turn_is_waited_for_and_leaves_nothing_under_the_name(
+    linkless, tmp_path, monkeypatch
+):
     script = (
         "import errno, os, sys\n"
         "from fluxbatch.storage.local import LocalStore\n"
@@ -349,7 +361,9 @@ def test_an_object_that_is_not_there_is_told_from_its_bucket_by_google_s_words(g
 
     def answer(text):
         body = b'{"error": {"code": 404, "message": "%s"}}' % text
-        monkeypatch.setattr(gcs_faults._Handler, "_forward", lambda self, _: (404, {"Content-Type": "application/json"}, body))
+        monkeypatch.setattr(
+            gcs_faults._Handler, "_forward", lambda self, _: (404, {"Content-Type": "application/json"}, body)
+        )
 
     answer(b"No such object: my-bucket/buckets/rejects.jsonl")
     store.delete("rejects.jsonl")
@@ -357,7 +371,12 @@ def test_an_object_that_is_not_there_is_told_from_its_bucket_by_google_s_words(g
         with pytest.raises(NotFound, match=r"gs://my-bucket/buckets/rejects.jsonl: no such object"):
             action()
     answer(b"The specified bucket does not exist.")
-    for action in (lambda: store.read("x"), lambda: store.delete("x"), lambda: store.write("x", b""), lambda: list(store.list())):
+    for action in (
+        lambda: store.read("x"),
+        lambda: store.delete("x"),
+        lambda: store.write("x", b""),
+        lambda: list(store.list()),
+    ):
         with pytest.raises(StorageError, match="the bucket does not exist") as error:
             action()
         assert error.value.fatal
@@ -376,7 +395,9 @@ def test_a_name_that_was_taken_and_is_free_again_was_taken(gcs, monkeypatch):
     assert store.write("7.1", b"mine", if_absent=True) is False
 
 
-@pytest.mark.parametrize("parts", [(b'{"prompt": "a"}\n' * 1000, b'{"prompt": "b"}\n'), (os.urandom(9_000_000),)], ids=len)
+@pytest.mark.parametrize(
+    "parts", [(b'{"prompt": "a"}\n' * 1000, b'{"prompt": "b"}\n'), (os.urandom(9_000_000),)], ids=len
+)
 def test_an_object_that_is_stored_packed_is_read(gcs, parts):
     packed = b"".join(map(gzip.compress, parts))
     _put(gcs, "packed.jsonl", packed, "gzip")

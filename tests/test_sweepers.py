@@ -192,8 +192,16 @@ def test_values_that_only_another_sweeper_knows_are_left_to_it(command, write, s
 
 @pytest.mark.parametrize(
     "value",
-    ["interval(1,4)", "tag(log,interval(1,4))", "int(interval(1,4))", "range(1,4)", "shuffle(range(1,4))",
-     "choice(1,2)", "sort(2,1)", "shuffle(1,2,3)"],
+    [
+        "interval(1,4)",
+        "tag(log,interval(1,4))",
+        "int(interval(1,4))",
+        "range(1,4)",
+        "shuffle(range(1,4))",
+        "choice(1,2)",
+        "sort(2,1)",
+        "shuffle(1,2,3)",
+    ],
 )
 def test_what_sweepers_understand_is_taken(value):
     for key in ("guidance_scale", "num_inference_steps"):

@@ -17,7 +17,9 @@ from fluxbatch.types import Exit, UserError
 
 
 def test_a_sweep_gives_each_job_its_place(command, tmp_path):  # noqa: F811
-    jobs = command("-m", "manifest=a.jsonl", "seed=range(2)", "num_inference_steps=2,4", "run_name=grid", "output_dir=out")
+    jobs = command(
+        "-m", "manifest=a.jsonl", "seed=range(2)", "num_inference_steps=2,4", "run_name=grid", "output_dir=out"
+    )
     assert [(job.output_dir, job.run_name) for job in jobs] == [
         ("out", f"grid/num_inference_steps={steps},seed={seed}") for seed in (0, 1) for steps in (2, 4)
     ]
@@ -45,7 +47,16 @@ def test_a_sweep_by_joblib(tmp_path):
     golden = Path(__file__).parent / "golden"
     words = [f"pretrained_model_name_or_path={golden / 'dev'}", "max_sequence_length=24", "resolution=16", "hardware=cpu", "prompt=a fox",
              f"output_dir={tmp_path}", "run_name=s", f"jax_cache_dir={tmp_path / 'xla'}", f"text_cache_dir={tmp_path / 'text'}"]  # fmt: skip
-    command = [sys.executable, "-m", "fluxbatch.run", "-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "seed=0,1", *words]  # noqa: F811
+    command = [
+        sys.executable,
+        "-m",
+        "fluxbatch.run",
+        "-m",
+        "hydra/launcher=joblib",
+        "hydra.launcher.n_jobs=2",
+        "seed=0,1",
+        *words,
+    ]  # noqa: F811
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     records = [json.loads((tmp_path / f"s/seed={n}/metadata.jsonl").read_text()) for n in range(2)]
@@ -78,9 +89,19 @@ def test_places_of_a_sweep_tell_values_apart_that_no_file_name_can(command):  # 
     jobs = command("-m", "prompt=" + ",".join(f"'{prompt}'" for prompt in prompts), "run_name=s")
     assert [job.prompt for job in jobs] == prompts and len({job.run_name for job in jobs}) == len(prompts)
     assert all(len(job.run_name.encode()) <= 200 and job.run_name.count("/") == 1 for job in jobs)
-    jobs = command("-m", "prompt=x", "run_name=s", "lora_config.scale=[],[]", "attention=dot_product,flash", "model=flux-mini,flux-dev", "max_shift=null,-1")
+    jobs = command(
+        "-m",
+        "prompt=x",
+        "run_name=s",
+        "lora_config.scale=[],[]",
+        "attention=dot_product,flash",
+        "model=flux-mini,flux-dev",
+        "max_shift=null,-1",
+    )
     assert len(jobs) == 16 and len({job.run_name for job in jobs}) == 8
-    assert all(job.run_name.endswith(("max_shift=null", "max_shift=-1.0")) and "attention=" in job.run_name for job in jobs)
+    assert all(
+        job.run_name.endswith(("max_shift=null", "max_shift=-1.0")) and "attention=" in job.run_name for job in jobs
+    )
 
 
 def test_a_group_of_files_about_the_whole_job_sweeps(command, tmp_path):  # noqa: F811
@@ -88,7 +109,14 @@ def test_a_group_of_files_about_the_whole_job_sweeps(command, tmp_path):  # noqa
         path = tmp_path / "own/experiment" / f"{name}.yaml"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"# @package _global_\n{text}")
-    jobs = command("-m", f"--config-dir={tmp_path / 'own'}", "prompt=x", "run_name=s", "+experiment=day,night,later/dusk", "max_shift=null,1")
+    jobs = command(
+        "-m",
+        f"--config-dir={tmp_path / 'own'}",
+        "prompt=x",
+        "run_name=s",
+        "+experiment=day,night,later/dusk",
+        "max_shift=null,1",
+    )
     assert [(job.seed, job.sweep["experiment"]) for job in jobs[::2]] == [(5, "day"), (7, "night"), (6, "later/dusk")]
     assert len({job.run_name for job in jobs}) == 6 and jobs[0].run_name == "s/experiment=day,max_shift=null"
 
@@ -126,7 +154,10 @@ def test_a_sweep_into_a_bucket_makes_no_directory_here(command, tmp_path, monkey
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
     monkeypatch.setattr(application, "_scratch", application._scratch.__wrapped__)
     jobs = command("-m", "prompt=x", "seed=0,1", "output_dir=gs://bucket/out", "run_name=r")
-    assert [f"{job.output_dir}/{job.run_name}" for job in jobs] == ["gs://bucket/out/r/seed=0", "gs://bucket/out/r/seed=1"]
+    assert [f"{job.output_dir}/{job.run_name}" for job in jobs] == [
+        "gs://bucket/out/r/seed=0",
+        "gs://bucket/out/r/seed=1",
+    ]
     assert [p.name for p in tmp_path.iterdir()] == ["temporary"]
     assert all(p.name == "fluxbatch" or p.name.startswith("fluxbatch-") for p in (tmp_path / "temporary").iterdir())
 
@@ -137,11 +168,16 @@ def test_launchers_can_send_the_task_elsewhere():
 
 
 def test_the_package_itself_is_a_command():
-    done = subprocess.run([sys.executable, "-m", "fluxbatch", "--version"], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "-m", "fluxbatch", "--version"], capture_output=True, text=True, cwd=Path(__file__).parents[1]
+    )
     assert (done.returncode, done.stdout.strip()) == (0, f"fluxbatch {__version__}"), done.stderr
 
 
-@pytest.mark.parametrize(("entry", "own"), [("run", "--cfg job"), ("convert", "to=…"), ("verify", "repair=false"), ("replay", "id=…"), ("plan", "aot=null")])
+@pytest.mark.parametrize(
+    ("entry", "own"),
+    [("run", "--cfg job"), ("convert", "to=…"), ("verify", "repair=false"), ("replay", "id=…"), ("plan", "aot=null")],
+)
 def test_help_is_of_the_command(monkeypatch, capsys, entry, own):  # noqa: F811
     monkeypatch.setattr("sys.argv", ["fluxbatch", "--help"])
     with pytest.raises(SystemExit) as stop:
@@ -160,10 +196,14 @@ def test_keys_are_explained_by_a_command(capsys):
 
     page = said().out
     assert [key for key in overrides.leaves(Job) if f"\n  {key}=" not in page] == []
-    assert "\n  seed=0                                 a row without a seed of its own gets this plus its index\n" in page
+    assert (
+        "\n  seed=0                                 a row without a seed of its own gets this plus its index\n" in page
+    )
     assert "\n  sharding=ddp                           Every device holds the whole model\n" in page
     assert all(f"\n  {key}=" in page for key in ("target", "repair", "id", "to"))  # of the siblings
     assert [line for line in page.splitlines() if line.startswith("  ") and len(line.split(None, 1)) < 2] == []
     assert said("num_inference_steps=8").out.splitlines() == ["Keys of sampler, as sampler=dev has them",
                                                               "  sampler.num_inference_steps=28         28 to 50"]  # fmt: skip
-    assert said("nothing-speaks-of-this", code=2).err.startswith("fluxbatch: error: nothing-speaks-of-this: expected a word")
+    assert said("nothing-speaks-of-this", code=2).err.startswith(
+        "fluxbatch: error: nothing-speaks-of-this: expected a word"
+    )

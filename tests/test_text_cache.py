@@ -108,7 +108,9 @@ def test_one_that_only_its_owner_can_read_is_replaced(tmp_path, monkeypatch):
     assert (tmp_path / "a.entry").stat().st_ino != before and names(tmp_path) == ["a"]
 
 
-@pytest.mark.parametrize(("directory", "entry"), [(0o700, 0o600), (0o755, 0o600), (0o770, 0o640), (0o2775, 0o644), (0o1777, 0o644)])
+@pytest.mark.parametrize(
+    ("directory", "entry"), [(0o700, 0o600), (0o755, 0o600), (0o770, 0o640), (0o2775, 0o644), (0o1777, 0o644)]
+)
 def test_who_shares_a_directory_shares_its_entries(tmp_path, directory, entry):
     tmp_path.chmod(directory)
     before = os.umask(0o077)
@@ -139,7 +141,10 @@ def home(monkeypatch):
 def test_the_default_is_below_the_home_directory(home, tmp_path):
     home(tmp_path)
     for key, name in (("text_cache_dir", "text"), ("jax_cache_dir", "xla")):
-        assert find(key, "auto") == Place(str(tmp_path / ".cache/fluxbatch" / name)) and (tmp_path / ".cache/fluxbatch" / name).is_dir()
+        assert (
+            find(key, "auto") == Place(str(tmp_path / ".cache/fluxbatch" / name))
+            and (tmp_path / ".cache/fluxbatch" / name).is_dir()
+        )
         assert find(key, None) == Place(None)
     assert find("jax_cache_dir", "gs://bucket/x") == Place("gs://bucket/x")
 
@@ -169,7 +174,9 @@ def test_a_directory_that_cannot_be_made(home, tmp_path, monkeypatch, error):
     home(tmp_path)
     reason = os.strerror(error).lower()
     assert reason in find("jax_cache_dir", "auto").remark and not find("jax_cache_dir", "auto").path
-    with pytest.raises(UserError, match=f"jax_cache_dir={tmp_path}/x: {reason}; expected a directory that can be used, or null"):
+    with pytest.raises(
+        UserError, match=f"jax_cache_dir={tmp_path}/x: {reason}; expected a directory that can be used, or null"
+    ):
         raise find("jax_cache_dir", str(tmp_path / "x")).error
 
 
@@ -189,7 +196,10 @@ def test_programs_are_not_added_to_what_can_only_be_read(tmp_path, monkeypatch):
     backend.start("auto", str(tmp_path), writable=False)
     assert said.pop("jax_persistent_cache_enable_xla_caches") == "none"  # XLA would write there as well
     backend.start("auto", str(tmp_path))
-    assert "jax_persistent_cache_enable_xla_caches" not in said and said["jax_persistent_cache_min_compile_time_secs"] == 0.2
+    assert (
+        "jax_persistent_cache_enable_xla_caches" not in said
+        and said["jax_persistent_cache_min_compile_time_secs"] == 0.2
+    )
 
 
 # ---- whole runs
@@ -260,11 +270,21 @@ def test_a_sweep_encodes_each_prompt_once_for_each_encoder(run, golden, tmp_path
     scale_weights(other / "transformer", 1.1)
     models = f"pretrained_model_name_or_path={golden / 'dev'},{other}"
     assert run("sweep", "-m", models, "lora_config.scale=[0.0],[0.9]", *adapter(tmp_path)) == 6
-    jobs = [(yaml.safe_load(file.read_text())["sweep"], file.parent) for file in (tmp_path / "sweep").glob("*/config.yaml")]
-    made = [pictures(folder) for sweep, folder in sorted(jobs, key=lambda job: (str(other) in str(job[0]), str(job[0]["lora_config.scale"])))]
+    jobs = [
+        (yaml.safe_load(file.read_text())["sweep"], file.parent) for file in (tmp_path / "sweep").glob("*/config.yaml")
+    ]
+    made = [
+        pictures(folder)
+        for sweep, folder in sorted(jobs, key=lambda job: (str(other) in str(job[0]), str(job[0]["lora_config.scale"])))
+    ]
     assert len(made) == 4
     assert len({picture for pictures in made for picture in pictures}) == 16
-    assert run("alone", f"pretrained_model_name_or_path={other}", "lora_config.scale=[0.9]", *adapter(tmp_path), cache=None) == 3
+    assert (
+        run(
+            "alone", f"pretrained_model_name_or_path={other}", "lora_config.scale=[0.9]", *adapter(tmp_path), cache=None
+        )
+        == 3
+    )
     assert pictures(tmp_path / "alone") == made[3]
 
 
@@ -276,7 +296,12 @@ def scale_weights(folder, factor):
 def adapter(folder):
     """One that changes the transformer and both encoders."""
     path = files.save(folder / "a.safetensors", files.FORMATS["kohya with T5"](SMALL, files.Maker(1, size=0.12)))
-    return [f"lora_config.lora_model_name_or_path=[{path}]", "lora_config.weight_name=[null]", "lora_config.adapter_name=[a]", "lora_config.from_pt=[true]"]
+    return [
+        f"lora_config.lora_model_name_or_path=[{path}]",
+        "lora_config.weight_name=[null]",
+        "lora_config.adapter_name=[a]",
+        "lora_config.from_pt=[true]",
+    ]
 
 
 def test_what_decides_the_encoding_is_in_the_name(opened, golden, tmp_path):  # noqa: F811
@@ -296,7 +321,11 @@ def test_what_decides_the_encoding_is_in_the_name(opened, golden, tmp_path):  # 
               name("sharding=fsdp"), name(f"pretrained_model_name_or_path={clip}"), name(f"pretrained_model_name_or_path={t5}"),
               name(*lora, "lora_config.scale=[1.0]"), name(*lora, "lora_config.scale=[0.5]")]  # fmt: skip
     assert len({base, *others}) == 1 + len(others)
-    same = [name("resolution=64", "seed=3", "guidance_scale=2.0"), name(f"pretrained_model_name_or_path={flux}"), name(*lora, "lora_config.scale=[0.0]")]
+    same = [
+        name("resolution=64", "seed=3", "guidance_scale=2.0"),
+        name(f"pretrained_model_name_or_path={flux}"),
+        name(*lora, "lora_config.scale=[0.0]"),
+    ]
     assert set(same) == {base}
 
 
@@ -338,10 +367,14 @@ def test_a_cache_that_can_only_be_read_hits(run, tmp_path, monkeypatch):
 @pytest.mark.parametrize("key", ["text_cache_dir", "jax_cache_dir"])
 def test_what_was_named_and_cannot_be_used_ends_the_run(run, tmp_path, key):
     err = run("x", f"{key}=/dev/null/x", expect=2)
-    assert err == f"fluxbatch: error: {key}=/dev/null/x: not a directory; expected a directory that can be used, or null\n"
+    assert (
+        err == f"fluxbatch: error: {key}=/dev/null/x: not a directory; expected a directory that can be used, or null\n"
+    )
 
 
-@pytest.mark.parametrize("word", ["text_cache_gigabytes=0", "text_cache_gigabytes=inf", "text_cache_dir=gs://b/c", "text_cache_dir=FILE"])
+@pytest.mark.parametrize(
+    "word", ["text_cache_gigabytes=0", "text_cache_gigabytes=inf", "text_cache_dir=gs://b/c", "text_cache_dir=FILE"]
+)
 def test_what_cannot_be_is_told(run, tmp_path, word):
     (tmp_path / "file").write_text("")
     err = run("x", word.replace("FILE", str(tmp_path / "file")), expect=2)

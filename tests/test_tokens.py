@@ -12,8 +12,24 @@ import tokenizers
 from fluxbatch.generation.tokenizers import Tokenizer
 from fluxbatch.types import UserError
 
-TEXTS = ["", " ", "a red apple", "A  Cat,\tleft of\na BOAT!", "l'été à la plage — 12°C 🙂", "日本語の文章", "<|endoftext|> and </s> <pad>", "e\u0301 \u00e9", "word " * 200, "x" * 400,
-         "word " * 9, "don't stop-me.now " * 5, "日本語の長い文" * 4, "ü" * 30, "x" * 21, " lead"]
+TEXTS = [
+    "",
+    " ",
+    "a red apple",
+    "A  Cat,\tleft of\na BOAT!",
+    "l'été à la plage — 12°C 🙂",
+    "日本語の文章",
+    "<|endoftext|> and </s> <pad>",
+    "e\u0301 \u00e9",
+    "word " * 200,
+    "x" * 400,
+    "word " * 9,
+    "don't stop-me.now " * 5,
+    "日本語の長い文" * 4,
+    "ü" * 30,
+    "x" * 21,
+    " lead",
+]
 
 
 @pytest.fixture(params=["flux-mini", "flux-mini-dev", "dev"])
@@ -25,7 +41,9 @@ def test_ids_are_those_of_transformers(checkpoint):
     from transformers import AutoTokenizer
 
     for name, length in (("tokenizer", 32), ("tokenizer_2", 24), ("tokenizer_2", 512)):
-        theirs = AutoTokenizer.from_pretrained(checkpoint / name)(TEXTS, padding="max_length", truncation=True, max_length=length, return_tensors="np")
+        theirs = AutoTokenizer.from_pretrained(checkpoint / name)(
+            TEXTS, padding="max_length", truncation=True, max_length=length, return_tensors="np"
+        )
         assert np.array_equal(Tokenizer(str(checkpoint / name))(TEXTS, length), theirs["input_ids"])
 
 
@@ -33,12 +51,19 @@ def test_prompts_that_are_too_long(checkpoint):
     from transformers import AutoTokenizer
 
     for name in ("tokenizer", "tokenizer_2"):
-        lengths = {text: len(ids) for text, ids in zip(TEXTS, AutoTokenizer.from_pretrained(checkpoint / name)(TEXTS)["input_ids"], strict=True)}
+        lengths = {
+            text: len(ids)
+            for text, ids in zip(
+                TEXTS, AutoTokenizer.from_pretrained(checkpoint / name)(TEXTS)["input_ids"], strict=True
+            )
+        }
         tokenizer = Tokenizer(str(checkpoint / name))
         tokenizer(TEXTS, 8)  # what it truncates and pads to must not matter
         assert tokenizer.count(TEXTS) == list(lengths.values())
         for limit in (*range(8, 40), 77, 150):
-            assert tokenizer.longer(TEXTS, limit) == {text for text, length in lengths.items() if length > limit} != set()
+            assert (
+                tokenizer.longer(TEXTS, limit) == {text for text, length in lengths.items() if length > limit} != set()
+            )
 
 
 def test_prompts_that_are_too_long_where_words_do_not_tell(pytestconfig):
@@ -47,7 +72,9 @@ def test_prompts_that_are_too_long_where_words_do_not_tell(pytestconfig):
     tokenizer._backend.normalizer = tokenizers.normalizers.Replace("red apple", "apple")
     texts = ["red apple " * 10, "a red apple and " * 5, "red red " * 12, "apple " * 12]
     counts = tokenizer.count(texts)
-    assert counts[0] == 12 and tokenizer.longer(texts, 16) == {text for text, count in zip(texts, counts, strict=True) if count > 16} == {*texts[1:3]}
+    assert counts[0] == 12 and tokenizer.longer(texts, 16) == {
+        text for text, count in zip(texts, counts, strict=True) if count > 16
+    } == {*texts[1:3]}
 
 
 def test_what_the_library_reads_alone_does_not_wait_for_transformers(pytestconfig):
@@ -94,7 +121,10 @@ def test_googles_t5_has_no_tokenizer_json(pytestconfig, tmp_path):
 def test_a_damaged_one_is_named(checkpoint, tmp_path, damage):
     folder = shutil.copytree(checkpoint / "tokenizer", tmp_path / "tokenizer")
     if damage == "pad_token":
-        config = json.loads((folder / "tokenizer_config.json").read_text()) | {"pad_token": "<nothing>", "backend": "tokenizers"}
+        config = json.loads((folder / "tokenizer_config.json").read_text()) | {
+            "pad_token": "<nothing>",
+            "backend": "tokenizers",
+        }
         (folder / "tokenizer_config.json").write_text(json.dumps(config))
     else:
         for file in folder.iterdir():
@@ -111,4 +141,8 @@ def test_clip_has_a_place_for_each_token(golden, tmp_path, cli, length):
     config.write_text(json.dumps(json.loads(config.read_text()) | {"model_max_length": length}))
     status, text = cli("prompt=x", f"pretrained_model_name_or_path={copy}", f"output_dir={tmp_path}")
     got = f"{length:,}" if isinstance(length, int) else repr(length)
-    assert status == 2 and f"{copy / 'tokenizer'}: model_max_length is {got}, expected from 2 (start and end) to CLIP's 24 positions" in text
+    assert (
+        status == 2
+        and f"{copy / 'tokenizer'}: model_max_length is {got}, expected from 2 (start and end) to CLIP's 24 positions"
+        in text
+    )

@@ -119,7 +119,12 @@ def test_lossy_images_are_checked_by_what_they_say(tmp_path, format):
     assert not verify.check(store)
     store.write(f"1{ending}", store.read(f"2{ending}"))
     assert verify.check(store).damaged == {f"1{ending}": 'another image than was recorded: of id "2"'}
-    for text in ({}, {"parameters": "5"}, {"parameters": "no JSON"}, {"Software": "another"}):  # an editor's, or a prompt too long for JPEG
+    for text in (
+        {},
+        {"parameters": "5"},
+        {"parameters": "no JSON"},
+        {"Software": "another"},
+    ):  # an editor's, or a prompt too long for JPEG
         store.write(f"1{ending}", encode(plain.pixels(ROWS[1]), format, text=text, png_level=0, quality=50))
         assert not verify.check(store)
 
@@ -133,7 +138,9 @@ def test_a_damaged_word_of_a_lossy_image_about_itself_is_damage(tmp_path):
     store.write("1.webp", data[:at] + bytes(20) + data[at + 20 :])
     store.write("0.webp", b"no image")
     found = verify.check(store).damaged
-    assert found["1.webp"].startswith("what it says of itself is damaged: ") and " object at 0x" not in "".join(found.values())
+    assert found["1.webp"].startswith("what it says of itself is damaged: ") and " object at 0x" not in "".join(
+        found.values()
+    )
 
 
 def test_lossy_images_are_checked_by_their_size(tmp_path):

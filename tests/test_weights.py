@@ -22,7 +22,9 @@ FLUX = "transformer/diffusion_pytorch_model.safetensors"
 
 
 def model(path, **other):
-    return Model("x", str(path), None, other.get("clip"), other.get("t5"), other.get("vae"), Verify[other.get("verify", "none")])
+    return Model(
+        "x", str(path), None, other.get("clip"), other.get("t5"), other.get("vae"), Verify[other.get("verify", "none")]
+    )
 
 
 @pytest.fixture
@@ -43,7 +45,9 @@ def test_every_parameter_is_filled_with_its_bytes(golden):
     assert np.array_equal(block.qkv.v.kernel[...][1], file["transformer_blocks.1.attn.to_v.weight"])
     rows, _ = block.qkv.q.kernel.get_metadata()["axes"]  # rotated pairs become halves
     assert np.array_equal(block.qkv.q.kernel[...][1], rows.halved(file["transformer_blocks.1.attn.to_q.weight"], 0))
-    assert np.array_equal(block.qkv.key_norm.scale[...][1], rows.halved(file["transformer_blocks.1.attn.norm_k.weight"], 0))
+    assert np.array_equal(
+        block.qkv.key_norm.scale[...][1], rows.halved(file["transformer_blocks.1.attn.norm_k.weight"], 0)
+    )
     scale, shift = np.split(file["norm_out.linear.weight"], 2)
     assert np.array_equal(module.final_mod.kernel[...], np.concatenate([shift, scale]))
     assert plan.nbytes == sum(x.nbytes for x in file.values())

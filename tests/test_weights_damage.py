@@ -257,12 +257,16 @@ def elsewhere(request, golden, made, tmp_path):
         store, url = open_store("gs://bucket/damage"), "gs://bucket/damage"
         for name, path in origins.items():
             for file in path.rglob("*"):
-                if file.is_file() and ("c" not in file.parts or "transformer" in file.parts):  # no other part of the copy is read
+                if file.is_file() and (
+                    "c" not in file.parts or "transformer" in file.parts
+                ):  # no other part of the copy is read
                     store.write(f"{name}/{file.relative_to(path).as_posix()}", file.read_bytes())
         return url, store
     for name, path in origins.items():
         shutil.copytree(path, tmp_path / name)
-    return request.getfixturevalue("web") if request.param == "http" else f"file://{tmp_path}", open_store(str(tmp_path))
+    return request.getfixturevalue("web") if request.param == "http" else f"file://{tmp_path}", open_store(
+        str(tmp_path)
+    )
 
 
 def test_damage_elsewhere(elsewhere, made):
@@ -279,11 +283,19 @@ def test_damage_elsewhere(elsewhere, made):
 
     chunk = f"copy/{chunks(made)[0].relative_to(made).as_posix()}"
     good, other = store.read(chunk), chunks(made, "transformer/img_in.kernel")[0].read_bytes()
-    told = {None: "not found", flipped: "CRC32C", absent: "chunk 0 is missing", cut: "CRC32C|truncated|OUT_OF_RANGE|FAILED_PRECONDITION", (lambda _: other): ""}
+    told = {
+        None: "not found",
+        flipped: "CRC32C",
+        absent: "chunk 0 is missing",
+        cut: "CRC32C|truncated|OUT_OF_RANGE|FAILED_PRECONDITION",
+        (lambda _: other): "",
+    }
     for damage, words in told.items():
         store.delete(chunk) if damage is None else store.write(chunk, damage(good))
         text = complaint(plans(f"{url}/copy")["transformer"])
-        assert text.startswith(f"{name}/{chunk}: ") and "(tensor double_blocks[" in text and re.search(words, text), text
+        assert text.startswith(f"{name}/{chunk}: ") and "(tensor double_blocks[" in text and re.search(words, text), (
+            text
+        )
     store.write(chunk, good)
     store.delete(f"copy/{KERNEL}/zarr.json")
     text = complaint(plans(f"{url}/copy")["transformer"])

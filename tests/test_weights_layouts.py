@@ -46,7 +46,13 @@ def bfl_flux(t: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         src, dst = f"transformer_blocks.{i}.", f"double_blocks.{i}."
         for stream, names in {
             "img": ("norm1", ("to_q", "to_k", "to_v"), ("norm_q", "norm_k"), "to_out.0", "ff"),
-            "txt": ("norm1_context", ("add_q_proj", "add_k_proj", "add_v_proj"), ("norm_added_q", "norm_added_k"), "to_add_out", "ff_context"),
+            "txt": (
+                "norm1_context",
+                ("add_q_proj", "add_k_proj", "add_v_proj"),
+                ("norm_added_q", "norm_added_k"),
+                "to_add_out",
+                "ff_context",
+            ),
         }.items():
             mod, qkv, norms, proj, ff = names
             for end in ("weight", "bias"):
@@ -61,7 +67,9 @@ def bfl_flux(t: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         src, dst = f"single_transformer_blocks.{i}.", f"single_blocks.{i}."
         for end in ("weight", "bias"):
             out[f"{dst}modulation.lin.{end}"] = t[f"{src}norm.linear.{end}"]
-            out[f"{dst}linear1.{end}"] = np.concatenate([t[f"{src}{n}.{end}"] for n in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")])
+            out[f"{dst}linear1.{end}"] = np.concatenate(
+                [t[f"{src}{n}.{end}"] for n in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")]
+            )
             out[f"{dst}linear2.{end}"] = t[f"{src}proj_out.{end}"]
         out[f"{dst}norm.query_norm.scale"] = t[f"{src}attn.norm_q.weight"]
         out[f"{dst}norm.key_norm.scale"] = t[f"{src}attn.norm_k.weight"]
@@ -129,7 +137,9 @@ def all_in_one(source, to):
 
 def encoders_by_name(source, to):
     keep_configs(source, to / "base")
-    save(load_file(source / FLUX), to / "base/flux-finetune.safetensors", "transformer.")  # diffusers' names in a single file
+    save(
+        load_file(source / FLUX), to / "base/flux-finetune.safetensors", "transformer."
+    )  # diffusers' names in a single file
     for name, file in (("text_encoder", "my_clip"), ("text_encoder_2", "my_t5"), ("vae", "my_vae")):
         (to / file).mkdir()
         shutil.copy(next((source / name).glob("*.safetensors")), to / file / "file.safetensors")
@@ -147,7 +157,11 @@ LAYOUTS = [black_forest_labs, comfyui, all_in_one, encoders_by_name, converted]
 
 
 def parameters(path, mesh=(1, 1), dtype="float32", only=None, **other):
-    return {name: load.load(plan, make_mesh(mesh), dtype) for name, plan in plans(path, **other).items() if only in (None, name)}
+    return {
+        name: load.load(plan, make_mesh(mesh), dtype)
+        for name, plan in plans(path, **other).items()
+        if only in (None, name)
+    }
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +177,10 @@ def assert_equal(a, b):
             assert x[...].dtype == y[...].dtype and np.array_equal(x[...], y[...]), (name, keys)
 
 
-@pytest.mark.parametrize("layout,variant", [*((layout, "dev") for layout in LAYOUTS), (black_forest_labs, "schnell"), (all_in_one, "schnell")])
+@pytest.mark.parametrize(
+    "layout,variant",
+    [*((layout, "dev") for layout in LAYOUTS), (black_forest_labs, "schnell"), (all_in_one, "schnell")],
+)
 def test_the_same_parameters(golden, tmp_path, expected, layout, variant):
     named = {key: str(value) for key, value in layout(golden / variant, tmp_path / "it").items()}
     path = named.pop("path")
@@ -241,13 +258,23 @@ def quantized(tensors, how):
         meant[name] = out[name].astype(np.float32) * scale
         stem = name.removesuffix("weight")
         if how == "scaled":
-            out |= {f"{stem}scale_weight": scale, f"{stem}scale_input": np.ones(1, np.float32), "scaled_fp8": np.zeros(2, kind)}
+            out |= {
+                f"{stem}scale_weight": scale,
+                f"{stem}scale_input": np.ones(1, np.float32),
+                "scaled_fp8": np.zeros(2, kind),
+            }
         elif how == "rows":
-            out |= {f"{stem}weight_scale": scale, f"{stem}comfy_quant": np.frombuffer(b'{"format": "float8_e4m3fn"}', np.uint8)}
+            out |= {
+                f"{stem}weight_scale": scale,
+                f"{stem}comfy_quant": np.frombuffer(b'{"format": "float8_e4m3fn"}', np.uint8),
+            }
     return out, meant
 
 
-@pytest.mark.parametrize("how,on_host", [("plain", True), ("e5m2", True), ("scaled", True), ("rows", True), ("scaled", False), ("rows", False)])
+@pytest.mark.parametrize(
+    "how,on_host",
+    [("plain", True), ("e5m2", True), ("scaled", True), ("rows", True), ("scaled", False), ("rows", False)],
+)
 def test_fp8(golden, tmp_path, monkeypatch, how, on_host):
     """fp8 files are multiplied out on the way, split (qkv, linear1) and sharded ones too."""
     file = black_forest_labs(golden / "dev", tmp_path / "it")["path"]
@@ -293,10 +320,18 @@ def test_layers_go_to_devices_one_by_one(golden, monkeypatch):
     monkeypatch.setattr(load, "on_host", lambda mesh: False)
     staged = []
     put = load.StagingBuffer._on_devices
-    monkeypatch.setattr(load.StagingBuffer, "_on_devices", lambda self, parts, *a: staged.append(sum(b.nbytes for b in parts.values())) or put(self, parts, *a))
+    monkeypatch.setattr(
+        load.StagingBuffer,
+        "_on_devices",
+        lambda self, parts, *a: staged.append(sum(b.nbytes for b in parts.values())) or put(self, parts, *a),
+    )
     got = parameters(golden / "dev", (2, 4), "bfloat16")
     assert_equal(host, got)
-    largest = max(max(p.tensor.row_bytes * p.tensor.shape[0] for p in ps) for plan in plans(golden / "dev").values() for ps in plan.pieces.values())
+    largest = max(
+        max(p.tensor.row_bytes * p.tensor.shape[0] for p in ps)
+        for plan in plans(golden / "dev").values()
+        for ps in plan.pieces.values()
+    )
     assert max(staged) <= largest  # a layer at a time, never a stack
     for a, b in zip(*(jax.tree.leaves(nnx.state(m["transformer"], nnx.Param)) for m in (host, got)), strict=True):
         assert a.sharding == b.sharding
@@ -312,7 +347,9 @@ def test_wrong_single_files(golden, tmp_path):
         return str(error.value)
 
     assert "no vae in it" in complaint(vae=str(file))
-    assert "vae" in complaint(tmp_path / "it/ae.safetensors") or "transformer" in complaint(tmp_path / "it/ae.safetensors")
+    assert "vae" in complaint(tmp_path / "it/ae.safetensors") or "transformer" in complaint(
+        tmp_path / "it/ae.safetensors"
+    )
     for name in ("model.ckpt", "flux1.bin"):
         (tmp_path / name).write_bytes(b"x")
         assert "expected a .safetensors file" in complaint(tmp_path / name)
@@ -329,7 +366,10 @@ def test_wrong_single_files(golden, tmp_path):
     assert "int8" in complaint()
     save(whole, file)
     vae = bfl_vae(load_file(golden / "dev" / VAE))
-    save({name: value for name, value in vae.items() if not name.startswith("decoder.up.")}, tmp_path / "it/ae.safetensors")
+    save(
+        {name: value for name, value in vae.items() if not name.startswith("decoder.up.")},
+        tmp_path / "it/ae.safetensors",
+    )
     assert f"{tmp_path / 'it/ae.safetensors'}: no tensor gives the size of 'decoder.up' of the vae" in complaint()
     (tmp_path / "it/ae.safetensors").unlink()
     assert "ae.safetensors" in complaint() and "vae_model_name_or_path" in complaint()
@@ -346,9 +386,15 @@ def test_the_suffix_of_the_first_single_files(golden, tmp_path, expected):
     for file in (named, named.with_name("ae.safetensors")):
         file.rename(file.with_suffix(".sft"))
     assert_equal({"vae": expected["dev"]["vae"]}, parameters(tmp_path / "it/flux1-dev.sft", only="vae"))
-    for given in (dict(path=tmp_path / "it"), dict(path=tmp_path / "it/flux1-dev.sft", vae=str(tmp_path / "it/ae.sft"))):
+    for given in (
+        dict(path=tmp_path / "it"),
+        dict(path=tmp_path / "it/flux1-dev.sft", vae=str(tmp_path / "it/ae.sft")),
+    ):
         components = open_checkpoint(model(**given)).components
-        assert [components[name].where for name in ("transformer", "vae")] == [f"{tmp_path}/it/flux1-dev.sft", f"{tmp_path}/it/ae.sft"]
+        assert [components[name].where for name in ("transformer", "vae")] == [
+            f"{tmp_path}/it/flux1-dev.sft",
+            f"{tmp_path}/it/ae.sft",
+        ]
 
 
 def test_what_is_there_instead_is_said(golden, tmp_path):
@@ -465,7 +511,9 @@ def test_passwords_of_addresses_are_not_shown(golden, tmp_path, web, cli):
     with pytest.raises(UserError, match=f"{web}/nothing/transformer") as error:
         plans(f"{address}/nothing")
     assert "secret" not in str(error.value) + "".join(error.value.lines)
-    adapter = lora_files.save(tmp_path / "x.safetensors", {"lora_unet_double_blocks_0_img_attn_proj.diff_b": np.ones(3072, np.float32)})
+    adapter = lora_files.save(
+        tmp_path / "x.safetensors", {"lora_unet_double_blocks_0_img_attn_proj.diff_b": np.ones(3072, np.float32)}
+    )
     assert test_lora.read(f"{address}/{adapter.name}").file == f"{web}/{adapter.name}"
     code, err = cli(f"pretrained_model_name_or_path={address}/out", "prompt=x", "resolution=32", "num_inference_steps=1", "max_sequence_length=24",
                     f"output_dir={tmp_path}", "run_name=run")  # fmt: skip

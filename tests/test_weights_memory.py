@@ -108,7 +108,9 @@ def test_over_the_network_too(tmp_path, web, way):  # noqa: F811
 def test_a_step_block_by_block(small):
     """What jobs/weights tells to do at full size."""
     command = [sys.executable, str(JOB / "one_step.py"), str(small), "--side", "64", "--words", "16"]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"}, timeout=300)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"}, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(" finite") == 2 and "resident memory at most" in done.stdout, done.stdout
 

@@ -30,9 +30,22 @@ def flags(golden, tmp_path, name, **more):
 def test_streamed_pictures_are_the_same(cli, golden, tmp_path, adapters, monkeypatch, sharding):  # noqa: F811
     """Rows of other sizes, step counts and guidance, an adapter merged into the blocks as they pass; read anew
     in each step, and held in host memory."""
-    rows = [{"prompt": f"prompt {i}", "seed": i, "width": 32 + 16 * (i % 2), "num_inference_steps": 1 + i, "guidance_scale": float(i)} for i in range(4)]
+    rows = [
+        {
+            "prompt": f"prompt {i}",
+            "seed": i,
+            "width": 32 + 16 * (i % 2),
+            "num_inference_steps": 1 + i,
+            "guidance_scale": float(i),
+        }
+        for i in range(4)
+    ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    more = {"manifest": tmp_path / "rows.jsonl", "sharding": sharding, "per_device_batch_size": 2 if sharding == "single" else 1}
+    more = {
+        "manifest": tmp_path / "rows.jsonl",
+        "sharding": sharding,
+        "per_device_batch_size": 2 if sharding == "single" else 1,
+    }
     one = arrays({"kohya": adapters["kohya"]}, 0.5)
     made, read = {}, {}
     for name in ("resident", "streamed", "held"):
@@ -41,7 +54,11 @@ def test_streamed_pictures_are_the_same(cli, golden, tmp_path, adapters, monkeyp
         assert code == 0, err
         made[name] = images(tmp_path / name)
         read[name] = json.loads((tmp_path / name / "status.json").read_text())["load"]["bytes"]
-    weights = {tensor: array.nbytes for file in (golden / "dev/transformer").glob("*.safetensors") for tensor, array in load_file(file).items()}
+    weights = {
+        tensor: array.nbytes
+        for file in (golden / "dev/transformer").glob("*.safetensors")
+        for tensor, array in load_file(file).items()
+    }
     blocks = {tensor: size for tensor, size in weights.items() if "transformer_blocks." in tensor}
     modulators = sum(size for tensor, size in blocks.items() if re.search(r"\.norm\d?(_context)?\.linear\.", tensor))
     assert read["held"] == read["resident"]  # two batches, of 3 and 4 steps: one pass is in it

@@ -156,8 +156,16 @@ def test_a_record_says_the_share_of_the_peak(tmp_path):
 
     ledger = Ledger(open_store(str(tmp_path)), {}, writer_id="w")
     roofline = {0: 0.1, 1: None}
-    with Writer(open_store(str(tmp_path)), ledger, plain.job(), facts={}, roofline=lambda row: roofline[row.index]) as writer:
-        writer.put([plain.row(k) for k in roofline], {0: "a.png", 1: "b.png"}, np.zeros((2, 8, 8, 3), np.uint8), [True] * 2, seconds=lambda: 0.6)
+    with Writer(
+        open_store(str(tmp_path)), ledger, plain.job(), facts={}, roofline=lambda row: roofline[row.index]
+    ) as writer:
+        writer.put(
+            [plain.row(k) for k in roofline],
+            {0: "a.png", 1: "b.png"},
+            np.zeros((2, 8, 8, 3), np.uint8),
+            [True] * 2,
+            seconds=lambda: 0.6,
+        )
     known, unknown = ledger.records()
     assert known["mfu"] == 0.333 and unknown["mfu"] == 0
     with Image.open(tmp_path / "a.png") as image:
@@ -208,9 +216,11 @@ class Faulty(MemoryStore):
 def test_a_write_is_tried_again_and_then_only_its_row_is_lost(quick):
     rows = [plain.row(k) for k in range(6)]
     store = Faulty(
-        lambda name, attempt: StorageError(f"{name}: input/output error")
-        if name == "flux_1.png" or (name in ("flux_2.png", "flux_4.png") and attempt < 3)
-        else None
+        lambda name, attempt: (
+            StorageError(f"{name}: input/output error")
+            if name == "flux_1.png" or (name in ("flux_2.png", "flux_4.png") and attempt < 3)
+            else None
+        )
     )
     tally, writer = start(store, rows)
     assert (writer.written, writer.rejected, tally.done, tally.left) == (5, 1, 5, 0)
@@ -241,7 +251,9 @@ def test_a_full_disk_ends_the_job_and_what_is_written_stays(quick):
         start(store, rows)
     assert error.value is full and store.attempts["flux_4.png"] == 1
     states_are_sound(store)
-    recorded = {line["id"] for n, d in store.objects.items() if "/records/" in n for line in map(json.loads, d.splitlines())}
+    recorded = {
+        line["id"] for n, d in store.objects.items() if "/records/" in n for line in map(json.loads, d.splitlines())
+    }
     assert recorded == {"0", "1", "2", "3", "5"}  # also the others of its batch
     assert not any("/rejects/" in name for name in store.objects)
     store.filling = False
@@ -256,7 +268,10 @@ def test_an_error_of_the_program_surfaces(tmp_path):
     def broken(row, ok):
         raise RuntimeError("a bug")
 
-    with pytest.raises(RuntimeError, match="a bug"), Writer(store, ledger, plain.job(), facts={}, on_image=broken) as writer:
+    with (
+        pytest.raises(RuntimeError, match="a bug"),
+        Writer(store, ledger, plain.job(), facts={}, on_image=broken) as writer,
+    ):
         for k in range(3):  # the second or third put raises, and so would leaving the block
             writer.put([plain.row(k)], {k: f"{k}.png"}, batch([plain.row(k)]), [True])
 
@@ -418,7 +433,11 @@ def all_whole(url, count):
     images = [name for name in store.list() if name.endswith(".png")]
     assert sorted(images) == sorted(f"flux_{k}.png" for k in range(count))
     for k, line in enumerate(lines):
-        assert pixel_sha256(decode(store.read(line["file_name"]))) == line["sha256"] == pixel_sha256(plain.pixels(plain.row(k)))
+        assert (
+            pixel_sha256(decode(store.read(line["file_name"])))
+            == line["sha256"]
+            == pixel_sha256(plain.pixels(plain.row(k)))
+        )
 
 
 def kill_again_and_again(url, rows, kills, longest):

@@ -62,8 +62,12 @@ def main(
     The exit code is the task's, the worst one of a multirun, or 2 after a line for each mistake.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    sys.setswitchinterval(0.001)  # what feeds the device waits this long, and not 5 ms, for a thread that traces or writes
-    gc.set_threshold(100_000, 50, 50)  # by default a tenth of the start goes into looking through imported modules for cycles
+    sys.setswitchinterval(
+        0.001
+    )  # what feeds the device waits this long, and not 5 ms, for a thread that traces or writes
+    gc.set_threshold(
+        100_000, 50, 50
+    )  # by default a tenth of the start goes into looking through imported modules for cycles
     with whoever_reads():
         try:
             code = _start(task, schema, rows, about, argv)
@@ -211,7 +215,9 @@ def _swept(cfg: DictConfig, words: Sequence[str], fixed: frozenset[str]) -> dict
     for override in OverridesParser.create().parse_overrides(list(words)):
         if (key := overrides.full_key(override)) not in fixed:
             value = OmegaConf.select(cfg, override.key_or_group)
-            if isinstance(value, DictConfig | ListConfig | None):  # None: of a group whose files are about the whole job, as experiment
+            if isinstance(
+                value, DictConfig | ListConfig | None
+            ):  # None: of a group whose files are about the whole job, as experiment
                 value = override.value()  # a group's choice, or a list as it was given
             swept[key] = value.name if isinstance(value, Enum) else value
     return swept
@@ -219,6 +225,7 @@ def _swept(cfg: DictConfig, words: Sequence[str], fixed: frozenset[str]) -> dict
 
 def _place(swept: dict[str, Any]) -> str:
     """A job's directory within its sweep: its values and not its number, which others get when a sweep is extended."""
+
     def last_part(key: str) -> str:  # of experiment/final@package: final
         return re.split("[./]", key.partition("@")[0])[-1]
 
@@ -297,7 +304,9 @@ def _explain(error: BaseException, schema: type[Job]) -> str:
         text = "interval(…) is for sweepers that propose values, as hydra/sweeper=optuna does; else give values or range(…)"
     if key and key[1].startswith("hydra.sweeper.params.") and "KeyValidationError" in text:
         text += '; a value with commas is quoted within braces: params: {seed: "1,2"}'
-    if key is None and (merged := re.search(r"Merge error: \w+ is not a subclass of (\w+)\. value: (.*)", text)):  # which has no key
+    if key is None and (
+        merged := re.search(r"Merge error: \w+ is not a subclass of (\w+)\. value: (.*)", text)
+    ):  # which has no key
         kinds = typing.get_type_hints(schema)
         group = next(name for name, kind in kinds.items() if getattr(kind, "__name__", "") == merged[1])
         wanted = overrides.expected(*overrides.kind_of(schema, group))

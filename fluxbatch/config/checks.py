@@ -44,14 +44,20 @@ def _offenders(job: Job, rows: bool) -> Iterator[tuple[str, Any, str]]:  # noqa:
         for name in names.split():
             value = getattr(getattr(job, group) if group else job, name)
             if value is not None and not 1 <= value <= _MOST.get(name, value):
-                yield f"{group}.{name}".lstrip("."), value, "a whole number from 1" + (f" to {_MOST[name]:,}" if name in _MOST else "")
+                yield (
+                    f"{group}.{name}".lstrip("."),
+                    value,
+                    "a whole number from 1" + (f" to {_MOST[name]:,}" if name in _MOST else ""),
+                )
     for key, value in {"seed": job.seed, "max_failures": job.max_failures, "replica_index": job.replica_index}.items():
         if value is not None and value < 0:
             yield key, value, "a whole number from 0"
 
     if not 0 < job.replica_expiry < math.inf:
         yield "replica_expiry", job.replica_expiry, "a number of seconds above 0"
-    if job.text_cache_dir is not None and (not job.text_cache_dir.strip() or "://" in job.text_cache_dir or "\0" in job.text_cache_dir):
+    if job.text_cache_dir is not None and (
+        not job.text_cache_dir.strip() or "://" in job.text_cache_dir or "\0" in job.text_cache_dir
+    ):
         yield "text_cache_dir", job.text_cache_dir, "a local directory, or null"
     for key in ("text_cache_dir", "jax_cache_dir"):
         if (value := getattr(job, key)) not in (None, "auto") and os.path.exists(value) and not os.path.isdir(value):
@@ -135,10 +141,18 @@ def sigmas_wanted(given: Any) -> str | None:
 
 def _paths(job: Job) -> Iterator[tuple[str, str]]:
     """Every key that may hold an address, and its value."""
-    yield from ((key, getattr(job, key, None) or "") for key in ("output_dir", "manifest", "jax_cache_dir", "text_cache_dir", "to"))  # to: convert's
-    yield from ((f"model.{key}", value or "") for key, value in vars(job.model).items() if key.endswith("_name_or_path"))
+    yield from (
+        (key, getattr(job, key, None) or "")
+        for key in ("output_dir", "manifest", "jax_cache_dir", "text_cache_dir", "to")
+    )  # to: convert's
+    yield from (
+        (f"model.{key}", value or "") for key, value in vars(job.model).items() if key.endswith("_name_or_path")
+    )
     yield from ((f"lora.{name}.path", adapter.path) for name, adapter in job.lora.items())
-    yield from ((f"lora_config.lora_model_name_or_path[{i}]", path) for i, path in enumerate(job.lora_config.lora_model_name_or_path))
+    yield from (
+        (f"lora_config.lora_model_name_or_path[{i}]", path)
+        for i, path in enumerate(job.lora_config.lora_model_name_or_path)
+    )
 
 
 def lost_slash(path: str) -> bool:
@@ -150,8 +164,10 @@ def _lora_offenders(job: Job) -> Iterator[tuple[str, Any, str]]:
     arrays = {k: v for k, v in vars(job.lora_config).items() if isinstance(v, list)}
     if len({len(values) for values in arrays.values()}) > 1:
         lengths = ", ".join(f"{key} {len(values)}" for key, values in arrays.items())
-        yield "lora_config.lora_model_name_or_path", arrays["lora_model_name_or_path"], (
-            f"arrays of equal length, one entry per adapter; got {lengths}"
+        yield (
+            "lora_config.lora_model_name_or_path",
+            arrays["lora_model_name_or_path"],
+            (f"arrays of equal length, one entry per adapter; got {lengths}"),
         )
     names = job.lora_config.adapter_name
     scales = [(f"lora.{name}.scale", adapter.scale) for name, adapter in job.lora.items()]
@@ -173,7 +189,9 @@ def _template_fault(template: str) -> str | None:
     try:
         parts = [part for part in string.Formatter().parse(template) if part[1] is not None]
         fields = {name for _, name, _, _ in parts}
-        if fields - {"i", "thousand", "id", "seed"} or any(conv or (name == "id" and spec) for _, name, spec, conv in parts):
+        if fields - {"i", "thousand", "id", "seed"} or any(
+            conv or (name == "id" and spec) for _, name, spec, conv in parts
+        ):
             return wanted
         example = template.format(i=0, thousand=0, id="x", seed=0)
     except (ValueError, KeyError, IndexError):

@@ -40,7 +40,10 @@ def page(words: Sequence[str] = ()) -> Iterator[str]:
 def markdown() -> Iterator[str]:
     """All of it as lines of a Markdown page."""
     yield from ("# Every key", "")
-    yield from ("Written by `python -m fluxbatch.keys --markdown` from the comments in [conf/](../../conf); do not edit.", "")
+    yield from (
+        "Written by `python -m fluxbatch.keys --markdown` from the comments in [conf/](../../conf); do not edit.",
+        "",
+    )
     yield "A key goes by its full name or by its last part: `sampler.resolution=512` or `resolution=512`."
     yield "A group's choice sets several keys at once; what the command line says of a key wins."
     yield "`python -m fluxbatch.keys cache` prints those about caches."

@@ -14,7 +14,10 @@ from fluxbatch.types import UserError
 PLATFORMS = {"cpu": "cpu", "gpu": "cuda", "tpu": "tpu"}
 REMOTE = {"gs": "gcsfs", "s3": "s3fs"}  # through what JAX writes its cache where
 XLA_TUNING = "xla_gpu_per_fusion_autotune_cache_dir"  # XLA's own cache within JAX's
-GPU_SHARES = "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"  # JAX's names for it; it refuses to be told both
+GPU_SHARES = (
+    "XLA_CLIENT_MEM_FRACTION",
+    "XLA_PYTHON_CLIENT_MEM_FRACTION",
+)  # JAX's names for it; it refuses to be told both
 HEARTBEAT, SHUTDOWN = 30, 15  # seconds until a silent peer counts as lost, and that an exit waits for peers
 
 
@@ -43,12 +46,17 @@ def start(platform: str, cache_dir: str | None, writable: bool = True) -> str:
     """
     scheme, remote, _ = (cache_dir or "").partition("://")
     if remote and not (scheme in REMOTE and importlib.util.find_spec(REMOTE[scheme])):
-        raise UserError(f"jax_cache_dir={cache_dir}: expected a local directory, null, or gs://bucket/prefix where gcsfs is installed")
+        raise UserError(
+            f"jax_cache_dir={cache_dir}: expected a local directory, null, or gs://bucket/prefix where gcsfs is installed"
+        )
     asked, instead = f"hardware={platform}", ""
     if platform != "auto":
         jax.config.update("jax_platforms", PLATFORMS[platform])
     elif told := next((name for name in ("JAX_PLATFORMS", "JAX_PLATFORM_NAME") if os.environ.get(name)), None):
-        asked, instead = f"{told}={os.environ[told]}", f"; expected a platform of this machine, or {told} unset for the best there is"
+        asked, instead = (
+            f"{told}={os.environ[told]}",
+            f"; expected a platform of this machine, or {told} unset for the best there is",
+        )
     if cache_dir:
         jax.config.update("jax_compilation_cache_dir", cache_dir)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2 if writable else 1e9)

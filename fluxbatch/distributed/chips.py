@@ -80,7 +80,9 @@ def target(name: str) -> Target:
     known = "cpu, a TPU slice (v6e-4, v5e-8, v4-8, v5p-8, …) or GPUs (h100, a100-8, 2xh100-8, …)"
     if name == "cpu":
         return Target("cpu", "cpu")
-    found = re.fullmatch(rf"(?:(\d+)x)?({'|'.join(sorted(map(re.escape, CHIPS), key=len, reverse=True))})(?:-(\d+))?", name.lower())
+    found = re.fullmatch(
+        rf"(?:(\d+)x)?({'|'.join(sorted(map(re.escape, CHIPS), key=len, reverse=True))})(?:-(\d+))?", name.lower()
+    )
     if found is None:
         raise UserError(f"target={name}: expected {known}; chips are {', '.join(CHIPS)}")
     hosts, chip, count = int(found[1] or 1), CHIPS[found[2]], int(found[3] or 1)

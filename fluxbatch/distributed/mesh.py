@@ -54,7 +54,9 @@ class Pairs:
 Axis = str | None | Pairs | tuple[tuple[str, int], ...]
 
 
-def mesh_shape(ici: Sequence[int], dcn: Sequence[int], devices: int, slices: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def mesh_shape(
+    ici: Sequence[int], dcn: Sequence[int], devices: int, slices: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Sizes of ``AXES`` within a slice and of ``SLOW`` across slices; in each one may be -1 and takes what is left.
 
     Raises ValueError when the sizes do not fit the devices, or the slices where there are several.
@@ -79,11 +81,15 @@ def _filled(sizes: Sequence[int], count: int, what: str, names: Sequence[str]) -
         raise ValueError(f"{' and '.join(automatic)} are both -1: at most one can be automatic")
     fixed = math.prod(size for size in sizes if size != -1)
     if -1 in sizes and count % fixed:
-        raise ValueError(f"{what} cannot be divided by {fixed}: {', '.join(f'{n}={s}' for n, s in zip(names, sizes, strict=False))}")
+        raise ValueError(
+            f"{what} cannot be divided by {fixed}: {', '.join(f'{n}={s}' for n, s in zip(names, sizes, strict=False))}"
+        )
     return tuple(count // fixed if size == -1 else size for size in sizes)
 
 
-def open_mesh(ici: Sequence[int], dcn: Sequence[int], devices: Sequence[jax.Device] | None = None, processes: int | None = None) -> Mesh:
+def open_mesh(
+    ici: Sequence[int], dcn: Sequence[int], devices: Sequence[jax.Device] | None = None, processes: int | None = None
+) -> Mesh:
     """The mesh of these sizes over the devices of all processes, or over ``devices`` that belong to so many ``processes``.
 
     A slice is a TPU's; elsewhere what the dcn_ sizes divide are the processes, in their order. Raises
@@ -93,7 +99,9 @@ def open_mesh(ici: Sequence[int], dcn: Sequence[int], devices: Sequence[jax.Devi
     inner, outer = mesh_shape(ici, dcn, len(devices), _slices(devices))
     across, count = math.prod(outer), math.prod(inner) * math.prod(outer)
     if _slices(devices) == 1 and processes % across:
-        raise ValueError(f"dcn_data_parallelism={outer[0]} × dcn_fsdp_parallelism={outer[1]}: {processes} processes cannot be divided by {across}")
+        raise ValueError(
+            f"dcn_data_parallelism={outer[0]} × dcn_fsdp_parallelism={outer[1]}: {processes} processes cannot be divided by {across}"
+        )
     if processes > 1 and count != len(devices):
         raise ValueError(
             f"the sharding takes {count} devices, the {processes} processes have {len(devices)}: all must be taken, as "
@@ -167,7 +175,11 @@ class Placement:
         spec: list[tuple[str, ...]] = [()] * len(shape)
         parts: tuple[int, ...] = ()
         for i, axis in enumerate(axes, layers):
-            logical = [name for name, _ in axis] if isinstance(axis, tuple) else [axis.name if isinstance(axis, Pairs) else axis]
+            logical = (
+                [name for name, _ in axis]
+                if isinstance(axis, tuple)
+                else [axis.name if isinstance(axis, Pairs) else axis]
+            )
             names = {RULES.get(name) for name in logical}
             sizes = tuple(size for _, size in axis) if isinstance(axis, tuple) else (shape[i],)
             (name,) = names  # parts that stand side by side lie on one mesh axis
@@ -188,7 +200,9 @@ class Placement:
         read = list(spec)
         if any(whole[layers + 1 :]):  # by columns
             read = [(), *[()] * (len(shape) - 1)]
-            read[layers] = next((names for names in ((*spec[layers], "tensor"), spec[layers]) if fits(names, layers)), ())
+            read[layers] = next(
+                (names for names in ((*spec[layers], "tensor"), spec[layers]) if fits(names, layers)), ()
+            )
         read_, final, used = (NamedSharding(mesh, _spec(axes)) for axes in (read, spec, whole))
         pairs = tuple((i - len(axes), axis) for i, axis in enumerate(axes) if isinstance(axis, Pairs))
         return cls(read_, final, used, parts, mesh.shape["tensor"] if parts else 1, pairs)
@@ -236,7 +250,10 @@ class Layout:
         """``x`` with its axes where the table has them, if their sizes divide."""
         if self.mesh is None:
             return x
-        names = [RULES[axis] if axis and self._divides(axis, size) else None for axis, size in zip(axes, x.shape, strict=True)]
+        names = [
+            RULES[axis] if axis and self._divides(axis, size) else None
+            for axis, size in zip(axes, x.shape, strict=True)
+        ]
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, P(*names)))
 
     def gathered(self, value: jax.Array, axes: Sequence[Axis]) -> jax.Array:
@@ -270,8 +287,15 @@ class Layout:
 
         def divided(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
             names = ("batch", "heads", "tokens")
-            own = P(*(RULES[name] if self._divides(name, size) else None for name, size in zip(names, q.shape, strict=False)))
-            return jax.shard_map(attend, mesh=self.mesh, in_specs=(own, P(*own[:2]), P(*own[:2])), out_specs=own, check_vma=False)(q, k, v)
+            own = P(
+                *(
+                    RULES[name] if self._divides(name, size) else None
+                    for name, size in zip(names, q.shape, strict=False)
+                )
+            )
+            return jax.shard_map(
+                attend, mesh=self.mesh, in_specs=(own, P(*own[:2]), P(*own[:2])), out_specs=own, check_vma=False
+            )(q, k, v)
 
         return divided
 

@@ -77,7 +77,9 @@ def refuse_unknown_peers(env: Mapping[str, str] = os.environ) -> None:
         count, index = (int(value) if value.isdecimal() else 0 for value in values)
         if count < 2 or not values[1]:
             continue
-        if found and (names[0] != "PMI_SIZE" or count == found.count):  # srun sets these as well, mpiexec others within it
+        if found and (
+            names[0] != "PMI_SIZE" or count == found.count
+        ):  # srun sets these as well, mpiexec others within it
             continue
         raise UserError(
             f"{names[0]}={count}, {names[1]}={values[1]}: processes that would each do all of the work: expected "
@@ -106,7 +108,9 @@ def _by_jax(env: Mapping[str, str]) -> Peers | None:
     _check_address(address)
     said = f"{ADDRESS}={address}, {COUNT}={count}, {INDEX}={index}"
     by_slurm = "SLURM_STEP_NODELIST" in env and "SLURM_PROCID" in env
-    device = _device(env, "OMPI_COMM_WORLD_LOCAL_RANK" if "OMPI_MCA_orte_hnp_uri" in env else "SLURM_LOCALID" if by_slurm else "")
+    device = _device(
+        env, "OMPI_COMM_WORLD_LOCAL_RANK" if "OMPI_MCA_orte_hnp_uri" in env else "SLURM_LOCALID" if by_slurm else ""
+    )
     return Peers(int(str(count)), int(str(index)), said, "start them as well", address, device)
 
 

@@ -165,7 +165,9 @@ class ProcessGroup:
 
     def is_loss(self, error: BaseException) -> bool:
         """Whether ``error`` says that a peer is gone, and not that this process's own device is full."""
-        return self.count > 1 and isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error)
+        return (
+            self.count > 1 and isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error)
+        )
 
     def _exchange(self, word: int) -> list[int]:
         """Every process's word. One that fails meets the others wherever they are, as all meet by this one program."""

@@ -47,10 +47,14 @@ def find(index: int | None, count: int | None, env: Mapping[str, str] = os.envir
         said[0] = f"replica_index={index} ({', '.join(f'{name}={env[name]}' for name in _INDICES if name in env)})"
     if index is None:
         if count > 1:
-            raise UserError(f"replica_count={count}: expected replica_index as well; no scheduler says which replica this is")
+            raise UserError(
+                f"replica_count={count}: expected replica_index as well; no scheduler says which replica this is"
+            )
         index = 0
     if not 0 <= index < count:
-        raise UserError(f"{', '.join(said)}: expected an index from 0 to {count - 1}; replica_count=1 for a job by itself")
+        raise UserError(
+            f"{', '.join(said)}: expected an index from 0 to {count - 1}; replica_count=1 for a job by itself"
+        )
     return Replica(index, count)
 
 
@@ -65,7 +69,9 @@ def _scheduled(env: Mapping[str, str]) -> tuple[int | None, int | None]:
     def number(name: str) -> int | None:
         value = env.get(name) or None  # templates leave empty what they have no value for
         if value is not None and not value.isdecimal():
-            raise UserError(f"{name}={value}: expected a whole number; replica_index and replica_count may be given instead")
+            raise UserError(
+                f"{name}={value}: expected a whole number; replica_index and replica_count may be given instead"
+            )
         return None if value is None else int(value)
 
     if "SUBMITIT_EXECUTOR" not in env and (task := number("SLURM_ARRAY_TASK_ID")) is not None:
@@ -74,7 +80,9 @@ def _scheduled(env: Mapping[str, str]) -> tuple[int | None, int | None]:
             return None, None
         step = (last - first) // (count - 1) if count > 1 else 1
         if (task - first) % step or (last - first) != step * (count - 1):
-            raise UserError(f"SLURM_ARRAY_TASK_ID={task}: expected an evenly spaced array, as --array=0-7, or replica_index and replica_count")
+            raise UserError(
+                f"SLURM_ARRAY_TASK_ID={task}: expected an evenly spaced array, as --array=0-7, or replica_index and replica_count"
+            )
         return (task - first) // step, count
     if (number("JAX_NUM_PROCESSES") or 1) > 1 or "," in env.get("TPU_WORKER_HOSTNAMES", ""):
         return None, None

@@ -60,7 +60,9 @@ def drain_on_signals() -> Iterator[Drain]:
     """Installs the handlers for the length of a run; none for SIGTERM where JAX has its own."""
     drain = Drain()
     alone = jax.process_count() == 1
-    handlers = {signal.SIGTERM: drain._handle, signal.SIGINT: drain._handle} if alone else {signal.SIGINT: drain._pass_on}
+    handlers = (
+        {signal.SIGTERM: drain._handle, signal.SIGINT: drain._handle} if alone else {signal.SIGINT: drain._pass_on}
+    )
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield drain

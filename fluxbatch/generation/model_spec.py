@@ -98,7 +98,12 @@ class ModelSpec:
                             "expected one mix for all rows, which is merged into the blocks as they pass")  # fmt: skip
         return rows
 
-    def pipeline(self, rows: Sequence[Row] = (), observer: ProgressObserver = ProgressObserver(), kept: KeptPipeline | None = None) -> Pipeline:
+    def pipeline(
+        self,
+        rows: Sequence[Row] = (),
+        observer: ProgressObserver = ProgressObserver(),
+        kept: KeptPipeline | None = None,
+    ) -> Pipeline:
         """What draws ``rows`` (resolved); weights stream onto the mesh as they are first needed, under the
         eyes of ``watcher``.
 
@@ -116,7 +121,9 @@ class ModelSpec:
                 network.merge(edits[name])
         else:
             networks = {name: self._network(name, edits[name], beside) for name in self.plans}
-            pipeline = Pipeline(self.family, networks, self.mesh, self.activations_dtype, self.scheduler, observer, beside, self.group)
+            pipeline = Pipeline(
+                self.family, networks, self.mesh, self.activations_dtype, self.scheduler, observer, beside, self.group
+            )
         if self.keep:
             kept.put(identity, pipeline, tag)
         return pipeline
@@ -133,9 +140,19 @@ class ModelSpec:
             return None
         entries = cache.Cache(place.path or "", int(gigabytes * 1e9))
         device = self.mesh.devices.flat[0].device_kind
-        program = (__version__, jax.__version__, device, *self.mesh.shape.items(), self.weights_dtype, self.activations_dtype)
+        program = (
+            __version__,
+            jax.__version__,
+            device,
+            *self.mesh.shape.items(),
+            self.weights_dtype,
+            self.activations_dtype,
+        )
         facts = (self.checkpoint.text_digest(), *program)
-        return TextCache(entries, lambda row: (facts, tuple((self.lora.facts[name], scale) for name, scale in self.lora.text_mix(row))))
+        return TextCache(
+            entries,
+            lambda row: (facts, tuple((self.lora.facts[name], scale) for name, scale in self.lora.text_mix(row))),
+        )
 
     def text_bytes(self, rows: Sequence[Row]) -> int:
         """About what the prompts of ``rows`` encode to."""
@@ -149,10 +166,18 @@ class ModelSpec:
     def _network(self, part: str, edits: load.Edits, beside: Loras | None) -> DeviceWeights:
         plan, dtype = self.plans[part], jnp.dtype(self.weights_dtype)
         if self.stream and part == self.family.denoiser:
-            hold = device_weights.pinned(self.mesh) and device_weights.room(load.held(plan, self.mesh, dtype), self.group)
+            hold = device_weights.pinned(self.mesh) and device_weights.room(
+                load.held(plan, self.mesh, dtype), self.group
+            )
             return StreamedWeights(plan, self.mesh, dtype, edits, hold)
         attach = (lambda module: beside.attach(part, module, plan, self.mesh, dtype)) if beside else lambda module: None
-        away = self.encoder_offload if part in self.family.encoders else self.denoiser_offload if part == self.family.denoiser else "keep"
+        away = (
+            self.encoder_offload
+            if part in self.family.encoders
+            else self.denoiser_offload
+            if part == self.family.denoiser
+            else "keep"
+        )
         return DeviceWeights(plan, self.mesh, dtype, edits, away, attach)
 
 
@@ -165,18 +190,29 @@ def open_model_spec(
     processes = processes or jax.process_count()
     hardware, sampler, sharding = job.hardware, job.sampler, job.sharding
     default = "float32" if platform == "cpu" else "bfloat16"
-    weights, activations = (default if d.name == "auto" else d.name for d in (hardware.weights_dtype, hardware.activations_dtype))
+    weights, activations = (
+        default if d.name == "auto" else d.name for d in (hardware.weights_dtype, hardware.activations_dtype)
+    )
     try:
-        inner = sharding.ici_data_parallelism, sharding.ici_fsdp_parallelism, sharding.ici_context_parallelism, sharding.ici_tensor_parallelism
+        inner = (
+            sharding.ici_data_parallelism,
+            sharding.ici_fsdp_parallelism,
+            sharding.ici_context_parallelism,
+            sharding.ici_tensor_parallelism,
+        )
         mesh = open_mesh(inner, (sharding.dcn_data_parallelism, sharding.dcn_fsdp_parallelism), devices, processes)
-        attend = attention.by_name(hardware.attention.name, platform, activations, hardware.flash_block_sizes, mesh.devices.flat[0].device_kind)
+        attend = attention.by_name(
+            hardware.attention.name, platform, activations, hardware.flash_block_sizes, mesh.devices.flat[0].device_kind
+        )
     except ValueError as error:
         raise UserError(str(error)) from error
     checkpoint = opened(job.model)
     family = checkpoint.family
     tensor, heads = mesh.shape["tensor"], family.heads
     if heads % tensor:
-        raise UserError(f"sharding.ici_tensor_parallelism={tensor}: expected a divisor of the transformer's {heads} attention heads")
+        raise UserError(
+            f"sharding.ici_tensor_parallelism={tensor}: expected a divisor of the transformer's {heads} attention heads"
+        )
     layout = Layout(mesh if mesh.size > 1 else None)
     options = family.options(layout.attention(attend), hardware.split_head_dim, TPU_BANDS if platform == "tpu" else 1)
     makers = {
@@ -200,8 +236,14 @@ def open_model_spec(
     }
     record = {"model": public(_name(job.model.pretrained_model_name_or_path)), "model_digest": facts["model_digest"]}
     record |= {"model_revision": checkpoint.revision or ""}
-    record |= {key: facts[key] for key in ("max_sequence_length", "weights_dtype", "activations_dtype")} | family.index()
-    record |= {"fluxbatch_version": __version__, "jax_version": jax.__version__, "device_kind": mesh.devices.flat[0].device_kind}
+    record |= {
+        key: facts[key] for key in ("max_sequence_length", "weights_dtype", "activations_dtype")
+    } | family.index()
+    record |= {
+        "fluxbatch_version": __version__,
+        "jax_version": jax.__version__,
+        "device_kind": mesh.devices.flat[0].device_kind,
+    }
     record |= {"device_count": mesh.size, "per_device_batch_size": sharding.per_device_batch_size}
     record |= {"quality": 100 if job.output.format.name == "png" else job.output.quality}
     adapters = apply.read(job, plans, family)
@@ -216,10 +258,31 @@ def open_model_spec(
         turns = "keep" if fits else device_weights.offload_policy(True, mesh, sum(held.values()), group)
     split = {axis: size for axis, size in mesh.shape.items() if size > 1 and axis != "data"}
     if hardware.stream_blocks and (split or processes > 1):
-        got = f"a mesh of {', '.join(f'{axis} {size}' for axis, size in split.items())}" if split else f"{processes} processes"
-        raise UserError(f"hardware.stream_blocks=true: got {got}: expected whole blocks on each device of one process: sharding=single or ddp")
-    programs = (type(scheduler), hardware.attention.name, hardware.split_head_dim, str(hardware.flash_block_sizes), away, turns, hardware.stream_blocks)
-    identity = (tuple(plan.source.url for plan in plans.values()), facts["model_digest"], weights, activations, tuple(mesh.shape.values()), *programs)
+        got = (
+            f"a mesh of {', '.join(f'{axis} {size}' for axis, size in split.items())}"
+            if split
+            else f"{processes} processes"
+        )
+        raise UserError(
+            f"hardware.stream_blocks=true: got {got}: expected whole blocks on each device of one process: sharding=single or ddp"
+        )
+    programs = (
+        type(scheduler),
+        hardware.attention.name,
+        hardware.split_head_dim,
+        str(hardware.flash_block_sizes),
+        away,
+        turns,
+        hardware.stream_blocks,
+    )
+    identity = (
+        tuple(plan.source.url for plan in plans.values()),
+        facts["model_digest"],
+        weights,
+        activations,
+        tuple(mesh.shape.values()),
+        *programs,
+    )
     return ModelSpec(
         checkpoint, plans, inputs, scheduler, mesh, weights, activations, hardware.stream_blocks, away, turns, facts, record, adapters, identity,
         family.warnings(job.model.flux_name), bool(job.sweep), group)  # fmt: skip

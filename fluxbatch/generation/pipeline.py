@@ -63,7 +63,13 @@ class Pipeline:
     ):  # fmt: skip
         """``networks``: one for each component. ``lora``: the adapters that stand beside the weights, mixed row by row."""
         self.family, self.networks, self.group = family, networks, group
-        self.mesh, self.dtype, self.scheduler, self.observer, self._lora = mesh, jnp.dtype(dtype), scheduler, observer, lora
+        self.mesh, self.dtype, self.scheduler, self.observer, self._lora = (
+            mesh,
+            jnp.dtype(dtype),
+            scheduler,
+            observer,
+            lora,
+        )
         self._compiled: dict[Hashable, Future[list[Future[Any]]]] = {}
         self._since: float | None = None  # when the devices got the first program of those under way
         self._pictures: Any = None  # the last ones, perhaps still to be drawn
@@ -74,7 +80,9 @@ class Pipeline:
 
         self._encode = jit(programs.encode, family, static_argnames=("graphs", "dtype"))
         self._step_inputs = jit(programs.step_inputs, static_argnames=("graph", "dtype"))
-        self._denoise = jit(programs.denoise, scheduler.step, static_argnames=("graph", "dtype"), donate_argnames="latents")
+        self._denoise = jit(
+            programs.denoise, scheduler.step, static_argnames=("graph", "dtype"), donate_argnames="latents"
+        )
         self._step_vector = jit(programs.step_vector, static_argnames=("graph", "dtype"))
         self._step_layer = jit(programs.step_layer, static_argnames="graph")
         self._embed = jit(programs.embed, static_argnames=("graph", "dtype"))
@@ -162,7 +170,11 @@ class Pipeline:
         latents = self._latents(batch, height, width)
         shapes = self.family.conditioning_shapes(inputs)
         conditioning = self.family.conditioning(*(self._shape(self.dtype, batch, *shape) for shape in shapes))
-        sigmas, left, guidance = self._shape(np.float32, batch, STEPS + 1), self._shape(np.int32, batch), self._shape(np.float32, batch)
+        sigmas, left, guidance = (
+            self._shape(np.float32, batch, STEPS + 1),
+            self._shape(np.int32, batch),
+            self._shape(np.float32, batch),
+        )
 
         def everywhere(x: np.ndarray) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(self.mesh))
@@ -177,7 +189,10 @@ class Pipeline:
 
     def _lower_decode(self, batch: int, height: int, width: int) -> Iterator[tuple[str, jax.stages.Lowered]]:
         graph, state = self.networks[self.family.decoder].abstract()
-        yield "decode", self._run(self._decode.lower, graph, self.dtype, state, self._latents(batch, height, width), height, width)
+        yield (
+            "decode",
+            self._run(self._decode.lower, graph, self.dtype, state, self._latents(batch, height, width), height, width),
+        )
 
     def _latents(self, batch: int, height: int, width: int) -> jax.ShapeDtypeStruct:
         return self._shape(np.float32, batch, *self.family.latent_shape(height, width))
@@ -212,11 +227,15 @@ class Pipeline:
         tokens = self.family.tokens(height, width)
         sigmas, counts = padded_sigmas([self._levels(row, tokens) for row in rows])
         guidance = np.array([row.guidance_scale for row in rows], np.float32)
-        positions = jax.tree.map(lambda x: put(x, replicated(self.mesh)), self.family.positions(conditioning, height, width))
+        positions = jax.tree.map(
+            lambda x: put(x, replicated(self.mesh)), self.family.positions(conditioning, height, width)
+        )
         # the decoder on the same bar
         (graph, state), _ = self._ready(self.family.denoiser, self.family.decoder, program=("denoise", height, width))
         if isinstance(self._denoiser, StreamedWeights):
-            return self._told(self._denoise_streamed(self._denoiser, latents, conditioning, sigmas, counts, guidance, positions))
+            return self._told(
+                self._denoise_streamed(self._denoiser, latents, conditioning, sigmas, counts, guidance, positions)
+            )
         latents, conditioning, guidance, *scales = self._put((latents, conditioning, guidance, *self._scales(rows)))
         for first in range(0, counts.max(), STEPS):
             levels, left = self._put((sigmas[:, first : first + STEPS + 1], counts - first))
@@ -241,7 +260,10 @@ class Pipeline:
         latents, conditioning, guidance, sigmas, left = self._put((noise, conditioning, guidance, sigmas, counts))
         vector, shared = self._launch(self._step_vector, graph, self.dtype, state, conditioning, sigmas, guidance)
         with network.step_layers(self.observer.streaming) as layers:
-            inputs = {name: jax.block_until_ready(self._told(self._launch(self._step_layer, *layer, vector))) for name, layer in layers}
+            inputs = {
+                name: jax.block_until_ready(self._told(self._launch(self._step_layer, *layer, vector)))
+                for name, layer in layers
+            }
         steps = counts.max()
         with network.blocks(steps, self.observer.streaming) as blocks:
             for i in range(steps):

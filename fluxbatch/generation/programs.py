@@ -156,7 +156,9 @@ def decode(
         return jnp.where(finite[:, None, None, None], pixels, 0).astype(jnp.uint8), finite
 
     ways = 1 if mesh is None else data_parallel_size_of(mesh)
-    return _in_turns(pictures, family.unpack(latents, height, width), ways, together(len(latents) // ways, height, width, at_once))
+    return _in_turns(
+        pictures, family.unpack(latents, height, width), ways, together(len(latents) // ways, height, width, at_once)
+    )
 
 
 def decoder_options(platform: str, channels: int) -> Mapping[str, str] | None:

@@ -85,7 +85,13 @@ def _unpacked(data: bytes) -> State:
     return tuple(arrays)
 
 
-def encode(rows: Iterable[Row], inputs: Sequence[TextInput], encoders: Encoders, batch_size: int, cache: TextCache | None = None) -> PromptEmbeds:
+def encode(
+    rows: Iterable[Row],
+    inputs: Sequence[TextInput],
+    encoders: Encoders,
+    batch_size: int,
+    cache: TextCache | None = None,
+) -> PromptEmbeds:
     """Encodes each distinct prompt once, ``batch_size`` at a time (one compiled shape); once for each mix where
     adapters change the encoders. What is in ``cache`` is taken from there.
     """
@@ -96,8 +102,16 @@ def encode(rows: Iterable[Row], inputs: Sequence[TextInput], encoders: Encoders,
     distinct = {key(row): row for row in rows}
     keys, own = list(distinct), list(distinct.values())
     arrays = tuple(each([each.text(row) for row in own]) for each in inputs)
-    names = [cache.name(row, _of(arrays, i), encoders.text_mix(row), batch_size) for i, row in enumerate(own)] if cache else []
-    states = {keys[i]: state for i, state in enumerate(cache.read(names, encoders.group) if cache else ()) if state is not None}
+    names = (
+        [cache.name(row, _of(arrays, i), encoders.text_mix(row), batch_size) for i, row in enumerate(own)]
+        if cache
+        else []
+    )
+    states = {
+        keys[i]: state
+        for i, state in enumerate(cache.read(names, encoders.group) if cache else ())
+        if state is not None
+    }
     lacking = [i for i, key in enumerate(keys) if key not in states]
 
     def collect(chunk: list[int], encoded: Conditioning) -> None:

@@ -41,7 +41,11 @@ class Tokenizer:
         self._backend.no_truncation()
         self._backend.no_padding()
         chunks = (list(texts[i : i + 4096]) for i in range(0, len(texts), 4096))
-        return [len(found) for chunk in chunks for found in self._backend.encode_batch_fast(chunk, add_special_tokens=special)]
+        return [
+            len(found)
+            for chunk in chunks
+            for found in self._backend.encode_batch_fast(chunk, add_special_tokens=special)
+        ]
 
     def longer(self, texts: Iterable[str], limit: int) -> set[str]:
         """Those of ``texts`` that have more than ``limit`` tokens.
@@ -84,15 +88,27 @@ def _open(folder: Path) -> tuple[Backend, int, dict[str, object], str]:
     if config.get("backend") == "tokenizers" and (file := folder / "tokenizer.json").exists():
         # Written by transformers 5, so the file is all there is to it; transformers takes up to three seconds to import.
         backend, pad, length = Backend.from_file(str(file)), config["pad_token"], config["model_max_length"]
-        pad, sides = pad if isinstance(pad, str) else pad["content"], (config.get("padding_side", "right"), config.get("truncation_side", "right"))
+        pad, sides = (
+            pad if isinstance(pad, str) else pad["content"],
+            (config.get("padding_side", "right"), config.get("truncation_side", "right")),
+        )
     else:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would say that torch is missing
         from transformers import AutoTokenizer, T5Tokenizer
 
         # Google's own repositories are older than the names of classes in configs and than tokenizer.json
-        nameless = "tokenizer_class" not in config and not (folder / "tokenizer.json").exists() and (folder / "spiece.model").exists()
+        nameless = (
+            "tokenizer_class" not in config
+            and not (folder / "tokenizer.json").exists()
+            and (folder / "spiece.model").exists()
+        )
         whole = (T5Tokenizer if nameless else AutoTokenizer).from_pretrained(str(folder), local_files_only=True)
-        backend, pad, length, sides = whole.backend_tokenizer, whole.pad_token, whole.model_max_length, (whole.padding_side, whole.truncation_side)
+        backend, pad, length, sides = (
+            whole.backend_tokenizer,
+            whole.pad_token,
+            whole.model_max_length,
+            (whole.padding_side, whole.truncation_side),
+        )
     if (number := backend.token_to_id(pad)) is None:
         raise ValueError(f"it has no token {pad!r} to pad with")
     return backend, length, {"pad_id": number, "pad_token": pad, "direction": sides[0]}, sides[1]

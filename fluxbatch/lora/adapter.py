@@ -84,7 +84,10 @@ class Adapter:
     def coverage(self) -> dict[str, Any]:
         """What the metadata say of it."""
         about = {"file": self.file, "digest": self.digest, "format": self.format, "scale": self.spec.scale}
-        parts = [{key: list(v) if isinstance(v, tuple) else v for key, v in dataclasses.asdict(part).items()} for part in self.parts]
+        parts = [
+            {key: list(v) if isinstance(v, tuple) else v for key, v in dataclasses.asdict(part).items()}
+            for part in self.parts
+        ]
         return about | {"parts": parts} | ({"skipped": list(self.skipped)} if self.skipped else {})
 
     def table(self) -> Iterator[str]:
@@ -109,7 +112,9 @@ def read_adapter(spec: Spec, plans: Mapping[str, Plan], keys: LoraKeys, strict: 
     data = source.read(file)
     where = source.path(file)
     if data.startswith(PICKLES) and data[8:9] != b"{":  # a header's length may begin like a pickle
-        raise UserError(f"{spec.key}: {where}: is a pickle whatever its name says; pickled files are not read, they can run code")
+        raise UserError(
+            f"{spec.key}: {where}: is a pickle whatever its name says; pickled files are not read, they can run code"
+        )
     tensors = read_header(source, file)
     settings = settings_of(source, file, data)
     described = json.dumps([spec.from_pt, settings], sort_keys=True)
@@ -141,7 +146,9 @@ def read_adapter(spec: Spec, plans: Mapping[str, Plan], keys: LoraKeys, strict: 
                 problems.append(f"{key}: dtype {tensor.dtype}, expected one of {', '.join(FLOATS)}")
                 continue
             value = value_of(tensor)
-            groups[at][site.role] = value.reshape(value.shape[:2]) if value.ndim == 4 and value.shape[2:] == (1, 1) else value
+            groups[at][site.role] = (
+                value.reshape(value.shape[:2]) if value.ndim == 4 and value.shape[2:] == (1, 1) else value
+            )
             sites[at] = site
             if site.role in KINDS:
                 kinds[f"{KINDS[site.role]} as {site.writer} names it"] = None
@@ -180,7 +187,9 @@ def _fits(plan: Plan, target: Target) -> bool:
 class _Reader:
     """Turns the tensors of one module after the other into changes of the model's parameters."""
 
-    def __init__(self, plans: Mapping[str, Plan], keys: LoraKeys, spec: Spec, settings: Mapping[str, Mapping[str, Any]]):
+    def __init__(
+        self, plans: Mapping[str, Plan], keys: LoraKeys, spec: Spec, settings: Mapping[str, Mapping[str, Any]]
+    ):
         self.plans, self.keys, self.spec, self.settings = plans, keys, spec, settings
         self.changes: dict[str, dict[Place, Delta]] = {}
         self.zeros: list[str] = []
@@ -238,7 +247,10 @@ class _Reader:
                 yield "bias", Whole(pop("up_bias"), scale), alpha
         elif {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"} <= tensors.keys():
             w1, w2 = (_matrices(pop(f"hada_{w}_a"), pop(f"hada_{w}_b")) for w in ("w1", "w2"))
-            if any(a.shape[1] != len(b) for a, b in (w1, w2)) or (len(w1[0]), w1[1].shape[1]) != (len(w2[0]), w2[1].shape[1]):
+            if any(a.shape[1] != len(b) for a, b in (w1, w2)) or (len(w1[0]), w1[1].shape[1]) != (
+                len(w2[0]),
+                w2[1].shape[1],
+            ):
                 raise ValueError("the Hadamard factors' shapes disagree")
             scale, alpha = self._scale(site, len(w1[1]), alpha)
             delta = Hadamard((w1[0], w1[1]), (w2[0], w2[1]), scale)

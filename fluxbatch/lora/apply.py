@@ -67,7 +67,10 @@ class Loras:
             if stuck:
                 first = next(row for row in rows if _effective(row.lora) != mixes[0])
                 raise UserError(
-                    *(f"{a.spec.key}: {a.name}: {a.merged_only}, so all rows of a job must have the same mix" for a in stuck),
+                    *(
+                        f"{a.spec.key}: {a.name}: {a.merged_only}, so all rows of a job must have the same mix"
+                        for a in stuck
+                    ),
                     f"{first.where}: lora is {dict(first.lora or ())}, rows before it have {dict(mixes[0])}",
                 )
         return rows
@@ -119,7 +122,9 @@ class Loras:
         """
         blocks = []
         for changes in self._beside(component):
-            blocks.append({layer: changes[path, layer].factors() for layer in range(layers) if (path, layer) in changes})
+            blocks.append(
+                {layer: changes[path, layer].factors() for layer in range(layers) if (path, layer) in changes}
+            )
         ranks = tuple(max((len(a) for a, _ in block.values()), default=0) for block in blocks)
         a, b = next(pair for block in blocks for pair in block.values())
         all_a = np.zeros((layers, sum(ranks), a.shape[1]), np.float32)

@@ -43,7 +43,9 @@ def specs(job: Job) -> list[Spec]:
 def locate(spec: Spec) -> tuple[Source, str]:
     """The directory and the file; UserError if there is none, or it is a pickle."""
     if spec.weight_name is not None and spec.weight_name.endswith(PICKLED):
-        raise UserError(f"{spec.key}: weight_name {spec.weight_name!r}: expected a {SUFFIX} file: pickled files are not read, they can run code")
+        raise UserError(
+            f"{spec.key}: weight_name {spec.weight_name!r}: expected a {SUFFIX} file: pickled files are not read, they can run code"
+        )
     wanted = [spec.weight_name] if spec.weight_name else [f"*{suffix}" for suffix in SUFFIXES]
     place, _ = find(spec.path, spec.key, None, (*wanted, f"*{PEFT}"), (f"*{PEFT}",))
     folder, file = split(place)
@@ -58,7 +60,9 @@ def locate(spec: Spec) -> tuple[Source, str]:
             chosen = [name for name in USUAL if name in held] or held
             if len(chosen) != 1:
                 have = f"{len(held)} ({', '.join(held[:5])}{', …' if len(held) > 5 else ''})" if held else "none"
-                raise UserError(f"{spec.key}: {source.url}: expected one {SUFFIX} file, or weight_name to say which; it has {have}")
+                raise UserError(
+                    f"{spec.key}: {source.url}: expected one {SUFFIX} file, or weight_name to say which; it has {have}"
+                )
             file = chosen[0]
     if not source.exists(file):
         raise UserError(f"{spec.key}: {source.path(file)}: not found")

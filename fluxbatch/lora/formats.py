@@ -81,7 +81,9 @@ def read_key(key: str, keys: LoraKeys) -> Site | None:
 
 
 @functools.cache
-def _place(keys: LoraKeys, name: str, component: str | None, writer: str) -> tuple[str, str, str, tuple[Target, ...]] | None:
+def _place(
+    keys: LoraKeys, name: str, component: str | None, writer: str
+) -> tuple[str, str, str, tuple[Target, ...]] | None:
     """Component, name without prefixes, writer and targets of a module."""
     name = name.rstrip("_")
     if re.fullmatch(keys.unread.get(component or "", r"(?!)"), name):

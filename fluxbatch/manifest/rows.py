@@ -106,7 +106,9 @@ def _parsed(stream: Any, name: str, extension: str, prompt_column: str | None) -
         known = {column: column.lower() for column in columns if column.lower() in FIELDS}
         for column, other in itertools.combinations(known, 2):
             if known[column] == known[other]:
-                raise UserError(f"{name}:1: columns {json.dumps(column)} and {json.dumps(other)} differ only in case, expected one of them")
+                raise UserError(
+                    f"{name}:1: columns {json.dumps(column)} and {json.dumps(other)} differ only in case, expected one of them"
+                )
         prompt = _prompt_column(columns, prompt_column)
         if prompt is None:
             found = "prompt, caption or text (or name it: prompt_column=…)"
@@ -346,7 +348,9 @@ def _float(key: str, value: Any, problems: list[str], low: float = -math.inf) ->
     if type(value) not in (int, float):
         problems.append(f"{key}: got {described(value)}, expected a number")
     elif not math.isfinite(value) or abs(value) > _MAX_FLOAT or value < low:
-        problems.append(f"{key}: got {shown(value)}, expected a number from {max(low, -_MAX_FLOAT):g} to {_MAX_FLOAT:g}")
+        problems.append(
+            f"{key}: got {shown(value)}, expected a number from {max(low, -_MAX_FLOAT):g} to {_MAX_FLOAT:g}"
+        )
     else:
         return float(value)
     return math.nan

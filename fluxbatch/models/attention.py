@@ -26,7 +26,9 @@ def dot_product(q: Array, k: Array, v: Array, *, bias: Array | None = None, scal
     # Softmax with its division last: by K columns and not by M.
     weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
     total = jnp.sum(weights, axis=-1, keepdims=True)
-    return (jnp.einsum("bhlm,bhmk->bhlk", weights.astype(v.dtype), v, preferred_element_type=jnp.float32) / total).astype(v.dtype)
+    return (
+        jnp.einsum("bhlm,bhmk->bhlk", weights.astype(v.dtype), v, preferred_element_type=jnp.float32) / total
+    ).astype(v.dtype)
 
 
 def blocked(q: Array, k: Array, v: Array) -> Array:
@@ -83,7 +85,10 @@ def splash(
         interpret=interpret)  # fmt: skip
     real = [jnp.pad(jnp.ones(x.shape[2], jnp.int32), (0, n)) for x, n in zip((q, k), over, strict=True)]
     ids = kernel.SegmentIds(q=real[0], kv=real[1])
-    q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, n), (0, 0))) for x, n in ((q / math.sqrt(width), over[0]), (k, over[1]), (v, over[1])))
+    q, k, v = (
+        jnp.pad(x, ((0, 0), (0, 0), (0, n), (0, 0)))
+        for x, n in ((q / math.sqrt(width), over[0]), (k, over[1]), (v, over[1]))
+    )
     return jax.vmap(attend, in_axes=(0, 0, 0, None))(q, k, v, ids)[:, :, :length].astype(v.dtype)
 
 
@@ -113,7 +118,9 @@ def chosen(name: str, platform: str, dtype: str) -> str:
     return best.get(platform, "dot_product") if name == "auto" else name
 
 
-def by_name(name: str, platform: str, dtype: str, blocks: Mapping[str, int] | None = None, chip: str = "") -> AttentionFn:
+def by_name(
+    name: str, platform: str, dtype: str, blocks: Mapping[str, int] | None = None, chip: str = ""
+) -> AttentionFn:
     """The attention called ``name`` on this ``platform`` (cpu, gpu, tpu) for activations of ``dtype``; ``chip`` is JAX's
     name of the device.
 

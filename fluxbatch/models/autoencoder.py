@@ -48,7 +48,9 @@ class VaeConfig:
         fields = {f.name: config.get(f.name, defaults.get(f.name)) for f in dataclasses.fields(cls)}
         groups, channels = fields["norm_num_groups"], tuple(config["block_out_channels"])
         if not groups or any(size % groups for size in channels):
-            raise ValueError(f"norm_num_groups {groups}: expected a divisor of each of block_out_channels {list(channels)}")
+            raise ValueError(
+                f"norm_num_groups {groups}: expected a divisor of each of block_out_channels {list(channels)}"
+            )
         fields |= {"block_out_channels": channels, "shift_factor": fields["shift_factor"] or 0.0}
         return cls(**fields)
 

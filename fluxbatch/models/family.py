@@ -44,7 +44,9 @@ class Component:
     home: str | None = None  # key of the configuration that names another home
     files: tuple[str, ...] = ()  # its usual names as a single file
     folders: tuple[str, ...] = ()  # of ComfyUI, beside the transformer's
-    prefixes: tuple[str, ...] = ("",)  # what its names begin with in a file: nothing, or its place in a whole checkpoint
+    prefixes: tuple[str, ...] = (
+        "",
+    )  # what its names begin with in a file: nothing, or its place in a whole checkpoint
     same: tuple[tuple[str, str], ...] = ()  # (name, other name) of a tensor that may be saved under either
 
 
@@ -66,7 +68,9 @@ class LoraKeys:
     """(prefix, component, what writes it), one after another as far as they stand there: of those that lead to a module of
     the component the first holds. None: it says nothing of the component."""
     namings: Mapping[str, Mapping[str, tuple[Rule, ...]]]  # component → name of the naming → its rules
-    unread: Mapping[str, str] = dataclasses.field(default_factory=dict)  # component → pattern of modules that inference never reads
+    unread: Mapping[str, str] = dataclasses.field(
+        default_factory=dict
+    )  # component → pattern of modules that inference never reads
     split_stacks: tuple[str, ...] = ()  # stacks whose parts are reported apart
     main: str = "transformer"  # the component that reports do not name
     writers: tuple[str, ...] = ()  # namings that one trainer alone writes, whatever the prefix
@@ -137,8 +141,12 @@ class StreamParts:
     their step inputs, which pass first."""
 
     blocks: tuple[tuple[str, int], ...]  # (stack, number of layers)
-    step_layers: Mapping[str, tuple[str, ...]]  # stack → paths of its blocks' step layers; none where blocks share what a step needs
-    makers: Mapping[str, Callable[[nnx.Rngs | None], nnx.Module]]  # one block (without step layers) or step layer, by path
+    step_layers: Mapping[
+        str, tuple[str, ...]
+    ]  # stack → paths of its blocks' step layers; none where blocks share what a step needs
+    makers: Mapping[
+        str, Callable[[nnx.Rngs | None], nnx.Module]
+    ]  # one block (without step layers) or step layer, by path
     rest: Callable[[nnx.Rngs | None], nnx.Module]  # what lies in no block
 
 
@@ -147,7 +155,9 @@ class StreamedDenoiser(Denoiser, Protocol):
 
     def stream(self) -> StreamParts: ...
 
-    def step_vector(self, conditioning: Conditioning, sigmas: jax.Array, guidance: jax.Array, dtype: Any) -> tuple[Any, Any]:
+    def step_vector(
+        self, conditioning: Conditioning, sigmas: jax.Array, guidance: jax.Array, dtype: Any
+    ) -> tuple[Any, Any]:
         """What step layers read, if there are any, and the step inputs ``[B, S, …]``, a pytree, of ``finish`` and of all blocks."""
 
     def embed_tokens(self, latents: jax.Array, conditioning: Conditioning, positions: Positions, dtype: Any) -> Any:
@@ -226,7 +236,9 @@ class Family(abc.ABC):
         """(component, key, found, expected, of what) where components do not fit each other."""
 
     @abc.abstractmethod
-    def scheduler(self, config: Mapping[str, Any], time_shift: bool | None, base_shift: float | None, max_shift: float | None) -> Scheduler:
+    def scheduler(
+        self, config: Mapping[str, Any], time_shift: bool | None, base_shift: float | None, max_shift: float | None
+    ) -> Scheduler:
         """From ``scheduler_config.json``; arguments that are not None win. UserError for one that this is not."""
 
     @abc.abstractmethod
@@ -235,7 +247,10 @@ class Family(abc.ABC):
 
     def options(self, attention: Any, split_head_dim: bool, bands: int) -> Mapping[str, Mapping[str, Any]]:
         """Arguments of the components' modules besides config and layout."""
-        return {self.denoiser: {"attention": attention, "split_head_dim": split_head_dim}, self.decoder: {"bands": bands}}
+        return {
+            self.denoiser: {"attention": attention, "split_head_dim": split_head_dim},
+            self.decoder: {"bands": bands},
+        }
 
     @property
     @abc.abstractmethod

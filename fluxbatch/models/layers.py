@@ -146,7 +146,11 @@ def _apart(x: Array) -> Array:
     Before jax 0.12 XLA:GPU would write normed queries and keys as float32 and read them again to rotate them: a step of
     FLUX.1 would move 46 GB beside products and attention, and not 39 (36 with 0.12, which norms and rotates at once).
     """
-    return x if jax.__version_info__ >= (0, 12) else jax.lax.platform_dependent(x, cuda=jax.lax.optimization_barrier, default=lambda x: x)
+    return (
+        x
+        if jax.__version_info__ >= (0, 12)
+        else jax.lax.platform_dependent(x, cuda=jax.lax.optimization_barrier, default=lambda x: x)
+    )
 
 
 class RMSNorm(nnx.Module):
@@ -224,7 +228,9 @@ class Conv(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         kernel = self.kernel[...].astype(x.dtype)
-        if kernel.shape[2] == self.stride == 1:  # a matrix product, and three times as fast on a CPU if it is called one
+        if (
+            kernel.shape[2] == self.stride == 1
+        ):  # a matrix product, and three times as fast on a CPU if it is called one
             y = jax.lax.dot_general(x, kernel[:, :, 0, 0], (((x.ndim - 1,), (1,)), ((), ())))
         else:
             y = self._convolved(x, kernel, self.padding)
@@ -253,11 +259,15 @@ class Conv(nnx.Module):
 
     def _convolved(self, x: Array, kernel: Array, padding: Any) -> Array:
         if x.ndim == 5:
-            y = self._convolved(with_neighbours(x).reshape(-1, x.shape[2] + 2, *x.shape[3:]), kernel, ((0, 0), padding[1]))
+            y = self._convolved(
+                with_neighbours(x).reshape(-1, x.shape[2] + 2, *x.shape[3:]), kernel, ((0, 0), padding[1])
+            )
             return y.reshape(*x.shape[:4], -1)
         # XLA:CPU brings kernels into this order by itself, but not in loops: there its convolution takes eight times as long.
         kernel = kernel.transpose(2, 3, 1, 0)
-        return jax.lax.conv_general_dilated(x, kernel, (self.stride,) * 2, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return jax.lax.conv_general_dilated(
+            x, kernel, (self.stride,) * 2, padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
 
 
 def with_neighbours(bands: Array) -> Array:

@@ -81,7 +81,9 @@ class FlowMatchEuler(Euler):
     max_tokens: int
 
     @classmethod
-    def of(cls, config: Mapping[str, Any], time_shift: bool | None, base_shift: float | None, max_shift: float | None) -> FlowMatchEuler:
+    def of(
+        cls, config: Mapping[str, Any], time_shift: bool | None, base_shift: float | None, max_shift: float | None
+    ) -> FlowMatchEuler:
         """From ``scheduler_config.json``; arguments that are not None win. UserError for samplers that
         this is not."""
         cls.check(config)
@@ -95,7 +97,9 @@ class FlowMatchEuler(Euler):
             max_tokens=int(number("max_image_seq_len", 4096)),
         )
         if schedule.time_shift and schedule.base_tokens == schedule.max_tokens:
-            raise UserError(f"scheduler_config.json: base_image_seq_len is {schedule.base_tokens}, expected another number than max_image_seq_len")
+            raise UserError(
+                f"scheduler_config.json: base_image_seq_len is {schedule.base_tokens}, expected another number than max_image_seq_len"
+            )
         if not schedule.time_shift and schedule.shift <= 0:
             raise UserError(f"scheduler_config.json: shift is {schedule.shift:g}, expected a number above 0")
         return schedule

@@ -1,6 +1,6 @@
 """A job's programs compiled ahead of time, for TPUs that are not here: what the compiler says they need.
 
-    job, target, size ─ subprocess with libtpu ─ the run's own programs, from shapes ─ bytes of a device
+job, target, size ─ subprocess with libtpu ─ the run's own programs, from shapes ─ bytes of a device
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ from fluxbatch.types import UserError
 # libtpu looks for a TPU's metadata server and neighbours, and for itself in other processes.
 ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
                "TF_CPP_MIN_LOG_LEVEL": "3", "JAX_TRACEBACK_FILTERING": "off"}  # fmt: skip
-ASSIGNED = re.compile(r"^allocation \d+: size (\d+),(?: page \d+,)? preallocated-temp:", re.MULTILINE)  # others, with a color, lie on the chip
+ASSIGNED = re.compile(
+    r"^allocation \d+: size (\d+),(?: page \d+,)? preallocated-temp:", re.MULTILINE
+)  # others, with a color, lie on the chip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,10 +58,16 @@ def devices(target: Target) -> list[Any]:
         options = {"chip_config_name": "megacore"}
     elif target.chips == 1:
         options = {"chips_per_host_bounds": (1, 1, 1)}
-    return list(topologies.get_topology_desc(platform="tpu", topology_name=f"{target.chip.name}:{target.topology}", **options).devices)
+    return list(
+        topologies.get_topology_desc(
+            platform="tpu", topology_name=f"{target.chip.name}:{target.topology}", **options
+        ).devices
+    )
 
 
-def needs(spec: Any, batch: int, height: int, width: int, parts: Sequence[str] = ("encode", "denoise", "decode")) -> Iterator[Need]:
+def needs(
+    spec: Any, batch: int, height: int, width: int, parts: Sequence[str] = ("encode", "denoise", "decode")
+) -> Iterator[Need]:
     """Compiles the programs of one size for the spec's mesh. No weight is read."""
     import jax
     from flax import nnx
@@ -100,9 +108,13 @@ def compiled(job: Job, target: Target, height: int, width: int) -> list[Need]:
     """The programs that draw pictures of one size, compiled for ``target`` in a process of its own."""
     plain = Job(**{field.name: getattr(job, field.name) for field in dataclasses.fields(Job)})
     asked = pickle.dumps((plain, target, height, width))
-    done = subprocess.run([sys.executable, "-m", "fluxbatch.planning.aot"], input=asked, env=os.environ | ENVIRONMENT, capture_output=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "fluxbatch.planning.aot"], input=asked, env=os.environ | ENVIRONMENT, capture_output=True
+    )
     if done.returncode:
-        raise UserError(f"target={target.name}: the program cannot be compiled: {done.stderr.decode(errors='replace').strip().splitlines()[-1]}")
+        raise UserError(
+            f"target={target.name}: the program cannot be compiled: {done.stderr.decode(errors='replace').strip().splitlines()[-1]}"
+        )
     return [Need(**line) for line in map(json.loads, done.stdout.splitlines())]
 
 

@@ -63,7 +63,9 @@ class Work:
 
     def drawn(self, batches: Sequence[Batch]) -> int:
         """FLOPs of these batches, what fills them up included: a batch takes as many steps as its longest row."""
-        return self.size * self._flops((*batch.shape, max(row.num_inference_steps for row in batch.rows)) for batch in batches)
+        return self.size * self._flops(
+            (*batch.shape, max(row.num_inference_steps for row in batch.rows)) for batch in batches
+        )
 
     def asked(self, batches: Sequence[Batch]) -> int:
         """FLOPs of the rows alone."""
@@ -86,7 +88,9 @@ def lines(
     work = Work.of(job, spec, todo)
     yield from _rows(job, spec, rows, rejects)
     if len(todo) < len(rows):
-        yield _line("done", f"{len(rows) - len(todo):,} of them have their image; what follows is of the {len(todo):,} to make")
+        yield _line(
+            "done", f"{len(rows) - len(todo):,} of them have their image; what follows is of the {len(todo):,} to make"
+        )
     yield from _model(job, spec, target, rows)
     if todo:
         yield from _batches(work)
@@ -103,15 +107,23 @@ def _rows(job: Job, spec: ModelSpec, rows: Sequence[Row], rejects: Sequence[Reje
     distinct = len(spec.distinct(rows))
     yield _line("rows", f"{len(rows):,} of {shown(job.manifest or job.prompt)}, {distinct:,} distinct prompts")
     if rejects:
-        yield _line("rejects", f"{len(rejects):,} bad lines are set aside: {startup_warnings.some([reject.where.rpartition('/')[2] for reject in rejects])}")
+        yield _line(
+            "rejects",
+            f"{len(rejects):,} bad lines are set aside: {startup_warnings.some([reject.where.rpartition('/')[2] for reject in rejects])}",
+        )
     if fields := startup_warnings.unread(rows):
         yield _line("remark", fields)
     yield from (_line("remark", remark) for remark in startup_warnings.odd(rows))
 
 
 def _model(job: Job, spec: ModelSpec, target: Target, rows: Sequence[Row]) -> Iterator[str]:
-    counts = ", ".join(f"{part} {_scaled(memory.parameters(spec, part), 1000, ('', 'k', 'M', 'G'))}" for part in spec.plans)
-    yield _line("model", f"{job.model.flux_name}: {shown(job.model.pretrained_model_name_or_path)}; parameters: {counts}; {spec.weights_dtype}")
+    counts = ", ".join(
+        f"{part} {_scaled(memory.parameters(spec, part), 1000, ('', 'k', 'M', 'G'))}" for part in spec.plans
+    )
+    yield _line(
+        "model",
+        f"{job.model.flux_name}: {shown(job.model.pretrained_model_name_or_path)}; parameters: {counts}; {spec.weights_dtype}",
+    )
     mesh = " × ".join(f"{axis} {size}" for axis, size in spec.mesh.shape.items() if size > 1) or "one device"
     if (idle := target.chips - spec.mesh.size) > 0:
         mesh += f", {idle} idle (sharding=ddp or fsdp takes all)"
@@ -132,10 +144,19 @@ def _batches(work: Work) -> Iterator[str]:
         steps = sorted({row.num_inference_steps for batch in batches for row in batch.rows})
         waste = 1 - work.asked(batches) / work.drawn(batches)
         span = f"{steps[0]}–{steps[-1]}" if len(steps) > 1 else str(steps[0])
-        yield _line(name, f"{height}×{width}, {span} steps: {count:,} rows in {len(batches):,} batches of {work.size}, {waste:.1%} padding")
+        yield _line(
+            name,
+            f"{height}×{width}, {span} steps: {count:,} rows in {len(batches):,} batches of {work.size}, {waste:.1%} padding",
+        )
         name = ""
-    sizes, lengths = len(work.buckets), len({height * width for height, width in work.buckets})  # of pictures, and of token sequences
-    yield _line("programs", f"{2 + lengths + sizes} to compile: text, modulation, {lengths} × denoising, {sizes} × decoding; {len(work.shards):,} shards")
+    sizes, lengths = (
+        len(work.buckets),
+        len({height * width for height, width in work.buckets}),
+    )  # of pictures, and of token sequences
+    yield _line(
+        "programs",
+        f"{2 + lengths + sizes} to compile: text, modulation, {lengths} × denoising, {sizes} × decoding; {len(work.shards):,} shards",
+    )
 
 
 def _text(spec: ModelSpec, rows: Sequence[Row]) -> Iterator[str]:
@@ -156,7 +177,10 @@ def _memory(job: Job, spec: ModelSpec, target: Target, work: Work) -> Iterator[s
         situation = dataclasses.replace(situation, beside=memory.adapters(spec))
     phases = situation.phases()
     for i, phase in enumerate(phases):
-        yield _line("" if i else "memory", f"{phase.name:8} {_bytes(phase.weights)} weights + about {_bytes(phase.activations)} = {_bytes(phase.total)} a device")
+        yield _line(
+            "" if i else "memory",
+            f"{phase.name:8} {_bytes(phase.weights)} weights + about {_bytes(phase.activations)} = {_bytes(phase.total)} a device",
+        )
     worst = max(phases, key=lambda phase: phase.total)
     verdict = f"{_bytes(limit)} a device: {'fits' if worst.total <= limit else f'{worst.name} does not fit'} (estimate)"
     if target.platform == "gpu":
@@ -166,7 +190,12 @@ def _memory(job: Job, spec: ModelSpec, target: Target, work: Work) -> Iterator[s
     yield _line("", verdict)
     if worst.total > limit:
         way = situation.way_out(limit)
-        yield _line("", f"fits with {' '.join(way)}" if way else "nothing here makes it fit: smaller pictures, or more or larger devices")
+        yield _line(
+            "",
+            f"fits with {' '.join(way)}"
+            if way
+            else "nothing here makes it fit: smaller pictures, or more or larger devices",
+        )
 
 
 def _compiled(job: Job, spec: ModelSpec, target: Target, work: Work) -> Iterator[str]:
@@ -177,8 +206,15 @@ def _compiled(job: Job, spec: ModelSpec, target: Target, work: Work) -> Iterator
     else:
         needs = aot.needs(spec, work.size, height, width, ("denoise", "decode"))
     for need in needs:
-        words = f"{_bytes(need.held)} weights + {_bytes(need.more)}, of it temporary {_bytes(need.temporaries)}" if not need.fault else need.fault
-        yield _line("compiled" if need.name == "denoise" else "", f"{need.name:8} {words}; {_time(need.seconds)} for {height}×{width}")
+        words = (
+            f"{_bytes(need.held)} weights + {_bytes(need.more)}, of it temporary {_bytes(need.temporaries)}"
+            if not need.fault
+            else need.fault
+        )
+        yield _line(
+            "compiled" if need.name == "denoise" else "",
+            f"{need.name:8} {words}; {_time(need.seconds)} for {height}×{width}",
+        )
 
 
 def _reads(job: Job, spec: ModelSpec, target: Target, work: Work) -> Iterator[str]:
@@ -195,13 +231,18 @@ def _reads(job: Job, spec: ModelSpec, target: Target, work: Work) -> Iterator[st
     if spec.stream:
         steps = sum(max(row.num_inference_steps for row in batch.rows) for batch in work.batches)
         again += f", and the transformer's blocks for each of {steps:,} steps (from memory as long as it holds them)"
-    yield _line("reads", f"{_bytes(sum(read.values()))} of weights {'a host' if target.hosts > 1 else ''}".rstrip() + again)
+    yield _line(
+        "reads", f"{_bytes(sum(read.values()))} of weights {'a host' if target.hosts > 1 else ''}".rstrip() + again
+    )
 
 
 def _cost(job: Job, spec: ModelSpec, target: Target, work: Work, price: float | None) -> Iterator[str]:
     images, replicas = sum(len(batch.rows) for batch in work.batches), job.replica_count or 1
     total = work.drawn(work.batches) + work.encoded() * work.prompt()
-    yield _line("work", f"{_flops(total)}, {_flops(total / images)} an image; {_flops(work.asked(work.batches) / images)} of it for the picture alone")
+    yield _line(
+        "work",
+        f"{_flops(total)}, {_flops(total / images)} an image; {_flops(work.asked(work.batches) / images)} of it for the picture alone",
+    )
     peak, reached, source = _speed(spec, target)
     if peak is None:
         yield _line("time", f"no estimate: {source}")
@@ -212,7 +253,10 @@ def _cost(job: Job, spec: ModelSpec, target: Target, work: Work, price: float | 
     yield _line("time", f"{_time(floor)} at least ({source}); about {_time(expected)} at {reached:.0%} of it, {images / expected:.3g} images/s, "
                 "besides loading and compiling (estimate)")  # fmt: skip
     if price is not None:
-        yield _line("cost", f"about {rented * expected / 3600 * price:,.2f}: {rented} × {expected / 3600:,.2f} h × {price:g} (estimate)")
+        yield _line(
+            "cost",
+            f"about {rented * expected / 3600 * price:,.2f}: {rented} × {expected / 3600:,.2f} h × {price:g} (estimate)",
+        )
 
 
 def _speed(spec: ModelSpec, target: Target) -> tuple[float | None, float, str]:
@@ -250,7 +294,11 @@ def _flops(number: float) -> str:
 
 def _scaled(number: float, base: int, units: Sequence[str]) -> str:
     power = min(int(math.log(max(number, 1), base)), len(units) - 1)
-    return f"{number / base**power:.3g} {units[power]}" if number < 1000 * base**power else f"{number / base**power:,.0f} {units[power]}"
+    return (
+        f"{number / base**power:.3g} {units[power]}"
+        if number < 1000 * base**power
+        else f"{number / base**power:,.0f} {units[power]}"
+    )
 
 
 def _time(seconds: float) -> str:

@@ -61,7 +61,10 @@ class Situation:
     ) -> Situation:  # fmt: skip
         offload = job.hardware.offload_encoders
         stay = offload is False or (platform == "cpu" and offload != "free")  # a CPU has no other memory
-        scores = platform != "cpu" and attention.chosen(job.hardware.attention.name, platform, spec.activations_dtype) == "dot_product"
+        scores = (
+            platform != "cpu"
+            and attention.chosen(job.hardware.attention.name, platform, spec.activations_dtype) == "dot_product"
+        )
         images = job.sharding.per_device_batch_size
         return cls(spec, platform, sizes, images, stay, again, scores, limit, devices or list(spec.mesh.devices.flat))
 
@@ -112,14 +115,19 @@ class Situation:
         whole = all(spec.mesh.shape[axis] == 1 for axis in ("fsdp", "context", "tensor"))
         if whole and len(self.devices) > 1:
             mesh = make_mesh((1, len(self.devices)), devices=self.devices)
-            ways["sharding=fsdp"] = {"spec": replace(spec, mesh=mesh), "stay": True}  # as it has it, unless it is told otherwise
+            ways["sharding=fsdp"] = {
+                "spec": replace(spec, mesh=mesh),
+                "stay": True,
+            }  # as it has it, unless it is told otherwise
         if whole and not spec.stream:
             ways["stream_blocks=true"] = {"spec": replace(spec, stream=True)}
         tried = [names for count in range(1, len(ways) + 1) for names in itertools.combinations(ways, count)]
         for names in sorted(tried, key=lambda names: "stream_blocks=true" in names):
             if len({"sharding=fsdp", "stream_blocks=true"} & {*names}) < 2:
                 last = sorted(names, key=offload.__eq__)  # it wins over what sharding=fsdp says of it
-                changed = replace(self, limit=limit, **{key: value for name in last for key, value in ways[name].items()})
+                changed = replace(
+                    self, limit=limit, **{key: value for name in last for key, value in ways[name].items()}
+                )
                 if all(phase.total <= limit for phase in changed.phases()):
                     return names
         return ()

@@ -48,7 +48,9 @@ class Trace:
         if self._folder is not None:
             self._stop()
         if self._store is not None and kind is None and self._seen < BEFORE + TRACED:
-            self._say(f"profile=true: {BEFORE} batch of {self._seen} warmed up: {max(0, self._seen - BEFORE)} traced, {TRACED} wanted")
+            self._say(
+                f"profile=true: {BEFORE} batch of {self._seen} warmed up: {max(0, self._seen - BEFORE)} traced, {TRACED} wanted"
+            )
 
     def _stop(self) -> None:
         import jax

@@ -123,7 +123,9 @@ def unread(rows: Sequence[Row]) -> str | None:
     """Fields of the manifest that decide nothing, first those that look like one that does."""
     counts = Counter(key for row in rows for key in row.extra)
     meant = sorted(((key, _meant(key)) for key in counts), key=lambda each: each[1] is None)
-    words = [f"{shown(key)[1:-1]} ({counts[key]:,} rows{f'; did you mean {near}?' if near else ''})" for key, near in meant]
+    words = [
+        f"{shown(key)[1:-1]} ({counts[key]:,} rows{f'; did you mean {near}?' if near else ''})" for key, near in meant
+    ]
     return "fields that decide nothing: " + some(words, SHOWN_FIELDS) if words else None
 
 

@@ -185,7 +185,11 @@ class Report(ProgressObserver):
         seconds, busy = self.devices.figures()
         if not seconds:
             return {}
-        said = {"images_per_second": self.images / seconds, "seconds_per_image": seconds / self.images, "device_busy": busy / seconds}
+        said = {
+            "images_per_second": self.images / seconds,
+            "seconds_per_image": seconds / self.images,
+            "device_busy": busy / seconds,
+        }
         if self.peak:
             mfu = self.flops / seconds / self.peak
             said |= {"mfu": mfu, "floor_ratio": 1 / mfu}

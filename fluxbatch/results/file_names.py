@@ -89,7 +89,9 @@ def _fault(name: str, encoding: str) -> str | None:
     try:
         name.encode(encoding)
     except UnicodeEncodeError:
-        return f"got {name!r}, expected {encoding}, as file names are by this locale: set PYTHONUTF8=1 or a UTF-8 locale"
+        return (
+            f"got {name!r}, expected {encoding}, as file names are by this locale: set PYTHONUTF8=1 or a UTF-8 locale"
+        )
     folder, *rest = parts = name.split("/")
     if rest and _folded(folder) in RESERVED:
         return f"got {name!r}, expected another folder, as a run writes a file of that name"

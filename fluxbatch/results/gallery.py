@@ -63,9 +63,7 @@ def write_grid(store: Store, jobs: Mapping[str, Mapping[str, Any]], title: str =
     keys = dict.fromkeys(key for sweep in jobs.values() for key in sweep)
     values = {key: _distinct(sweep.get(key, "—") for sweep in jobs.values()) for key in keys}
     axes = [key for key in keys if len(values[key]) > 1] or list(keys)[:1]
-    place = {
-        job: [values[key].index(_label(sweep.get(key, "—"))) for key in axes] for job, sweep in jobs.items()
-    }
+    place = {job: [values[key].index(_label(sweep.get(key, "—"))) for key in axes] for job, sweep in jobs.items()}
 
     cells = [(job, record) for job in jobs for record in _lines(store, f"{job}/metadata.jsonl")]
     cells.sort(key=lambda cell: _order(cell[1]))
@@ -172,8 +170,7 @@ def _page(
         "title": html.escape(title),
         "policy": policy,
         "summary": "".join(
-            f"<div><dt>{html.escape(label)}</dt><dd>{html.escape(figure)}</dd></div>"
-            for label, figure in facts.items()
+            f"<div><dt>{html.escape(label)}</dt><dd>{html.escape(figure)}</dd></div>" for label, figure in facts.items()
         ),
         "data": _json({"count": len(rows), "left_out": left_out, **_columns(rows), "sweep": sweep}),
     }

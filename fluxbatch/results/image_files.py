@@ -14,7 +14,9 @@ from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from fluxbatch.config.schema import MAX_SIDE
 
 EXTENSIONS = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
-Image.MAX_IMAGE_PIXELS = MAX_SIDE**2  # what was written is read again; by default Pillow takes the larger ones for an attack
+Image.MAX_IMAGE_PIXELS = (
+    MAX_SIDE**2
+)  # what was written is read again; by default Pillow takes the larger ones for an attack
 
 _IMAGE_DESCRIPTION = 0x010E
 _JPEG_SEGMENT = 65_000  # a JPEG segment holds less than 64 KiB, and EXIF must fit into one

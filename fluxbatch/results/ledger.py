@@ -1,8 +1,8 @@
 """What is done, kept beside the output: a record makes its row done, and nothing else does.
 
-    .fluxbatch/job.json                   the facts of the job that every image depends on
-    .fluxbatch/records/WRITER-N.jsonl     a line an image: of one batch, one shard, or many shards
-    .fluxbatch/rejects/WRITER-N.jsonl     rows without an image, and why
+.fluxbatch/job.json                   the facts of the job that every image depends on
+.fluxbatch/records/WRITER-N.jsonl     a line an image: of one batch, one shard, or many shards
+.fluxbatch/rejects/WRITER-N.jsonl     rows without an image, and why
 """
 
 from __future__ import annotations
@@ -42,10 +42,25 @@ from fluxbatch.storage.base import NotFound, Store, join
 from fluxbatch.storage.log import Log, in_parallel, json_line, object_of
 from fluxbatch.types import Reject, Row, UserError
 
-__all__ = ["HIDDEN", "IMAGES", "METADATA", "REJECTS", "Ledger", "Record", "Tally", "read_records", "remove", "row_key", "utc_now", "write_status"]
+__all__ = [
+    "HIDDEN",
+    "IMAGES",
+    "METADATA",
+    "REJECTS",
+    "Ledger",
+    "Record",
+    "Tally",
+    "read_records",
+    "remove",
+    "row_key",
+    "utc_now",
+    "write_status",
+]
 
 RECORDS = HIDDEN + "records/"
-_NEEDS = frozenset({"id", "key", "index", "file_name", "seed", "height", "width", "sha256"})  # what a record is read for
+_NEEDS = frozenset(
+    {"id", "key", "index", "file_name", "seed", "height", "width", "sha256"}
+)  # what a record is read for
 _CHUNK = 10_000  # records in one object after the merge
 
 
@@ -311,7 +326,9 @@ def read_records(store: Store) -> Iterator[Record]:
     if log.names() or not store.exists(METADATA):
         return _once(log)
     place = join(store.url, METADATA)
-    return (object_of(line, f"{place}:{number}", _NEEDS) for number, line in enumerate(store.read(METADATA).splitlines(), 1))
+    return (
+        object_of(line, f"{place}:{number}", _NEEDS) for number, line in enumerate(store.read(METADATA).splitlines(), 1)
+    )
 
 
 def _once(log: Log) -> Iterator[Record]:
@@ -363,7 +380,15 @@ def utc_now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds")
 
 
-def write_status(store: Store, exit_code: int | None, reason: str, counts: Mapping[str, int], **figures: Mapping[str, float]) -> None:
+def write_status(
+    store: Store, exit_code: int | None, reason: str, counts: Mapping[str, int], **figures: Mapping[str, float]
+) -> None:
     """status.json: what the exit code says, for launchers that lose it; None while the run goes on."""
-    status = {"exit_code": None if exit_code is None else int(exit_code), "reason": reason, "counts": dict(counts), **figures, "time": utc_now()}
+    status = {
+        "exit_code": None if exit_code is None else int(exit_code),
+        "reason": reason,
+        "counts": dict(counts),
+        **figures,
+        "time": utc_now(),
+    }
     store.write(STATUS, json.dumps(status, indent=2).encode() + b"\n")

@@ -26,7 +26,9 @@ def open_location(job: Job) -> Store:
     store = open_store(join(job.output_dir, job.run_name))
     for name in RESERVED:
         if job.manifest is not None and _is_one(job.manifest, join(store.url, name)):
-            raise UserError(f"manifest={job.manifest}: the run would write its {name} there; give another run_name=… or output_dir=…")
+            raise UserError(
+                f"manifest={job.manifest}: the run would write its {name} there; give another run_name=… or output_dir=…"
+            )
     if not job.overwrite:
         refuse_foreign(store)
         if job.sweep and job.output.gallery:
@@ -47,7 +49,9 @@ def refuse_foreign(store: Store) -> None:
 def _refuse_foreign_page(root: Store) -> None:
     """UserError where a sweep's page would replace somebody's, or that of a run by itself."""
     page = "index.html"
-    if root.exists(page) and (root.exists(JOB) or not any(name.endswith(f"/{JOB}") and name.count("/") == 2 for name in root.list())):
+    if root.exists(page) and (
+        root.exists(JOB) or not any(name.endswith(f"/{JOB}") and name.count("/") == 2 for name in root.list())
+    ):
         raise UserError(f"{join(root.url, page)}: is there already, and no sweep's; {WAY_OUT}")
 
 

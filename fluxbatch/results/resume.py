@@ -117,7 +117,10 @@ class Match(NamedTuple):
 
 
 def match(
-    rows: Sequence[Row], key: Callable[[Row], str], places: Mapping[RecordId, int], records: Callable[[], Iterable[Record]]
+    rows: Sequence[Row],
+    key: Callable[[Row], str],
+    places: Mapping[RecordId, int],
+    records: Callable[[], Iterable[Record]],
 ) -> Match:
     """Rows and records by id and key; what is left, by what tells a moved row from a changed one.
 
@@ -155,10 +158,18 @@ def match(
     remembered.sort(key=lambda record: record["index"])
     # A row without a seed of its own that stands elsewhere would get another seed now. It is the
     # same row when all else is equal and its seed was as far from its place.
-    pair(True, lambda r: (r["id"], *_but_place(r, r["index"])), lambda row, _: (row.id, *_but_place(decisive(row), row.index)))
+    pair(
+        True,
+        lambda r: (r["id"], *_but_place(r, r["index"])),
+        lambda row, _: (row.id, *_but_place(decisive(row), row.index)),
+    )
     # The first of several images of a row is the one that it had before alone.
     pair(True, lambda r: (f"{r['id']}-0", r["key"]), lambda row, key: (row.id, key))
-    pair(True, lambda r: (f"{r['id']}-0", *_but_place(r, r["index"])), lambda row, _: (row.id, *_but_place(decisive(row), row.index)))
+    pair(
+        True,
+        lambda r: (f"{r['id']}-0", *_but_place(r, r["index"])),
+        lambda row, _: (row.id, *_but_place(decisive(row), row.index)),
+    )
     # A row without an id of its own may stand elsewhere too: the key finds it.
     pair(False, lambda r: r["key"], lambda _, key: key)
     pair(False, lambda r: _but_place(r, r["index"]), lambda row, _: _but_place(decisive(row), row.index))

@@ -107,7 +107,9 @@ class Writer:
             self._room.release()
             raise self._error
         self._begun = self._begun or called
-        self._submit(self._write_batch, tuple(rows), names, pixels, finite, seconds).add_done_callback(lambda _: self._room.release())
+        self._submit(self._write_batch, tuple(rows), names, pixels, finite, seconds).add_done_callback(
+            lambda _: self._room.release()
+        )
 
     def compact(self) -> None:
         """At the end of a shard: its records become one object, in the background, once its last batch is recorded."""
@@ -213,7 +215,9 @@ class Writer:
             **self._facts,
             "sha256": pixel_sha256(pixels),
             "seconds": round(seconds, 4),
-            "mfu": float(f"{roofline / seconds:.3g}") if roofline and seconds else 0.0,  # which no picture reaches: not known
+            "mfu": float(f"{roofline / seconds:.3g}")
+            if roofline and seconds
+            else 0.0,  # which no picture reaches: not known
             "created": utc_now(),
             "flags": "flat" if is_flat(pixels) else "",
             "key": self._ledger.key(row),  # the last of our own, which tells them from the row's

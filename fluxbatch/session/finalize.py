@@ -156,7 +156,13 @@ class Outcome:
 
     def _counts(self, tally: Tally) -> dict[str, int]:
         made = max(0, tally.done - self.before)
-        return {"rows": tally.rows, "made": made, "before": self.before, "rejected": len(tally.rejects), "left": tally.left}
+        return {
+            "rows": tally.rows,
+            "made": made,
+            "before": self.before,
+            "rejected": len(tally.rejects),
+            "left": tally.left,
+        }
 
     def _lines(self, name: str) -> Iterator[dict[str, Any]]:
         return (json.loads(line) for line in self.store.read(name).splitlines())

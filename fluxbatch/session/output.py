@@ -25,7 +25,9 @@ class Output:
         report: Report,
     ):  # fmt: skip
         self._group, self._names, self._progress, self._report = group, names, progress, report
-        self._writer = Writer(store, ledger, job, facts=spec.provenance, roofline=spec.roofline_seconds, on_image=self._on_image)
+        self._writer = Writer(
+            store, ledger, job, facts=spec.provenance, roofline=spec.roofline_seconds, on_image=self._on_image
+        )
 
     def submit(self, batch: Batch, images: Images) -> None:
         """Hand over a batch, once the one before it is recorded. Raises what went wrong with an earlier one."""

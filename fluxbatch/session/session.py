@@ -71,11 +71,15 @@ class Session:
     def generator(self) -> Generator:
         """What generates the images; to be used with ``with``."""
         store = self.store if self.job.profile and self.group.is_first else None
-        return Generator(self.spec, self.rows, self.todo, self.batch_size, self.texts, self.work, self.report, store, self.kept)
+        return Generator(
+            self.spec, self.rows, self.todo, self.batch_size, self.texts, self.work, self.report, store, self.kept
+        )
 
     def writer(self) -> Output:
         """What writes the images; to be used with ``with``, within the generator's."""
-        return Output(self.job, self.group, self.store, self.ledger, self.names, self.spec, self.work.progress, self.report)
+        return Output(
+            self.job, self.group, self.store, self.ledger, self.names, self.spec, self.work.progress, self.report
+        )
 
 
 @contextlib.contextmanager
@@ -118,7 +122,10 @@ def open_session(job: Job, kept: KeptPipeline | None = None) -> Iterator[Session
             outcome = Outcome(job, group, spec, store, ledger, report, work, **counted)
             outcome.started()
             if group.is_first:
-                unlisted, lost = startup_warnings.unlisted(ledger.unlisted, job.overwrite), startup_warnings.lost(ledger.lost)
+                unlisted, lost = (
+                    startup_warnings.unlisted(ledger.unlisted, job.overwrite),
+                    startup_warnings.lost(ledger.lost),
+                )
                 for line in chain(lost, startup_warnings.lines(job, spec, given, rows, todo), unlisted):
                     report.say(line)
         drain.draws()

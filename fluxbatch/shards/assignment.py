@@ -52,7 +52,14 @@ def replica(job: Job) -> Replica:
 
 
 def open_work(
-    job: Job, group: ProcessGroup, place: Replica, store: Store, ledger: Ledger, start: str, rows: Sequence[Row], todo: Sequence[Row],
+    job: Job,
+    group: ProcessGroup,
+    place: Replica,
+    store: Store,
+    ledger: Ledger,
+    start: str,
+    rows: Sequence[Row],
+    todo: Sequence[Row],
     batch_size: int,
 ) -> Work:
     """``rows``: the whole manifest; ``todo``: what had no record at the start. ``start``: how the writer ids of
@@ -91,7 +98,9 @@ class LocalShards:
         self._speed: Mapping[str, float] = {}
         self._news, self._over = threading.Event(), False
         self._thread = threading.Thread(target=self._live, name="sign of life", daemon=True)
-        self.progress = Progress(before, sum(len(batch.rows) for shard in shards for batch in shard.batches), self._tell)
+        self.progress = Progress(
+            before, sum(len(batch.rows) for shard in shards for batch in shard.batches), self._tell
+        )
 
     def shards(self, drain: Drain) -> Iterator[Shard]:
         if self._group.is_first:
@@ -142,7 +151,13 @@ class ClaimedShards:
         rows = sum(map(len, work_units))
         self.progress, self._lacking = Progress(rows - len(todo), None, self._tell), len(todo)
         self._speed: Mapping[str, float] = {}
-        self._replica, self._store, self._ledger, self._batch_size, self._patience = replica, store, ledger, batch_size, expiry / 4
+        self._replica, self._store, self._ledger, self._batch_size, self._patience = (
+            replica,
+            store,
+            ledger,
+            batch_size,
+            expiry / 4,
+        )
         lacking = {row.id for row in todo}
         self._left = [[row for row in work_unit if row.id in lacking] for work_unit in work_units]
         self._costs = [sum(map(batching.cost, left)) for left in self._left]
@@ -221,7 +236,9 @@ class ClaimedShards:
                 self._claims.done(str(number))
             self._said = max(self._said, recorded)
             if self._life.replaced:
-                raise StorageError(f"{self._store.url}: another start of replica_index={self._replica.index} has taken this one's place")
+                raise StorageError(
+                    f"{self._store.url}: another start of replica_index={self._replica.index} has taken this one's place"
+                )
             if (other := self._life.stranger) is not None:
                 raise StorageError(
                     f"{self._store.url}: replica_index={other} works there at the same time with another manifest, configuration, batch size or "
@@ -269,7 +286,9 @@ class ClaimedShards:
         if not_done:
             return _WAIT, []
         generation = claimed.get(_MERGE)
-        self.merges = self._claims.take(_MERGE) if generation is None else self._claims.take_over(_MERGE, generation) is not None
+        self.merges = (
+            self._claims.take(_MERGE) if generation is None else self._claims.take_over(_MERGE, generation) is not None
+        )
         return (_END if self.merges else _WAIT), []
 
 

@@ -56,7 +56,11 @@ class Heartbeat:
     def begin(self) -> None:
         self._predecessor = self._written()
         self._write(0, **self._words())
-        self._doubtful = {n: sign for name in self._store.list(REPLICAS) if (n := _number(name)) is not None and (sign := self._of_another_plan(n))}
+        self._doubtful = {
+            n: sign
+            for name in self._store.list(REPLICAS)
+            if (n := _number(name)) is not None and (sign := self._of_another_plan(n))
+        }
         self._thread.start()
 
     def end(self, exit_code: int, reason: str, more: Mapping[str, object]) -> None:
@@ -126,7 +130,9 @@ class Claims:
     ``expiry``: seconds without a new sign of life after which a holder is taken for lost.
     """
 
-    def __init__(self, store: Store, plan: str, holder: Holder, expiry: float, clock: Callable[[], float] = time.monotonic):
+    def __init__(
+        self, store: Store, plan: str, holder: Holder, expiry: float, clock: Callable[[], float] = time.monotonic
+    ):
         self._store, self._holder, self._expiry, self._clock = store, holder, expiry, clock
         # Once everything is finished, another start (for rows that were rejected) begins a claiming of its own.
         round = 0

@@ -220,7 +220,9 @@ def _translated(place: str, missing: str = "") -> Iterator[None]:
         yield
     except api.RetryError as error:
         cause = error.cause
-        raise StorageError(f"{place}: gave up after many attempts: {_reason(cause) if cause else 'no answer'}", unforeseen=True) from None
+        raise StorageError(
+            f"{place}: gave up after many attempts: {_reason(cause) if cause else 'no answer'}", unforeseen=True
+        ) from None
     except api.PreconditionFailed:
         raise _Taken(f"{place}: is there already") from None
     except api.NotFound as error:

@@ -114,7 +114,9 @@ class LocalStore:
         try:
             if not _lock(file, shared):
                 who = os.read(file, 1000).decode("utf-8", "replace").strip()
-                busy = StorageError(f"another start is at work in {self.url} ({who}): wait for its end, or give another run_name=…")
+                busy = StorageError(
+                    f"another start is at work in {self.url} ({who}): wait for its end, or give another run_name=…"
+                )
                 busy.code = Exit.PREEMPTED  # nobody's mistake, and it passes: schedulers try this code again
                 raise busy
             with contextlib.suppress(OSError):  # who it is, as far as it can be told to others
@@ -156,7 +158,9 @@ def _translated(place: str) -> Iterator[None]:
         reason = (error.strerror or type(error).__name__).lower()
         if error.errno == errno.EINVAL and ":" in place:  # exFAT, SMB
             reason += " (not every file system takes a name with ':')"
-        raise StorageError(f"{place}: {reason}", fatal=error.errno in _FATAL_ERRNOS, unforeseen=error.errno in _UNFORESEEN) from error
+        raise StorageError(
+            f"{place}: {reason}", fatal=error.errno in _FATAL_ERRNOS, unforeseen=error.errno in _UNFORESEEN
+        ) from error
     except UnicodeEncodeError as error:
         reason = f"file names are {error.encoding} by this locale: set PYTHONUTF8=1 or a UTF-8 locale"
         raise StorageError(f"{place}: {reason}", fatal=True) from None

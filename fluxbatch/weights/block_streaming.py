@@ -26,6 +26,7 @@ Part = tuple[Any, Any]  # graph definition and parameters
 Reading = Callable[[], contextlib.AbstractContextManager[load.Progress]]
 Name = tuple[str, int]  # of a block or a step layer: its stack, and its place there
 
+
 def _untold() -> contextlib.AbstractContextManager[load.Progress]:
     return contextlib.nullcontext(lambda count: None)
 
@@ -54,7 +55,9 @@ class StreamedWeights(DeviceWeights):
     def step_layers(self, reading: Reading = _untold) -> _Ahead:
         """The layers that make the blocks' step inputs, with their names; to be used with ``with``. ``reading``: what
         surrounds each one's reading and is told of its bytes, in a thread."""
-        return _Ahead(itertools.chain.from_iterable(map(self.step_layers_of, self._names)), functools.partial(self._part, reading))
+        return _Ahead(
+            itertools.chain.from_iterable(map(self.step_layers_of, self._names)), functools.partial(self._part, reading)
+        )
 
     def step_layers_of(self, name: Name) -> list[Name]:
         """The names of a block's own."""
@@ -62,7 +65,9 @@ class StreamedWeights(DeviceWeights):
 
     def blocks(self, steps: int, reading: Reading = _untold) -> _Ahead:
         """All blocks in their order with their names, ``steps`` times over; as ``step_layers``."""
-        return _Ahead(itertools.chain.from_iterable(itertools.repeat(self._names, steps)), functools.partial(self._part, reading))
+        return _Ahead(
+            itertools.chain.from_iterable(itertools.repeat(self._names, steps)), functools.partial(self._part, reading)
+        )
 
     def _part(self, reading: Reading, name: Name) -> Part:
         if name in self._held:
@@ -72,7 +77,9 @@ class StreamedWeights(DeviceWeights):
         pieces = {path: [self._whole.pieces[f"{stack}.{path}"][layer]] for path in _paths(state)}
         edits = {(path, 0): edit for path in pieces if (edit := self.edits.get((f"{stack}.{path}", layer)))}
         with reading() as progress:
-            part = nnx.split(load.load(load.Plan(self._whole.source, graph, state, pieces), self.mesh, self.dtype, progress, edits))
+            part = nnx.split(
+                load.load(load.Plan(self._whole.source, graph, state, pieces), self.mesh, self.dtype, progress, edits)
+            )
             jax.block_until_ready(part)
         if self._hold:
             self._held[name] = part[0], jax.block_until_ready(moved(part[1], "pinned_host"))

@@ -118,7 +118,9 @@ def files(components: Mapping[str, Opened]) -> list[tuple[Source, str, int]]:
 
 def open_checkpoint(model: Model) -> Checkpoint:
     """Finds the checkpoint and its family, and reads its configs and headers; UserError for anything unsound."""
-    place, revision = find(model.pretrained_model_name_or_path, "model.pretrained_model_name_or_path", model.revision, *_wanted(model))
+    place, revision = find(
+        model.pretrained_model_name_or_path, "model.pretrained_model_name_or_path", model.revision, *_wanted(model)
+    )
     folder, file = split(place)
     root = Source(folder)
     index = root.json("model_index.json") if file is None and root.exists("model_index.json") else {}
@@ -131,7 +133,9 @@ def open_checkpoint(model: Model) -> Checkpoint:
     opened = {name: open_component(family, name, model, root, file, whole, marker) for name in family.components}
     components = {name: component for name, (component, _) in opened.items()}
     if file:
-        prefixes = {found[2] for component in family.components.values() if (found := single_files.recognise(component, whole))}
+        prefixes = {
+            found[2] for component in family.components.values() if (found := single_files.recognise(component, whole))
+        }
         single_files.check_whole(whole, list(prefixes), family.leftovers, root.path(file))
     if model.verify.name == "digest" and marker is None:  # a converted copy has checksums of its own
         verify(files(components))
@@ -145,7 +149,14 @@ def open_checkpoint(model: Model) -> Checkpoint:
         scheduler = whole_family.published_scheduler()
     else:
         scheduler = (root / "scheduler").json("scheduler_config.json")
-    return Checkpoint(whole_family, components, tokenizers, scheduler, revision or (marker or {}).get("revision"), (marker or {}).get("digest"))
+    return Checkpoint(
+        whole_family,
+        components,
+        tokenizers,
+        scheduler,
+        revision or (marker or {}).get("revision"),
+        (marker or {}).get("digest"),
+    )
 
 
 def _family_of(root: Source, pipeline: str | None, file: str | None, whole: Mapping[str, Tensor]) -> type[Family]:
@@ -178,28 +189,47 @@ def check_homes(family: type[Family], model: Model) -> None:
     homes = dict.fromkeys(component.home for other in families() for component in other.components.values())
     for home in homes.keys() - {component.home for component in family.components.values()}:
         if home and (given := getattr(model, home)):
-            raise UserError(f"model.{home}: {given!r}: expected null: nothing of a {family.pipelines[0]} is read from it")
+            raise UserError(
+                f"model.{home}: {given!r}: expected null: nothing of a {family.pipelines[0]} is read from it"
+            )
 
 
 def _wanted(model: Model) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """What to fetch of the base model's repository; and with a denoiser that is a file of it. No weights of what
     the configuration names apart."""
-    all_of = [(name, component, name == family.denoiser) for family in families() for name, component in family.components.items()]
+    all_of = [
+        (name, component, name == family.denoiser)
+        for family in families()
+        for name, component in family.components.items()
+    ]
     apart = {name for name, component, _ in all_of if component.home and getattr(model, component.home)}
     names = [name for name in dict.fromkeys(name for name, *_ in all_of) if name not in apart]
     denoisers = {name for name, _, is_denoiser in all_of if is_denoiser}
-    single = [file for family in families() if family.decoder not in apart for file in family.components[family.decoder].files]
+    single = [
+        file for family in families() if family.decoder not in apart for file in family.components[family.decoder].files
+    ]
     beside = [f"{name}/*" for name in names if name not in denoisers] + single
     return (*SMALL, *(f"{name}/*" for name in names)), (*SMALL, *dict.fromkeys(beside))
 
 
 def open_component(
-    family: type[Family], name: str, model: Model, root: Source, file: str | None, whole: Mapping[str, Tensor], marker: Mapping[str, Any] | None
+    family: type[Family],
+    name: str,
+    model: Model,
+    root: Source,
+    file: str | None,
+    whole: Mapping[str, Tensor],
+    marker: Mapping[str, Any] | None,
 ) -> tuple[Opened, Source | None]:
     """A component, and the directory of one that the configuration names apart."""
     component = family.components[name]
     if component.home and (given := getattr(model, component.home)):
-        stems = (f"{folder}{stem}{end}" for folder in ("", f"{name}/") for stem in component.stems for end in (SUFFIX, f"-*{SUFFIX}"))
+        stems = (
+            f"{folder}{stem}{end}"
+            for folder in ("", f"{name}/")
+            for stem in component.stems
+            for end in (SUFFIX, f"-*{SUFFIX}")
+        )
         place, other = split(find(given, f"model.{component.home}", None, (*stems, *SMALL), SMALL)[0])
         home = Source(place)
         if other:
@@ -228,8 +258,18 @@ def _only_file(root: Source) -> str | None:
     if any(weights_file(root / family.denoiser, family.components[family.denoiser].stems) for family in families()):
         return None
     patterns = {pattern for family in families() for pattern in family.file_patterns}
-    others = {name for family in families() for part, of in family.components.items() if part != family.denoiser for name in of.files}
-    files = [name for name in root.top() if name.endswith(SUFFIXES) and name not in others and any(fnmatch.fnmatchcase(name, p) for p in patterns)]
+    others = {
+        name
+        for family in families()
+        for part, of in family.components.items()
+        if part != family.denoiser
+        for name in of.files
+    }
+    files = [
+        name
+        for name in root.top()
+        if name.endswith(SUFFIXES) and name not in others and any(fnmatch.fnmatchcase(name, p) for p in patterns)
+    ]
     if len(files) > 1:
         raise UserError(f"{root.url}: holds {', '.join(files)}: name one of them")
     return files[0] if files else None
@@ -252,7 +292,10 @@ def _from_file(name: str, component: Component, source: Source, file: str, whole
         if line := quantized.in_tensors(tensors, where):
             raise UserError(line)
         config = component.sizes(*shapes_of(tensors, table))
-        beside = next((json for path in (f"{name}/config.json", "config.json") if (json := _declared(component, source, path))), None)
+        beside = next(
+            (json for path in (f"{name}/config.json", "config.json") if (json := _declared(component, source, path))),
+            None,
+        )
         config = (beside.get("text_config", beside) if beside else component.constants(config)) | config
         return Opened(component, source, _parsed(component, config), tensors, table, where)
     except KeyError as error:
@@ -308,7 +351,10 @@ _ENTRIES: dict[Any, tuple[Callable[[Any], bool], str]] = {
     "float": (lambda value: type(value) in (int, float) and math.isfinite(value), "a number"),
     "bool": (lambda value: type(value) is bool, "true or false"),
     "str": (lambda value: type(value) is str, "a string"),
-    "tuple[int, ...]": (lambda value: isinstance(value, list | tuple) and all(type(n) is int and n > 0 for n in value), "a list of whole numbers from 1"),
+    "tuple[int, ...]": (
+        lambda value: isinstance(value, list | tuple) and all(type(n) is int and n > 0 for n in value),
+        "a list of whole numbers from 1",
+    ),
 }
 
 

@@ -97,10 +97,14 @@ def convert(checkpoint: Checkpoint, to: str, dtype: np.dtype | None, progress: l
     """
     todo = arrays(checkpoint, dtype)
     origin = checkpoint.digest()
-    exact = all(p.tensor.scale is None and np.promote_types(p.tensor.dtype, a.dtype) == a.dtype for a in todo for p in a.pieces)
+    exact = all(
+        p.tensor.scale is None and np.promote_types(p.tensor.dtype, a.dtype) == a.dtype for a in todo for p in a.pieces
+    )
     header = {
         "format": zarr.FORMAT,
-        "digest": origin if exact else hashlib.sha256(f"{origin} {sorted({a.dtype.name for a in todo})}".encode()).hexdigest()[:16],
+        "digest": origin
+        if exact
+        else hashlib.sha256(f"{origin} {sorted({a.dtype.name for a in todo})}".encode()).hexdigest()[:16],
         "revision": checkpoint.revision,
     }
     root = Source(to)

@@ -17,7 +17,11 @@ from fluxbatch.weights import load
 from fluxbatch.weights.load import Edits
 
 PROC, CGROUPS = pathlib.Path("/proc"), pathlib.Path("/sys/fs/cgroup")
-OFFLOAD_POLICIES = ("keep", "host", "free")  # where weights go that are not needed: nowhere, pinned host memory, nowhere at all
+OFFLOAD_POLICIES = (
+    "keep",
+    "host",
+    "free",
+)  # where weights go that are not needed: nowhere, pinned host memory, nowhere at all
 
 
 class DeviceWeights:
@@ -94,7 +98,9 @@ def moved(state: Any, kind: str) -> Any:
     return jax.tree.map(lambda x: jax.device_put(x, x.sharding.with_memory_kind(kind)), state)
 
 
-def offload_policy(offload: bool | str, mesh: jax.sharding.Mesh, held: int, group: ProcessGroup = ProcessGroup()) -> str:
+def offload_policy(
+    offload: bool | str, mesh: jax.sharding.Mesh, held: int, group: ProcessGroup = ProcessGroup()
+) -> str:
     """The place for ``held`` bytes of weights that are not needed: for True pinned host memory if the hosts have
     room for it, else the checkpoint; on the CPU, whose device memory is the host's, they stay."""
     if offload in (True, "host"):
@@ -125,7 +131,9 @@ def room(held: int, group: ProcessGroup) -> bool:
 
 def pinned(mesh: jax.sharding.Mesh) -> bool:
     """Whether the devices are accelerators that read pinned host memory."""
-    return not load.on_host(mesh) and "pinned_host" in {memory.kind for memory in mesh.devices.flat[0].addressable_memories()}
+    return not load.on_host(mesh) and "pinned_host" in {
+        memory.kind for memory in mesh.devices.flat[0].addressable_memories()
+    }
 
 
 def host_memory() -> int:

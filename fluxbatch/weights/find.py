@@ -17,7 +17,9 @@ SUFFIXES = (SUFFIX, ".sft")
 CONVERTED = "fluxbatch.json"  # lists a converted copy, whose weights have no suffix
 PICKLED = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 # Redirected elsewhere, and often to be seen with a token only: fetched as what it is
-PAGE = re.compile(r"https://huggingface\.co/(?P<repo>[^/?#]+/[^/?#]+)(/(resolve|blob|tree)/(?P<revision>[^/?#]+)(?P<file>/[^?#]+?)?)?/?([?]download=true)?")
+PAGE = re.compile(
+    r"https://huggingface\.co/(?P<repo>[^/?#]+/[^/?#]+)(/(resolve|blob|tree)/(?P<revision>[^/?#]+)(?P<file>/[^?#]+?)?)?/?([?]download=true)?"
+)
 GGUF = ".gguf"
 INSTEAD = (
     "expected bfloat16, float16, float32 or fp8 weights (ComfyUI's, with scales or without) in a .safetensors file: "
@@ -48,7 +50,9 @@ def find(
         if not re.fullmatch(r"(gs|https?)://[^/]+(/.*)?", name):
             raise UserError(f"{key}: {name!r}: expected gs://bucket/prefix or http(s)://host/path")
         if name.startswith("http") and re.search("[?#]", name):
-            raise UserError(f"{key}: {name!r}: expected an address without '?' and '#', of a public file or directory: http(s)://host/path")
+            raise UserError(
+                f"{key}: {name!r}: expected an address without '?' and '#', of a public file or directory: http(s)://host/path"
+            )
         return name.rstrip("/"), None
     if os.path.isdir(path):
         return path, None
@@ -56,11 +60,19 @@ def find(
         if not path.endswith(SUFFIXES):
             raise UserError(f"{key}: {name!r}: expected a {SUFFIX} file or a directory")
         return path, None
-    if "/" not in name and os.path.isfile(EMBEDDED / name / "model_index.json"):  # pathlib's own raises where a name is too long
+    if "/" not in name and os.path.isfile(
+        EMBEDDED / name / "model_index.json"
+    ):  # pathlib's own raises where a name is too long
         return str(EMBEDDED / name), None
     owner, _, rest = name.partition("/")
     repo, _, file = rest.partition("/")
-    if not repo or name.startswith((".", "/", "~")) or name.endswith("/") or (file and not file.endswith(SUFFIXES)) or repo.endswith(SUFFIXES):
+    if (
+        not repo
+        or name.startswith((".", "/", "~"))
+        or name.endswith("/")
+        or (file and not file.endswith(SUFFIXES))
+        or repo.endswith(SUFFIXES)
+    ):
         if path and (told := broken_link(path)):
             raise UserError(f"{key}: {told}")
         raise UserError(f"{key}: {name!r} is not there: expected a directory, a {SUFFIX} file, gs://bucket/prefix, "

@@ -51,7 +51,9 @@ def read_header(source: Source, file: str) -> dict[str, Tensor]:
         except KeyError as error:
             known = ", ".join(DTYPES)
             if entry.get("dtype") in DTYPES:
-                raise UserError(f"{where}: {name}: unsound header entry {str(entry)[:200]}: {error} is missing") from error
+                raise UserError(
+                    f"{where}: {name}: unsound header entry {str(entry)[:200]}: {error} is missing"
+                ) from error
             if what := quantized.DTYPES.get(entry.get("dtype")):
                 raise UserError(quantized.line(where, what, f"tensor {name} of dtype {entry['dtype']}")) from error
             raise UserError(f"{where}: {name}: dtype {entry.get('dtype')!r}, expected one of {known}") from error
@@ -62,7 +64,9 @@ def read_header(source: Source, file: str) -> dict[str, Tensor]:
     end = 8 + length
     for tensor in sorted(tensors.values(), key=lambda t: (t.start, t.stop)):
         if tensor.start != end:
-            raise UserError(f"{where}: {tensor.name} starts at byte {tensor.start:,}, expected {end:,}: tensors must tile the file")
+            raise UserError(
+                f"{where}: {tensor.name} starts at byte {tensor.start:,}, expected {end:,}: tensors must tile the file"
+            )
         end = tensor.stop
     if size is not None and size != end:
         state = "truncated" if size < end else "longer than its header says"
@@ -170,13 +174,20 @@ _FP8_NOTES = re.compile(r"(?:.*\.)?(?:scaled_fp8|scale_input|input_scale|comfy_q
 def with_scales(tensors: dict[str, Tensor], where: str) -> dict[str, Tensor]:
     """The tensors by their names without wrappers, the scales of fp8 files attached to the weights they belong to."""
     tensors = _unwrapped(tensors, where)
-    whole = {name: tensor for name, tensor in tensors.items() if not (_SCALE.fullmatch(name) or _FP8_NOTES.fullmatch(name))}
+    whole = {
+        name: tensor for name, tensor in tensors.items() if not (_SCALE.fullmatch(name) or _FP8_NOTES.fullmatch(name))
+    }
     for name, scale in tensors.items():
         if match := _SCALE.fullmatch(name):
             of = f"{match[1]}weight"
             weight = whole.get(of)
             count = math.prod(scale.shape)  # one for each column, [1, N], is none for each row
-            if weight is None or count not in (1, weight.shape[0]) or scale.shape[:1] not in ((), (count,)) or scale.dtype not in FLOATS.values():
+            if (
+                weight is None
+                or count not in (1, weight.shape[0])
+                or scale.shape[:1] not in ((), (count,))
+                or scale.dtype not in FLOATS.values()
+            ):
                 if line := quantized.in_tensors(tensors, where):
                     raise UserError(line)
                 shape = None if weight is None else list(weight.shape)

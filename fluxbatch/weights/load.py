@@ -68,7 +68,9 @@ class Plan:
         return sum((b - a) * p.tensor.row_bytes for ps in self.pieces.values() for p in ps for a, b in p.rows)
 
 
-def plan(make: Callable[[nnx.Rngs | None], nnx.Module], tensors: dict[str, Tensor], table: Table, source: Source) -> Plan:
+def plan(
+    make: Callable[[nnx.Rngs | None], nnx.Module], tensors: dict[str, Tensor], table: Table, source: Source
+) -> Plan:
     """Assigns the tensors to the parameters of the module that ``make`` builds; nothing is allocated."""
     graph, state = nnx.split(make(None), nnx.Param, ...)[:2]
     flat = {path_of(keys): leaf for keys, leaf in nnx.to_flat_state(state)}
@@ -93,7 +95,11 @@ def load(
 
 
 def to_read(
-    plan: Plan, mesh: jax.sharding.Mesh, edits: Edits, paths: Collection[str] | None = None, devices: Collection[jax.Device] | None = None
+    plan: Plan,
+    mesh: jax.sharding.Mesh,
+    edits: Edits,
+    paths: Collection[str] | None = None,
+    devices: Collection[jax.Device] | None = None,
 ) -> int:
     """Bytes that this process reads to load the parameters at ``paths`` (None: all) onto ``mesh``; or another one,
     whose devices are ``devices``."""
@@ -144,7 +150,9 @@ def reload(
     return nnx.from_flat_state(list(fresh.items()))
 
 
-def _stream(plan: Plan, leaves: Any, mesh: jax.sharding.Mesh, dtype: Any, progress: Progress, edits: Edits) -> list[tuple[Any, Any]]:
+def _stream(
+    plan: Plan, leaves: Any, mesh: jax.sharding.Mesh, dtype: Any, progress: Progress, edits: Edits
+) -> list[tuple[Any, Any]]:
     reader = Reader(plan.source, progress)
     scales = read_scales([piece for keys, _ in leaves for piece in plan.pieces[path_of(keys)]], reader)
     make = HostBuffer if on_host(mesh) else functools.partial(DeviceBuffer, copies=collections.deque())
@@ -231,12 +239,16 @@ class Rows:
             low, high = max(own[0], self.first), min(own[1], self.first + len(rows))
             if low < high:
                 # a 1×1 convolution may be a matrix in the model
-                values = rows.reshape(rows.shape[: buffer.ndim])[(slice(low - self.first, high - self.first), *(slice(a, b) for a, b in columns))]
+                values = rows.reshape(rows.shape[: buffer.ndim])[
+                    (slice(low - self.first, high - self.first), *(slice(a, b) for a, b in columns))
+                ]
                 factor = self.scale[low:high] if self.scale is not None and self.scale.ndim else self.scale
                 cast.copy(buffer[low - own[0] : high - own[0]], values, factor)
 
 
-def fill(box: StagingBuffer, layer: int, piece: Piece, scale: np.ndarray | None, reader: Reader, edit: Edit | None = None) -> None:
+def fill(
+    box: StagingBuffer, layer: int, piece: Piece, scale: np.ndarray | None, reader: Reader, edit: Edit | None = None
+) -> None:
     """Starts the reads of one layer: one for each distinct range of rows, whoever shares it."""
     tensor = piece.tensor
     parts = box.open(layer, tensor.dtype if edit is None else np.dtype(np.float32))

@@ -81,7 +81,9 @@ class Source:
     def __init__(self, url: str):
         self.url = url.removeprefix("file://").rstrip("/")
         self.local = "://" not in self.url
-        self.piece = 4 << 20 if self.local else 8 << 20  # bytes of one read: enough for each thread, as a request is worth
+        self.piece = (
+            4 << 20 if self.local else 8 << 20
+        )  # bytes of one read: enough for each thread, as a request is worth
         self.url = os.path.abspath(self.url) if self.local else self.url
         context = {f"{name}_request_retries": RETRIES for name in ("gcs", "http")}
         try:
@@ -111,7 +113,9 @@ class Source:
             raise UserError((broken_link(self.path(name)) if self.local else None) or f"{self.path(name)}: not found")
         value = result.value  # a copy, each time it is asked for
         if size is not None and len(value) != size:
-            raise UserError(f"{self.path(name)}: read {len(value)} bytes where {size} were expected: the file is truncated")
+            raise UserError(
+                f"{self.path(name)}: read {len(value)} bytes where {size} were expected: the file is truncated"
+            )
         generation = result.stamp.generation
         if self._generations.setdefault(name, generation) != generation:
             raise UserError(f"{self.path(name)}: changed while it was being read")
@@ -133,7 +137,9 @@ class Source:
         """
         if self.local:
             return self._pool.submit(self._read_rows, tensor, first, last, place)
-        return self.start_read(tensor.file, tensor.start + first * tensor.row_bytes, tensor.start + last * tensor.row_bytes)
+        return self.start_read(
+            tensor.file, tensor.start + first * tensor.row_bytes, tensor.start + last * tensor.row_bytes
+        )
 
     def finish_rows(self, future: Any, tensor: Tensor, first: int, last: int, place: Place) -> None:
         """Rows (a tensor without axes is one row) are in their place; UserError names the file and the tensor."""
@@ -167,7 +173,9 @@ class Source:
             while buffers:
                 count = os.preadv(file, cast(Any, buffers), start + done)
                 if not count:
-                    raise UserError(f"{self.path(name)}: read {done} bytes where {size} were expected: the file is truncated")
+                    raise UserError(
+                        f"{self.path(name)}: read {done} bytes where {size} were expected: the file is truncated"
+                    )
                 done += count
                 while buffers and count >= len(buffers[0]):
                     count -= len(buffers[0])
@@ -272,7 +280,9 @@ def first_line(error: BaseException) -> str:
     return line
 
 
-def sampled(source: Source, file: str, size: int, whole: int = 64 << 20, blocks: int = 64, block: int = 64 << 10) -> Iterator[bytes]:
+def sampled(
+    source: Source, file: str, size: int, whole: int = 64 << 20, blocks: int = 64, block: int = 64 << 10
+) -> Iterator[bytes]:
     """Bytes that tell one file from another: all of a small file, evenly spaced blocks of a large
     one (a fine-tune changes every tensor, so samples see it without reading 24 GB)."""
     yield str(size).encode()

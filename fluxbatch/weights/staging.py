@@ -56,8 +56,12 @@ class StagingBuffer(abc.ABC):
     def array(self) -> jax.Array:
         """The parameter, once every layer is closed."""
 
-    def _on_devices(self, buffers: dict[Index, np.ndarray], shape: tuple[int, ...], sharding: NamedSharding) -> jax.Array:
-        arrays = [jax.device_put(buffers[index], device) for index, devices in self.devices.items() for device in devices]
+    def _on_devices(
+        self, buffers: dict[Index, np.ndarray], shape: tuple[int, ...], sharding: NamedSharding
+    ) -> jax.Array:
+        arrays = [
+            jax.device_put(buffers[index], device) for index, devices in self.devices.items() for device in devices
+        ]
         return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
 
 
@@ -78,7 +82,9 @@ class HostBuffer(StagingBuffer):
 
     def array(self) -> jax.Array:
         place = self.place
-        here = all(bound % pairs.size == 0 for axis, pairs in place.pairs for index in self._buffers for bound in index[axis])
+        here = all(
+            bound % pairs.size == 0 for axis, pairs in place.pairs for index in self._buffers for bound in index[axis]
+        )
         if place.read != place.final or not here:  # devices exchange what they have
             return _converted(place, self.dtype)(self._on_devices(self._buffers, self.shape, place.read), None)
         if place.pairs:

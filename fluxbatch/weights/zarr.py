@@ -69,7 +69,11 @@ def grid(shape: tuple[int, ...], stacked: bool, itemsize: int) -> tuple[tuple[in
     while file_rows * row_bytes > SHARD and file_rows % (2 * chunk_rows) == 0:
         file_rows //= 2
     file_layers = max(1, min(layers, SHARD // (rows * row_bytes)))
-    return ((file_layers, file_rows, *rest), (1, chunk_rows, *rest)) if stacked else ((file_rows, *rest), (chunk_rows, *rest))
+    return (
+        ((file_layers, file_rows, *rest), (1, chunk_rows, *rest))
+        if stacked
+        else ((file_rows, *rest), (chunk_rows, *rest))
+    )
 
 
 def spec(url: str, shape: tuple[int, ...], dtype: np.dtype, stacked: bool) -> dict[str, Any]:
@@ -83,7 +87,12 @@ def spec(url: str, shape: tuple[int, ...], dtype: np.dtype, stacked: bool) -> di
             "shape": shape,
             "data_type": dtype.name,
             "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": file}},
-            "codecs": [{"name": "sharding_indexed", "configuration": {"chunk_shape": chunk, "codecs": checked, "index_codecs": checked}}],
+            "codecs": [
+                {
+                    "name": "sharding_indexed",
+                    "configuration": {"chunk_shape": chunk, "codecs": checked, "index_codecs": checked},
+                }
+            ],
         },
         "fill_missing_data_reads": False,
         "recheck_cached_data": "open",
@@ -99,7 +108,9 @@ def read_marker(root: Source) -> dict[str, Any] | None:
         return None
     marker = root.json(MARKER)
     if marker.get("format") != FORMAT:
-        raise UserError(f"{root.path(MARKER)}: format {marker.get('format')!r}, expected {FORMAT}: convert the checkpoint again")
+        raise UserError(
+            f"{root.path(MARKER)}: format {marker.get('format')!r}, expected {FORMAT}: convert the checkpoint again"
+        )
     return marker
 
 
@@ -115,7 +126,9 @@ def tensors(marker: Mapping[str, Any], component: str, arrays: Arrays) -> dict[s
             for name in layer_names(path, shape[0]) if stacked else [path]:
                 found[name] = Tensor(name, path, dtype, own, 0, math.prod(own) * dtype.itemsize, chunk=chunk)
     except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise UserError(f"{arrays.url}/../{MARKER}: {component}: unsound entry: {type(error).__name__} {error}") from error
+        raise UserError(
+            f"{arrays.url}/../{MARKER}: {component}: unsound entry: {type(error).__name__} {error}"
+        ) from error
     return found
 
 
@@ -155,7 +168,9 @@ class Layout:
         corner += (0,) * (len(self.shape) - len(corner))
         key = "/".join(str(at // size) for at, size in zip(corner, file, strict=True))
         inside = [at % size // part for at, size, part in zip(corner, file, chunk, strict=True)]
-        return f"{self.path}/c/{key}", int(np.ravel_multi_index(inside, [n // m for n, m in zip(file, chunk, strict=True)]))
+        return f"{self.path}/c/{key}", int(
+            np.ravel_multi_index(inside, [n // m for n, m in zip(file, chunk, strict=True)])
+        )
 
     def index(self, layer: int) -> tuple[int, int]:
         """Where the list of chunks lies in the file of this layer, behind all of them: first and last byte."""

@@ -50,7 +50,9 @@ CASES = {
     "flux-mini": Case(64, 128, 4, 0.0, 32, (1, 8, 16), "flux-mini"),
     "tiny": Case(4, 64, 2, 0.0, 32, (2,), "tiny"),
     "middle": Case(8, 512, 4, 0.0, 128, (1,), "middle"),
-    "schnell": Case(48, 1024, 4, 3.5, 256, (1, 4, 8), "dev"),  # with dev's guidance, which is no work worth naming: 34 GB less
+    "schnell": Case(
+        48, 1024, 4, 3.5, 256, (1, 4, 8), "dev"
+    ),  # with dev's guidance, which is no work worth naming: 34 GB less
     "dev": Case(16, 1024, 28, 3.5, 512, (1, 4, 8), "dev"),
 }
 
@@ -80,7 +82,9 @@ def fluxbatch_job(argv: list[str]) -> None:
         raise SystemExit(stop.code) from None
 
 
-def once(way: str, checkpoint: pathlib.Path, manifest: pathlib.Path, case: Case, batch: int, work: pathlib.Path) -> tuple[Result, str]:
+def once(
+    way: str, checkpoint: pathlib.Path, manifest: pathlib.Path, case: Case, batch: int, work: pathlib.Path
+) -> tuple[Result, str]:
     """One process from its start to its end; RuntimeError with its last words if it fails."""
     out = work / "out" / "run"
     shutil.rmtree(out.parent, ignore_errors=True)
@@ -90,9 +94,19 @@ def once(way: str, checkpoint: pathlib.Path, manifest: pathlib.Path, case: Case,
         command = [HERE, "run", *(f"{key}={value}" for key, value in words.items())]
     else:
         command = [HERE.parent / "peer.py", checkpoint, manifest, out, batch, way]
-    environment = os.environ | {"PYTHONPATH": PATH, "TORCHINDUCTOR_CACHE_DIR": str(work / "inductor"), "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {
+        "PYTHONPATH": PATH,
+        "TORCHINDUCTOR_CACHE_DIR": str(work / "inductor"),
+        "HF_HUB_OFFLINE": "1",
+    }
     start = time.perf_counter()
-    process = subprocess.Popen([sys.executable, *map(str, command)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     said = process.stdout.read()
     _, code, usage = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - start
@@ -125,9 +139,18 @@ def machine() -> tuple[str, float, float]:
     """Its name, the FLOP/s of its peak (of a CPU: of a float32 matrix product, just measured), FLOPs apart."""
     script = ("import jax, json; from fluxbatch.distributed import chips; from fluxbatch.planning import forecast; d = jax.devices()[0]; c = chips.of_kind(d.device_kind); "
               "print(json.dumps([d.platform, d.device_kind, c.peak if c else forecast._matmul()]))")  # fmt: skip
-    said = subprocess.run([sys.executable, "-c", script], env=os.environ | {"PYTHONPATH": PATH}, capture_output=True, text=True, check=True)
+    said = subprocess.run(
+        [sys.executable, "-c", script],
+        env=os.environ | {"PYTHONPATH": PATH},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     kind, name, peak = json.loads(said.stdout.splitlines()[-1])
-    cpu = next((line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), platform.machine())
+    cpu = next(
+        (line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
+        platform.machine(),
+    )
     return kind, f"{name if kind != 'cpu' else cpu}, {len(os.sched_getaffinity(0))} cores", peak * 1e12
 
 
@@ -144,7 +167,9 @@ def flops(checkpoint: pathlib.Path, case: Case) -> int:
 
     configs = (json.loads((checkpoint / part / "config.json").read_text()) for part in ("transformer", "vae"))
     flux, vae = (kind.from_json(config) for kind, config in zip((FluxConfig, VaeConfig), configs, strict=True))
-    return case.steps * cost.flux_step(flux, (case.side // (2 * vae.scale)) ** 2, case.text) + autoencoder_cost.decode_flops(vae, case.side, case.side)
+    return case.steps * cost.flux_step(
+        flux, (case.side // (2 * vae.scale)) ** 2, case.text
+    ) + autoencoder_cost.decode_flops(vae, case.side, case.side)
 
 
 def compare(model: str, case: Case, ways: Sequence[str], rounds: int, kept: pathlib.Path, peak: float) -> None:
@@ -153,7 +178,9 @@ def compare(model: str, case: Case, ways: Sequence[str], rounds: int, kept: path
     if case.checkpoint == "flux-mini":
         checkpoint = ROOT / "fluxbatch/checkpoints/flux-mini"
     elif not (checkpoint / "model_index.json").exists():  # it is written last
-        subprocess.run([sys.executable, HERE.parent / "random_flux.py", checkpoint, case.checkpoint], check=True, stdout=sys.stderr)
+        subprocess.run(
+            [sys.executable, HERE.parent / "random_flux.py", checkpoint, case.checkpoint], check=True, stdout=sys.stderr
+        )
     for way in ways:
         (work / way).mkdir(parents=True, exist_ok=True)
     rows(work / "rows.jsonl", case)
@@ -170,10 +197,17 @@ def compare(model: str, case: Case, ways: Sequence[str], rounds: int, kept: path
                     continue
                 results.setdefault((way, batch), []).append(result)
                 steadily = f", {result.steady:.3g} images/s steady" if result.steady else ""
-                print(f"{model} {way} batch {batch} turn {turn}: {result.job:.1f} s{steadily} ({versions})", file=sys.stderr)
+                print(
+                    f"{model} {way} batch {batch} turn {turn}: {result.job:.1f} s{steadily} ({versions})",
+                    file=sys.stderr,
+                )
     image = flops(checkpoint, case)
-    print(f"\n**{model}**: {case.images} images of {case.side}×{case.side}, {case.steps} steps, {image / 1e12:.3g} TFLOP an image\n")
-    print("| | batch | images/s steady | images/s whole job | first job, empty caches | s/step, all included | MFU | peak memory | load |")
+    print(
+        f"\n**{model}**: {case.images} images of {case.side}×{case.side}, {case.steps} steps, {image / 1e12:.3g} TFLOP an image\n"
+    )
+    print(
+        "| | batch | images/s steady | images/s whole job | first job, empty caches | s/step, all included | MFU | peak memory | load |"
+    )
     print("|---|---|---|---|---|---|---|---|---|")
     for (way, batch), found in results.items():
         job = case.images / min(result.job for result in found)
@@ -183,7 +217,17 @@ def compare(model: str, case: Case, ways: Sequence[str], rounds: int, kept: path
                  f"{batch / speed / case.steps:.3g}" if speed else "–", f"{speed * image / peak:.1%}" if speed else "–",
                  f"{max(r.peak for r in found) / 2**30:.2f} GiB", f"{min(r.load for r in found):.1f} s"]  # fmt: skip
         print("| " + " | ".join(parts) + " |")
-    best = {kind: max((case.images / min(r.job for r in found) for (way, _), found in results.items() if (way == "fluxbatch") == kind), default=0) for kind in (True, False)}
+    best = {
+        kind: max(
+            (
+                case.images / min(r.job for r in found)
+                for (way, _), found in results.items()
+                if (way == "fluxbatch") == kind
+            ),
+            default=0,
+        )
+        for kind in (True, False)
+    }
     if all(best.values()):
         print(f"\nWhole job, each at its best batch: {best[True] / best[False]:.2f} × diffusers.", flush=True)
 
@@ -197,16 +241,22 @@ def main() -> None:
     parser.add_argument("--batches", nargs="+", type=int)
     parser.add_argument("--images", type=int)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--work", type=pathlib.Path, help="keep checkpoints and compilation caches there, for the next time")
+    parser.add_argument(
+        "--work", type=pathlib.Path, help="keep checkpoints and compilation caches there, for the next time"
+    )
     args = parser.parse_args()
     kind, name, peak = machine()
     ways = args.ways or (WAYS if kind != "tpu" else WAYS[:1])  # diffusers does not run there
     sys.path.insert(0, str(ROOT))
-    print(f"{name}; peak {peak / 1e12:.3g} TFLOP/s; Python {platform.python_version()}; {args.rounds} rounds, best of them")
+    print(
+        f"{name}; peak {peak / 1e12:.3g} TFLOP/s; Python {platform.python_version()}; {args.rounds} rounds, best of them"
+    )
     with contextlib.nullcontext(args.work) if args.work else tempfile.TemporaryDirectory() as folder:
         for model in args.models or (["flux-mini", "middle"] if kind == "cpu" else ["schnell", "dev"]):
             case = CASES[model]
-            case = dataclasses.replace(case, batches=tuple(args.batches or case.batches), images=args.images or case.images)
+            case = dataclasses.replace(
+                case, batches=tuple(args.batches or case.batches), images=args.images or case.images
+            )
             compare(model, case, ways, args.rounds, pathlib.Path(folder), peak)
 
 

@@ -27,7 +27,9 @@ def attach(model: Flux, ranks: tuple[int, ...]) -> None:
         for _, module in list(nnx.iter_modules(blocks)):
             if isinstance(module, Linear):
                 layers, out, width = module.kernel.shape
-                module.lora = LowRank(jnp.zeros((layers, sum(ranks), width)), jnp.zeros((layers, out, sum(ranks))), ranks)
+                module.lora = LowRank(
+                    jnp.zeros((layers, sum(ranks), width)), jnp.zeros((layers, out, sum(ranks))), ranks
+                )
 
 
 def program(width: int, tokens: int, ranks: tuple[int, ...]):
@@ -65,7 +67,9 @@ def main() -> None:
             run()
             if turn:
                 best[name] = min(best[name], time.perf_counter() - start)
-    print(f"{jax.devices()[0].device_kind}, width {args.width}, {args.tokens} image tokens, {ROWS} rows, float32; best of {args.rounds}")
+    print(
+        f"{jax.devices()[0].device_kind}, width {args.width}, {args.tokens} image tokens, {ROWS} rows, float32; best of {args.rounds}"
+    )
     for name, seconds in best.items():
         print(f"{name:14} {1000 * seconds:8.1f} ms  {100 * (seconds / best['no adapter'] - 1):+6.1f} %")
 

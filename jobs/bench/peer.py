@@ -15,7 +15,9 @@ def main(checkpoint: str, manifest: str, out: str, batch: int, way: str) -> None
     from diffusers import FluxPipeline
 
     gpu = torch.cuda.is_available()
-    pipe = FluxPipeline.from_pretrained(checkpoint, torch_dtype=torch.bfloat16 if gpu else torch.float32).to("cuda" if gpu else "cpu")
+    pipe = FluxPipeline.from_pretrained(checkpoint, torch_dtype=torch.bfloat16 if gpu else torch.float32).to(
+        "cuda" if gpu else "cpu"
+    )
     pipe.set_progress_bar_config(disable=True)
     loaded = time.perf_counter() - start
     if way == "compiled":
@@ -36,7 +38,12 @@ def main(checkpoint: str, manifest: str, out: str, batch: int, way: str) -> None
         for row, picture in zip(chunk, pictures, strict=True):
             picture.save(folder / f"{row['id']}.png")
     peak = torch.cuda.max_memory_allocated() if gpu else None
-    print(json.dumps({"load": loaded, "peak": peak, "versions": f"torch {torch.__version__}, diffusers {_version('diffusers')}"}), flush=True)
+    print(
+        json.dumps(
+            {"load": loaded, "peak": peak, "versions": f"torch {torch.__version__}, diffusers {_version('diffusers')}"}
+        ),
+        flush=True,
+    )
     os._exit(0)  # what is compiled in threads of its own may hang at exit
 
 

@@ -1,7 +1,7 @@
 """Writes FLUX pipelines of random weights in diffusers' layout, with flux-mini's tokenizers; by diffusers itself.
 
-    python jobs/bench/random_flux.py DIR middle      # 0.3 G parameters, float32: for a CPU
-    python jobs/bench/random_flux.py DIR dev         # FLUX.1's sizes, 12 G + T5-XXL, bfloat16: 34 GB, made on the GPU
+python jobs/bench/random_flux.py DIR middle      # 0.3 G parameters, float32: for a CPU
+python jobs/bench/random_flux.py DIR dev         # FLUX.1's sizes, 12 G + T5-XXL, bfloat16: 34 GB, made on the GPU
 """
 
 from __future__ import annotations
@@ -35,12 +35,18 @@ def write(folder: pathlib.Path, name: str) -> int:
         vae = AutoencoderKL(
             down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4, block_out_channels=channels, layers_per_block=2,
             latent_channels=16, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False)  # fmt: skip
-        clip = CLIPTextModel(CLIPTextConfig(vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12))
+        clip = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12
+            )
+        )
         t5 = T5EncoderModel(T5Config(
             vocab_size=32128, d_model=width, d_kv=64, d_ff=hidden, num_layers=blocks, num_heads=width // 64, feed_forward_proj="gated-gelu"))  # fmt: skip
     for part, module in {"transformer": flux, "vae": vae, "text_encoder": clip, "text_encoder_2": t5}.items():
         module.save_pretrained(folder / part)
-    FlowMatchEulerDiscreteScheduler(shift=3.0 if guidance else 1.0, use_dynamic_shifting=guidance).save_pretrained(folder / "scheduler")
+    FlowMatchEulerDiscreteScheduler(shift=3.0 if guidance else 1.0, use_dynamic_shifting=guidance).save_pretrained(
+        folder / "scheduler"
+    )
     for part in ("tokenizer", "tokenizer_2"):
         shutil.copytree(MINI / part, folder / part, dirs_exist_ok=True)
     shutil.copy(MINI / "model_index.json", folder)

@@ -78,10 +78,16 @@ def devices(target: chips.Target) -> list[jax.Device]:
         sys.exit(f"static.py: {target.name}: expected a TPU slice or h100, h100-2, …")
     from jax.experimental import topologies
 
-    return list(topologies.get_topology_desc(platform="cuda", topology_name="", target_config=H100, topology=f"1x1x{target.chips}").devices)
+    return list(
+        topologies.get_topology_desc(
+            platform="cuda", topology_name="", target_config=H100, topology=f"1x1x{target.chips}"
+        ).devices
+    )
 
 
-def compiled(target: chips.Target, sharding: str, side: int, text: int, images: int, part: str) -> tuple[jax.stages.Compiled, int]:
+def compiled(
+    target: chips.Target, sharding: str, side: int, text: int, images: int, part: str
+) -> tuple[jax.stages.Compiled, int]:
     """The program that denoises or decodes, of a run with ``images`` on each chip, and the bytes of its temporaries."""
     found = devices(target)
     choice = OmegaConf.load(CONF / "sharding" / f"{sharding}.yaml")
@@ -109,7 +115,10 @@ def compiled(target: chips.Target, sharding: str, side: int, text: int, images: 
 
 
 def bytes_of(shape: str) -> int:
-    return sum(SIZES.get(kind, 2) * math.prod(map(int, dims.split(",") if dims else ())) for kind, dims in re.findall(r"(\w+)\[([\d,]*)\]", shape))
+    return sum(
+        SIZES.get(kind, 2) * math.prod(map(int, dims.split(",") if dims else ()))
+        for kind, dims in re.findall(r"(\w+)\[([\d,]*)\]", shape)
+    )
 
 
 def computations(hlo: str) -> tuple[dict[str, list[str]], str]:
@@ -148,7 +157,9 @@ def one_step(hlo: str) -> tuple[int, collections.Counter[str]]:
             if op == "while":
                 inner, more = cost(called(line, "body"))
                 until = "\n".join(bodies[called(line, "condition")])
-                turns = int((re.search(r"constant\((\d+)\)", until) or ("", 1))[1])  # of the loop over steps it is data: one
+                turns = int(
+                    (re.search(r"constant\((\d+)\)", until) or ("", 1))[1]
+                )  # of the loop over steps it is data: one
                 cycles += turns * inner
                 moved.update({kind: turns * size for kind, size in more.items()})
                 continue
@@ -160,17 +171,26 @@ def one_step(hlo: str) -> tuple[int, collections.Counter[str]]:
                 else:
                     begun[own] = cycles, more
                 continue
-            if op == "call-update" and (start := operands.partition(",")[0].lstrip("%")) in begun:  # it has its operands only now
+            if (
+                op == "call-update" and (start := operands.partition(",")[0].lstrip("%")) in begun
+            ):  # it has its operands only now
                 begun[own] = cycles, begun.pop(start)[1]
             if op in ("call-done", "async-done") and (start := operands.lstrip("%")) in begun:
                 since, more = begun.pop(start)
-                moved.update({kind.replace("synchronous", "asynchronous") if cycles > since else kind: size for kind, size in more.items()})
+                moved.update(
+                    {
+                        kind.replace("synchronous", "asynchronous") if cycles > since else kind: size
+                        for kind, size in more.items()
+                    }
+                )
             if found := re.search(r'"estimated_cycles":"(\d+)"', line):
                 cycles += int(found[1])
             if kind := re.match(COLLECTIVE, op):
                 start = op.endswith("-start")
                 if not op.endswith("-done"):
-                    moved[f"{kind[0]}, {'asynchronous' if start else 'synchronous'}"] += bytes_of(shape) // (2 if start else 1)
+                    moved[f"{kind[0]}, {'asynchronous' if start else 'synchronous'}"] += bytes_of(shape) // (
+                        2 if start else 1
+                    )
             elif own.startswith("async-collective-done"):  # in parts, each fused with some computation
                 moved["all-gather, asynchronous"] += bytes_of(shape)
         return cycles, moved
@@ -212,7 +232,9 @@ def traffic(hlo: str) -> collections.Counter[str]:
     return walk(entry, 1, 0)
 
 
-def report(target: chips.Target, program: jax.stages.Compiled, side: int, text: int, images: int, part: str) -> tuple[str, list[str]]:
+def report(
+    target: chips.Target, program: jax.stages.Compiled, side: int, text: int, images: int, part: str
+) -> tuple[str, list[str]]:
     """The step, or the decoder, in a few words, and lines below it."""
     if target.platform == "gpu":
         moved = traffic(program.as_text())

@@ -174,7 +174,12 @@ def make(rng: np.random.Generator, names: tuple[str, ...], color: str, place: st
     height, width = shape
     pick = lambda options: options[rng.integers(len(options))]  # noqa: E731
     jitter = lambda n: int(rng.integers(-n, n + 1))  # noqa: E731
-    words = {"o": phrase(names[0], rng), "o1": phrase(names[0], rng, article=False), "c": color, "ac": f"{'an' if color == 'orange' else 'a'} {color}"}
+    words = {
+        "o": phrase(names[0], rng),
+        "o1": phrase(names[0], rng, article=False),
+        "c": color,
+        "ac": f"{'an' if color == 'orange' else 'a'} {color}",
+    }
     if place is None:
         size = round(CENTERED * pick((0.95, 1.0, 1.05)))
         items = (Item(names[0], width // 2 + jitter(2), height // 2 + jitter(2), size),)

@@ -116,7 +116,9 @@ def table(result: dict[str, tuple[int, int]]) -> str:
     return "\n".join(lines)
 
 
-def draw(scenes: list[data.Scene], folder: pathlib.Path, program: list[str], overrides: list[str]) -> list[dict[str, Any]]:
+def draw(
+    scenes: list[data.Scene], folder: pathlib.Path, program: list[str], overrides: list[str]
+) -> list[dict[str, Any]]:
     """The records of a run over the scenes' captions, each with the scene's object, color and place."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     manifest = folder.parent / "eval.jsonl"
@@ -130,7 +132,10 @@ def draw(scenes: list[data.Scene], folder: pathlib.Path, program: list[str], ove
 
 def decibels(records: list[dict[str, Any]], folder: pathlib.Path, other: pathlib.Path) -> float:
     """PSNR between the pictures of two runs over the same rows; infinite where none differs."""
-    pairs = [[np.asarray(Image.open(run / r["file_name"]).convert("RGB"), np.float32) for run in (folder, other)] for r in records]
+    pairs = [
+        [np.asarray(Image.open(run / r["file_name"]).convert("RGB"), np.float32) for run in (folder, other)]
+        for r in records
+    ]
     squared = np.mean([(a - b) ** 2 for a, b in pairs])
     return float(10 * np.log10(255**2 / squared)) if squared else np.inf
 
@@ -154,7 +159,9 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--output_dir", type=pathlib.Path, default=pathlib.Path("outputs"))
-    parser.add_argument("--spoil", choices=["all"], help="also with RoPE, modulation, text and timestep broken, one at a time")
+    parser.add_argument(
+        "--spoil", choices=["all"], help="also with RoPE, modulation, text and timestep broken, one at a time"
+    )
     parser.add_argument("overrides", nargs="*", help="more for fluxbatch.run, such as guidance_scale=2")
     args = parser.parse_args()
 
@@ -164,9 +171,15 @@ def main() -> int:
     records = draw(scenes, folder, ["-m", "fluxbatch.run"], overrides)
     seen = judged(records, folder)
     result = tally(records, seen)
-    wrong = Counter((w["object"], s["object"]) for w, s in zip(records, seen, strict=True) if w["object"] != s["object"])
+    wrong = Counter(
+        (w["object"], s["object"]) for w, s in zip(records, seen, strict=True) if w["object"] != s["object"]
+    )
     lines = [f"{args.model}, {args.steps} steps, {len(records)} held-out captions", "", table(result)]
-    lines += ["", "Taken for another: " + ", ".join(f"{a} for {b} ({n})" for (a, b), n in wrong.most_common(10))] if wrong else []
+    lines += (
+        ["", "Taken for another: " + ", ".join(f"{a} for {b} ({n})" for (a, b), n in wrong.most_common(10))]
+        if wrong
+        else []
+    )
     if args.spoil:
         rows = {"nothing": (result, np.inf)}
         for name in ("rope", "modulation", "text", "timestep"):

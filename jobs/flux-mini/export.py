@@ -29,7 +29,10 @@ INDEX = {"_class_name": "FluxPipeline", "scheduler": ["diffusers", "FlowMatchEul
 
 def arrays_of(state: Any) -> dict[str, np.ndarray]:
     """A state's arrays by their paths, in the order that checkpoints have."""
-    return {".".join(map(str, keys)): paired(np.asarray(leaf.get_value()), leaf.get_metadata()["axes"]) for keys, leaf in nnx.to_flat_state(state)}
+    return {
+        ".".join(map(str, keys)): paired(np.asarray(leaf.get_value()), leaf.get_metadata()["axes"])
+        for keys, leaf in nnx.to_flat_state(state)
+    }
 
 
 def paired(array: Any, axes: tuple[Any, ...]) -> Any:
@@ -58,7 +61,9 @@ def named(arrays: Mapping[str, np.ndarray], table: Table) -> dict[str, np.ndarra
             value = arrays[path][layer] if "[" in rule.target else arrays[path]
             if rule.rows == keys.SWAP_HALVES:
                 value = np.concatenate(np.split(value, 2)[::-1])
-            name = re.sub(r"\(\?:(?:[^)]*\|)?([^)|]*)\)\??", r"\1", rule.pattern)  # prefixes written, the last name of several
+            name = re.sub(
+                r"\(\?:(?:[^)]*\|)?([^)|]*)\)\??", r"\1", rule.pattern
+            )  # prefixes written, the last name of several
             for number in numbers:
                 name = name.replace(r"(\d+)", str(number), 1)
             out[name.replace("\\", "")] = np.ascontiguousarray(value.astype(ml_dtypes.bfloat16))
@@ -88,7 +93,9 @@ def write(
         stem = "model" if name.startswith("text") else "diffusion_pytorch_model"
         file = folder / name / f"{stem}.safetensors"
         save_file(tensors, file, metadata={"format": "pt"})
-        file.with_name(f"{file.name}.sha256").write_text(f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.name}\n")
+        file.with_name(f"{file.name}.sha256").write_text(
+            f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.name}\n"
+        )
     (folder / "scheduler").mkdir(exist_ok=True)
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler, indent=2) + "\n")
     (folder / "model_index.json").write_text(json.dumps(INDEX, indent=2) + "\n")

@@ -33,10 +33,15 @@ CLIP = dict(hidden_size=96, intermediate_size=192, num_hidden_layers=2, num_atte
 
 def tokens(work: Work, captions: list[str]) -> dict[str, np.ndarray]:
     """CLIP and T5 ids ``[N, T]``."""
-    clip, t5 = (AutoTokenizer.from_pretrained(work.folder / "flux-mini" / name) for name in ("tokenizer", "tokenizer_2"))
+    clip, t5 = (
+        AutoTokenizer.from_pretrained(work.folder / "flux-mini" / name) for name in ("tokenizer", "tokenizer_2")
+    )
     pad = dict(padding="max_length", truncation=True, return_tensors="np")
     lengths = {"clip": (clip, words.CLIP_LENGTH), "t5": (t5, TOKENS)}
-    return {name: call(captions, max_length=length, **pad)["input_ids"].astype(np.int32) for name, (call, length) in lengths.items()}
+    return {
+        name: call(captions, max_length=length, **pad)["input_ids"].astype(np.int32)
+        for name, (call, length) in lengths.items()
+    }
 
 
 def latents(work: Work, scenes: list[data.Scene], style: Any = lambda image: image) -> np.ndarray:
@@ -44,7 +49,9 @@ def latents(work: Work, scenes: list[data.Scene], style: Any = lambda image: ima
     graph, _ = nnx.split(autoencoder.modules()[0])
     params = work.result("vae")[0]
     encode = jax.jit(lambda params, images: nnx.merge(graph, params)(images)[0])
-    return np.concatenate([np.asarray(encode(params, work.draw(scenes[i : i + 40], style))) for i in range(0, len(scenes), 40)])
+    return np.concatenate(
+        [np.asarray(encode(params, work.draw(scenes[i : i + 40], style))) for i in range(0, len(scenes), 40)]
+    )
 
 
 def pools(work: Work) -> tuple[list[dict[str, np.ndarray]], dict[str, float]]:
@@ -68,7 +75,13 @@ def modules(folder: pathlib.Path) -> dict[str, nnx.Module]:
     configs = text_configs(folder)
     flux = Flux(FluxConfig.from_json(FLUX), rngs=nnx.Rngs(2))
     # Blocks begin as the identity and the velocity as zero.
-    for layer in (flux.double_blocks.img.mod, flux.double_blocks.txt.mod, flux.single_blocks.mod, flux.final_mod, flux.final_out):
+    for layer in (
+        flux.double_blocks.img.mod,
+        flux.double_blocks.txt.mod,
+        flux.single_blocks.mod,
+        flux.final_mod,
+        flux.final_out,
+    ):
         layer.kernel[...] = jnp.zeros_like(layer.kernel[...])
     return {
         "flux": flux,
@@ -89,7 +102,12 @@ def batch_of(pool: dict[str, np.ndarray], stats: dict[str, float], chosen: np.nd
     grid = (pool["latents"][chosen] - stats["mean"]) / stats["std"]
     b, h, w, c = grid.shape
     packed = grid.reshape(b, h // 2, 2, w // 2, 2, c).transpose(0, 1, 3, 5, 2, 4).reshape(b, -1, 4 * c)
-    return packed.astype(np.float32), pool["clip"][chosen], pool["t5"][chosen], rope_table(TOKENS, h // 2, w // 2, tuple(FLUX["axes_dims_rope"]))
+    return (
+        packed.astype(np.float32),
+        pool["clip"][chosen],
+        pool["t5"][chosen],
+        rope_table(TOKENS, h // 2, w // 2, tuple(FLUX["axes_dims_rope"])),
+    )
 
 
 def noised(key: Any, packed: Any) -> tuple[Any, Any, Any]:

@@ -42,7 +42,9 @@ class Work:
         trained = state["average"] if done is None and state else done
         return jax.tree.map(jnp.asarray, trained)
 
-    def draw(self, scenes: list[data.Scene], style: Callable[[np.ndarray], np.ndarray] = lambda image: image) -> np.ndarray:
+    def draw(
+        self, scenes: list[data.Scene], style: Callable[[np.ndarray], np.ndarray] = lambda image: image
+    ) -> np.ndarray:
         """``[B, h, w, 3]`` float32 in -1..1, shrunk from 128 to ``pixels`` on the short side."""
         images = np.stack([style(data.render(scene)) for scene in scenes]).astype(np.float32) / 127.5 - 1
         by = 128 // self.pixels
@@ -54,7 +56,9 @@ def report(step: int, started: float, **figures: float) -> None:
     print(step, f"{time.monotonic() - started:.0f}s", *(f"{k}={v:.4f}" for k, v in figures.items()), flush=True)
 
 
-def train(work: Work, name: str, params: Any, optimizer: Any, steps: int, batch: Any, loss: Any, decay: float = 0.0) -> Any:
+def train(
+    work: Work, name: str, params: Any, optimizer: Any, steps: int, batch: Any, loss: Any, decay: float = 0.0
+) -> Any:
     """Minimises ``loss(params, batch, key) → (loss, figure)``; returns the (averaged) parameters."""
     state = {"step": 0, "params": params, "optimizer": optimizer.init(params), "average": params}
     state |= work.load(name) or {}

@@ -1,6 +1,6 @@
 """Runs ``fluxbatch.run`` with one thing broken on purpose, for ``evaluate.py --spoil``.
 
-    python jobs/flux-mini/spoil.py rope manifest=prompts.jsonl
+python jobs/flux-mini/spoil.py rope manifest=prompts.jsonl
 """
 
 from __future__ import annotations

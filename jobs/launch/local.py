@@ -39,9 +39,22 @@ def replica(index: int, replicas: int, each: int, words: list[str]) -> int:
             for process in range(each):
                 at = (index * each + process) * share
                 env = os.environ | ({"CUDA_VISIBLE_DEVICES": ",".join(gpus[at : at + share])} if share else {})
-                env |= {"JAX_COORDINATOR_ADDRESS": "{}:{}".format(*held.getsockname()), "JAX_NUM_PROCESSES": str(each), "JAX_PROCESS_ID": str(process)}
-                command = [sys.executable, "-m", "fluxbatch.run", f"replica_index={index}", f"replica_count={replicas}", *words]
-                started.append(subprocess.Popen(command, env=env, start_new_session=True))  # Ctrl-C reaches them through `stop`
+                env |= {
+                    "JAX_COORDINATOR_ADDRESS": "{}:{}".format(*held.getsockname()),
+                    "JAX_NUM_PROCESSES": str(each),
+                    "JAX_PROCESS_ID": str(process),
+                }
+                command = [
+                    sys.executable,
+                    "-m",
+                    "fluxbatch.run",
+                    f"replica_index={index}",
+                    f"replica_count={replicas}",
+                    *words,
+                ]
+                started.append(
+                    subprocess.Popen(command, env=env, start_new_session=True)
+                )  # Ctrl-C reaches them through `stop`
             processes.update(started)
             for process in started if stopping else ():  # asked while they were being started
                 process.send_signal(signal.SIGTERM)

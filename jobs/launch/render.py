@@ -39,8 +39,12 @@ class Launch(Job):
 
     kind: Kind = Kind.jobset
     target: str = "v6e-8"  # the machines of a replica: v6e-8, v6e-16, h100-8, 2xh100-8, …
-    image: str | None = None  # built by the Dockerfile beside this file; without a tag it gets the flavor's that the target needs
-    hf_token_secret: str | None = None  # of Kubernetes (its key is HF_TOKEN), or of the project's Secret Manager: for gated checkpoints
+    image: str | None = (
+        None  # built by the Dockerfile beside this file; without a tag it gets the flavor's that the target needs
+    )
+    hf_token_secret: str | None = (
+        None  # of Kubernetes (its key is HF_TOKEN), or of the project's Secret Manager: for gated checkpoints
+    )
     spot: bool = True  # of Kubernetes and Batch
     schedule: str = "0 3 * * *"  # of kind=cronjob and kind=scheduler
     project: str | None = None  # of kind=scheduler, with the two below, and of a secret for kind=batch
@@ -102,9 +106,18 @@ def render(job: Launch) -> int:
     words = _words(target)
     if job.kind.name in ("jobset", "cronjob"):
         words = [word.replace("$", "$$") for word in words]  # Kubernetes puts variables in place of $(NAME)
-    if job.model.pretrained_model_name_or_path.startswith("black-forest-labs/") and job.hf_token_secret is None and job.kind.name != "slurm":
-        print(f"fluxbatch: {job.model.pretrained_model_name_or_path} is gated, and the hosts get no token: hf_token_secret=… names a secret", file=sys.stderr)
-    spec = {"slurm": slurm, "jobset": jobset, "cronjob": cronjob, "batch": batch, "scheduler": scheduler}[job.kind.name](job, target, words)
+    if (
+        job.model.pretrained_model_name_or_path.startswith("black-forest-labs/")
+        and job.hf_token_secret is None
+        and job.kind.name != "slurm"
+    ):
+        print(
+            f"fluxbatch: {job.model.pretrained_model_name_or_path} is gated, and the hosts get no token: hf_token_secret=… names a secret",
+            file=sys.stderr,
+        )
+    spec = {"slurm": slurm, "jobset": jobset, "cronjob": cronjob, "batch": batch, "scheduler": scheduler}[
+        job.kind.name
+    ](job, target, words)
     print(spec if isinstance(spec, str) else _written(spec, job.kind.name))
     return 0
 
@@ -131,17 +144,25 @@ def _check(job: Launch, target: Target) -> None:
     """UserError where target, mesh, hardware, image and kind do not go together, or something is missing."""
     problems = []
     if job.hardware.platform.name not in ("auto", target.hardware):
-        problems.append(f"hardware={job.hardware.platform.name}: expected {target.hardware}, as target={job.target} has")
+        problems.append(
+            f"hardware={job.hardware.platform.name}: expected {target.hardware}, as target={job.target} has"
+        )
     flavor, kind = FLAVORS[target.hardware], job.kind.name
     tag = (job.image or "").rpartition("/")[2].partition(":")[2]
     if kind != "slurm" and (not job.image or (tag in FLAVORS.values() and tag != flavor)):
         wanted = f"REGION-docker.pkg.dev/PROJECT/fluxbatch/fluxbatch:{flavor}"
-        problems.append(f"image={shown(job.image)}: expected an image for target={job.target}, such as {wanted} (jobs/launch/Dockerfile, FLAVOR={flavor})")
+        problems.append(
+            f"image={shown(job.image)}: expected an image for target={job.target}, such as {wanted} (jobs/launch/Dockerfile, FLAVOR={flavor})"
+        )
     if job.project is None and (kind == "scheduler" or (kind == "batch" and job.hf_token_secret)):
         what = "kind=scheduler" if kind == "scheduler" else "hf_token_secret"
         problems.append(f"project=null: expected the Google Cloud project, which {what} needs")
     if job.hf_token_secret is not None and (kind == "slurm" or not re.fullmatch(r"[\w.-]+", job.hf_token_secret)):
-        wanted = "null, as Slurm's jobs get HF_TOKEN from the environment of sbatch" if kind == "slurm" else "the name of a secret"
+        wanted = (
+            "null, as Slurm's jobs get HF_TOKEN from the environment of sbatch"
+            if kind == "slurm"
+            else "the name of a secret"
+        )
         problems.append(f"hf_token_secret={shown(job.hf_token_secret)}: expected {wanted}")
     for key in ("partition", "account", "sbatch"):
         if (value := getattr(job, key)) is not None and kind != "slurm":
@@ -156,12 +177,16 @@ def _check(job: Launch, target: Target) -> None:
     chips, fixed = target.hosts * target.chips, math.prod(value for value in axes.values() if value > 0)
     grows = any(value == -1 and key.startswith("ici_") for key, value in axes.items())  # a target is one slice
     if chips % fixed or (fixed != chips and not grows):
-        set_ones = {key: value for key, value in axes.items() if value != 1 and (key, value) != ("dcn_data_parallelism", -1)}
+        set_ones = {
+            key: value for key, value in axes.items() if value != 1 and (key, value) != ("dcn_data_parallelism", -1)
+        }
         got = ", ".join(f"{key}={value}" for key, value in set_ones.items()) or "sharding=single"
         way_out = "sharding=ddp (each has its own pictures) or sharding=fsdp (they divide the weights)"
         problems.append(f"{got}: expected all {chips} chips of target={job.target} in use: {way_out}")
     if job.kind.name in ("cronjob", "batch", "scheduler") and target.hosts > 1:
-        problems.append(f"target={job.target}: expected a target of one host, as kind={job.kind.name} has no processes that find each other")
+        problems.append(
+            f"target={job.target}: expected a target of one host, as kind={job.kind.name} has no processes that find each other"
+        )
     if job.kind.name in ("slurm", "batch", "scheduler") and target.hardware == "tpu":
         problems.append(f"target={job.target}: expected a GPU for kind={job.kind.name}")
     for key in ("manifest", "output_dir"):
@@ -244,7 +269,10 @@ exit $code
 def jobset(job: Launch, target: Target, words: list[str]) -> dict[str, Any]:
     """A replicated job for each replica, a pod for each host; whatever can be run again is, replica by replica."""
     name = _name(job)
-    index = {"name": "REPLICA_INDEX", "valueFrom": {"fieldRef": {"fieldPath": "metadata.labels['jobset.sigs.k8s.io/job-index']"}}}
+    index = {
+        "name": "REPLICA_INDEX",
+        "valueFrom": {"fieldRef": {"fieldPath": "metadata.labels['jobset.sigs.k8s.io/job-index']"}},
+    }
     env = [index]
     if target.hosts > 1:
         process = {"fieldRef": {"fieldPath": "metadata.annotations['batch.kubernetes.io/job-completion-index']"}}
@@ -254,7 +282,11 @@ def jobset(job: Launch, target: Target, words: list[str]) -> dict[str, Any]:
             {"name": "JAX_PROCESS_ID", "valueFrom": process},
         ]
     words = ["replica_index=$(REPLICA_INDEX)", f"replica_count={_replicas(job)}", *words]
-    spec = _job_spec(job, target, words, env) | {"parallelism": target.hosts, "completions": target.hosts, "backoffLimit": 10}
+    spec = _job_spec(job, target, words, env) | {
+        "parallelism": target.hosts,
+        "completions": target.hosts,
+        "backoffLimit": 10,
+    }
     metadata: dict[str, Any] = {"name": name}
     if target.topology and target.hosts > 1:  # the pods of a replica belong on one slice
         metadata["annotations"] = {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"}
@@ -263,7 +295,10 @@ def jobset(job: Launch, target: Target, words: list[str]) -> dict[str, Any]:
         "kind": "JobSet",
         "metadata": metadata,
         "spec": {
-            "failurePolicy": {"maxRestarts": 0, "rules": [{"name": "final", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}]},
+            "failurePolicy": {
+                "maxRestarts": 0,
+                "rules": [{"name": "final", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}],
+            },
             "network": {"enableDNSHostnames": True, "subdomain": name},
             "replicatedJobs": [{"name": "replica", "replicas": _replicas(job), "template": {"spec": spec}}],
         },
@@ -287,7 +322,9 @@ def cronjob(job: Launch, target: Target, words: list[str]) -> dict[str, Any]:
 def batch(job: Launch, target: Target, words: list[str]) -> dict[str, Any]:
     """A task group with a task for each replica, whose index and count Batch tells it."""
     count, again = _replicas(job), [UNFORESEEN, *AGAIN, *KILLED, SPOT_TAKEN]
-    runnable: dict[str, Any] = {"container": {"imageUri": _image(job, target), "commands": words, "options": "--ipc=host"}}
+    runnable: dict[str, Any] = {
+        "container": {"imageUri": _image(job, target), "commands": words, "options": "--ipc=host"}
+    }
     if job.hf_token_secret:
         secret = f"projects/{job.project}/secrets/{job.hf_token_secret}/versions/latest"
         runnable["environment"] = {"secretVariables": {"HF_TOKEN": secret}}
@@ -335,14 +372,26 @@ def scheduler(job: Launch, target: Target, words: list[str]) -> dict[str, Any]:
 def _job_spec(job: Launch, target: Target, words: list[str], env: list[dict[str, Any]]) -> dict[str, Any]:
     """What the Kubernetes jobs have in common: a pod fills its host, and its exit code says what follows."""
     resource = {"google.com/tpu": target.chips} if target.hardware == "tpu" else {"nvidia.com/gpu": target.chips}
-    selector = {"cloud.google.com/gke-tpu-accelerator": target.accelerator, "cloud.google.com/gke-tpu-topology": target.topology}
+    selector = {
+        "cloud.google.com/gke-tpu-accelerator": target.accelerator,
+        "cloud.google.com/gke-tpu-topology": target.topology,
+    }
     if target.hardware == "gpu":
         selector = {"cloud.google.com/gke-accelerator": target.accelerator}
     if job.spot:
         selector["cloud.google.com/gke-spot"] = "true"
     if job.hf_token_secret:
-        env = [*env, {"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": {"name": job.hf_token_secret, "key": "HF_TOKEN"}}}]
-    container = {"name": "fluxbatch", "image": _image(job, target), "args": words, "env": env, "resources": {"limits": resource}}
+        env = [
+            *env,
+            {"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": {"name": job.hf_token_secret, "key": "HF_TOKEN"}}},
+        ]
+    container = {
+        "name": "fluxbatch",
+        "image": _image(job, target),
+        "args": words,
+        "env": env,
+        "resources": {"limits": resource},
+    }
     return {
         "completionMode": "Indexed",
         **({"activeDeadlineSeconds": _seconds(job.time_limit)} if job.time_limit else {}),
@@ -378,4 +427,8 @@ def _name(job: Launch) -> str:
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
-    application.main(render, schema=Launch, about="render: a job's launch spec (kind=…, target=…, replica_count=…, then as for fluxbatch.run).")
+    application.main(
+        render,
+        schema=Launch,
+        about="render: a job's launch spec (kind=…, target=…, replica_count=…, then as for fluxbatch.run).",
+    )

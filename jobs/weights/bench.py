@@ -60,7 +60,10 @@ def bytes_read() -> int:
     """Bytes that this process has read: of files by the kernel's own count, over the network by TensorStore's."""
     import tensorstore as ts
 
-    counts = [ts.experimental_collect_matching_metrics(f"/tensorstore/kvstore/{driver}/bytes_read") for driver in ("http", "gcs")]
+    counts = [
+        ts.experimental_collect_matching_metrics(f"/tensorstore/kvstore/{driver}/bytes_read")
+        for driver in ("http", "gcs")
+    ]
     with open("/proc/self/io") as io:
         files = next(int(line.split()[1]) for line in io if line.startswith("rchar"))
     return files + sum(value["value"] for metrics in counts for metric in metrics for value in metric["values"])
@@ -125,7 +128,9 @@ def fluxbatch(path: str, mesh: tuple[int, int], dtype: str) -> tuple[Callable[[]
 
     plan = planned(path)
     devices = make_mesh(mesh)
-    return lambda: jax.block_until_ready(jax.tree.leaves(nnx.state(load.load(plan, devices, dtype), nnx.Param))), plan.nbytes
+    return lambda: jax.block_until_ready(
+        jax.tree.leaves(nnx.state(load.load(plan, devices, dtype), nnx.Param))
+    ), plan.nbytes
 
 
 def measure(args: argparse.Namespace) -> dict[str, object]:
@@ -173,7 +178,9 @@ def compare(places: dict[str, str], rounds: int) -> dict[str, float]:
     return best
 
 
-def in_process(way: str, path: pathlib.Path | str, mesh: str = "1,1", dtype: str = "bfloat16", devices: int = 1, processes: int = 1) -> list[dict]:
+def in_process(
+    way: str, path: pathlib.Path | str, mesh: str = "1,1", dtype: str = "bfloat16", devices: int = 1, processes: int = 1
+) -> list[dict]:
     """The measurements of one load in fresh processes, one for each process of the mesh."""
     from fluxbatch.distributed.replica import hold_port
 
@@ -210,7 +217,9 @@ def converted(file: pathlib.Path) -> pathlib.Path:
     config = FluxConfig.from_json(component.constants(sizes) | sizes)
     transformer = Opened(component, source, config, tensors, table, str(file))
     to = file.parent / "converted"
-    convert.convert(Checkpoint(Flux1(dict.fromkeys(Flux1.components)), {"transformer": transformer}, {}, {}, None), str(to), None)
+    convert.convert(
+        Checkpoint(Flux1(dict.fromkeys(Flux1.components)), {"transformer": transformer}, {}, {}, None), str(to), None
+    )
     return to
 
 

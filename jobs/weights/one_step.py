@@ -1,7 +1,7 @@
 """One denoising step of a full-size FLUX, block by block, and the memory it took.
 
-    python jobs/weights/random_model.py DIR                       # 24 GB
-    python jobs/weights/one_step.py DIR/flux1-random.safetensors
+python jobs/weights/random_model.py DIR                       # 24 GB
+python jobs/weights/one_step.py DIR/flux1-random.safetensors
 """
 
 from __future__ import annotations
@@ -53,16 +53,31 @@ def main() -> None:
     tensors, table, _ = single_files.recognise(component, read_header(source, name))
     sizes = component.sizes(*shapes_of(tensors, table))
     config = FluxConfig.from_json(component.constants(sizes) | sizes)
-    plan = load.plan(lambda rngs: Flux(config, rngs=rngs, attention=attention.by_name("auto", "cpu", "bfloat16")), tensors, table, source)
+    plan = load.plan(
+        lambda rngs: Flux(config, rngs=rngs, attention=attention.by_name("auto", "cpu", "bfloat16")),
+        tensors,
+        table,
+        source,
+    )
     print(f"opened and planned: {plan.nbytes:,} bytes of weights in {time.perf_counter() - start:.1f} s")
 
     mesh = make_mesh((1, 1))
     vae = VaeConfig(config.in_channels // 4, (8, 8, 8, 8), 1, 4, 1.0, 0.0, False, False, False)  # only its scale counts
     networks = {"transformer": StreamedWeights(plan, mesh, "bfloat16", {}), "vae": Nothing()}
     family = Flux1({"transformer": config, "text_encoder": None, "text_encoder_2": None, "vae": vae})
-    pipeline = Pipeline(family, networks, mesh, "bfloat16", family.scheduler(family.published_scheduler(), None, None, None), ProgressObserver())
+    pipeline = Pipeline(
+        family,
+        networks,
+        mesh,
+        "bfloat16",
+        family.scheduler(family.published_scheduler(), None, None, None),
+        ProgressObserver(),
+    )
     rng = np.random.default_rng(0)
-    text, pooled = (rng.standard_normal((1, *shape), np.float32) for shape in ((args.words, config.joint_attention_dim), (config.pooled_projection_dim,)))
+    text, pooled = (
+        rng.standard_normal((1, *shape), np.float32)
+        for shape in ((args.words, config.joint_attention_dim), (config.pooled_projection_dim,))
+    )
     row = Row(0, "0", "", "", 0, args.side, args.side, 1, 3.5)
     for step in range(2):  # the second one compiles nothing
         start = time.perf_counter()

@@ -27,8 +27,20 @@ PROMPTS = [
 
 VARIANTS = {
     # guidance, time shift, non-square patches of text and image
-    "dev": dict(heads=2, head_dim=16, axes=(4, 6, 6), layers=2, single=2, channels=4, guidance=True, dynamic=True, act="quick_gelu"),
-    "schnell": dict(heads=3, head_dim=8, axes=(2, 2, 4), layers=1, single=3, channels=8, guidance=False, dynamic=False, act="gelu"),
+    "dev": dict(
+        heads=2,
+        head_dim=16,
+        axes=(4, 6, 6),
+        layers=2,
+        single=2,
+        channels=4,
+        guidance=True,
+        dynamic=True,
+        act="quick_gelu",
+    ),
+    "schnell": dict(
+        heads=3, head_dim=8, axes=(2, 2, 4), layers=1, single=3, channels=8, guidance=False, dynamic=False, act="gelu"
+    ),
 }
 
 
@@ -56,7 +68,21 @@ def loud(module: torch.nn.Module, std: float, generator: torch.Generator) -> tor
     return module.eval()
 
 
-def pipeline(heads, head_dim, axes, layers, single, channels, guidance, dynamic, act, seed=0, width=32, clip_length=24, vae=(8, 16, 16)) -> FluxPipeline:
+def pipeline(
+    heads,
+    head_dim,
+    axes,
+    layers,
+    single,
+    channels,
+    guidance,
+    dynamic,
+    act,
+    seed=0,
+    width=32,
+    clip_length=24,
+    vae=(8, 16, 16),
+) -> FluxPipeline:
     g = torch.Generator().manual_seed(seed)
     clip_tokenizer, t5_tokenizer = tokenizers(clip_length)
     flux = FluxTransformer2DModel(

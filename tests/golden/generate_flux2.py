@@ -34,7 +34,12 @@ from transformers import (
 HERE = pathlib.Path(__file__).parent
 LENGTH = 96  # of prompts, template and padding included; dev's has a system message of 200
 
-PROMPTS = ["a red apple on blue", "three origami foxes, studio light", "Straße in São Paulo — 東京", "a very long prompt " * 20]
+PROMPTS = [
+    "a red apple on blue",
+    "three origami foxes, studio light",
+    "Straße in São Paulo — 東京",
+    "a very long prompt " * 20,
+]
 
 QWEN_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -48,7 +53,17 @@ MISTRAL_TEMPLATE = (
 
 # Drawn with twice: as a distilled model, and as a base with guidance.
 GOLDEN = dict(
-    seed=6, kind="distilled", heads=2, axes=(2, 2, 2, 2), layers=1, single=2, channels=4, width=16, groups=1, text_heads=2, vae={"sizes": (4, 8, 8)}
+    seed=6,
+    kind="distilled",
+    heads=2,
+    axes=(2, 2, 2, 2),
+    layers=1,
+    single=2,
+    channels=4,
+    width=16,
+    groups=1,
+    text_heads=2,
+    vae={"sizes": (4, 8, 8)},
 )
 VARIANTS = {
     "flux2-klein": dict(kind="distilled", heads=2, axes=(4, 4, 4, 4), layers=1, single=2, channels=4),
@@ -63,7 +78,9 @@ def tokenizer(kind: str, side: str = "right") -> Qwen2Tokenizer:
 
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     pieces = [*bytes_to_unicode().values(), *special]
-    made = Qwen2Tokenizer(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[], model_max_length=2048, padding_side=side)
+    made = Qwen2Tokenizer(
+        vocab={piece: i for i, piece in enumerate(pieces)}, merges=[], model_max_length=2048, padding_side=side
+    )
     if kind == "dev":
         made.add_special_tokens({"bos_token": "<|im_start|>"})
     made.chat_template = MISTRAL_TEMPLATE if kind == "dev" else QWEN_TEMPLATE
@@ -92,13 +109,27 @@ def autoencoder(channels: int, sizes=(8, 16, 16), **options) -> AutoencoderKLFlu
         layers_per_block=1, latent_channels=channels, norm_num_groups=4) | options)  # fmt: skip
 
 
-def encoder(kind: str, vocabulary: int, depth: int, width: int, heads: int, groups: int, head_dim: int) -> torch.nn.Module:
+def encoder(
+    kind: str, vocabulary: int, depth: int, width: int, heads: int, groups: int, head_dim: int
+) -> torch.nn.Module:
     sizes = dict(vocab_size=vocabulary, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=depth, num_attention_heads=heads,
                  num_key_value_heads=groups, head_dim=head_dim, max_position_embeddings=4096)  # fmt: skip
     if kind != "dev":
-        return Qwen3ForCausalLM(Qwen3Config(**sizes, rope_parameters={"rope_type": "default", "rope_theta": 1e6}, tie_word_embeddings=True))
-    sees = PixtralVisionConfig(hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1, image_size=32, patch_size=16, head_dim=8)
-    speaks = MistralConfig(**sizes, rope_parameters={"rope_type": "default", "rope_theta": 1e9}, rms_norm_eps=1e-5, sliding_window=None)
+        return Qwen3ForCausalLM(
+            Qwen3Config(**sizes, rope_parameters={"rope_type": "default", "rope_theta": 1e6}, tie_word_embeddings=True)
+        )
+    sees = PixtralVisionConfig(
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        image_size=32,
+        patch_size=16,
+        head_dim=8,
+    )
+    speaks = MistralConfig(
+        **sizes, rope_parameters={"rope_type": "default", "rope_theta": 1e9}, rms_norm_eps=1e-5, sliding_window=None
+    )
     return Mistral3ForConditionalGeneration(Mistral3Config(text_config=speaks, vision_config=sees))
 
 
@@ -116,7 +147,9 @@ def pipeline(
     with torch.no_grad():  # colours, not black and white, in which errors would hide
         pictures.decoder.conv_out.weight.mul_(0.5)
         for name, p in loud(flux, 0.2, g).named_parameters():
-            if re.search("norm_(added_)?[qk]", name):  # else few words of a prompt among many that are always there go unheard
+            if re.search(
+                "norm_(added_)?[qk]", name
+            ):  # else few words of a prompt among many that are always there go unheard
                 p.mul_(3)
     parts = dict(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=dynamic), vae=pictures,
@@ -129,7 +162,9 @@ def pipeline(
 def picture(width: int, height: int, seed: int, mode: str = "RGB") -> Image.Image:
     """Of smooth colours with some noise."""
     rng = np.random.default_rng(seed)
-    small = Image.fromarray(rng.integers(0, 256, (5, 4, 3), dtype=np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
+    small = Image.fromarray(rng.integers(0, 256, (5, 4, 3), dtype=np.uint8)).resize(
+        (width, height), Image.Resampling.BICUBIC
+    )
     noisy = np.clip(np.asarray(small).astype(int) + rng.integers(-20, 20, (height, width, 3)), 0, 255).astype(np.uint8)
     return Image.fromarray(noisy).convert(mode)
 
@@ -138,7 +173,15 @@ def rows() -> list[dict]:
     """Mixed sizes, steps and guidance; prompts of several lengths and scripts."""
     sizes = [(32, 32), (32, 48), (64, 32), (32, 32)]
     return [
-        {"id": f"g{i}", "prompt": prompt, "seed": 100 + i, "height": h, "width": w, "num_inference_steps": 3 + i, "guidance_scale": 4.0 + i}
+        {
+            "id": f"g{i}",
+            "prompt": prompt,
+            "seed": 100 + i,
+            "height": h,
+            "width": w,
+            "num_inference_steps": 3 + i,
+            "guidance_scale": 4.0 + i,
+        }
         for i, (prompt, (h, w)) in enumerate(zip(PROMPTS, sizes, strict=True))
     ]
 

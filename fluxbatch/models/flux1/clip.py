@@ -56,7 +56,9 @@ class ClipConfig:
         if cfg.hidden_act not in ACTIVATIONS:
             raise ValueError(f"hidden_act {cfg.hidden_act!r}: expected one of {', '.join(ACTIVATIONS)}")
         if not cfg.num_attention_heads or cfg.hidden_size % cfg.num_attention_heads:
-            raise ValueError(f"num_attention_heads {cfg.num_attention_heads}: expected a divisor of hidden_size {cfg.hidden_size}")
+            raise ValueError(
+                f"num_attention_heads {cfg.num_attention_heads}: expected a divisor of hidden_size {cfg.hidden_size}"
+            )
         return cfg
 
 

@@ -148,7 +148,9 @@ class Flux1(Family):
         for kind, expected in (("schnell", False), ("dev", True)):
             if kind in flux_name.split("-") and self.guided != expected:
                 has = "a" if self.guided else "no"
-                return (f"model.flux_name={flux_name}, but the checkpoint has {has} guidance embedding: are the sampler's settings meant for it?",)
+                return (
+                    f"model.flux_name={flux_name}, but the checkpoint has {has} guidance embedding: are the sampler's settings meant for it?",
+                )
         return ()
 
     # Text
@@ -157,9 +159,13 @@ class Flux1(Family):
         clip, t5 = tokenizers["tokenizer"], tokenizers["tokenizer_2"]
         places = self.clip.max_position_embeddings
         length = clip.max_length if clip.here else places
-        if type(length) is not int or not 1 < length <= places:  # beyond them JAX would take the last place again and again
+        if (
+            type(length) is not int or not 1 < length <= places
+        ):  # beyond them JAX would take the last place again and again
             got = f"{length:,}" if type(length) is int else repr(length)
-            raise UserError(f"{clip.folder}: model_max_length is {got}, expected from 2 (start and end) to CLIP's {places} positions")
+            raise UserError(
+                f"{clip.folder}: model_max_length is {got}, expected from 2 (start and end) to CLIP's {places} positions"
+            )
         return TextInput("CLIP", clip, length, "prompt"), TextInput("T5", t5, max_sequence_length, "prompt_2")
 
     def encode(self, encoders: Mapping[str, Any], inputs: Sequence[tuple[jax.Array, ...]], dtype: Any) -> PromptEmbeds:
@@ -168,7 +174,9 @@ class Flux1(Family):
         return PromptEmbeds(encoders["text_encoder_2"](t5_ids, dtype), pooled)
 
     def conditioning_shapes(self, inputs: Sequence[TextInput]) -> PromptEmbeds:
-        return PromptEmbeds((inputs[1].length, self.transformer.joint_attention_dim), (self.transformer.pooled_projection_dim,))
+        return PromptEmbeds(
+            (inputs[1].length, self.transformer.joint_attention_dim), (self.transformer.pooled_projection_dim,)
+        )
 
     def in_steps(self, conditioning: PromptEmbeds) -> PromptEmbeds:
         return PromptEmbeds(conditioning.states, None)
@@ -188,7 +196,9 @@ class Flux1(Family):
 
     def positions(self, conditioning: PromptEmbeds, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
         length = conditioning.states.shape[-2]
-        return rope_table(length, height // self.size_multiple, width // self.size_multiple, self.transformer.axes_dims_rope)
+        return rope_table(
+            length, height // self.size_multiple, width // self.size_multiple, self.transformer.axes_dims_rope
+        )
 
     def unpack(self, latents: jax.Array, height: int, width: int) -> jax.Array:
         return unpack(latents, height // self.vae.scale, width // self.vae.scale)

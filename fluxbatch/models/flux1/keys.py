@@ -8,7 +8,9 @@ from __future__ import annotations
 from fluxbatch.models.key_tables import SWAP_HALVES, Rule, Table, linear, norm
 
 
-def _diffusers_stream(stream: str, q: str, k: str, v: str, norms: tuple[str, str], proj: str, mod: str, ff: str) -> tuple[Rule, ...]:
+def _diffusers_stream(
+    stream: str, q: str, k: str, v: str, norms: tuple[str, str], proj: str, mod: str, ff: str
+) -> tuple[Rule, ...]:
     src, dst = r"transformer_blocks\.(\d+)\.", f"double_blocks[{{0}}].{stream}."
     return (
         *linear(src + rf"{mod}\.linear", dst + "mod"),
@@ -125,5 +127,10 @@ CLIP = Table(
         *norm(_TEXT + "final_layer_norm", "final_norm"),
     ),
     # the other half of a whole CLIP, and buffers of old checkpoints
-    ignored=(r"vision_model\..*", r"(visual|text)_projection\.weight", "logit_scale", _TEXT + r"embeddings\.position_ids"),
+    ignored=(
+        r"vision_model\..*",
+        r"(visual|text)_projection\.weight",
+        "logit_scale",
+        _TEXT + r"embeddings\.position_ids",
+    ),
 )

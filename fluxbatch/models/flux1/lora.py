@@ -48,16 +48,31 @@ def _thirds(pattern: str, target: str) -> tuple[Rule, ...]:
 
 
 XLABS = (
-    *(r for i, s in (("1", "img"), ("2", "txt")) for r in _thirds(_DOUBLE + rf"processor\.qkv_lora{i}", f"double_blocks[{{0}}].{s}.qkv")),
-    *(Rule(_DOUBLE + rf"processor\.proj_lora{i}", f"double_blocks[{{0}}].{s}.proj.kernel") for i, s in (("1", "img"), ("2", "txt"))),
+    *(
+        r
+        for i, s in (("1", "img"), ("2", "txt"))
+        for r in _thirds(_DOUBLE + rf"processor\.qkv_lora{i}", f"double_blocks[{{0}}].{s}.qkv")
+    ),
+    *(
+        Rule(_DOUBLE + rf"processor\.proj_lora{i}", f"double_blocks[{{0}}].{s}.proj.kernel")
+        for i, s in (("1", "img"), ("2", "txt"))
+    ),
     *_thirds(_SINGLE + r"processor\.qkv_lora", "single_blocks[{0}].qkv"),
     Rule(_SINGLE + r"processor\.proj_lora", "single_blocks[{0}].out.kernel"),
 )
 # OneTrainer's newer files: BFL's names, the fused layers apart
 APART = (
-    *(Rule(_DOUBLE + rf"{s}_attn\.qkv\.{i}", f"double_blocks[{{0}}].{s}.qkv.{n}.kernel") for s in ("img", "txt") for i, n in enumerate("qkv")),
-    *(Rule(_SINGLE + rf"linear1\.{i}", f"single_blocks[{{0}}].{n}.kernel") for i, n in enumerate(("qkv.q", "qkv.k", "qkv.v", "mlp_in"))),
+    *(
+        Rule(_DOUBLE + rf"{s}_attn\.qkv\.{i}", f"double_blocks[{{0}}].{s}.qkv.{n}.kernel")
+        for s in ("img", "txt")
+        for i, n in enumerate("qkv")
+    ),
+    *(
+        Rule(_SINGLE + rf"linear1\.{i}", f"single_blocks[{{0}}].{n}.kernel")
+        for i, n in enumerate(("qkv.q", "qkv.k", "qkv.v", "mlp_in"))
+    ),
 )
+
 
 def _diffsynth_stream(half: str, stream: str) -> tuple[Rule, ...]:
     src, dst = r"blocks\.(\d+)\.", f"double_blocks[{{0}}].{stream}."
@@ -92,7 +107,13 @@ DIFFSYNTH = (
 LORA = LoraKeys(
     PREFIXES,
     {
-        "transformer": {"diffusers": keys.FLUX_DIFFUSERS.rules, "BFL": keys.FLUX_BFL.rules, "XLabs": XLABS, "BFL apart": APART, "DiffSynth": DIFFSYNTH},
+        "transformer": {
+            "diffusers": keys.FLUX_DIFFUSERS.rules,
+            "BFL": keys.FLUX_BFL.rules,
+            "XLabs": XLABS,
+            "BFL apart": APART,
+            "DiffSynth": DIFFSYNTH,
+        },
         "text_encoder": {"transformers": keys.CLIP.rules},
         "text_encoder_2": {"transformers": keys.T5.rules},
     },

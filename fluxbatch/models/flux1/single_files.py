@@ -44,11 +44,15 @@ def clip_constants(sizes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def vae_constants(sizes: Mapping[str, Any]) -> dict[str, Any]:
-    return _published(sizes, "latent_channels", 16, dict(norm_num_groups=32, scaling_factor=0.3611, shift_factor=0.1159))
+    return _published(
+        sizes, "latent_channels", 16, dict(norm_num_groups=32, scaling_factor=0.3611, shift_factor=0.1159)
+    )
 
 
 def _published(sizes: Mapping[str, Any], key: str, expected: int, values: dict[str, Any]) -> dict[str, Any]:
     """FLUX.1's published values; ValueError when the sizes are not FLUX.1's, so that they would be a guess."""
     if (got := sizes[key]) != expected:
-        raise ValueError(f"{key} is {got}, FLUX.1's is {expected}: put the model's config.json beside the file, for {', '.join(values)}")
+        raise ValueError(
+            f"{key} is {got}, FLUX.1's is {expected}: put the model's config.json beside the file, for {', '.join(values)}"
+        )
     return values

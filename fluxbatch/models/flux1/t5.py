@@ -47,9 +47,16 @@ class T5Config:
         kind = config.get("feed_forward_proj", "relu")
         if kind != "gated-gelu":
             raise ValueError(f"feed_forward_proj {kind!r}: expected 'gated-gelu' (T5 v1.1)")
-        if (act := config.get("dense_act_fn", "gelu_new")) not in ("gelu_new", "gelu_pytorch_tanh"):  # where it stands, it holds
+        if (act := config.get("dense_act_fn", "gelu_new")) not in (
+            "gelu_new",
+            "gelu_pytorch_tanh",
+        ):  # where it stands, it holds
             raise ValueError(f"dense_act_fn {act!r}: expected 'gelu_new'")
-        defaults = {"relative_attention_num_buckets": 32, "relative_attention_max_distance": 128, "layer_norm_epsilon": 1e-6}
+        defaults = {
+            "relative_attention_num_buckets": 32,
+            "relative_attention_max_distance": 128,
+            "layer_norm_epsilon": 1e-6,
+        }
         return cls(**{f.name: config.get(f.name, defaults.get(f.name)) for f in dataclasses.fields(cls)})
 
 
@@ -102,7 +109,9 @@ class T5Encoder(nnx.Module):
 
     def __call__(self, ids: Array, dtype: Any = jnp.float32) -> Array:
         cfg = self.cfg
-        buckets = relative_buckets(ids.shape[1], cfg.relative_attention_num_buckets, cfg.relative_attention_max_distance)
+        buckets = relative_buckets(
+            ids.shape[1], cfg.relative_attention_num_buckets, cfg.relative_attention_max_distance
+        )
         bias = self.relative_bias[...].astype(jnp.float32)[buckets].transpose(2, 0, 1)
         x = scan(self.blocks, lambda block, x: block(x, bias), self.embed(ids, dtype), self.layout)
         return self.final_norm(x)

@@ -47,7 +47,9 @@ class FluxConfig:
         axes = tuple(config.get("axes_dims_rope", (16, 56, 56)))
         head = config["attention_head_dim"]
         if sum(axes) != head or len(axes) != 3 or any(a % 2 for a in axes):
-            raise ValueError(f"axes_dims_rope {list(axes)}: expected three even sizes that add up to attention_head_dim {head}")
+            raise ValueError(
+                f"axes_dims_rope {list(axes)}: expected three even sizes that add up to attention_head_dim {head}"
+            )
         if config.get("patch_size", 1) != 1:
             raise ValueError(f"patch_size {config['patch_size']}: expected 1")
         defaults = {"guidance_embeds": False}
@@ -176,7 +178,9 @@ class Flux(nnx.Module):
         self.final_mod = Linear(d, 2 * d, ("mlp", "embed"), rngs=rngs)  # shift, then scale, as BFL has it
         self.final_out = Linear(d, cfg.out_channels, (None, "embed"), rngs=rngs)
 
-    def __call__(self, img: Array, txt: Array, pooled: Array, t: Array, guidance: Array, rope: tuple[Array, Array]) -> Array:
+    def __call__(
+        self, img: Array, txt: Array, pooled: Array, t: Array, guidance: Array, rope: tuple[Array, Array]
+    ) -> Array:
         """img ``[B, L, C]``, txt ``[B, T, joint_attention_dim]``, pooled ``[B, P]``, t and guidance
         ``[B]`` (guidance is read only if the model was distilled with it), rope from ``rope_table``."""
         vec = self._vector(pooled, t[:, None], guidance, img.dtype)
@@ -208,9 +212,17 @@ class Flux(nnx.Module):
             return jax.tree.map(lambda x: x.swapaxes(0, 1), mods)
 
         x = self._embed_image(img), txt
-        x = scan(self.double_blocks, lambda block, x, mods: block(x, mods, rope, self), x, self.layout, by_layer((mod.img, mod.txt)))
+        x = scan(
+            self.double_blocks,
+            lambda block, x, mods: block(x, mods, rope, self),
+            x,
+            self.layout,
+            by_layer((mod.img, mod.txt)),
+        )
         both = self.layout.join(x[::-1], 1, "tokens")
-        both = scan(self.single_blocks, lambda block, x, mod: block(x, mod, rope, self), both, self.layout, by_layer(mod.single))
+        both = scan(
+            self.single_blocks, lambda block, x, mod: block(x, mod, rope, self), both, self.layout, by_layer(mod.single)
+        )
         return self._velocity_of(self.layout.split(both, sizes, 1, "tokens")[1], mod.final)
 
     # The same for blocks that come one at a time: StreamedDenoiser
@@ -220,7 +232,10 @@ class Flux(nnx.Module):
         bare = dataclasses.replace(cfg, num_layers=0, num_single_layers=0)
         return StreamParts(
             blocks=(("double_blocks", cfg.num_layers), ("single_blocks", cfg.num_single_layers)),
-            step_layers={"double_blocks": ("double_blocks.img.mod", "double_blocks.txt.mod"), "single_blocks": ("single_blocks.mod",)},
+            step_layers={
+                "double_blocks": ("double_blocks.img.mod", "double_blocks.txt.mod"),
+                "single_blocks": ("single_blocks.mod",),
+            },
             makers={
                 "double_blocks.img.mod": lambda rngs: DoubleBlock(cfg, rngs=rngs).img.mod,
                 "double_blocks.txt.mod": lambda rngs: DoubleBlock(cfg, rngs=rngs).txt.mod,

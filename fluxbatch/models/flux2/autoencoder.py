@@ -43,7 +43,9 @@ class Flux2VaeConfig:
         encoder = tuple(config["block_out_channels"])
         decoder = tuple(config.get("decoder_block_out_channels") or encoder)
         if len(decoder) != len(encoder):
-            raise ValueError(f"decoder_block_out_channels {list(decoder)}: expected as many as block_out_channels {list(encoder)}")
+            raise ValueError(
+                f"decoder_block_out_channels {list(decoder)}: expected as many as block_out_channels {list(encoder)}"
+            )
         cfg = cls(**fields | {"block_out_channels": encoder, "decoder_block_out_channels": decoder})
         plain = {key: config[key] for key in ("up_block_types", "down_block_types", "act_fn") if key in config}
         for sizes in (encoder, decoder):

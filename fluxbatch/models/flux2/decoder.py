@@ -44,7 +44,10 @@ class DecoderConfig:
         if config.get("attention_bias"):
             raise ValueError("attention_bias true: expected false")
         # transformers 5 writes rope_parameters, 4 rope_theta and rope_scaling
-        rope = config.get("rope_parameters") or {**(config.get("rope_scaling") or {}), "rope_theta": config.get("rope_theta")}
+        rope = config.get("rope_parameters") or {
+            **(config.get("rope_scaling") or {}),
+            "rope_theta": config.get("rope_theta"),
+        }
         if (kind := rope.get("rope_type", rope.get("type", "default"))) != "default":
             raise ValueError(f"rope_type {kind!r}: expected 'default'")
         fields = {f.name: config.get(f.name, defaults.get(f.name)) for f in dataclasses.fields(cls)}
@@ -52,9 +55,14 @@ class DecoderConfig:
         fields["num_key_value_heads"] = fields["num_key_value_heads"] or heads
         fields["head_dim"] = fields["head_dim"] or (fields["hidden_size"] // heads if heads else None)
         theta = rope.get("rope_theta")
-        fields |= {"rope_theta": float(defaults["rope_theta"] if theta is None else theta), "sliding_window": fields["sliding_window"] or 0}
+        fields |= {
+            "rope_theta": float(defaults["rope_theta"] if theta is None else theta),
+            "sliding_window": fields["sliding_window"] or 0,
+        }
         if heads and heads % fields["num_key_value_heads"]:
-            raise ValueError(f"num_key_value_heads {fields['num_key_value_heads']}: expected a divisor of num_attention_heads {heads}")
+            raise ValueError(
+                f"num_key_value_heads {fields['num_key_value_heads']}: expected a divisor of num_attention_heads {heads}"
+            )
         return cls(**fields)
 
 
@@ -90,7 +98,10 @@ class Block(nnx.Module):
     def __call__(self, x: Array, seen: Array, rope: tuple[Array, Array]) -> Array:
         """``seen`` ``[B, 1, T, T]``: which keys a query attends to; one that sees none gets nothing."""
         y = self.norm1(x)
-        q, k, v = (layer.to_heads(y, heads) for layer, heads in ((self.q, self.heads), (self.k, self.groups), (self.v, self.groups)))
+        q, k, v = (
+            layer.to_heads(y, heads)
+            for layer, heads in ((self.q, self.heads), (self.k, self.groups), (self.v, self.groups))
+        )
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
         k, v = (jnp.repeat(part, self.heads // self.groups, axis=1) for part in (rotate(k, rope), v))
@@ -106,9 +117,21 @@ class Decoder(nnx.Module):
     ``layers``: after how many blocks, ascending. Later blocks and the final norm are not there. Positions count padding.
     """
 
-    def __init__(self, cfg: DecoderConfig, layers: tuple[int, ...], qk_norm: bool, *, rngs: nnx.Rngs | None, layout: Layout = Layout()):
-        if cfg.num_hidden_layers <= max(layers):  # of the last one transformers gives the state only after the final norm
-            raise ValueError(f"num_hidden_layers {cfg.num_hidden_layers}: expected more than {max(layers)}, the last layer that is read")
+    def __init__(
+        self,
+        cfg: DecoderConfig,
+        layers: tuple[int, ...],
+        qk_norm: bool,
+        *,
+        rngs: nnx.Rngs | None,
+        layout: Layout = Layout(),
+    ):
+        if cfg.num_hidden_layers <= max(
+            layers
+        ):  # of the last one transformers gives the state only after the final norm
+            raise ValueError(
+                f"num_hidden_layers {cfg.num_hidden_layers}: expected more than {max(layers)}, the last layer that is read"
+            )
         self.cfg, self.layers, self.layout = cfg, layers, layout
         self.embed = Embedding(cfg.vocab_size, cfg.hidden_size, rngs=rngs)
         self.blocks = stack(max(layers), lambda r: Block(cfg, qk_norm, rngs=r), rngs)

@@ -24,5 +24,7 @@ class MistralConfig(DecoderConfig):
 
 
 class MistralEncoder(Decoder):
-    def __init__(self, cfg: MistralConfig, *, rngs: nnx.Rngs | None, layers: tuple[int, ...] = LAYERS, layout: Layout = Layout()):
+    def __init__(
+        self, cfg: MistralConfig, *, rngs: nnx.Rngs | None, layers: tuple[int, ...] = LAYERS, layout: Layout = Layout()
+    ):
         super().__init__(cfg, layers, False, rngs=rngs, layout=layout)

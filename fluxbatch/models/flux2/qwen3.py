@@ -28,5 +28,7 @@ class Qwen3Config(DecoderConfig):
 
 
 class Qwen3Encoder(Decoder):
-    def __init__(self, cfg: Qwen3Config, *, rngs: nnx.Rngs | None, layers: tuple[int, ...] = LAYERS, layout: Layout = Layout()):
+    def __init__(
+        self, cfg: Qwen3Config, *, rngs: nnx.Rngs | None, layers: tuple[int, ...] = LAYERS, layout: Layout = Layout()
+    ):
         super().__init__(cfg, layers, True, rngs=rngs, layout=layout)
