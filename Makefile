@@ -23,6 +23,7 @@ test: $(VENV)/.test
 # What pyproject.toml asks of the sources; pre-commit runs it too
 lint: $(VENV)/.lint
 	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy
 
 parity: $(VENV)/.parity

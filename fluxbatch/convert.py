@@ -28,7 +28,8 @@ def convert(job: Convert) -> int:
 
     if adapters := specs(job):
         raise UserError(
-            f"{adapters[0].key}: {adapters[0].path!r}: expected no adapter: a copy is of the checkpoint alone, and is used with any adapter"
+            f"{adapters[0].key}: {adapters[0].path!r}: expected no adapter: a copy is of the checkpoint alone, and "
+            "is used with any adapter"
         )
     to = at_home("to", job.to)
     if not to.strip() or "\0" in to or re.match(r"(?!gs://[^/]|file://)\w+://", to):

@@ -1,6 +1,7 @@
 """``python -m fluxbatch.keys [WORD …]``: what each key does, and its default.
 
-With words: of the keys that have one of them in name or text. ``--markdown``: all of them, as jobs/docs/keys.md has them.
+With words: of the keys that have one of them in name or text. ``--markdown``: all of them, as jobs/docs/keys.md has
+them.
 """
 
 from __future__ import annotations

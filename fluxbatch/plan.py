@@ -1,7 +1,7 @@
 """``python -m fluxbatch.plan``: what a run with the same command line would do, need and cost; draws nothing.
 
-Reads the manifest, the records of what is done and the checkpoint's headers, no weights, and needs no accelerator: ``target`` names the machine.
-Nor does it fetch a checkpoint whose sizes come with the package.
+Reads the manifest, the records of what is done and the checkpoint's headers, no weights, and needs no accelerator:
+``target`` names the machine. Nor does it fetch a checkpoint whose sizes come with the package.
 """
 
 from __future__ import annotations
@@ -79,7 +79,8 @@ def _todo(job: PlanJob, spec: ModelSpec, rows: Sequence[Row]) -> Sequence[Row]:
             facts["model_digest"] = own["model_digest"] = there.get("model_digest")
         if changed := difference(there, facts):
             print(
-                f"fluxbatch: every row is planned, as {store.url} holds a job with another configuration: {'; '.join(changed)}",
+                f"fluxbatch: every row is planned, as {store.url} holds a job with another configuration: "
+                f"{'; '.join(changed)}",
                 file=sys.stderr,
             )
             return rows
@@ -110,7 +111,8 @@ def _ahead(job: PlanJob, target: Target) -> bool:
         raise UserError(f"aot=true, target={job.target}: libtpu is not installed: pip install 'fluxbatch[tpu]'")
     if job.aot and job.hardware.stream_blocks:
         raise UserError(
-            "aot=true, hardware.stream_blocks=true: expected one of them, as streamed blocks are small programs of their own"
+            "aot=true, hardware.stream_blocks=true: expected one of them, as streamed blocks are small programs of "
+            "their own"
         )
     return job.aot
 

@@ -152,8 +152,13 @@ def _anew() -> list[str]:
     words = HydraConfig.get().overrides.task
     keys = [override.key_or_group for override in OverridesParser.create().parse_overrides(list(words))]
     if wrong := [word for word, key in zip(words, keys, strict=True) if not ANEW.fullmatch(key)]:
-        raise UserError(*(f"{shown(word)}: decides the picture, which is replayed as it was recorded; expected where things are "
-                          "(pretrained_model_name_or_path=…, jax_cache_dir=…), hardware=… or sharding=…" for word in wrong))  # fmt: skip
+        raise UserError(
+            *(
+                f"{shown(word)}: decides the picture, which is replayed as it was recorded; expected where things are "
+                "(pretrained_model_name_or_path=…, jax_cache_dir=…), hardware=… or sharding=…"
+                for word in wrong
+            )
+        )
     return keys
 
 

@@ -14,7 +14,8 @@ from fluxbatch.generation.kept import KeptPipeline
 
 
 def run(job: Job, kept: KeptPipeline | None = None) -> int:
-    """Generate the images that the job still lacks; return the exit code. ``kept``: the weights of the sweep's last job."""
+    """Generate the images that the job still lacks; return the exit code. ``kept``: the weights of the sweep's last
+    job."""
     from fluxbatch.session.session import open_session  # not above: --help and --cfg must not wait for JAX
 
     with open_session(job, kept) as session:  # 1. whatever can be wrong, before a weight is read

@@ -84,7 +84,8 @@ def _report(store: Store, repair: bool) -> Findings:
         log = Log(store, RECORDS, f"repair-{secrets.token_hex(4)}")
         if not log.names():
             raise UserError(
-                f"{join(store.url, RECORDS)}: not there, so repair=true has no records to forget; expected it to be copied along"
+                f"{join(store.url, RECORDS)}: not there, so repair=true has no records to forget; expected it to be "
+                "copied along"
             )
         with store.hold(LOCK, shared=False):  # a start at work would write the records of its shard again
             remove(store, log, lambda record: record["file_name"] in bad)

@@ -30,7 +30,8 @@ ENCODERS = {
 
 
 def opened(folder: Path | str, module, config, table, stem: str, dtype=np.float32) -> nnx.Module:
-    """The weights of a folder in our model: through files, tables and TensorStore. ``table``: or what makes it of the tensors."""
+    """The weights of a folder in our model: through files, tables and TensorStore. ``table``: or what makes it of the
+    tensors."""
     source = Source(str(folder))
     cfg, tensors = config.from_json(source.json("config.json")), read_headers(source, (stem,))
     table = table(tensors) if callable(table) else table
@@ -73,11 +74,16 @@ class Pipeline:
             folder / "transformer", transformer.Flux2, transformer.Flux2Config, transformer_table, stem, dtype
         )
         return cls(
-            flux, opened(folder / "text_encoder", module, config, table, "model", dtype),
-            half(module=autoencoder.Decoder, table=keys.VAE_DECODER_DIFFUSERS), half(module=autoencoder.Encoder, table=keys.VAE_ENCODER_DIFFUSERS),
-            text.ChatTokenizer(str(folder / "tokenizer"), chat), Flux2Schedule.of(Source(str(folder / "scheduler")).json("scheduler_config.json")),
+            flux,
+            opened(folder / "text_encoder", module, config, table, "model", dtype),
+            half(module=autoencoder.Decoder, table=keys.VAE_DECODER_DIFFUSERS),
+            half(module=autoencoder.Encoder, table=keys.VAE_ENCODER_DIFFUSERS),
+            text.ChatTokenizer(str(folder / "tokenizer"), chat),
+            Flux2Schedule.of(Source(str(folder / "scheduler")).json("scheduler_config.json")),
             autoencoder.Flux2VaeConfig.from_json(Source(str(vae)).json("config.json")),
-            index["_class_name"] == "Flux2KleinPipeline" and not index.get("is_distilled"), dtype)  # fmt: skip
+            index["_class_name"] == "Flux2KleinPipeline" and not index.get("is_distilled"),
+            dtype,
+        )
 
     def encode(self, prompt: str, length: int) -> jax.Array:
         ids, mask = self.tokenizer([prompt], length)

@@ -77,13 +77,25 @@ def cluster(folder: pathlib.Path) -> Iterator[dict[str, str]]:
             process = subprocess.Popen([*map(str, words)], env=env, stdout=log, stderr=log)
             daemons.callback(_stop, process)
 
-        start("munged", _find("munged"), "--foreground", "--force", f"--key-file={folder / 'key'}", f"--socket={folder / 'munge.socket'}",
-              f"--pid-file={folder / 'munged.pid'}", f"--log-file={folder / 'munged.own.log'}", f"--seed-file={folder / 'seed'}")  # fmt: skip
+        start(
+            "munged",
+            _find("munged"),
+            "--foreground",
+            "--force",
+            f"--key-file={folder / 'key'}",
+            f"--socket={folder / 'munge.socket'}",
+            f"--pid-file={folder / 'munged.pid'}",
+            f"--log-file={folder / 'munged.own.log'}",
+            f"--seed-file={folder / 'seed'}",
+        )
         _wait(lambda: (folder / "munge.socket").exists(), folder)
         start("slurmctld", _find("slurmctld"), "-D", "-i", "-f", folder / "slurm.conf")
         for node in NODES:
             (folder / node).mkdir()
-            script = f"mount --bind {folder / 'hosts'} /etc/hosts && exec {_find('slurmd')} -D -N {node} -f {folder / 'slurm.conf'}"
+            script = (
+                f"mount --bind {folder / 'hosts'} /etc/hosts && exec {_find('slurmd')} -D -N {node} -f "
+                f"{folder / 'slurm.conf'}"
+            )
             start(node, "unshare", "-m", "sh", "-c", script)
         _wait(lambda: _out(env, "sinfo", "-h", "-o", "%T", "-p", "low").split() == ["idle"], folder)
         yield env

@@ -155,7 +155,10 @@ def test_torch_is_never_imported_nor_what_only_tests_and_training_have(graph):
 def test_what_runs_before_jax_starts_does_not_import_it():
     quick = ("types", "config", "storage", "manifest", "results")
     names = [module for module in MODULES if package_of(module) in quick] + ["fluxbatch.shards.batching"]
-    script = f"import importlib, sys\nfor name in {names!r}:\n    importlib.import_module(name)\n    assert 'jax' not in sys.modules, name"
+    script = (
+        f"import importlib, sys\nfor name in {names!r}:\n    importlib.import_module(name)\n    assert 'jax' not in "
+        "sys.modules, name"
+    )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
 

@@ -469,8 +469,16 @@ WRONG = [
     ("manifest=rows.jsonl", "prompt=x", "manifest=rows.jsonl"),
     ("flash_block_sizes={block_p: 1}", "hardware.flash_block_sizes.block_p=1", "block_q"),
     ("flash_block_sizes={block_q: 0}", "hardware.flash_block_sizes.block_q=0", "a multiple of 128"),
-    ("flash_block_sizes={block_kv_compute: 200}", "hardware.flash_block_sizes.block_kv_compute=200", "a multiple of 128"),
-    ("flash_block_sizes={block_kv: 256, block_kv_compute: 384}", "hardware.flash_block_sizes.block_kv=256", "a multiple of block_kv_compute=384"),
+    (
+        "flash_block_sizes={block_kv_compute: 200}",
+        "hardware.flash_block_sizes.block_kv_compute=200",
+        "a multiple of 128",
+    ),
+    (
+        "flash_block_sizes={block_kv: 256, block_kv_compute: 384}",
+        "hardware.flash_block_sizes.block_kv=256",
+        "a multiple of block_kv_compute=384",
+    ),
     ("xla_flags=[fast]", "hardware.xla_flags=fast", "--name=value"),
     ("xla_flags=${seed}", "hardware.xla_flags=0", "a list"),
     ("flash_block_sizes=${seed}", "hardware.flash_block_sizes=0", "{name: a whole number"),
@@ -491,7 +499,7 @@ WRONG = [
     ("sampler=1", "sampler=1", "expected one of dev"),
     ("lora=[outline,outlin]", "lora=outlin", "did you mean outline?"),
     ("adapter_name=[a,b]", "lora_config.lora_model_name_or_path", "equal length"),
-]  # fmt: skip
+]
 
 
 def test_usual_names_lead_to_keys_that_are_there():
@@ -666,8 +674,11 @@ def test_a_closed_output_is_no_mistake(printing):
 @pytest.mark.parametrize("closed", [(2,), (0, 2), (1, 2), (0, 1, 2)], ids=str)
 def test_closed_streams_can_be_written_to_and_no_file_gets_their_numbers(tmp_path, closed):
     entry = tmp_path / "opening.py"
-    entry.write_text("import os, sys\nfrom fluxbatch.config import application as cli\ndef task(job):\n    sys.stderr.write('a bar')\n    return os.open(os.devnull, os.O_RDONLY)\n"
-                     "cli.main(task)\n")  # fmt: skip
+    entry.write_text(
+        "import os, sys\nfrom fluxbatch.config import application as cli\ndef task(job):\n    sys.stderr.write('a "
+        "bar')\n    return os.open(os.devnull, os.O_RDONLY)\n"
+        "cli.main(task)\n"
+    )
     closing = ["/bin/sh", "-c", f'exec "$@" {" ".join(f"{number}>&-" for number in closed)}', "sh"]
     root = str(Path(schema.__file__).parents[2])
     assert subprocess.run([*closing, sys.executable, entry, "prompt=x"], env={"PYTHONPATH": root}).returncode == 3

@@ -73,8 +73,19 @@ def test_conversion_to_another_dtype_is_another_model(golden, tmp_path):
     assert_equal(parameters(golden / "dev", **only), parameters(tmp_path / "out", **only))
 
 
-@pytest.mark.parametrize("shape,stacked", [((19, 12288, 3072), True), ((38, 3072, 15360), True), ((32128, 4096), False), ((19, 3072), True),
-                                           ((512, 512, 3, 3), False), ((3072, 64), False), ((7,), False), ((2, 321, 4096), True)])  # fmt: skip
+@pytest.mark.parametrize(
+    "shape,stacked",
+    [
+        ((19, 12288, 3072), True),
+        ((38, 3072, 15360), True),
+        ((32128, 4096), False),
+        ((19, 3072), True),
+        ((512, 512, 3, 3), False),
+        ((3072, 64), False),
+        ((7,), False),
+        ((2, 321, 4096), True),
+    ],
+)
 def test_chunks_divide_the_shards(shape, stacked):
     file, chunk = zarr.grid(shape, stacked, 2)
     assert all(f % c == 0 for f, c in zip(file, chunk, strict=True))
@@ -94,7 +105,16 @@ def test_a_whole_json_of_shapes(golden, tmp_path):
     for name, plan in plans(golden / "dev").items():
         assert marker["components"][name].keys() == plan.pieces.keys()
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
-        zarr.MARKER, "model_index.json", "scheduler", "tokenizer", "tokenizer_2", "transformer", "vae", "text_encoder", "text_encoder_2"}  # fmt: skip
+        zarr.MARKER,
+        "model_index.json",
+        "scheduler",
+        "tokenizer",
+        "tokenizer_2",
+        "transformer",
+        "vae",
+        "text_encoder",
+        "text_encoder_2",
+    }
 
 
 def test_the_command(golden, tmp_path, monkeypatch, capsys):

@@ -40,10 +40,20 @@ def start(folder, name, batch=BATCH, devices=1, output_dir=None, env=None, **mor
     from conftest import GOLDEN
 
     flags = {
-        "pretrained_model_name_or_path": GOLDEN / "schnell", "max_sequence_length": 24, "resolution": 16, "hardware": "cpu",
-        "manifest": folder / "rows.jsonl", "output_dir": output_dir or folder, "run_name": name, "per_device_batch_size": batch,
-        "jax_cache_dir": folder / "xla", "text_cache_dir": "null", "sharding": "ddp" if devices > 1 else "single", "shard_size": 48, "output.gallery": "false",
-    } | more  # fmt: skip
+        "pretrained_model_name_or_path": GOLDEN / "schnell",
+        "max_sequence_length": 24,
+        "resolution": 16,
+        "hardware": "cpu",
+        "manifest": folder / "rows.jsonl",
+        "output_dir": output_dir or folder,
+        "run_name": name,
+        "per_device_batch_size": batch,
+        "jax_cache_dir": folder / "xla",
+        "text_cache_dir": "null",
+        "sharding": "ddp" if devices > 1 else "single",
+        "shard_size": 48,
+        "output.gallery": "false",
+    } | more
     environment = os.environ | {"XLA_FLAGS": xla_flags(devices)} | (env or {})
     command = [sys.executable, "-m", "fluxbatch.run", *(f"{k}={v}" for k, v in flags.items())]
     return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

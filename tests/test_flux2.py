@@ -39,20 +39,63 @@ COMMON = dict(
     in_channels=128, attention_head_dim=128, axes_dims_rope=[32, 32, 32, 32], mlp_ratio=3.0, rope_theta=2000, eps=1e-6
 )
 ENCODERS = {
-    "klein-4b": dict(vocab_size=151936, hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32,
-                     num_key_value_heads=8, head_dim=128, rope_theta=1000000, rms_norm_eps=1e-6),
-    "klein-9b": dict(vocab_size=151936, hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32,
-                     num_key_value_heads=8, head_dim=128, rope_theta=1000000, rms_norm_eps=1e-6),
-    "dev": dict(vocab_size=131072, hidden_size=5120, intermediate_size=32768, num_hidden_layers=40, num_attention_heads=32,
-                num_key_value_heads=8, head_dim=128, rope_theta=1000000000.0, rms_norm_eps=1e-5),
-}  # fmt: skip
+    "klein-4b": dict(
+        vocab_size=151936,
+        hidden_size=2560,
+        intermediate_size=9728,
+        num_hidden_layers=36,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        rope_theta=1000000,
+        rms_norm_eps=1e-6,
+    ),
+    "klein-9b": dict(
+        vocab_size=151936,
+        hidden_size=4096,
+        intermediate_size=12288,
+        num_hidden_layers=36,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        rope_theta=1000000,
+        rms_norm_eps=1e-6,
+    ),
+    "dev": dict(
+        vocab_size=131072,
+        hidden_size=5120,
+        intermediate_size=32768,
+        num_hidden_layers=40,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        rope_theta=1000000000.0,
+        rms_norm_eps=1e-5,
+    ),
+}
 # Parameters of the published transformers: 3.88, 9.08 and 32.2 billion.
 COUNTS = {"klein-4b": 3_875_544_576, "klein-9b": 9_078_581_248, "dev": 32_223_281_152}
-VAE = dict(block_out_channels=[128, 256, 512, 512], layers_per_block=2, latent_channels=32, norm_num_groups=32, batch_norm_eps=1e-4,
-           down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4)  # fmt: skip
-TINY = transformer.Flux2Config.from_json(dict(
-    in_channels=16, num_layers=2, num_single_layers=3, num_attention_heads=4, attention_head_dim=16, joint_attention_dim=24,
-    guidance_embeds=True, axes_dims_rope=(4, 4, 4, 4)))  # fmt: skip
+VAE = dict(
+    block_out_channels=[128, 256, 512, 512],
+    layers_per_block=2,
+    latent_channels=32,
+    norm_num_groups=32,
+    batch_norm_eps=1e-4,
+    down_block_types=["DownEncoderBlock2D"] * 4,
+    up_block_types=["UpDecoderBlock2D"] * 4,
+)
+TINY = transformer.Flux2Config.from_json(
+    dict(
+        in_channels=16,
+        num_layers=2,
+        num_single_layers=3,
+        num_attention_heads=4,
+        attention_head_dim=16,
+        joint_attention_dim=24,
+        guidance_embeds=True,
+        axes_dims_rope=(4, 4, 4, 4),
+    )
+)
 
 
 @pytest.fixture(scope="module")
@@ -200,8 +243,13 @@ def test_transformer_of_bfl(name):
     assert sum(x.size for x in jax.tree.leaves(plan.state)) == COUNTS[name]
 
 
-@pytest.mark.parametrize("old,new", [("double_blocks.3.txt_mlp.0.weight", "double_blocks.3.txt_mlp.1.weight"),
-                                     ("single_stream_modulation.lin.weight", "single_stream_modulation.linear.weight")])  # fmt: skip
+@pytest.mark.parametrize(
+    "old,new",
+    [
+        ("double_blocks.3.txt_mlp.0.weight", "double_blocks.3.txt_mlp.1.weight"),
+        ("single_stream_modulation.lin.weight", "single_stream_modulation.linear.weight"),
+    ],
+)
 def test_a_renamed_key_is_named(old, new):
     found = bfl_transformer("klein-4b")
     found[new] = dataclasses.replace(found.pop(old), name=new)
@@ -226,14 +274,31 @@ def language_model(config, prefix, norms, depth):
     return tensors(own)
 
 
-@pytest.mark.parametrize("name,prefix,beside", [
-    ("klein-4b", "model.", {}), ("klein-9b", "", {"lm_head.weight": (151936, 4096)}),
-    ("dev", "language_model.model.", {"language_model.lm_head.weight": (9, 9), "vision_tower.ln_pre.weight": (9,), "multi_modal_projector.norm.weight": (9,)}),
-    ("dev", "model.language_model.", {"lm_head.weight": (9, 9), "model.vision_tower.ln_pre.weight": (9,)}), ("dev", "model.", {"tekken_model": (9,)})])  # fmt: skip
+@pytest.mark.parametrize(
+    "name,prefix,beside",
+    [
+        ("klein-4b", "model.", {}),
+        ("klein-9b", "", {"lm_head.weight": (151936, 4096)}),
+        (
+            "dev",
+            "language_model.model.",
+            {
+                "language_model.lm_head.weight": (9, 9),
+                "vision_tower.ln_pre.weight": (9,),
+                "multi_modal_projector.norm.weight": (9,),
+            },
+        ),
+        ("dev", "model.language_model.", {"lm_head.weight": (9, 9), "model.vision_tower.ln_pre.weight": (9,)}),
+        ("dev", "model.", {"tekken_model": (9,)}),
+    ],
+)
 def test_text_encoder_names(name, prefix, beside):
     """Layers behind the last one that is read are neither built nor read."""
-    module, config, table, norms = (mistral.MistralEncoder, mistral.MistralConfig, keys.MISTRAL, ()) if name == "dev" else (
-        qwen3.Qwen3Encoder, qwen3.Qwen3Config, keys.QWEN3, ("q_norm", "k_norm"))  # fmt: skip
+    module, config, table, norms = (
+        (mistral.MistralEncoder, mistral.MistralConfig, keys.MISTRAL, ())
+        if name == "dev"
+        else (qwen3.Qwen3Encoder, qwen3.Qwen3Config, keys.QWEN3, ("q_norm", "k_norm"))
+    )
     found = language_model(ENCODERS[name], prefix, norms, ENCODERS[name]["num_hidden_layers"]) | tensors(beside)
     cfg = config.from_json(ENCODERS[name])
     given = sizes(found, table, keys.decoder_sizes)
@@ -312,7 +377,10 @@ def test_what_a_plan_knows(name, kind, distilled):
     assert parts["vae"].config == autoencoder.Flux2VaeConfig.from_json(VAE)
     whole = agreed(family, parts, known.get("index", {}))
     assert (whole.cfg, whole.guided, whole.index()) == (
-        distilled is False, distilled is not True, {} if distilled is None else {"is_distilled": distilled})  # fmt: skip
+        distilled is False,
+        distilled is not True,
+        {} if distilled is None else {"is_distilled": distilled},
+    )
     assert whole.scheduler(known["scheduler"], None, None, None) == Flux2Schedule(True, 3.0)
 
 
@@ -332,9 +400,18 @@ def test_shift_jumps():
 
 def test_cost_is_the_compilers():
     """Products that XLA counts in the compiled programs, within what is linear in tokens."""
-    cfg = transformer.Flux2Config.from_json(dict(
-        in_channels=64, num_layers=1, num_single_layers=1, num_attention_heads=2, attention_head_dim=64, joint_attention_dim=192,
-        guidance_embeds=False, axes_dims_rope=(16, 16, 16, 16)))  # fmt: skip
+    cfg = transformer.Flux2Config.from_json(
+        dict(
+            in_channels=64,
+            num_layers=1,
+            num_single_layers=1,
+            num_attention_heads=2,
+            attention_head_dim=64,
+            joint_attention_dim=192,
+            guidance_embeds=False,
+            axes_dims_rope=(16, 16, 16, 16),
+        )
+    )
     flux = nnx.split(transformer.Flux2(cfg, rngs=None))
     spec = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)  # noqa: E731
     rope = transformer.rope_table(cfg, 64, 16, 16, ((8, 8),))
@@ -342,16 +419,31 @@ def test_cost_is_the_compilers():
     compiled = run.lower(flux[1], spec(1, 256, 64), spec(1, 64, 192), spec(1), spec(1), spec(1, 64, 64)).compile()
     counted = compiled.cost_analysis()["flops"]
     assert cost.step(cfg, 256, 64, 64) == pytest.approx(counted, rel=0.1)
-    words = qwen3.Qwen3Config.from_json(dict(vocab_size=50, hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
-                                             num_key_value_heads=2, head_dim=32))  # fmt: skip
+    words = qwen3.Qwen3Config.from_json(
+        dict(
+            vocab_size=50,
+            hidden_size=128,
+            intermediate_size=256,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=32,
+        )
+    )
     encoder = nnx.split(qwen3.Qwen3Encoder(words, rngs=None, layers=(1, 2, 3)))
     ids = jax.ShapeDtypeStruct((1, 128), jnp.int32)
     lowered = jax.jit(lambda s, i: nnx.merge(encoder[0], s)(i, i)).lower(encoder[1], ids)
     assert cost.encode(words, (1,), 128) == pytest.approx(lowered.compile().cost_analysis()["flops"], rel=0.2)
 
 
-@pytest.mark.parametrize("change,message", [
-    (dict(axes_dims_rope=[64, 64]), "axes_dims_rope"), (dict(patch_size=2), "patch_size 2: expected 1"), (dict(eps=1e-5), "eps 1e-05: expected 1e-06")])  # fmt: skip
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        (dict(axes_dims_rope=[64, 64]), "axes_dims_rope"),
+        (dict(patch_size=2), "patch_size 2: expected 1"),
+        (dict(eps=1e-5), "eps 1e-05: expected 1e-06"),
+    ],
+)
 def test_config_that_is_refused(change, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         transformer.Flux2Config.from_json(FULL["klein-4b"] | COMMON | change)
@@ -373,7 +465,8 @@ def test_encoder_that_is_too_short():
 
 
 def test_prompts_without_a_tokenizer():
-    """A plan counts words, and what the template adds: what it calls cut is, and what may be cut it does not call whole."""
+    """A plan counts words, and what the template adds: what it calls cut is, and what may be cut it does not call
+    whole."""
     read = text.ChatInput("x", Absent(), 100, "prompt", 40)
     short, long, unknown = "word " * 5, "word " * 100, "w" * 70
     assert read.truncated([short, long, unknown]) == {long} and read.doubtful([short, long, unknown]) == {unknown}

@@ -53,17 +53,33 @@ def close(got, expected, tolerance=2e-5):
     assert np.abs(got - expected).max() <= tolerance * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("heads,axes,channels,layers,single,guidance,options", [
-    (2, (4, 4, 4, 4), 4, 2, 3, True, {}), (3, (2, 4, 6, 4), 2, 1, 2, False, dict(mlp_ratio=2.0)),
-    (1, (8, 8, 8, 8), 16, 3, 0, False, dict(out_channels=32, rope_theta=500)), (4, (2, 2, 2, 6), 1, 0, 4, True, dict(timestep_guidance_channels=64))])  # fmt: skip
+@pytest.mark.parametrize(
+    "heads,axes,channels,layers,single,guidance,options",
+    [
+        (2, (4, 4, 4, 4), 4, 2, 3, True, {}),
+        (3, (2, 4, 6, 4), 2, 1, 2, False, dict(mlp_ratio=2.0)),
+        (1, (8, 8, 8, 8), 16, 3, 0, False, dict(out_channels=32, rope_theta=500)),
+        (4, (2, 2, 2, 6), 1, 0, 4, True, dict(timestep_guidance_channels=64)),
+    ],
+)
 def test_transformer(generate, tmp_path, heads, axes, channels, layers, single, guidance, options):
     """Also with reference images, of which the first tokens' output is kept."""
     from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
 
     g = torch.Generator().manual_seed(heads)
-    model = Flux2Transformer2DModel(**dict(
-        in_channels=4 * channels, num_layers=layers, num_single_layers=single, attention_head_dim=sum(axes), num_attention_heads=heads,
-        joint_attention_dim=20, guidance_embeds=guidance, axes_dims_rope=axes) | options)  # fmt: skip
+    model = Flux2Transformer2DModel(
+        **dict(
+            in_channels=4 * channels,
+            num_layers=layers,
+            num_single_layers=single,
+            attention_head_dim=sum(axes),
+            num_attention_heads=heads,
+            joint_attention_dim=20,
+            guidance_embeds=guidance,
+            axes_dims_rope=axes,
+        )
+        | options
+    )
     generate.loud(model, 0.2, g)
     b, rows, cols, words, sizes = 3, 4, 6, 7, ((3, 5), (2, 2))
     img, txt = (torch.randn(s, generator=g) for s in ((b, rows * cols, 4 * channels), (b, words, 20)))
@@ -254,15 +270,22 @@ def made(generate, variant, seed, folder):
 
 @pytest.mark.parametrize("variant,seed", SEEDS)
 def test_pipeline(generate, cli, tmp_path, variant, seed):
-    """Whole random pipelines through the command line and through diffusers: ≥ 50 dB in float32, and in bfloat16 no more than
-    2 dB worse than diffusers' own bfloat16."""
+    """Whole random pipelines through the command line and through diffusers: ≥ 50 dB in float32, and in bfloat16 no
+    more than 2 dB worse than diffusers' own bfloat16."""
     pipe, length, rows = made(generate, variant, seed, tmp_path / "model")
     manifest, results = tmp_path / "rows.jsonl", {}
     manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
     for dtype in ("float32", "bfloat16"):
         code, err = cli(
-            f"pretrained_model_name_or_path={tmp_path / 'model'}", f"manifest={manifest}", f"output_dir={tmp_path}", f"run_name={dtype}",
-            f"max_sequence_length={length}", f"weights_dtype={dtype}", f"activations_dtype={dtype}", "hardware=cpu")  # fmt: skip
+            f"pretrained_model_name_or_path={tmp_path / 'model'}",
+            f"manifest={manifest}",
+            f"output_dir={tmp_path}",
+            f"run_name={dtype}",
+            f"max_sequence_length={length}",
+            f"weights_dtype={dtype}",
+            f"activations_dtype={dtype}",
+            "hardware=cpu",
+        )
         assert code == 0, err
         results[dtype] = images(tmp_path / dtype)
     expected = {row["id"]: generate.render(pipe, row, length) for row in rows}
@@ -285,8 +308,14 @@ def test_many_tokens(generate, cli, tmp_path):
     pipe, length, rows = made(generate, "flux2-klein", 7, tmp_path / "model")
     row = rows[0] | {"height": 528, "width": 528}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
-    code, err = cli(f"pretrained_model_name_or_path={tmp_path / 'model'}", f"manifest={tmp_path / 'rows.jsonl'}", f"output_dir={tmp_path}",
-                    "run_name=x", f"max_sequence_length={length}", "hardware=cpu")  # fmt: skip
+    code, err = cli(
+        f"pretrained_model_name_or_path={tmp_path / 'model'}",
+        f"manifest={tmp_path / 'rows.jsonl'}",
+        f"output_dir={tmp_path}",
+        "run_name=x",
+        f"max_sequence_length={length}",
+        "hardware=cpu",
+    )
     assert code == 0, err
     assert psnr(images(tmp_path / "x")[row["id"]], generate.render(pipe, row, length)) >= 50
 
@@ -338,9 +367,12 @@ def test_full_size_names_and_shapes(part, size):
     found = test_flux2.tensors({name: tuple(value.shape) for name, value in model.state_dict().items()})
     module, cfg, table = {
         "transformer": (transformer.Flux2, transformer.Flux2Config, transformer_table(found)),
-        "qwen3": (qwen3.Qwen3Encoder, qwen3.Qwen3Config, keys.QWEN3), "mistral": (mistral.MistralEncoder, mistral.MistralConfig, keys.MISTRAL),
-        "vae": (autoencoder.Decoder, autoencoder.Flux2VaeConfig, keys.VAE_DECODER_DIFFUSERS) if part == "decoder" else
-               (autoencoder.Encoder, autoencoder.Flux2VaeConfig, keys.VAE_ENCODER_DIFFUSERS)}[kind]  # fmt: skip
+        "qwen3": (qwen3.Qwen3Encoder, qwen3.Qwen3Config, keys.QWEN3),
+        "mistral": (mistral.MistralEncoder, mistral.MistralConfig, keys.MISTRAL),
+        "vae": (autoencoder.Decoder, autoencoder.Flux2VaeConfig, keys.VAE_DECODER_DIFFUSERS)
+        if part == "decoder"
+        else (autoencoder.Encoder, autoencoder.Flux2VaeConfig, keys.VAE_ENCODER_DIFFUSERS),
+    }[kind]
     cfg = cfg.from_json(config)
     plan = load.plan(lambda rngs: module(cfg, rngs=rngs), found, table, Source("/"))
     if kind == "transformer":
@@ -353,14 +385,26 @@ def test_full_size_names_and_shapes(part, size):
 
 
 def test_transformer_of_bfl(generate, tmp_path):
-    """The same weights under Black Forest Labs' names, as diffusers converts them: the final layer's halves are swapped."""
+    """The same weights under Black Forest Labs' names, as diffusers converts them: the final layer's halves are
+    swapped."""
     from diffusers import Flux2Transformer2DModel
     from diffusers.loaders.single_file_utils import convert_flux2_transformer_checkpoint_to_diffusers
     from safetensors.torch import save_file
 
-    model = generate.loud(Flux2Transformer2DModel(
-        in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=20,
-        guidance_embeds=True, axes_dims_rope=(4, 4, 4, 4)), 0.2, torch.Generator().manual_seed(0))  # fmt: skip
+    model = generate.loud(
+        Flux2Transformer2DModel(
+            in_channels=16,
+            num_layers=2,
+            num_single_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=20,
+            guidance_embeds=True,
+            axes_dims_rope=(4, 4, 4, 4),
+        ),
+        0.2,
+        torch.Generator().manual_seed(0),
+    )
     theirs = model.state_dict()
     d, g = 32, torch.Generator().manual_seed(1)
     names = {

@@ -95,15 +95,29 @@ def test_what_decides_nothing_is_said(cli, model, tmp_path):
 
 def mixed():
     """23 rows: two sizes, steps of 1 to 4, guidance above and below 1, prompts that come twice."""
-    return [dict(id=f"r{i}", prompt=f"picture {i % 17}", seed=i, height=(32, 32, 16)[i % 3], width=(32, 32, 48)[i % 3],
-                 num_inference_steps=1 + i % 4, guidance_scale=(0.0, 1.0, 2.5, 5.0)[i % 4]) for i in range(23)]  # fmt: skip
+    return [
+        dict(
+            id=f"r{i}",
+            prompt=f"picture {i % 17}",
+            seed=i,
+            height=(32, 32, 16)[i % 3],
+            width=(32, 32, 48)[i % 3],
+            num_inference_steps=1 + i % 4,
+            guidance_scale=(0.0, 1.0, 2.5, 5.0)[i % 4],
+        )
+        for i in range(23)
+    ]
 
 
 MESHES = {
-    "ddp 2": ["ici_data_parallelism=2"], "ddp 8": ["ici_data_parallelism=8"], "fsdp 2": ["sharding=fsdp", "ici_fsdp_parallelism=2"],
-    "fsdp 8": ["sharding=fsdp"], "tensor 2": ["ici_tensor_parallelism=2"], "context 2": ["ici_context_parallelism=2"],
+    "ddp 2": ["ici_data_parallelism=2"],
+    "ddp 8": ["ici_data_parallelism=8"],
+    "fsdp 2": ["sharding=fsdp", "ici_fsdp_parallelism=2"],
+    "fsdp 8": ["sharding=fsdp"],
+    "tensor 2": ["ici_tensor_parallelism=2"],
+    "context 2": ["ici_context_parallelism=2"],
     "all": ["ici_data_parallelism=2", "ici_fsdp_parallelism=2", "ici_tensor_parallelism=2"],
-}  # fmt: skip
+}
 
 
 @pytest.mark.slow
@@ -174,19 +188,33 @@ def test_converted_cached_resumed_and_replayed(cli, model, draw, tmp_path):
 
 def bfl(own):
     """A transformer's tensors by the names of Black Forest Labs' files, of diffusers'."""
-    plain = {"x_embedder": "img_in", "context_embedder": "txt_in", "proj_out": "final_layer.linear", "norm_out.linear": "final_layer.adaLN_modulation.1",
-             "double_stream_modulation_img.linear": "double_stream_modulation_img.lin", "single_stream_modulation.linear": "single_stream_modulation.lin",
-             "double_stream_modulation_txt.linear": "double_stream_modulation_txt.lin",
-             "time_guidance_embed.timestep_embedder.linear_1": "time_in.in_layer",
-             "time_guidance_embed.timestep_embedder.linear_2": "time_in.out_layer"}  # fmt: skip
+    plain = {
+        "x_embedder": "img_in",
+        "context_embedder": "txt_in",
+        "proj_out": "final_layer.linear",
+        "norm_out.linear": "final_layer.adaLN_modulation.1",
+        "double_stream_modulation_img.linear": "double_stream_modulation_img.lin",
+        "single_stream_modulation.linear": "single_stream_modulation.lin",
+        "double_stream_modulation_txt.linear": "double_stream_modulation_txt.lin",
+        "time_guidance_embed.timestep_embedder.linear_1": "time_in.in_layer",
+        "time_guidance_embed.timestep_embedder.linear_2": "time_in.out_layer",
+    }
     found = {f"{new}.weight": own[f"{old}.weight"] for old, new in plain.items()}
     found["final_layer.adaLN_modulation.1.weight"] = np.concatenate(
         np.split(own["norm_out.linear.weight"], 2)[::-1]
     )  # shift before scale
     for i in range(1 + max(int(name.split(".")[1]) for name in own if name.startswith("transformer_blocks."))):
         at, to = f"transformer_blocks.{i}.", f"double_blocks.{i}."
-        for half, qkv, norms, proj, ff in (("img", ("to_q", "to_k", "to_v"), ("norm_q", "norm_k"), "to_out.0", "ff"),
-                                           ("txt", ("add_q_proj", "add_k_proj", "add_v_proj"), ("norm_added_q", "norm_added_k"), "to_add_out", "ff_context")):  # fmt: skip
+        for half, qkv, norms, proj, ff in (
+            ("img", ("to_q", "to_k", "to_v"), ("norm_q", "norm_k"), "to_out.0", "ff"),
+            (
+                "txt",
+                ("add_q_proj", "add_k_proj", "add_v_proj"),
+                ("norm_added_q", "norm_added_k"),
+                "to_add_out",
+                "ff_context",
+            ),
+        ):
             found[f"{to}{half}_attn.qkv.weight"] = np.concatenate([own[f"{at}attn.{n}.weight"] for n in qkv])
             found |= {
                 f"{to}{half}_attn.norm.{n}_norm.scale": own[f"{at}attn.{old}.weight"]
@@ -288,8 +316,8 @@ def change(tensors, module):
     "name", [*list(FORMATS)[:1], *(pytest.param(name, marks=pytest.mark.slow) for name in list(FORMATS)[1:])]
 )
 def test_adapters(model, draw, tmp_path, name):
-    """All linear layers changed, the final one's modulation among them: merged, and beside the weights, as a checkpoint that
-    was changed by the formula."""
+    """All linear layers changed, the final one's modulation among them: merged, and beside the weights, as a checkpoint
+    that was changed by the formula."""
     naming, prefix, write = FORMATS[name]
     own = load_file(GOLDEN / "flux2-klein" / WEIGHTS)
     named = {"diffusers": own, "bfl": bfl(own), "fused": own}[naming]
@@ -317,8 +345,16 @@ def test_adapters(model, draw, tmp_path, name):
     plain = draw(model(False), [row], "plain")["g0"]
     expected = draw(model(False, "changed", changed), [row], "changed")["g0"]
     assert psnr(plain, expected) < 30
-    words = [f"lora_config.{key}=[{value}]" for key, value in
-             {"lora_model_name_or_path": tmp_path / "a.safetensors", "weight_name": "null", "adapter_name": "a", "scale": 1.0, "from_pt": "true"}.items()]  # fmt: skip
+    words = [
+        f"lora_config.{key}=[{value}]"
+        for key, value in {
+            "lora_model_name_or_path": tmp_path / "a.safetensors",
+            "weight_name": "null",
+            "adapter_name": "a",
+            "scale": 1.0,
+            "from_pt": "true",
+        }.items()
+    ]
     merged = draw(tmp_path / "model", [row | {"lora": {"a": scale}}], "merged", *words)
     beside = draw(
         tmp_path / "model",

@@ -164,8 +164,16 @@ def trained(data, tmp_path_factory):
 
 
 def picture(cli, folder: pathlib.Path, name: str, *overrides: str) -> np.ndarray:
-    code, err = cli("prompt=a red apple on a blue background", "resolution=64", f"output_dir={folder}", f"run_name={name}", "activations_dtype=float32",
-                    "weights_dtype=float32", "seed=3", *overrides)  # fmt: skip
+    code, err = cli(
+        "prompt=a red apple on a blue background",
+        "resolution=64",
+        f"output_dir={folder}",
+        f"run_name={name}",
+        "activations_dtype=float32",
+        "weights_dtype=float32",
+        "seed=3",
+        *overrides,
+    )
     assert code == 0, err
     return pixels(folder / name / metadata(folder / name)[0]["file_name"])
 
@@ -257,6 +265,13 @@ def test_embedded_checkpoint_draws_the_same_in_diffusers(tmp_path, cli, model, a
     pipe = diffusers.FluxPipeline.from_pretrained(folder, torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     expected = pipe(
-        prompt, height=size, width=size, num_inference_steps=record["num_inference_steps"], guidance_scale=record["guidance_scale"],
-        output_type="np", max_sequence_length=record["max_sequence_length"], generator=torch.Generator().manual_seed(3)).images[0]  # fmt: skip
+        prompt,
+        height=size,
+        width=size,
+        num_inference_steps=record["num_inference_steps"],
+        guidance_scale=record["guidance_scale"],
+        output_type="np",
+        max_sequence_length=record["max_sequence_length"],
+        generator=torch.Generator().manual_seed(3),
+    ).images[0]
     assert psnr(pixels(tmp_path / "one" / record["file_name"]), (expected * 255).round().astype(np.uint8)) >= 45

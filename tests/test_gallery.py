@@ -276,8 +276,10 @@ def test_grid_places_pictures_by_metadata_never_by_name(store):
         axis["key"]: [v.get("label") or v.get("prompt") for v in axis["values"]] for axis in page.data["sweep"]["axes"]
     }
     assert axes == {
-        "prompt": ["a cat", "a dog"], "sampler.num_inference_steps": ["2", "16"], "sampler.guidance_scale": ["3.5", "7.0"],
-    }  # numbers by size; the key that never varies is no axis  # fmt: skip
+        "prompt": ["a cat", "a dog"],
+        "sampler.num_inference_steps": ["2", "16"],
+        "sampler.guidance_scale": ["3.5", "7.0"],
+    }  # numbers by size; the key that never varies is no axis
     assert cells_of(page) == {
         ("0", "a cat", "16", "3.5"): "flux_1.png", ("0", "a dog", "16", "3.5"): "x_0.png",
         ("1", "a cat", "2", "3.5"): "flux_0.png", ("1", "a dog", "2", "3.5"): "x_1.png",
@@ -338,9 +340,18 @@ def browse(page, profile, fragment="", script=None, keep_policy=True):
         page = page.with_name("driven.html")
         page.write_text(text)
     command = [
-        CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
-        "--disable-sync", f"--user-data-dir={profile}", "--virtual-time-budget=3000", "--dump-dom", page.as_uri() + fragment,
-    ]  # fmt: skip
+        CHROMIUM,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-sync",
+        f"--user-data-dir={profile}",
+        "--virtual-time-budget=3000",
+        "--dump-dom",
+        page.as_uri() + fragment,
+    ]
     done = subprocess.run(command, capture_output=True, timeout=120, check=True)
     return done.stdout.decode("utf-8", "replace")
 

@@ -48,9 +48,16 @@ def replica(
     for each process the words that start it elsewhere, if the first one's address is not this machine's own."""
     held = hold_port()
     flags = {
-        "pretrained_model_name_or_path": GOLDEN / "dev", "max_sequence_length": 24, "hardware": "cpu", "output_dir": folder,
-        "run_name": name, "jax_cache_dir": cache, "text_cache_dir": "null", "sharding": "ddp", "output.gallery": "false",
-    } | more  # fmt: skip
+        "pretrained_model_name_or_path": GOLDEN / "dev",
+        "max_sequence_length": 24,
+        "hardware": "cpu",
+        "output_dir": folder,
+        "run_name": name,
+        "jax_cache_dir": cache,
+        "text_cache_dir": "null",
+        "sharding": "ddp",
+        "output.gallery": "false",
+    } | more
     command = [sys.executable, *program, *(f"{k}={v}" for k, v in flags.items())]
     address, prefixes = places or ("127.0.0.1", [[]] * processes)
     started = []
@@ -77,7 +84,8 @@ def said(folder, name="run"):
     (2, 2, "data=-1"), (2, 2, "fsdp=-1"), (2, 2, "data=2 fsdp=2"), (2, 2, "tensor=2 context=2"),
     (4, 2, "data=4 fsdp=2"), (4, 2, "fsdp=2 context=2 tensor=2"), (4, 2, "data=2 context=4")], ids=str)  # fmt: skip
 def test_several_processes_make_the_pictures_of_one(tmp_path, cache, count, devices, sizes):
-    """Of what several processes hold, one writes each picture; encoders are read anew for every shard where weights are split."""
+    """Of what several processes hold, one writes each picture; encoders are read anew for every shard where weights are
+    split."""
     flags = {f"ici_{axis}_parallelism": size for axis, _, size in (word.partition("=") for word in sizes.split())}
     flags |= {"offload_encoders": "free", "shard_size": 2} if "fsdp" in sizes else {}
     rows = (GOLDEN / "dev.jsonl").read_text().splitlines()
@@ -187,7 +195,8 @@ def test_a_failure_of_one_is_known_to_all_at_once(tmp_path, cache):
     assert all("Traceback" not in error for error in errors)
 
     broken = (
-        "from fluxbatch.results import ledger\nfrom fluxbatch.storage import base\ndef merge(self): raise base.StorageError('the bucket is gone')\n"
+        "from fluxbatch.results import ledger\nfrom fluxbatch.storage import base\ndef merge(self): raise "
+        "base.StorageError('the bucket is gone')\n"
         "ledger.Ledger.merge = merge\nfrom fluxbatch import run\nrun.main()"
     )
     processes = replica(tmp_path, cache, 2, "end", program=("-c", broken), **given)
@@ -296,8 +305,18 @@ def test_a_text_cache_of_which_processes_have_different_parts(tmp_path, cache):
     first, second = tmp_path / "first", tmp_path / "second"
     loaded, made = {}, []
     for name in ("cold", "holes", "warm"):
-        processes = replica(tmp_path, cache, 2, name, first=[f"text_cache_dir={first}"], text_cache_dir=second, manifest=tmp_path / "rows.jsonl",
-                            resolution=16, num_inference_steps=1, devices=1)  # fmt: skip
+        processes = replica(
+            tmp_path,
+            cache,
+            2,
+            name,
+            first=[f"text_cache_dir={first}"],
+            text_cache_dir=second,
+            manifest=tmp_path / "rows.jsonl",
+            resolution=16,
+            num_inference_steps=1,
+            devices=1,
+        )
         assert [p.wait(timeout=120) for p in processes] == [0, 0], said(tmp_path, name)
         loaded[name] = json.loads((tmp_path / name / "status.json").read_text())["load"]["bytes"]
         made.append(images(tmp_path / name))
@@ -330,7 +349,8 @@ def test_processes_that_disagree_are_told(tmp_path, cache):
 
 @pytest.mark.parametrize("address", ["memory://b/x", "gs://b/x"])
 def test_a_compilation_cache_needs_what_jax_writes_with(cli, golden, tmp_path, monkeypatch, address):
-    """There it would keep nothing, or fail when the first program is compiled. A plan or a launch spec for elsewhere may name it."""
+    """There it would keep nothing, or fail when the first program is compiled. A plan or a launch spec for elsewhere
+    may name it."""
     asked = []
     monkeypatch.setattr("importlib.util.find_spec", asked.append)
     code, err = cli(
@@ -342,7 +362,8 @@ def test_a_compilation_cache_needs_what_jax_writes_with(cli, golden, tmp_path, m
     )
     assert (code, err) == (
         2,
-        f"fluxbatch: error: jax_cache_dir={address}: expected a local directory, null, or gs://bucket/prefix where gcsfs is installed\n",
+        f"fluxbatch: error: jax_cache_dir={address}: expected a local directory, null, or gs://bucket/prefix where "
+        "gcsfs is installed\n",
     )
     assert asked == ["gcsfs"] * address.startswith("gs") and not list(tmp_path.iterdir())
 

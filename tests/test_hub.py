@@ -1,5 +1,5 @@
-"""Repositories on Hugging Face: of each only what is needed is fetched. The Hub here is a directory, filtered and linked
-as ``huggingface_hub`` does it."""
+"""Repositories on Hugging Face: of each only what is needed is fetched. The Hub here is a directory, filtered and
+linked as ``huggingface_hub`` does it."""
 
 from __future__ import annotations
 

@@ -12,9 +12,8 @@ import plain
 import pytest
 from PIL import Image
 
-from fluxbatch.config.schema import ImageFormat
+from fluxbatch.config.schema import MAX_SIDE, SIDES, ImageFormat
 from fluxbatch.manifest.rows import read_rows
-from fluxbatch.config.schema import MAX_SIDE, SIDES
 from fluxbatch.results.image_files import decode, encode, is_flat, pixel_sha256
 from fluxbatch.types import UserError
 

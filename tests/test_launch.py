@@ -62,29 +62,96 @@ def at(spec, *path):
 
 
 JOBSET = {
-    "type": "object", "additionalProperties": False, "required": ["apiVersion", "kind", "metadata", "spec"],
+    "type": "object",
+    "additionalProperties": False,
+    "required": ["apiVersion", "kind", "metadata", "spec"],
     "properties": {
-        "apiVersion": {"const": "jobset.x-k8s.io/v1alpha2"}, "kind": {"const": "JobSet"},
-        "metadata": {"type": "object", "required": ["name"], "additionalProperties": False, "properties": {
-            "name": {"type": "string", "pattern": "^[a-z]([a-z0-9-]{0,40}[a-z0-9])?$"},
-            "annotations": {"type": "object", "additionalProperties": False, "properties": {
-                "alpha.jobset.sigs.k8s.io/exclusive-topology": {"const": "cloud.google.com/gke-nodepool"}}}}},
-        "spec": {"type": "object", "additionalProperties": False, "required": ["replicatedJobs", "network", "failurePolicy"], "properties": {
-            "network": {"type": "object", "additionalProperties": False, "properties": {
-                "enableDNSHostnames": {"type": "boolean"}, "subdomain": {"type": "string"}}},
-            "failurePolicy": {"type": "object", "additionalProperties": False, "required": ["maxRestarts"], "properties": {
-                "maxRestarts": {"type": "integer", "minimum": 0},
-                "rules": {"type": "array", "items": {"type": "object", "additionalProperties": False, "required": ["name", "action"], "properties": {
-                    "name": {"type": "string"},
-                    "action": {"enum": ["FailJobSet", "RestartJobSet", "RestartJobSetAndIgnoreMaxRestarts"]},
-                    "targetReplicatedJobs": {"type": "array"},
-                    "onJobFailureReasons": {"type": "array", "items": {"enum": [
-                        "BackoffLimitExceeded", "DeadlineExceeded", "FailedIndexes", "MaxFailedIndexesExceeded", "PodFailurePolicy"]}}}}}}},
-            "replicatedJobs": {"type": "array", "minItems": 1, "maxItems": 1, "items": {
-                "type": "object", "additionalProperties": False, "required": ["name", "replicas", "template"], "properties": {
-                    "name": {"type": "string"}, "replicas": {"type": "integer", "minimum": 1},
-                    "template": {"type": "object", "additionalProperties": False, "required": ["spec"], "properties": {"spec": {"type": "object"}}}}}}}}},
-}  # fmt: skip
+        "apiVersion": {"const": "jobset.x-k8s.io/v1alpha2"},
+        "kind": {"const": "JobSet"},
+        "metadata": {
+            "type": "object",
+            "required": ["name"],
+            "additionalProperties": False,
+            "properties": {
+                "name": {"type": "string", "pattern": "^[a-z]([a-z0-9-]{0,40}[a-z0-9])?$"},
+                "annotations": {
+                    "type": "object",
+                    "additionalProperties": False,
+                    "properties": {
+                        "alpha.jobset.sigs.k8s.io/exclusive-topology": {"const": "cloud.google.com/gke-nodepool"}
+                    },
+                },
+            },
+        },
+        "spec": {
+            "type": "object",
+            "additionalProperties": False,
+            "required": ["replicatedJobs", "network", "failurePolicy"],
+            "properties": {
+                "network": {
+                    "type": "object",
+                    "additionalProperties": False,
+                    "properties": {"enableDNSHostnames": {"type": "boolean"}, "subdomain": {"type": "string"}},
+                },
+                "failurePolicy": {
+                    "type": "object",
+                    "additionalProperties": False,
+                    "required": ["maxRestarts"],
+                    "properties": {
+                        "maxRestarts": {"type": "integer", "minimum": 0},
+                        "rules": {
+                            "type": "array",
+                            "items": {
+                                "type": "object",
+                                "additionalProperties": False,
+                                "required": ["name", "action"],
+                                "properties": {
+                                    "name": {"type": "string"},
+                                    "action": {
+                                        "enum": ["FailJobSet", "RestartJobSet", "RestartJobSetAndIgnoreMaxRestarts"]
+                                    },
+                                    "targetReplicatedJobs": {"type": "array"},
+                                    "onJobFailureReasons": {
+                                        "type": "array",
+                                        "items": {
+                                            "enum": [
+                                                "BackoffLimitExceeded",
+                                                "DeadlineExceeded",
+                                                "FailedIndexes",
+                                                "MaxFailedIndexesExceeded",
+                                                "PodFailurePolicy",
+                                            ]
+                                        },
+                                    },
+                                },
+                            },
+                        },
+                    },
+                },
+                "replicatedJobs": {
+                    "type": "array",
+                    "minItems": 1,
+                    "maxItems": 1,
+                    "items": {
+                        "type": "object",
+                        "additionalProperties": False,
+                        "required": ["name", "replicas", "template"],
+                        "properties": {
+                            "name": {"type": "string"},
+                            "replicas": {"type": "integer", "minimum": 1},
+                            "template": {
+                                "type": "object",
+                                "additionalProperties": False,
+                                "required": ["spec"],
+                                "properties": {"spec": {"type": "object"}},
+                            },
+                        },
+                    },
+                },
+            },
+        },
+    },
+}
 
 
 def check(kind, text, target, replicas=6):
@@ -239,25 +306,72 @@ def test_a_spec_is_sound_whatever_the_run_is_called(render, name):
 
 
 WRONG = [
-    ("jobset", ("spec", "replicatedJobs", 0, "replicas"), 5), ("jobset", ("spec", "replicatedJobs", 0, "replica"), 6),
-    ("jobset", ("spec", "failurePolicy", "rules", 0, "action"), "Fail"), ("jobset", ("kind",), "Jobset"),
+    ("jobset", ("spec", "replicatedJobs", 0, "replicas"), 5),
+    ("jobset", ("spec", "replicatedJobs", 0, "replica"), 6),
+    ("jobset", ("spec", "failurePolicy", "rules", 0, "action"), "Fail"),
+    ("jobset", ("kind",), "Jobset"),
     ("jobset", ("spec", "replicatedJobs", 0, "template", "spec", "completions"), 3),
     ("jobset", ("spec", "replicatedJobs", 0, "template", "spec", "backofLimit"), 3),
-    ("jobset", ("spec", "replicatedJobs", 0, "template", "spec", "podFailurePolicy", "rules", 1, "onExitCodes", "values"), [76]),
-    ("jobset", ("spec", "replicatedJobs", 0, "template", "spec", "template", "spec", "nodeSelector", "cloud.google.com/gke-tpu-topology"), "2x4"),
-    ("jobset", ("spec", "replicatedJobs", 0, "template", "spec", "template", "spec", "containers", 0, "resources", "limits", "google.com/tpu"), 8),
-    ("jobset", ("spec", "replicatedJobs", 0, "template", "spec", "template", "spec", "containers", 0, "env", 2, "value"), "8"),
+    (
+        "jobset",
+        ("spec", "replicatedJobs", 0, "template", "spec", "podFailurePolicy", "rules", 1, "onExitCodes", "values"),
+        [76],
+    ),
+    (
+        "jobset",
+        (
+            "spec",
+            "replicatedJobs",
+            0,
+            "template",
+            "spec",
+            "template",
+            "spec",
+            "nodeSelector",
+            "cloud.google.com/gke-tpu-topology",
+        ),
+        "2x4",
+    ),
+    (
+        "jobset",
+        (
+            "spec",
+            "replicatedJobs",
+            0,
+            "template",
+            "spec",
+            "template",
+            "spec",
+            "containers",
+            0,
+            "resources",
+            "limits",
+            "google.com/tpu",
+        ),
+        8,
+    ),
+    (
+        "jobset",
+        ("spec", "replicatedJobs", 0, "template", "spec", "template", "spec", "containers", 0, "env", 2, "value"),
+        "8",
+    ),
     ("jobset", ("spec", "network", "subdomain"), "other"),
-    ("cronjob", ("spec", "schedule"), "0 25 * * *"), ("cronjob", ("spec", "concurrencyPolicy"), "Never"), ("cronjob", ("spec", "shedule"), "* * * * *"),
+    ("cronjob", ("spec", "schedule"), "0 25 * * *"),
+    ("cronjob", ("spec", "concurrencyPolicy"), "Never"),
+    ("cronjob", ("spec", "shedule"), "* * * * *"),
     ("cronjob", ("spec", "jobTemplate", "spec", "parallelism"), 1),
-    ("batch", ("taskGroups", 0, "taskSpec", "maxRetryCount"), 11), ("batch", ("taskGroups", 0, "taskCounts"), 6),
+    ("batch", ("taskGroups", 0, "taskSpec", "maxRetryCount"), 11),
+    ("batch", ("taskGroups", 0, "taskCounts"), 6),
     ("batch", ("taskGroups", 0, "taskSpec", "lifecyclePolicies", 0, "action"), "RETRY"),
     ("batch", ("taskGroups", 0, "taskSpec", "lifecyclePolicies", 0, "actionCondition", "exitCodes"), [75, 76]),
     ("batch", ("allocationPolicy", "instances", 0, "policy", "provisioningModel"), "PREEMPTED"),
-    ("batch", ("allocationPolicy", "instances", 0, "policy", "machineType"), "a2-highgpu-1g"), ("batch", ("taskGroups", 0, "taskCount"), "six"),
-    ("scheduler", ("schedule",), "0 3 * *"), ("scheduler", ("httpTarget", "httpMethod"), "PUSH"), ("scheduler", ("httpTarget", "uri"), "https://batch"),
+    ("batch", ("allocationPolicy", "instances", 0, "policy", "machineType"), "a2-highgpu-1g"),
+    ("batch", ("taskGroups", 0, "taskCount"), "six"),
+    ("scheduler", ("schedule",), "0 3 * *"),
+    ("scheduler", ("httpTarget", "httpMethod"), "PUSH"),
+    ("scheduler", ("httpTarget", "uri"), "https://batch"),
     ("scheduler", ("httpTarget", "oauth"), {}),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("kind", "path", "value"), WRONG, ids=lambda value: str(value)[-40:])
@@ -367,8 +481,15 @@ def test_slurm_has_a_task_for_each_gpu_and_an_array_of_replicas(render, tmp_path
 
 
 def test_words_are_written_as_people_write_them(render):
-    words = ["model=flux-dev", "manifest=/data/p.jsonl", "output_dir=/data/out put", "run_name=it's", "lora=[]", "seed=8",
-             "prompt_2="]  # fmt: skip
+    words = [
+        "model=flux-dev",
+        "manifest=/data/p.jsonl",
+        "output_dir=/data/out put",
+        "run_name=it's",
+        "lora=[]",
+        "seed=8",
+        "prompt_2=",
+    ]
     text, code = render("kind=slurm", "target=h100", defaults=words)
     assert code == 0, text
     assert ("python -m fluxbatch.run hardware=gpu model=flux-dev manifest=/data/p.jsonl output_dir=\"/data/out put\" "
@@ -379,10 +500,30 @@ def test_words_are_written_as_people_write_them(render):
 
 
 # As they are typed, and what a run reads there.
-NASTY = [(text, text) for text in (
-    "a fox, sitting", "it's", 'a "fox"', """both ' and \"""", "$HOME costs $5", "${HOME} ${oc.env:HOME} \\\\${x}",
-    "`id` $(id)", "a\\b \\", "!! wow!", "it's!", "{a: 1}", "[a, b]", "*?~ #1 & | ; < >", "line\nbreak", "tab\there", "日本語　fox",
-    "a=b", "--flag", "$(REPLICA_INDEX) $$")]  # fmt: skip
+NASTY = [
+    (text, text)
+    for text in (
+        "a fox, sitting",
+        "it's",
+        'a "fox"',
+        """both ' and \"""",
+        "$HOME costs $5",
+        "${HOME} ${oc.env:HOME} \\\\${x}",
+        "`id` $(id)",
+        "a\\b \\",
+        "!! wow!",
+        "it's!",
+        "{a: 1}",
+        "[a, b]",
+        "*?~ #1 & | ; < >",
+        "line\nbreak",
+        "tab\there",
+        "日本語　fox",
+        "a=b",
+        "--flag",
+        "$(REPLICA_INDEX) $$",
+    )
+]
 NASTY += [("'quoted'", "quoted"), ('"a, b"', "a, b"), ("'null'", "null")]
 
 
@@ -496,9 +637,21 @@ def test_a_signal_reaches_processes_that_are_just_being_started(monkeypatch):
 @pytest.mark.slow
 def test_replicas_on_this_machine_survive_a_kill(tmp_path):
     """Two replicas of two processes; one process is killed, its replica is started again, all rows are there."""
-    words = [f"pretrained_model_name_or_path={GOLDEN / 'dev'}", "max_sequence_length=24", "hardware=cpu", f"output_dir={tmp_path}", "run_name=run",
-             f"jax_cache_dir={tmp_path / 'xla'}", "text_cache_dir=null", "sharding=ddp", "output.gallery=false", "resolution=16", "shard_size=16", "replica_expiry=3",
-             f"manifest={long_manifest(tmp_path)}"]  # fmt: skip
+    words = [
+        f"pretrained_model_name_or_path={GOLDEN / 'dev'}",
+        "max_sequence_length=24",
+        "hardware=cpu",
+        f"output_dir={tmp_path}",
+        "run_name=run",
+        f"jax_cache_dir={tmp_path / 'xla'}",
+        "text_cache_dir=null",
+        "sharding=ddp",
+        "output.gallery=false",
+        "resolution=16",
+        "shard_size=16",
+        "replica_expiry=3",
+        f"manifest={long_manifest(tmp_path)}",
+    ]
     env = os.environ | {"XLA_FLAGS": xla_flags(1), "PYTHONPATH": str(ROOT)}
     with open(tmp_path / "log", "w") as log:
         local = subprocess.Popen(

@@ -106,9 +106,12 @@ MODELS = {
 def test_a_model_without_values_has_the_shapes_of_one_with_them(name):
     graph, state = nnx.split(MODELS[name](None))
     real_graph, real = nnx.split(nnx.eval_shape(lambda: MODELS[name](nnx.Rngs(0))), nnx.Param, ...)[:2]
-    parameters = lambda state: [
-        (keys, leaf.get_value().shape, leaf.get_value().dtype, leaf.get_metadata()["axes"])
-        for keys, leaf in nnx.to_flat_state(state)
-    ]  # noqa: E731
+
+    def parameters(state):
+        return [
+            (keys, leaf.get_value().shape, leaf.get_value().dtype, leaf.get_metadata()["axes"])
+            for keys, leaf in nnx.to_flat_state(state)
+        ]
+
     assert parameters(state) == parameters(real)
     assert str(jax.tree.structure(nnx.merge(graph, real))) == str(jax.tree.structure(nnx.merge(real_graph, real)))

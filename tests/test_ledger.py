@@ -316,7 +316,8 @@ def test_what_changed_alike_is_told_once():
         assign(open_ledger(store), changed)
     all_alike, alone, *others, _ = error.value.lines
     assert all_alike == (
-        'm.jsonl:1 and likewise 28 more rows: seed: 42 → 52, num_inference_steps: 4 → 8 since flux_0.png was made (id "0")'
+        "m.jsonl:1 and likewise 28 more rows: seed: 42 → 52, num_inference_steps: 4 → 8 since flux_0.png was made "
+        '(id "0")'
     )
     assert alone == 'm.jsonl:4: seed: 45 → 7, num_inference_steps: 4 → 8 since flux_3.png was made (id "3")'
     assert len(others) == 10 and all("else" in line for line in others)

@@ -37,13 +37,24 @@ def plans(size: files.Size = files.FULL) -> dict[str, Plan]:
     w, h, n = size.clip
     d, inner, hidden, m = size.t5
     configs = {
-        "transformer": (transformer.Flux, transformer.FluxConfig(
-            in_channels=size.channels, out_channels=size.channels, num_layers=size.double, num_single_layers=size.single,
-            num_attention_heads=size.width // size.head, attention_head_dim=size.head, joint_attention_dim=size.context,
-            pooled_projection_dim=size.pooled, guidance_embeds=size.guidance, axes_dims_rope=(size.head - 8, 4, 4))),
+        "transformer": (
+            transformer.Flux,
+            transformer.FluxConfig(
+                in_channels=size.channels,
+                out_channels=size.channels,
+                num_layers=size.double,
+                num_single_layers=size.single,
+                num_attention_heads=size.width // size.head,
+                attention_head_dim=size.head,
+                joint_attention_dim=size.context,
+                pooled_projection_dim=size.pooled,
+                guidance_embeds=size.guidance,
+                axes_dims_rope=(size.head - 8, 4, 4),
+            ),
+        ),
         "text_encoder": (clip.ClipTextEncoder, clip.ClipConfig(99, w, h, n, 1, 77, "quick_gelu", 1e-5, 2)),
         "text_encoder_2": (t5.T5Encoder, t5.T5Config(99, d, inner, hidden, m, 1, 32, 128, 1e-6)),
-    }  # fmt: skip
+    }
     made = {}
     for name, (module, config) in configs.items():
         graph, state = nnx.split(
@@ -139,8 +150,13 @@ def test_where_adapters_lie(tmp_path, tensors):
     one.rename(first)
     assert read(first).digest == read(first.parent).digest == read(tmp_path, weight_name="some/one.sft").digest
     first.rename(one)
-    for given in (dict(path=one), dict(path=one, weight_name="one.safetensors"), dict(path=one.parent), dict(path=one.parent, weight_name="one.safetensors"),
-                  dict(path=tmp_path, weight_name="some/one.safetensors")):  # fmt: skip
+    for given in (
+        dict(path=one),
+        dict(path=one, weight_name="one.safetensors"),
+        dict(path=one.parent),
+        dict(path=one.parent, weight_name="one.safetensors"),
+        dict(path=tmp_path, weight_name="some/one.safetensors"),
+    ):
         assert read(**given).digest == read(one).digest
     files.save(one.parent / "pytorch_lora_weights.safetensors", tensors)
     assert read(one.parent).file.endswith("pytorch_lora_weights.safetensors")
@@ -259,17 +275,43 @@ def test_biases_that_stay_as_they_are(tmp_path):
 
 FIRST = "double_blocks.0.processor.qkv_lora1"
 BROKEN = {
-    "half a pair": (lambda t: {k: v for k, v in t.items() if k != f"{FIRST}.up.weight"}, f"{FIRST}: down without what belongs to it"),
-    "another rank": (lambda t: t | {f"{FIRST}.up.weight": np.zeros((9216, 3), np.float16)}, f"{FIRST}: rank 1 below and 3 above"),
-    "another width": (lambda t: t | {f"{FIRST}.down.weight": np.zeros((1, 3000), np.float16)}, "shape [3072, 3000], the model expects [3072, 3072]"),
-    "another model": (lambda t: t | {"double_blocks.19.processor.proj_lora1.down.weight": t[f"{FIRST}.down.weight"]}, "double_blocks.19"),
+    "half a pair": (
+        lambda t: {k: v for k, v in t.items() if k != f"{FIRST}.up.weight"},
+        f"{FIRST}: down without what belongs to it",
+    ),
+    "another rank": (
+        lambda t: t | {f"{FIRST}.up.weight": np.zeros((9216, 3), np.float16)},
+        f"{FIRST}: rank 1 below and 3 above",
+    ),
+    "another width": (
+        lambda t: t | {f"{FIRST}.down.weight": np.zeros((1, 3000), np.float16)},
+        "shape [3072, 3000], the model expects [3072, 3072]",
+    ),
+    "another model": (
+        lambda t: t | {"double_blocks.19.processor.proj_lora1.down.weight": t[f"{FIRST}.down.weight"]},
+        "double_blocks.19",
+    ),
     "NaN": (lambda t: t | {f"{FIRST}.down.weight": np.full((1, 3072), np.nan, np.float16)}, f"{FIRST}: holds NaN"),
-    "NaN of a DoRA": (lambda t: t | {f"{FIRST}.dora_scale": np.full((9216, 1), np.nan, np.float16)}, f"{FIRST}: DoRA lengths hold NaN"),
+    "NaN of a DoRA": (
+        lambda t: t | {f"{FIRST}.dora_scale": np.full((9216, 1), np.nan, np.float16)},
+        f"{FIRST}: DoRA lengths hold NaN",
+    ),
     "integers": (lambda t: t | {f"{FIRST}.down.weight": np.zeros((1, 3072), np.int8)}, "dtype int8"),
-    "twice": (lambda t: t | {"lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": t[f"{FIRST}.down.weight"],
-                             "lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight": t[f"{FIRST}.up.weight"]}, "has changed double_blocks.img.qkv.q.kernel[0] already"),
-    "nothing": (lambda t: {"conv_in.lora_down.weight": np.zeros((1, 4), np.float32)}, "holds no adapter for this model"),
-}  # fmt: skip
+    "twice": (
+        lambda t: (
+            t
+            | {
+                "lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": t[f"{FIRST}.down.weight"],
+                "lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight": t[f"{FIRST}.up.weight"],
+            }
+        ),
+        "has changed double_blocks.img.qkv.q.kernel[0] already",
+    ),
+    "nothing": (
+        lambda t: {"conv_in.lora_down.weight": np.zeros((1, 4), np.float32)},
+        "holds no adapter for this model",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", BROKEN)
@@ -308,7 +350,8 @@ def test_orientation_dtypes_and_defaults(tmp_path):
 
 
 def test_peft_keeps_alpha_beside_its_file(tmp_path):
-    """In a config, or where diffusers saves it in the header; a file that has lost it is no adapter of a known strength."""
+    """In a config, or where diffusers saves it in the header; a file that has lost it is no adapter of a known
+    strength."""
     tensors = files.Maker(0, ranks=(4,), dtype=np.float16).peft(
         {"base_model.model.transformer_blocks.0.attn.to_q": (3072, 3072)}
     )
@@ -379,18 +422,35 @@ def adapters(tmp_path_factory):
     """Four of different kinds; two of them change the text encoders too."""
     folder = tmp_path_factory.mktemp("adapters")
     kinds = {"peft": "diffusers", "kohya": "kohya with T5", "loha": "kohya LoHa", "lokr": "SimpleTuner LoKr"}
-    return {name: files.save(folder / f"{name}.safetensors", files.FORMATS[kind](SMALL, files.Maker(i, size=0.12, keep=0.7)))
-            for i, (name, kind) in enumerate(kinds.items())}  # fmt: skip
+    return {
+        name: files.save(
+            folder / f"{name}.safetensors", files.FORMATS[kind](SMALL, files.Maker(i, size=0.12, keep=0.7))
+        )
+        for i, (name, kind) in enumerate(kinds.items())
+    }
 
 
 def arrays(adapters, scale=1.0):
-    values = {"lora_model_name_or_path": adapters.values(), "weight_name": ["null"] * len(adapters), "adapter_name": adapters, "scale": [scale] * len(adapters),
-              "from_pt": ["true"] * len(adapters)}  # fmt: skip
+    values = {
+        "lora_model_name_or_path": adapters.values(),
+        "weight_name": ["null"] * len(adapters),
+        "adapter_name": adapters,
+        "scale": [scale] * len(adapters),
+        "from_pt": ["true"] * len(adapters),
+    }
     return [f"lora_config.{key}=[{','.join(map(str, value))}]" for key, value in values.items()]
 
 
-MIXES = [{}, {"peft": 1.0}, {"kohya": 0.8}, {"loha": 1.0}, {"lokr": -0.7}, {"peft": 0.5, "kohya": 0.5}, {"loha": 0.3, "lokr": 0.9, "peft": -0.2},
-         {"peft": 0.2, "kohya": 0.4, "loha": 0.6, "lokr": 0.8}]  # fmt: skip
+MIXES = [
+    {},
+    {"peft": 1.0},
+    {"kohya": 0.8},
+    {"loha": 1.0},
+    {"lokr": -0.7},
+    {"peft": 0.5, "kohya": 0.5},
+    {"loha": 0.3, "lokr": 0.9, "peft": -0.2},
+    {"peft": 0.2, "kohya": 0.4, "loha": 0.6, "lokr": 0.8},
+]
 
 
 @pytest.fixture
@@ -400,8 +460,14 @@ def opened(golden, tmp_path, monkeypatch):
     def open_(rows, *more, sweep=True):
         manifest = tmp_path / "rows.jsonl"
         manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        args = [f"pretrained_model_name_or_path={golden / 'dev'}", "max_sequence_length=24", "hardware=cpu", f"output_dir={tmp_path}",
-                f"manifest={manifest}", *more]  # fmt: skip
+        args = [
+            f"pretrained_model_name_or_path={golden / 'dev'}",
+            "max_sequence_length=24",
+            "hardware=cpu",
+            f"output_dir={tmp_path}",
+            f"manifest={manifest}",
+            *more,
+        ]
         jobs = []
         monkeypatch.setattr("sys.argv", ["fluxbatch.run", *args])
         with pytest.raises(SystemExit):
@@ -517,8 +583,16 @@ def test_a_run_says_which_adapters_it_used(cli, golden, tmp_path, adapters):
     manifest = tmp_path / "rows.jsonl"
     manifest.write_text('{"prompt": "x"}\n{"prompt": "x", "lora": {"peft": 0.25}}\n{"prompt": "x", "lora": {}}\n')
     two = {name: adapters[name] for name in ("peft", "loha")}
-    common = [f"pretrained_model_name_or_path={golden / 'dev'}", "max_sequence_length=24", "hardware=cpu", f"output_dir={tmp_path}", f"manifest={manifest}",
-              "resolution=32", "num_inference_steps=1", "seed=3"]  # fmt: skip
+    common = [
+        f"pretrained_model_name_or_path={golden / 'dev'}",
+        "max_sequence_length=24",
+        "hardware=cpu",
+        f"output_dir={tmp_path}",
+        f"manifest={manifest}",
+        "resolution=32",
+        "num_inference_steps=1",
+        "seed=3",
+    ]
     code, err = cli(*common, "run_name=a", *arrays(two, 0.5))
     assert code == 0, err
     records = metadata(tmp_path / "a")
@@ -528,7 +602,10 @@ def test_a_run_says_which_adapters_it_used(cli, golden, tmp_path, adapters):
     assert config["resolved"]["lora"].keys() == two.keys()
 
     assert "double_blocks.img" in err and "2 of 2" in err
-    warned = 'lora: 1 of 3 rows have none (the first is rows.jsonl:1) and get loha 0.5, peft 0.5; "lora": {} in a row is for none\n'
+    warned = (
+        'lora: 1 of 3 rows have none (the first is rows.jsonl:1) and get loha 0.5, peft 0.5; "lora": {} in a row is '
+        "for none\n"
+    )
     assert f"fluxbatch: {warned}" in err and warned in cli(*common, "run_name=a", *arrays(two, 0.5), entry="plan")[1]
     for row in "012":
         code, said = cli(f"output_dir={tmp_path}", "run_name=a", f"id={row}", entry="replay")

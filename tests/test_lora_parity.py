@@ -81,8 +81,14 @@ def pipe(model, monkeypatch):
         "_convert_fal_kontext_lora_to_diffusers",
     ):
         source = inspect.getsource(getattr(converters, name))
-        for old, new in (("[3072, 3072, 3072, 12288]", f"{[d, d, d, 4 * d]}"), ("inner_dim = 3072", f"inner_dim = {d}"), ("range(19)", f"range({SIZE.double})"),
-                         ("range(38)", f"range({SIZE.single})"), ("num_layers = 19", f"num_layers = {SIZE.double}"), ("num_single_layers = 38", f"num_single_layers = {SIZE.single}")):  # fmt: skip
+        for old, new in (
+            ("[3072, 3072, 3072, 12288]", f"{[d, d, d, 4 * d]}"),
+            ("inner_dim = 3072", f"inner_dim = {d}"),
+            ("range(19)", f"range({SIZE.double})"),
+            ("range(38)", f"range({SIZE.single})"),
+            ("num_layers = 19", f"num_layers = {SIZE.double}"),
+            ("num_single_layers = 38", f"num_single_layers = {SIZE.single}"),
+        ):
             source = source.replace(old, new)
         scope = dict(vars(converters))
         exec(source, scope)
@@ -109,8 +115,12 @@ def ours(model, tmp_path, monkeypatch, adapters, mixes, **options) -> list[np.nd
     manifest.write_text("".join(json.dumps(ROW | {"seed": 0, "lora": mix}) + "\n" for mix in mixes))
     names = list(adapters)
     arrays = {
-        "lora_model_name_or_path": [str(adapters[name]) for name in names], "weight_name": ["null"] * len(names), "adapter_name": names,
-        "scale": [1.0] * len(names), "from_pt": ["true"] * len(names)}  # fmt: skip
+        "lora_model_name_or_path": [str(adapters[name]) for name in names],
+        "weight_name": ["null"] * len(names),
+        "adapter_name": names,
+        "scale": [1.0] * len(names),
+        "from_pt": ["true"] * len(names),
+    }
     flags = {"pretrained_model_name_or_path": model, "manifest": manifest, "max_sequence_length": 24, "hardware": "cpu",
              "weights_dtype": "float32", "activations_dtype": "float32", "output_dir": tmp_path} | options  # fmt: skip
     args = [f"{key}={value}" for key, value in flags.items()] + [
@@ -130,8 +140,18 @@ def ours(model, tmp_path, monkeypatch, adapters, mixes, **options) -> list[np.nd
 
 
 # What diffusers loads, all of it (of kohya's files it drops the layers outside the blocks).
-DIFFUSERS = ("diffusers", "diffusers with alphas", "AI-toolkit", "mixed", "kohya", "ComfyUI, down and up", "OneTrainer", "XLabs",
-             "BFL control", "fal")  # fmt: skip
+DIFFUSERS = (
+    "diffusers",
+    "diffusers with alphas",
+    "AI-toolkit",
+    "mixed",
+    "kohya",
+    "ComfyUI, down and up",
+    "OneTrainer",
+    "XLabs",
+    "BFL control",
+    "fal",
+)
 
 
 @pytest.mark.parametrize("name", DIFFUSERS)

@@ -395,7 +395,10 @@ def test_a_hundred_thousand_rows_are_read_in_seconds(manifest):
 
 
 def test_reading_imports_neither_jax_nor_google_cloud():
-    script = "import sys, fluxbatch.manifest.rows, fluxbatch.results.writer; assert not {'jax', 'google.cloud.storage'} & {*sys.modules}"
+    script = (
+        "import sys, fluxbatch.manifest.rows, fluxbatch.results.writer; assert not {'jax', 'google.cloud.storage'} "
+        "& {*sys.modules}"
+    )
     subprocess.run([sys.executable, "-c", script], check=True)
 
 

@@ -196,8 +196,16 @@ def test_freed_encoders_change_no_picture(cli, golden, tmp_path):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     made, loaded = {}, {}
     for offload in ("false", "free"):
-        args = {"pretrained_model_name_or_path": golden / "dev", "max_sequence_length": 24, "hardware": "cpu", "output_dir": tmp_path,
-                "run_name": offload, "manifest": tmp_path / "rows.jsonl", "shard_size": 2, "offload_encoders": offload}  # fmt: skip
+        args = {
+            "pretrained_model_name_or_path": golden / "dev",
+            "max_sequence_length": 24,
+            "hardware": "cpu",
+            "output_dir": tmp_path,
+            "run_name": offload,
+            "manifest": tmp_path / "rows.jsonl",
+            "shard_size": 2,
+            "offload_encoders": offload,
+        }
         code, err = cli(*(f"{key}={value}" for key, value in args.items()))
         assert code == 0 and err.count("loading: 100%") >= (4 if offload == "free" else 2)
         made[offload] = images(tmp_path / offload)

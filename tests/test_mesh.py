@@ -81,9 +81,10 @@ def velocity(shape, *args):
 def plain(*args):
     batch, rope = arguments(*args)
     graph, leaves = weights()
-    arranged = lambda leaf, value: Placement.of(make_mesh((1,)), value.shape, leaf.get_metadata()["axes"]).arranged(
-        value
-    )  # noqa: E731
+
+    def arranged(leaf, value):
+        return Placement.of(make_mesh((1,)), value.shape, leaf.get_metadata()["axes"]).arranged(value)
+
     state = nnx.from_flat_state(
         [(keys, leaf.replace(jnp.asarray(arranged(leaf, value)))) for keys, leaf, value in leaves]
     )
@@ -208,8 +209,15 @@ SHARDED = {
 
 def pictures(cli, golden, folder, name, manifest, sizes):
     code, err = cli(
-        f"pretrained_model_name_or_path={golden / 'dev'}", "max_sequence_length=24", "hardware=cpu", f"output_dir={folder}", f"run_name={name}",
-        f"manifest={manifest}", "gallery=false", *(f"{key}={size}" for key, size in sizes.items()))  # fmt: skip
+        f"pretrained_model_name_or_path={golden / 'dev'}",
+        "max_sequence_length=24",
+        "hardware=cpu",
+        f"output_dir={folder}",
+        f"run_name={name}",
+        f"manifest={manifest}",
+        "gallery=false",
+        *(f"{key}={size}" for key, size in sizes.items()),
+    )
     assert code == 0, err
     return images(folder / name)
 

@@ -56,15 +56,30 @@ def close(got, expected, tolerance=2e-5):
     assert np.abs(got - expected).max() <= tolerance * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("heads,head_dim,axes,channels,guidance", [
-    (2, 16, (4, 6, 6), 4, True), (3, 8, (2, 2, 4), 8, False), (1, 32, (4, 12, 16), 16, True), (4, 12, (4, 4, 4), 2, False)])  # fmt: skip
+@pytest.mark.parametrize(
+    "heads,head_dim,axes,channels,guidance",
+    [
+        (2, 16, (4, 6, 6), 4, True),
+        (3, 8, (2, 2, 4), 8, False),
+        (1, 32, (4, 12, 16), 16, True),
+        (4, 12, (4, 4, 4), 2, False),
+    ],
+)
 def test_flux(generate, tmp_path, heads, head_dim, axes, channels, guidance):
     from diffusers import FluxTransformer2DModel
 
     g = torch.Generator().manual_seed(heads)
     model = FluxTransformer2DModel(
-        in_channels=4 * channels, num_layers=2, num_single_layers=3, attention_head_dim=head_dim, num_attention_heads=heads,
-        joint_attention_dim=20, pooled_projection_dim=28, guidance_embeds=guidance, axes_dims_rope=axes)  # fmt: skip
+        in_channels=4 * channels,
+        num_layers=2,
+        num_single_layers=3,
+        attention_head_dim=head_dim,
+        num_attention_heads=heads,
+        joint_attention_dim=20,
+        pooled_projection_dim=28,
+        guidance_embeds=guidance,
+        axes_dims_rope=axes,
+    )
     generate.loud(model, 0.15, g)
     b, rows, cols, words = 3, 4, 6, 7
     img, txt, pooled = (torch.randn(s, generator=g) for s in ((b, rows * cols, 4 * channels), (b, words, 20), (b, 28)))
@@ -73,8 +88,14 @@ def test_flux(generate, tmp_path, heads, head_dim, axes, channels, guidance):
     ids[..., 1], ids[..., 2] = torch.arange(rows)[:, None], torch.arange(cols)[None]
     with torch.no_grad():
         expected = model(
-            hidden_states=img, encoder_hidden_states=txt, pooled_projections=pooled, timestep=t, img_ids=ids.reshape(-1, 3),
-            txt_ids=torch.zeros(words, 3), guidance=scale if guidance else None).sample  # fmt: skip
+            hidden_states=img,
+            encoder_hidden_states=txt,
+            pooled_projections=pooled,
+            timestep=t,
+            img_ids=ids.reshape(-1, 3),
+            txt_ids=torch.zeros(words, 3),
+            guidance=scale if guidance else None,
+        ).sample
     module = ours(
         model, tmp_path, transformer.Flux, transformer.FluxConfig, keys.FLUX_DIFFUSERS, "diffusion_pytorch_model"
     )
@@ -86,8 +107,9 @@ def test_flux(generate, tmp_path, heads, head_dim, axes, channels, guidance):
 def test_t5(tmp_path, length):
     from transformers import T5Config, T5EncoderModel
 
-    model = T5EncoderModel(T5Config(
-        vocab_size=99, d_model=32, d_kv=8, d_ff=64, num_layers=3, num_heads=3, feed_forward_proj="gated-gelu")).eval()  # fmt: skip
+    model = T5EncoderModel(
+        T5Config(vocab_size=99, d_model=32, d_kv=8, d_ff=64, num_layers=3, num_heads=3, feed_forward_proj="gated-gelu")
+    ).eval()
     ids = torch.randint(0, 99, (2, length), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = model(ids)[0].numpy()
@@ -122,14 +144,30 @@ def test_clip_of_which_little_is_said(given):
     assert dataclasses.asdict(mine) == {name: getattr(theirs, name) for name in dataclasses.asdict(mine)}
 
 
-@pytest.mark.parametrize("options", [
-    dict(use_quant_conv=False, use_post_quant_conv=False), dict(mid_block_add_attention=False, shift_factor=None), dict(layers_per_block=2)])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(use_quant_conv=False, use_post_quant_conv=False),
+        dict(mid_block_add_attention=False, shift_factor=None),
+        dict(layers_per_block=2),
+    ],
+)
 def test_vae(generate, tmp_path, options):
     from diffusers import AutoencoderKL
 
-    model = AutoencoderKL(**dict(
-        down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3, block_out_channels=(8, 16, 32),
-        layers_per_block=1, latent_channels=4, norm_num_groups=4, scaling_factor=0.36, shift_factor=0.1) | options)  # fmt: skip
+    model = AutoencoderKL(
+        **dict(
+            down_block_types=["DownEncoderBlock2D"] * 3,
+            up_block_types=["UpDecoderBlock2D"] * 3,
+            block_out_channels=(8, 16, 32),
+            layers_per_block=1,
+            latent_channels=4,
+            norm_num_groups=4,
+            scaling_factor=0.36,
+            shift_factor=0.1,
+        )
+        | options
+    )
     generate.loud(model, 0.1, torch.Generator().manual_seed(0))
     latents = torch.randn(2, 4, 6, 10, generator=torch.Generator().manual_seed(1))
     image = torch.randn(2, 3, 24, 40, generator=torch.Generator().manual_seed(2))
@@ -165,16 +203,47 @@ def test_noise_and_schedule():
 
 # The published configurations of FLUX.1 (dev and schnell differ in the guidance embedding).
 FULL = {
-    "transformer": dict(in_channels=64, num_layers=19, num_single_layers=38, attention_head_dim=128, num_attention_heads=24,
-                        joint_attention_dim=4096, pooled_projection_dim=768, axes_dims_rope=(16, 56, 56)),
-    "text_encoder_2": dict(vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64,
-                           relative_attention_num_buckets=32, feed_forward_proj="gated-gelu"),
-    "text_encoder": dict(vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
-                         hidden_act="quick_gelu"),
-    "vae": dict(down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
-                block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=16, norm_num_groups=32,
-                scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False),
-}  # fmt: skip
+    "transformer": dict(
+        in_channels=64,
+        num_layers=19,
+        num_single_layers=38,
+        attention_head_dim=128,
+        num_attention_heads=24,
+        joint_attention_dim=4096,
+        pooled_projection_dim=768,
+        axes_dims_rope=(16, 56, 56),
+    ),
+    "text_encoder_2": dict(
+        vocab_size=32128,
+        d_model=4096,
+        d_kv=64,
+        d_ff=10240,
+        num_layers=24,
+        num_heads=64,
+        relative_attention_num_buckets=32,
+        feed_forward_proj="gated-gelu",
+    ),
+    "text_encoder": dict(
+        vocab_size=49408,
+        hidden_size=768,
+        intermediate_size=3072,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        hidden_act="quick_gelu",
+    ),
+    "vae": dict(
+        down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4,
+        block_out_channels=(128, 256, 512, 512),
+        layers_per_block=2,
+        latent_channels=16,
+        norm_num_groups=32,
+        scaling_factor=0.3611,
+        shift_factor=0.1159,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    ),
+}
 
 
 @pytest.mark.parametrize(
@@ -244,8 +313,15 @@ def test_pipeline(generate, cli, tmp_path, variant, seed):
     results = {}
     for dtype in ("float32", "bfloat16"):
         code, _ = cli(
-            f"pretrained_model_name_or_path={tmp_path / 'model'}", f"manifest={manifest}", f"output_dir={tmp_path}", f"run_name={dtype}",
-            "max_sequence_length=24", f"weights_dtype={dtype}", f"activations_dtype={dtype}", "hardware=cpu")  # fmt: skip
+            f"pretrained_model_name_or_path={tmp_path / 'model'}",
+            f"manifest={manifest}",
+            f"output_dir={tmp_path}",
+            f"run_name={dtype}",
+            "max_sequence_length=24",
+            f"weights_dtype={dtype}",
+            f"activations_dtype={dtype}",
+            "hardware=cpu",
+        )
         assert code == 0
         results[dtype] = images(tmp_path / dtype)
     expected = {row["id"]: generate.render(pipe, row, 24) for row in rows}

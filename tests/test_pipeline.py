@@ -98,8 +98,17 @@ def test_a_wait_for_the_decoder_is_no_work_of_the_denoiser(flux):
 def test_denoising_does_not_receive_the_weights_that_make_modulation(flux):
     graph, state = nnx.split(flux)
     size = lambda layers: sum(x.nbytes for layer in layers for x in jax.tree.leaves(nnx.state(layer)))  # noqa: E731
-    apart = size([flux.double_blocks.img.mod, flux.double_blocks.txt.mod, flux.single_blocks.mod, flux.final_mod, flux.time_in, flux.vector_in,
-                  flux.guidance_in])  # fmt: skip
+    apart = size(
+        [
+            flux.double_blocks.img.mod,
+            flux.double_blocks.txt.mod,
+            flux.single_blocks.mod,
+            flux.final_mod,
+            flux.time_in,
+            flux.vector_in,
+            flux.guidance_in,
+        ]
+    )
     shape = jax.ShapeDtypeStruct
     text = shape((2, 5, 24), "float32")
     sigmas, left, pooled, guidance = (

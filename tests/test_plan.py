@@ -74,8 +74,21 @@ def test_targets_that_do_not_exist(name):
 
 
 def test_chips_by_the_name_that_jax_gives_them():
-    found = {kind: chips.of_kind(kind) for kind in ("NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB", "NVIDIA A100-SXM4-40GB", "TPU v5 lite",
-             "TPU v5", "TPU v6 lite", "TPU v4", "NVIDIA L40S", "NVIDIA L4", "cpu")}  # fmt: skip
+    found = {
+        kind: chips.of_kind(kind)
+        for kind in (
+            "NVIDIA H100 80GB HBM3",
+            "NVIDIA A100-SXM4-80GB",
+            "NVIDIA A100-SXM4-40GB",
+            "TPU v5 lite",
+            "TPU v5",
+            "TPU v6 lite",
+            "TPU v4",
+            "NVIDIA L40S",
+            "NVIDIA L4",
+            "cpu",
+        )
+    }
     assert [chip and chip.name for chip in found.values()] == [
         "h100",
         "a100",
@@ -201,8 +214,8 @@ def test_fields_that_decide_nothing_are_named(planned):
         line for line in planned([*rows, {"prompt": "x", "two\nlines": 1}]).splitlines() if line.startswith("remark")
     )
     assert (
-        "steps (1 rows; did you mean num_inference_steps?), guidence_scale (1 rows; did you mean guidance_scale?), category (2 rows)"
-        in line
+        "steps (1 rows; did you mean num_inference_steps?), guidence_scale (1 rows; did you mean guidance_scale?), "
+        "category (2 rows)" in line
     )
     assert line.endswith(r"two\nlines (1 rows)")
     assert "remark" not in planned([{"prompt": "x", "id": "x", "seed": 1, "num_images": 2}])
@@ -291,11 +304,22 @@ def test_memory_against_the_compiler(side, images):
 
 @pytest.mark.parametrize(
     ("platform", "side", "sharded", "figure"),
-    [("tpu", 1024, False, 2.27), ("tpu", 1024, False, 2.03), ("tpu", 512, False, 0.546), ("tpu", 1024, True, 2.2), ("tpu", 512, True, 0.61),
-     ("gpu", 512, False, 0.51), ("gpu", 1024, False, 2.02), ("gpu", 2048, False, 8.06), ("gpu", 1024, True, 2.11), ("gpu", 512, True, 0.60)])  # fmt: skip
+    [
+        ("tpu", 1024, False, 2.27),
+        ("tpu", 1024, False, 2.03),
+        ("tpu", 512, False, 0.546),
+        ("tpu", 1024, True, 2.2),
+        ("tpu", 512, True, 0.61),
+        ("gpu", 512, False, 0.51),
+        ("gpu", 1024, False, 2.02),
+        ("gpu", 2048, False, 8.06),
+        ("gpu", 1024, True, 2.11),
+        ("gpu", 512, True, 0.60),
+    ],
+)
 def test_memory_of_a_decoder_against_its_compiler(platform, side, sharded, figure):
-    """``figure``: GiB of temporaries for FLUX.1, once compiled by hand: v6e-1, v6e-4 and v4-8 with ddp, v6e-1; fsdp: v5e-4,
-    v6e-4. One H100, and eight with fsdp."""
+    """``figure``: GiB of temporaries for FLUX.1, once compiled by hand: v6e-1, v6e-4 and v4-8 with ddp, v6e-1; fsdp:
+    v5e-4, v6e-4. One H100, and eight with fsdp."""
     _, state = nnx.split(Decoder(VAE, rngs=None))
     weights = 2 * sum(math.prod(leaf.get_value().shape) for _, leaf in nnx.to_flat_state(state))
     assert autoencoder_cost.decode_bytes(VAE, footprint(1, side, platform)) + sharded * weights == pytest.approx(
@@ -328,8 +352,14 @@ def test_floor_of_an_image(monkeypatch):
 def modulators(engine):
     """Bytes that stay on the device although the denoising program does not take them."""
     cfg = engine.checkpoint.components["transformer"].config
-    d, rest = cfg.width, sum(math.prod(leaf.get_value().shape) for keys, leaf in nnx.to_flat_state(engine.plans["transformer"].state)
-                             if "_in." in (path := load.path_of(keys)) and path.startswith(("time_in", "vector_in", "guidance_in")))  # fmt: skip
+    d, rest = (
+        cfg.width,
+        sum(
+            math.prod(leaf.get_value().shape)
+            for keys, leaf in nnx.to_flat_state(engine.plans["transformer"].state)
+            if "_in." in (path := load.path_of(keys)) and path.startswith(("time_in", "vector_in", "guidance_in"))
+        ),
+    )
     return 4 * ((12 * cfg.num_layers + 3 * cfg.num_single_layers + 2) * (d * d + d) + rest)
 
 
@@ -452,8 +482,11 @@ def test_a_place_that_is_not_this_jobs_is_planned_whole(planned, tmp_path):
         '{"file_name": "a.png", "text": "x"}\n'
     )  # somebody's, who has no job there
     assert "rows      1 of" in planned([{"prompt": "x"}], "target=h100", "run_name=rows")
-    for text, why in (('{"format": "webp"}', f'{tmp_path}/rows holds a job with another configuration: '),
-                      ('{"form', "what is done cannot be read: "), ("[]", "what is done cannot be read: ")):  # fmt: skip
+    for text, why in (
+        ('{"format": "webp"}', f"{tmp_path}/rows holds a job with another configuration: "),
+        ('{"form', "what is done cannot be read: "),
+        ("[]", "what is done cannot be read: "),
+    ):
         (tmp_path / "rows/.fluxbatch/job.json").write_text(text)
         said = planned([{"prompt": "x"}], "target=h100", "run_name=rows")
         assert f"fluxbatch: every row is planned, as {why}" in said and "rows      1 of" in said

@@ -19,8 +19,8 @@ from test_weights import model
 
 from fluxbatch.distributed.mesh import make_mesh
 from fluxbatch.generation.tokenizers import Absent, Tokenizer
-from fluxbatch.weights import load, published
 from fluxbatch.models.flux1.definition import Flux1
+from fluxbatch.weights import load, published
 from fluxbatch.weights.checkpoint import open_checkpoint
 from fluxbatch.weights.find import EMBEDDED
 

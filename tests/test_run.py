@@ -45,10 +45,17 @@ def mixed(tmp_path):
     """23 rows of three sizes, several step counts and guidances, repeated and long prompts."""
     sizes = [(32, 32), (32, 48), (48, 32)]
     rows = [
-        {"id": f"r{i}", "prompt": f"prompt {i % 7} " + "word " * (i % 5) * 4, "seed": 1000 + i // 2, "height": sizes[i % 3][0],
-         "width": sizes[i % 3][1], "num_inference_steps": 1 + i % 4, "guidance_scale": float(i % 3)}
+        {
+            "id": f"r{i}",
+            "prompt": f"prompt {i % 7} " + "word " * (i % 5) * 4,
+            "seed": 1000 + i // 2,
+            "height": sizes[i % 3][0],
+            "width": sizes[i % 3][1],
+            "num_inference_steps": 1 + i % 4,
+            "guidance_scale": float(i % 3),
+        }
         for i in range(23)
-    ]  # fmt: skip
+    ]
     path = tmp_path / "mixed.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
@@ -86,7 +93,8 @@ def test_a_picture_depends_on_its_row_alone(cli, golden, tmp_path, mixed):
 
 
 def test_one_compilation_per_shape(cli, golden, tmp_path, mixed, monkeypatch, caplog):
-    """In threads, before it is called. 23 rows of three sizes: 32×48 and 48×32 have as many tokens and share a denoiser; prompts, seeds, guidance and steps compile nothing."""
+    """In threads, before it is called. 23 rows of three sizes: 32×48 and 48×32 have as many tokens and share a
+    denoiser; prompts, seeds, guidance and steps compile nothing."""
     from fluxbatch.generation import pipeline
 
     made = []

@@ -25,8 +25,16 @@ def cluster(tmp_path_factory):
 
 
 def words(folder, **more):
-    given = {"pretrained_model_name_or_path": GOLDEN / "dev", "max_sequence_length": 24, "output_dir": folder, "run_name": "run",
-             "jax_cache_dir": folder / "xla", "text_cache_dir": folder / "text", "output.gallery": "false", "resolution": 16} | more  # fmt: skip
+    given = {
+        "pretrained_model_name_or_path": GOLDEN / "dev",
+        "max_sequence_length": 24,
+        "output_dir": folder,
+        "run_name": "run",
+        "jax_cache_dir": folder / "xla",
+        "text_cache_dir": folder / "text",
+        "output.gallery": "false",
+        "resolution": 16,
+    } | more
     return [f"{key}={value}" for key, value in given.items()]
 
 
@@ -55,8 +63,14 @@ def test_an_array_of_replicas_is_preempted_and_comes_back(tmp_path, cluster):
             time.sleep(0.1)
 
     rendered = call(
-        sys.executable, ROOT / "jobs" / "launch" / "render.py", "kind=slurm", "target=2xh100-8", "replica_count=2", "sharding=ddp",
-        *words(tmp_path, manifest=long_manifest(tmp_path, steps=5), shard_size=16))  # fmt: skip
+        sys.executable,
+        ROOT / "jobs" / "launch" / "render.py",
+        "kind=slurm",
+        "target=2xh100-8",
+        "replica_count=2",
+        "sharding=ddp",
+        *words(tmp_path, manifest=long_manifest(tmp_path, steps=5), shard_size=16),
+    )
     # eight H100 a node are one process on a CPU here
     script = (
         rendered.replace("--ntasks-per-node=8", "--ntasks-per-node=1")
@@ -88,10 +102,25 @@ def test_an_array_of_replicas_is_preempted_and_comes_back(tmp_path, cluster):
 def test_a_sweep_by_submitit(tmp_path, cluster):
     """model × lora: each job is a job of Slurm's and whole, none takes itself for a replica of the others."""
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
-    command = [sys.executable, "-m", "fluxbatch.run", "-m", "hydra/launcher=submitit_slurm", "hydra.launcher.partition=low",
-               "hydra.launcher.timeout_min=10", "model=flux-mini,flux-mini-dev", "lora=none,outline", "prompt=a red apple on a blue background",
-               "seed=3", "hardware=cpu", "num_inference_steps=1", f"output_dir={tmp_path}", "run_name=s", f"jax_cache_dir={tmp_path / 'xla'}",
-               f"text_cache_dir={tmp_path / 'text'}"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "fluxbatch.run",
+        "-m",
+        "hydra/launcher=submitit_slurm",
+        "hydra.launcher.partition=low",
+        "hydra.launcher.timeout_min=10",
+        "model=flux-mini,flux-mini-dev",
+        "lora=none,outline",
+        "prompt=a red apple on a blue background",
+        "seed=3",
+        "hardware=cpu",
+        "num_inference_steps=1",
+        f"output_dir={tmp_path}",
+        "run_name=s",
+        f"jax_cache_dir={tmp_path / 'xla'}",
+        f"text_cache_dir={tmp_path / 'text'}",
+    ]
     done = subprocess.run(command, env=cluster, cwd=tmp_path, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     records = [

@@ -141,7 +141,8 @@ def test_what_it_does_not_know_is_one_line(target, words):
 
 @pytest.mark.slow
 def test_a_tpu_that_is_not_here():
-    """FLUX.1 divided over four chips of 31 GiB: its weights are never waited for with nothing to compute, and little besides is held."""
+    """FLUX.1 divided over four chips of 31 GiB: its weights are never waited for with nothing to compute, and little
+    besides is held."""
     pytest.importorskip("libtpu", reason="needs .[tpu]")
     done = subprocess.run([sys.executable, SCRIPT, "v6e-4", "--sharding", "fsdp"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

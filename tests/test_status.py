@@ -14,7 +14,8 @@ from fluxbatch.storage.base import StorageError
 
 
 def test_the_status_says_how_far_a_run_is(cli, golden, tmp_path, mixed, monkeypatch):  # noqa: F811
-    """From the start on, renewed whatever the devices do; and where it cannot be written for a while, the run goes on."""
+    """From the start on, renewed whatever the devices do; and where it cannot be written for a while, the run goes
+    on."""
     said, write, denoise = [], assignment.write_status, Pipeline.denoise
 
     def told(store, code, reason, counts, **more):

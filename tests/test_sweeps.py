@@ -45,9 +45,18 @@ def test_only_the_first_process_keeps_a_sweep_s_record(command, tmp_path, monkey
 def test_a_sweep_by_joblib(tmp_path):
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     golden = Path(__file__).parent / "golden"
-    words = [f"pretrained_model_name_or_path={golden / 'dev'}", "max_sequence_length=24", "resolution=16", "hardware=cpu", "prompt=a fox",
-             f"output_dir={tmp_path}", "run_name=s", f"jax_cache_dir={tmp_path / 'xla'}", f"text_cache_dir={tmp_path / 'text'}"]  # fmt: skip
-    command = [
+    words = [
+        f"pretrained_model_name_or_path={golden / 'dev'}",
+        "max_sequence_length=24",
+        "resolution=16",
+        "hardware=cpu",
+        "prompt=a fox",
+        f"output_dir={tmp_path}",
+        "run_name=s",
+        f"jax_cache_dir={tmp_path / 'xla'}",
+        f"text_cache_dir={tmp_path / 'text'}",
+    ]
+    command = [  # noqa: F811
         sys.executable,
         "-m",
         "fluxbatch.run",
@@ -56,7 +65,7 @@ def test_a_sweep_by_joblib(tmp_path):
         "hydra.launcher.n_jobs=2",
         "seed=0,1",
         *words,
-    ]  # noqa: F811
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     records = [json.loads((tmp_path / f"s/seed={n}/metadata.jsonl").read_text()) for n in range(2)]
@@ -202,8 +211,10 @@ def test_keys_are_explained_by_a_command(capsys):
     assert "\n  sharding=ddp                           Every device holds the whole model\n" in page
     assert all(f"\n  {key}=" in page for key in ("target", "repair", "id", "to"))  # of the siblings
     assert [line for line in page.splitlines() if line.startswith("  ") and len(line.split(None, 1)) < 2] == []
-    assert said("num_inference_steps=8").out.splitlines() == ["Keys of sampler, as sampler=dev has them",
-                                                              "  sampler.num_inference_steps=28         28 to 50"]  # fmt: skip
+    assert said("num_inference_steps=8").out.splitlines() == [
+        "Keys of sampler, as sampler=dev has them",
+        "  sampler.num_inference_steps=28         28 to 50",
+    ]
     assert said("nothing-speaks-of-this", code=2).err.startswith(
         "fluxbatch: error: nothing-speaks-of-this: expected a word"
     )

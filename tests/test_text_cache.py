@@ -161,7 +161,10 @@ def test_a_default_that_cannot_be_used_is_left_out(home, tmp_path, monkeypatch, 
     monkeypatch.chdir(tmp_path)
     home(place)
     assert find("text_cache_dir", "auto") == Place(
-        remark=f"text_cache_dir=auto: {reason}: nothing is kept there; text_cache_dir=DIR names another place, null none")  # fmt: skip
+        remark=(
+            f"text_cache_dir=auto: {reason}: nothing is kept there; text_cache_dir=DIR names another place, null none"
+        )
+    )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -207,7 +210,8 @@ def test_programs_are_not_added_to_what_can_only_be_read(tmp_path, monkeypatch):
 
 @pytest.fixture
 def run(cli, golden, tmp_path, monkeypatch):
-    """Runs a job of four rows with three prompts → the number of prompts that were encoded; no network is loaded for none."""
+    """Runs a job of four rows with three prompts → the number of prompts that were encoded; no network is loaded for
+    none."""
     rows = [{"prompt": f"prompt {n % 3}", "seed": n} for n in range(4)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     encoded, encode = [], pipeline.Pipeline.encode
@@ -220,9 +224,19 @@ def run(cli, golden, tmp_path, monkeypatch):
 
     def call(name, *more, cache="cache", expect=0):
         encoded.clear()
-        given = {"pretrained_model_name_or_path": golden / "dev", "max_sequence_length": 24, "hardware": "cpu", "output_dir": tmp_path, "run_name": name,
-                 "manifest": tmp_path / "rows.jsonl", "resolution": 16, "num_inference_steps": 1, "per_device_batch_size": 2, "output.gallery": "false",
-                 "text_cache_dir": cache and tmp_path / cache}  # fmt: skip
+        given = {
+            "pretrained_model_name_or_path": golden / "dev",
+            "max_sequence_length": 24,
+            "hardware": "cpu",
+            "output_dir": tmp_path,
+            "run_name": name,
+            "manifest": tmp_path / "rows.jsonl",
+            "resolution": 16,
+            "num_inference_steps": 1,
+            "per_device_batch_size": 2,
+            "output.gallery": "false",
+            "text_cache_dir": cache and tmp_path / cache,
+        }
         given |= dict(word.split("=", 1) for word in more if not word.startswith("-"))
         words = [f"{key}={'null' if value is None else value}" for key, value in given.items()]
         code, err = cli(*[word for word in more if word.startswith("-")], *words)
@@ -265,7 +279,8 @@ def test_a_damaged_entry_is_encoded_again(run, tmp_path):
 
 
 def test_a_sweep_encodes_each_prompt_once_for_each_encoder(run, golden, tmp_path):
-    """Models that differ in the transformer alone; an adapter that changes encoders: 4 jobs, 3 prompts, 2 ways to read them."""
+    """Models that differ in the transformer alone; an adapter that changes encoders: 4 jobs, 3 prompts, 2 ways to read
+    them."""
     other = shutil.copytree(golden / "dev", tmp_path / "other")
     scale_weights(other / "transformer", 1.1)
     models = f"pretrained_model_name_or_path={golden / 'dev'},{other}"
@@ -317,9 +332,18 @@ def test_what_decides_the_encoding_is_in_the_name(opened, golden, tmp_path):  # 
         return cache.name(row, [ids[0] for each in engine.inputs for ids in each([each.text(row)])], batch)
 
     base, lora = name(), adapter(tmp_path)
-    others = [name(prompt="y"), name(batch=2), name("max_sequence_length=16"), name("activations_dtype=bfloat16"), name("weights_dtype=bfloat16"),
-              name("sharding=fsdp"), name(f"pretrained_model_name_or_path={clip}"), name(f"pretrained_model_name_or_path={t5}"),
-              name(*lora, "lora_config.scale=[1.0]"), name(*lora, "lora_config.scale=[0.5]")]  # fmt: skip
+    others = [
+        name(prompt="y"),
+        name(batch=2),
+        name("max_sequence_length=16"),
+        name("activations_dtype=bfloat16"),
+        name("weights_dtype=bfloat16"),
+        name("sharding=fsdp"),
+        name(f"pretrained_model_name_or_path={clip}"),
+        name(f"pretrained_model_name_or_path={t5}"),
+        name(*lora, "lora_config.scale=[1.0]"),
+        name(*lora, "lora_config.scale=[0.5]"),
+    ]
     assert len({base, *others}) == 1 + len(others)
     same = [
         name("resolution=64", "seed=3", "guidance_scale=2.0"),
@@ -330,7 +354,8 @@ def test_what_decides_the_encoding_is_in_the_name(opened, golden, tmp_path):  # 
 
 
 def test_the_bound(run, tmp_path):
-    """T5's states of a prompt are 24 × 32 × 4 bytes here, CLIP's vector 32 × 4: a job of more than fit does without a cache, others share it."""
+    """T5's states of a prompt are 24 × 32 × 4 bytes here, CLIP's vector 32 × 4: a job of more than fit does without a
+    cache, others share it."""
     assert run("a", "text_cache_gigabytes=9e-6") == 3 and not (tmp_path / "cache").exists()
     assert "fluxbatch: text_cache_gigabytes=9e-06: the prompts encode to 9.6e-06 GB, none is kept\n" in run.said
     assert run("a2", "text_cache_gigabytes=11e-6") == 3 and "is kept" not in run.said

@@ -79,7 +79,10 @@ def test_prompts_that_are_too_long_where_words_do_not_tell(pytestconfig):
 
 def test_what_the_library_reads_alone_does_not_wait_for_transformers(pytestconfig):
     folder = pytestconfig.rootpath / "fluxbatch/checkpoints/flux-mini/tokenizer"
-    script = f"import sys; from fluxbatch.generation.tokenizers import Tokenizer; Tokenizer({str(folder)!r})(['a'], 8); assert not {{'transformers', 'torch'}} & {{*sys.modules}}"
+    script = (
+        f"import sys; from fluxbatch.generation.tokenizers import Tokenizer; Tokenizer({str(folder)!r})(['a'], 8); "
+        f"assert not {{'transformers', 'torch'}} & {{*sys.modules}}"
+    )
     subprocess.run([sys.executable, "-c", script], check=True, cwd=pytestconfig.rootpath)
 
 

@@ -152,34 +152,95 @@ BROKEN = {
     "an absurd header": (lambda p: (p / FLUX).write_bytes(b"\xff" * 64), ["header claims"]),
     "an empty file": (lambda p: (p / FLUX).write_bytes(b""), [FLUX, "fewer than 8 bytes"]),
     "hardly a file": (lambda p: (p / FLUX).write_bytes(b"abc"), [FLUX, "fewer than 8 bytes"]),
-    "a tensor without a shape": (lambda p: (p / FLUX).write_bytes((48).to_bytes(8, "little") + b'{"a":{"dtype":"F32","data_offsets":[0,4]}}'.ljust(48) + bytes(4)), ["'shape' is missing"]),
+    "a tensor without a shape": (
+        lambda p: (p / FLUX).write_bytes(
+            (48).to_bytes(8, "little") + b'{"a":{"dtype":"F32","data_offsets":[0,4]}}'.ljust(48) + bytes(4)
+        ),
+        ["'shape' is missing"],
+    ),
     "a header of no JSON": (lambda p: (p / FLUX).write_bytes((8).to_bytes(8, "little") + b"notjson!"), ["not JSON"]),
-    "a header of no object": (lambda p: (p / FLUX).write_bytes((8).to_bytes(8, "little") + b"[1]     "), ["header is unsound"]),
-    "an unknown dtype": (lambda p: (p / FLUX).write_bytes(b"".join([(56).to_bytes(8, "little"), b'{"a":{"dtype":"Q4","shape":[1],"data_offsets":[0,1]}}   ', b"x"])), ["Q4"]),
-    "overlapping tensors": (lambda p: (p / FLUX).write_bytes((111).to_bytes(8, "little") + b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"b":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'.ljust(111) + bytes(4)), ["tile"]),
+    "a header of no object": (
+        lambda p: (p / FLUX).write_bytes((8).to_bytes(8, "little") + b"[1]     "),
+        ["header is unsound"],
+    ),
+    "an unknown dtype": (
+        lambda p: (p / FLUX).write_bytes(
+            b"".join([(56).to_bytes(8, "little"), b'{"a":{"dtype":"Q4","shape":[1],"data_offsets":[0,1]}}   ', b"x"])
+        ),
+        ["Q4"],
+    ),
+    "overlapping tensors": (
+        lambda p: (p / FLUX).write_bytes(
+            (111).to_bytes(8, "little")
+            + b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"b":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'.ljust(
+                111
+            )
+            + bytes(4)
+        ),
+        ["tile"],
+    ),
     "no weights": (lambda p: (p / FLUX).unlink(), ["no weights"]),
     "no transformer": (lambda p: shutil.rmtree(p / "transformer"), ["transformer"]),
     "no VAE": (lambda p: shutil.rmtree(p / "vae"), ["vae"]),
     "no scheduler": (lambda p: shutil.rmtree(p / "scheduler"), ["scheduler_config.json"]),
     "no tokenizer": (lambda p: shutil.rmtree(p / "tokenizer_2"), ["tokenizer_2"]),
     "a config of no JSON": (lambda p: (p / "vae/config.json").write_text("{"), ["vae/config.json", "JSON"]),
-    "a config without a size": (lambda p: (p / "transformer/config.json").write_text("{}"), ["transformer/config.json", "attention_head_dim"]),
-    "another model": (lambda p: set_json(p / "transformer/config.json", _class_name="SD3Transformer2DModel"), ["SD3Transformer2DModel"]),
-    "another pipeline": (lambda p: set_json(p / "model_index.json", _class_name="StableDiffusionPipeline"), ["StableDiffusionPipeline"]),
+    "a config without a size": (
+        lambda p: (p / "transformer/config.json").write_text("{}"),
+        ["transformer/config.json", "attention_head_dim"],
+    ),
+    "another model": (
+        lambda p: set_json(p / "transformer/config.json", _class_name="SD3Transformer2DModel"),
+        ["SD3Transformer2DModel"],
+    ),
+    "another pipeline": (
+        lambda p: set_json(p / "model_index.json", _class_name="StableDiffusionPipeline"),
+        ["StableDiffusionPipeline"],
+    ),
     "T5 v1.0": (lambda p: set_json(p / "text_encoder_2/config.json", feed_forward_proj="relu"), ["feed_forward_proj"]),
-    "another activation of T5": (lambda p: set_json(p / "text_encoder_2/config.json", dense_act_fn="relu"), ["dense_act_fn 'relu'"]),
+    "another activation of T5": (
+        lambda p: set_json(p / "text_encoder_2/config.json", dense_act_fn="relu"),
+        ["dense_act_fn 'relu'"],
+    ),
     "another activation of the VAE": (lambda p: set_json(p / "vae/config.json", act_fn="gelu"), ["act_fn 'gelu'"]),
     "odd rope axes": (lambda p: set_json(p / "transformer/config.json", axes_dims_rope=[3, 6, 7]), ["axes_dims_rope"]),
-    "no number of layers": (lambda p: without(p / "transformer/config.json", "num_layers"), ["transformer/config.json: key 'num_layers' is missing"]),
-    "a number in quotes": (lambda p: set_json(p / "transformer/config.json", num_attention_heads="2"), ['num_attention_heads is "2", expected a whole number from 0']),
-    "channels that are no list": (lambda p: set_json(p / "vae/config.json", block_out_channels="x"), ['block_out_channels is "x", expected a list of whole numbers']),
-    "a factor in quotes": (lambda p: set_json(p / "vae/config.json", scaling_factor="0.36"), ['scaling_factor is "0.36", expected a number']),
-    "several ends": (lambda p: set_json(p / "text_encoder/config.json", eos_token_id=[2]), ["eos_token_id is [2], expected a whole number from 0"]),
-    "heads that do not divide": (lambda p: set_json(p / "text_encoder/config.json", num_attention_heads=3), ["num_attention_heads 3: expected a divisor of hidden_size 32"]),
-    "groups that do not divide": (lambda p: set_json(p / "vae/config.json", norm_num_groups=3), ["norm_num_groups 3: expected a divisor of each of block_out_channels [8, 16, 16]"]),
-    "components that disagree": (lambda p: set_json(p / "transformer/config.json", joint_attention_dim=99), ["joint_attention_dim"]),
-    "more layers than tensors": (lambda p: set_json(p / "transformer/config.json", num_layers=3), ["double_blocks", "[2]"]),
-}  # fmt: skip
+    "no number of layers": (
+        lambda p: without(p / "transformer/config.json", "num_layers"),
+        ["transformer/config.json: key 'num_layers' is missing"],
+    ),
+    "a number in quotes": (
+        lambda p: set_json(p / "transformer/config.json", num_attention_heads="2"),
+        ['num_attention_heads is "2", expected a whole number from 0'],
+    ),
+    "channels that are no list": (
+        lambda p: set_json(p / "vae/config.json", block_out_channels="x"),
+        ['block_out_channels is "x", expected a list of whole numbers'],
+    ),
+    "a factor in quotes": (
+        lambda p: set_json(p / "vae/config.json", scaling_factor="0.36"),
+        ['scaling_factor is "0.36", expected a number'],
+    ),
+    "several ends": (
+        lambda p: set_json(p / "text_encoder/config.json", eos_token_id=[2]),
+        ["eos_token_id is [2], expected a whole number from 0"],
+    ),
+    "heads that do not divide": (
+        lambda p: set_json(p / "text_encoder/config.json", num_attention_heads=3),
+        ["num_attention_heads 3: expected a divisor of hidden_size 32"],
+    ),
+    "groups that do not divide": (
+        lambda p: set_json(p / "vae/config.json", norm_num_groups=3),
+        ["norm_num_groups 3: expected a divisor of each of block_out_channels [8, 16, 16]"],
+    ),
+    "components that disagree": (
+        lambda p: set_json(p / "transformer/config.json", joint_attention_dim=99),
+        ["joint_attention_dim"],
+    ),
+    "more layers than tensors": (
+        lambda p: set_json(p / "transformer/config.json", num_layers=3),
+        ["double_blocks", "[2]"],
+    ),
+}
 
 
 @pytest.mark.parametrize("case", BROKEN)

@@ -33,11 +33,16 @@ def bfl_flux(t: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """diffusers' names to Black Forest Labs', written down apart from the tables under test."""
     out = {}
     for old, new in {
-        "x_embedder": "img_in", "context_embedder": "txt_in", "proj_out": "final_layer.linear",
-        "time_text_embed.timestep_embedder.linear_1": "time_in.in_layer", "time_text_embed.timestep_embedder.linear_2": "time_in.out_layer",
-        "time_text_embed.text_embedder.linear_1": "vector_in.in_layer", "time_text_embed.text_embedder.linear_2": "vector_in.out_layer",
-        "time_text_embed.guidance_embedder.linear_1": "guidance_in.in_layer", "time_text_embed.guidance_embedder.linear_2": "guidance_in.out_layer",
-    }.items():  # fmt: skip
+        "x_embedder": "img_in",
+        "context_embedder": "txt_in",
+        "proj_out": "final_layer.linear",
+        "time_text_embed.timestep_embedder.linear_1": "time_in.in_layer",
+        "time_text_embed.timestep_embedder.linear_2": "time_in.out_layer",
+        "time_text_embed.text_embedder.linear_1": "vector_in.in_layer",
+        "time_text_embed.text_embedder.linear_2": "vector_in.out_layer",
+        "time_text_embed.guidance_embedder.linear_1": "guidance_in.in_layer",
+        "time_text_embed.guidance_embedder.linear_2": "guidance_in.out_layer",
+    }.items():
         out |= {f"{new}.{end}": t[f"{old}.{end}"] for end in ("weight", "bias") if f"{old}.{end}" in t}
     for end in ("weight", "bias"):
         scale, shift = np.split(t[f"norm_out.linear.{end}"], 2)
@@ -82,9 +87,16 @@ def bfl_vae(t: dict[str, np.ndarray], levels: int = 3) -> dict[str, np.ndarray]:
         name = re.sub(r"up_blocks\.(\d+)\.", lambda m: f"up.{levels - 1 - int(m[1])}.", name)
         name = re.sub(r"down_blocks\.", "down.", name)
         name = re.sub(r"mid_block\.resnets\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}", name)
-        for old, new in {"resnets": "block", "upsamplers.0": "upsample", "downsamplers.0": "downsample", "conv_shortcut": "nin_shortcut",
-                         "conv_norm_out": "norm_out", "mid_block.attentions.0.group_norm": "mid.attn_1.norm",
-                         "mid_block.attentions.0.to_out.0": "mid.attn_1.proj_out", "mid_block.attentions.0.to_": "mid.attn_1."}.items():  # fmt: skip
+        for old, new in {
+            "resnets": "block",
+            "upsamplers.0": "upsample",
+            "downsamplers.0": "downsample",
+            "conv_shortcut": "nin_shortcut",
+            "conv_norm_out": "norm_out",
+            "mid_block.attentions.0.group_norm": "mid.attn_1.norm",
+            "mid_block.attentions.0.to_out.0": "mid.attn_1.proj_out",
+            "mid_block.attentions.0.to_": "mid.attn_1.",
+        }.items():
             name = name.replace(old, new)
         conv = ".attn_1." in name and value.ndim == 2
         out[name] = value[:, :, None, None] if conv else value
@@ -112,8 +124,12 @@ def black_forest_labs(source, to):
 
 def comfyui(source, to):
     """ComfyUI's folders; what is not FLUX.1's lies beside each file."""
-    for file, component in {"unet/my-flux.safetensors": "transformer", "vae/ae.safetensors": "vae",
-                            "clip/clip_l.safetensors": "text_encoder", "text_encoders/t5xxl_fp16.safetensors": "text_encoder_2"}.items():  # fmt: skip
+    for file, component in {
+        "unet/my-flux.safetensors": "transformer",
+        "vae/ae.safetensors": "vae",
+        "clip/clip_l.safetensors": "text_encoder",
+        "text_encoders/t5xxl_fp16.safetensors": "text_encoder_2",
+    }.items():
         tensors = load_file(next((source / component).glob("*.safetensors")))
         tensors = {"transformer": bfl_flux, "vae": bfl_vae}.get(component, dict)(tensors)
         save(tensors, to / file, "model.diffusion_model." if component == "transformer" else "")
@@ -194,8 +210,15 @@ def test_the_same_pictures(golden, tmp_path, cli):
                                               for make in (black_forest_labs, converted)}  # fmt: skip
     pictures = []
     for name, path in places.items():
-        code, err = cli(f"pretrained_model_name_or_path={path}", f"run_name={name}", "prompt=a red apple", "resolution=32",
-                        "num_inference_steps=2", "max_sequence_length=24", f"output_dir={tmp_path}")  # fmt: skip
+        code, err = cli(
+            f"pretrained_model_name_or_path={path}",
+            f"run_name={name}",
+            "prompt=a red apple",
+            "resolution=32",
+            "num_inference_steps=2",
+            "max_sequence_length=24",
+            f"output_dir={tmp_path}",
+        )
         assert code == 0, err
         pictures += images(tmp_path / name).values()
     assert len(pictures) == 3 and all(np.array_equal(picture, pictures[0]) for picture in pictures)
@@ -203,28 +226,85 @@ def test_the_same_pictures(golden, tmp_path, cli):
 
 # FLUX.1's own sizes, as single files show them.
 FULL = {
-    "transformer": {"img_in.weight": (3072, 64), "txt_in.weight": (3072, 4096), "vector_in.in_layer.weight": (3072, 768),
-                    "guidance_in.in_layer.weight": (3072, 256), "double_blocks.18.img_attn.norm.query_norm.scale": (128,),
-                    "single_blocks.37.norm.query_norm.scale": (128,), "final_layer.linear.weight": (64, 3072)},
-    "text_encoder": {"text_model.embeddings.token_embedding.weight": (49408, 768), "text_model.embeddings.position_embedding.weight": (77, 768),
-                     "text_model.encoder.layers.11.mlp.fc1.weight": (3072, 768)},
-    "text_encoder_2": {"encoder.embed_tokens.weight": (32128, 4096), "encoder.final_layer_norm.weight": (4096,),
-                       "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": (32, 64),
-                       "encoder.block.23.layer.0.SelfAttention.q.weight": (4096, 4096),
-                       "encoder.block.23.layer.1.DenseReluDense.wi_0.weight": (10240, 4096)},
-    "vae": {"decoder.norm_out.weight": (128,), "decoder.conv_in.weight": (512, 16, 3, 3), "decoder.mid.attn_1.q.weight": (512, 512, 1, 1),
-            **{f"decoder.up.{i}.block.{j}.conv1.weight": (size, 1, 3, 3) for i, size in enumerate((128, 256, 512, 512)) for j in range(3)}},
-}  # fmt: skip
+    "transformer": {
+        "img_in.weight": (3072, 64),
+        "txt_in.weight": (3072, 4096),
+        "vector_in.in_layer.weight": (3072, 768),
+        "guidance_in.in_layer.weight": (3072, 256),
+        "double_blocks.18.img_attn.norm.query_norm.scale": (128,),
+        "single_blocks.37.norm.query_norm.scale": (128,),
+        "final_layer.linear.weight": (64, 3072),
+    },
+    "text_encoder": {
+        "text_model.embeddings.token_embedding.weight": (49408, 768),
+        "text_model.embeddings.position_embedding.weight": (77, 768),
+        "text_model.encoder.layers.11.mlp.fc1.weight": (3072, 768),
+    },
+    "text_encoder_2": {
+        "encoder.embed_tokens.weight": (32128, 4096),
+        "encoder.final_layer_norm.weight": (4096,),
+        "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": (32, 64),
+        "encoder.block.23.layer.0.SelfAttention.q.weight": (4096, 4096),
+        "encoder.block.23.layer.1.DenseReluDense.wi_0.weight": (10240, 4096),
+    },
+    "vae": {
+        "decoder.norm_out.weight": (128,),
+        "decoder.conv_in.weight": (512, 16, 3, 3),
+        "decoder.mid.attn_1.q.weight": (512, 512, 1, 1),
+        **{
+            f"decoder.up.{i}.block.{j}.conv1.weight": (size, 1, 3, 3)
+            for i, size in enumerate((128, 256, 512, 512))
+            for j in range(3)
+        },
+    },
+}
 EXPECTED = {
-    "transformer": dict(in_channels=64, out_channels=64, num_layers=19, num_single_layers=38, num_attention_heads=24, attention_head_dim=128,
-                        joint_attention_dim=4096, pooled_projection_dim=768, guidance_embeds=True, axes_dims_rope=(16, 56, 56)),
-    "text_encoder": dict(vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
-                         max_position_embeddings=77, hidden_act="quick_gelu", layer_norm_eps=1e-5, eos_token_id=2),
-    "text_encoder_2": dict(vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64,
-                           relative_attention_num_buckets=32, relative_attention_max_distance=128, layer_norm_epsilon=1e-6),
-    "vae": dict(latent_channels=16, block_out_channels=(128, 256, 512, 512), layers_per_block=2, norm_num_groups=32, scaling_factor=0.3611,
-                shift_factor=0.1159, mid_block_add_attention=True, use_quant_conv=False, use_post_quant_conv=False),
-}  # fmt: skip
+    "transformer": dict(
+        in_channels=64,
+        out_channels=64,
+        num_layers=19,
+        num_single_layers=38,
+        num_attention_heads=24,
+        attention_head_dim=128,
+        joint_attention_dim=4096,
+        pooled_projection_dim=768,
+        guidance_embeds=True,
+        axes_dims_rope=(16, 56, 56),
+    ),
+    "text_encoder": dict(
+        vocab_size=49408,
+        hidden_size=768,
+        intermediate_size=3072,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        max_position_embeddings=77,
+        hidden_act="quick_gelu",
+        layer_norm_eps=1e-5,
+        eos_token_id=2,
+    ),
+    "text_encoder_2": dict(
+        vocab_size=32128,
+        d_model=4096,
+        d_kv=64,
+        d_ff=10240,
+        num_layers=24,
+        num_heads=64,
+        relative_attention_num_buckets=32,
+        relative_attention_max_distance=128,
+        layer_norm_epsilon=1e-6,
+    ),
+    "vae": dict(
+        latent_channels=16,
+        block_out_channels=(128, 256, 512, 512),
+        layers_per_block=2,
+        norm_num_groups=32,
+        scaling_factor=0.3611,
+        shift_factor=0.1159,
+        mid_block_add_attention=True,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    ),
+}
 
 
 @pytest.mark.parametrize("name", FULL)
@@ -299,9 +379,19 @@ def test_fp8(golden, tmp_path, monkeypatch, how, on_host):
         assert np.array_equal(layer, load.read_layer(plan, "single_blocks.mlp_in.kernel", 1))
 
 
-@pytest.mark.parametrize("source,target,on_host", [
-    ("float16", "float32", True), ("float16", "bfloat16", True), ("bfloat16", "float32", True), ("bfloat16", "float16", True),
-    ("float64", "bfloat16", True), ("float32", "float16", True), ("float16", "bfloat16", False), ("float32", "float16", False)])  # fmt: skip
+@pytest.mark.parametrize(
+    "source,target,on_host",
+    [
+        ("float16", "float32", True),
+        ("float16", "bfloat16", True),
+        ("bfloat16", "float32", True),
+        ("bfloat16", "float16", True),
+        ("float64", "bfloat16", True),
+        ("float32", "float16", True),
+        ("float16", "bfloat16", False),
+        ("float32", "float16", False),
+    ],
+)
 def test_dtypes(golden, tmp_path, monkeypatch, source, target, on_host):
     """Any float into any other, rounded once; on an accelerator the cast is the device's."""
     monkeypatch.setattr(load, "on_host", lambda mesh: on_host)
@@ -406,9 +496,12 @@ def test_what_is_there_instead_is_said(golden, tmp_path):
     shutil.copy(tmp_path / "ui/clip/clip_l.safetensors", tmp_path / "bare/clip_l.safetensors")
     for given, words in (
         (dict(path=tmp_path / "flat"), f"no transformer; {tmp_path}/flat has FLUX.1-dev.safetensors"),
-        (dict(path=golden / "dev", clip=tmp_path / "ui/clip"), f"no weights: .*; {tmp_path}/ui/clip has clip_l.safetensors"),
+        (
+            dict(path=golden / "dev", clip=tmp_path / "ui/clip"),
+            f"no weights: .*; {tmp_path}/ui/clip has clip_l.safetensors",
+        ),
         (dict(path=golden / "dev", clip=tmp_path / "bare"), f"no text_encoder; {tmp_path}/bare has clip_l.safetensors"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(UserError, match=words) as error:
             plans(**{key: str(value) for key, value in given.items()})
         assert len(error.value.lines) == 1
@@ -515,8 +608,15 @@ def test_passwords_of_addresses_are_not_shown(golden, tmp_path, web, cli):
         tmp_path / "x.safetensors", {"lora_unet_double_blocks_0_img_attn_proj.diff_b": np.ones(3072, np.float32)}
     )
     assert test_lora.read(f"{address}/{adapter.name}").file == f"{web}/{adapter.name}"
-    code, err = cli(f"pretrained_model_name_or_path={address}/out", "prompt=x", "resolution=32", "num_inference_steps=1", "max_sequence_length=24",
-                    f"output_dir={tmp_path}", "run_name=run")  # fmt: skip
+    code, err = cli(
+        f"pretrained_model_name_or_path={address}/out",
+        "prompt=x",
+        "resolution=32",
+        "num_inference_steps=1",
+        "max_sequence_length=24",
+        f"output_dir={tmp_path}",
+        "run_name=run",
+    )
     assert code == 0 and "secret" not in err, err
     assert metadata(tmp_path / "run")[0]["model"] == f"{web}/out"
 

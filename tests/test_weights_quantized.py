@@ -1,5 +1,5 @@
-"""Quantizations that are not read: one line that names the quantization, what says so, and what to use instead; wherever
-the checkpoint lies and however it is named. What only speaks of one and is whole is read."""
+"""Quantizations that are not read: one line that names the quantization, what says so, and what to use instead;
+wherever the checkpoint lies and however it is named. What only speaks of one and is whole is read."""
 
 from __future__ import annotations
 

@@ -21,8 +21,14 @@ from fluxbatch.weights.block_streaming import StreamedWeights
 
 
 def flags(golden, tmp_path, name, **more):
-    given = {"pretrained_model_name_or_path": golden / "dev", "max_sequence_length": 24, "hardware": "cpu", "output_dir": tmp_path,
-             "run_name": name, "resolution": 32}  # fmt: skip
+    given = {
+        "pretrained_model_name_or_path": golden / "dev",
+        "max_sequence_length": 24,
+        "hardware": "cpu",
+        "output_dir": tmp_path,
+        "run_name": name,
+        "resolution": 32,
+    }
     return [f"{key}={value}" for key, value in (given | more).items()]
 
 

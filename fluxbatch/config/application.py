@@ -62,12 +62,10 @@ def main(
     The exit code is the task's, the worst one of a multirun, or 2 after a line for each mistake.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    sys.setswitchinterval(
-        0.001
-    )  # what feeds the device waits this long, and not 5 ms, for a thread that traces or writes
-    gc.set_threshold(
-        100_000, 50, 50
-    )  # by default a tenth of the start goes into looking through imported modules for cycles
+    # what feeds the device waits this long, and not 5 ms, for a thread that traces or writes
+    sys.setswitchinterval(0.001)
+    # by default a tenth of the start goes into looking through imported modules for cycles
+    gc.set_threshold(100_000, 50, 50)
     with whoever_reads():
         try:
             code = _start(task, schema, rows, about, argv)
@@ -161,7 +159,10 @@ def _not_utf8(path: Path) -> str | None:
     try:
         path.read_text("utf-8")
     except UnicodeDecodeError as error:
-        return f"{path}: not UTF-8: byte 0x{error.object[error.start]:02x} at {error.start + 1}; expected a file saved as UTF-8"
+        return (
+            f"{path}: not UTF-8: byte 0x{error.object[error.start]:02x} at {error.start + 1}; expected a file saved "
+            "as UTF-8"
+        )
     return None
 
 
@@ -301,7 +302,10 @@ def _explain(error: BaseException, schema: type[Job]) -> str:
     if isinstance(error, MissingMandatoryValue):
         text = "a value is missing"
     if "BasicSweeper does not support" in text:
-        text = "interval(…) is for sweepers that propose values, as hydra/sweeper=optuna does; else give values or range(…)"
+        text = (
+            "interval(…) is for sweepers that propose values, as hydra/sweeper=optuna does; else give values or "
+            "range(…)"
+        )
     if key and key[1].startswith("hydra.sweeper.params.") and "KeyValidationError" in text:
         text += '; a value with commas is quoted within braces: params: {seed: "1,2"}'
     if key is None and (

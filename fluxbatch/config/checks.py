@@ -141,10 +141,11 @@ def sigmas_wanted(given: Any) -> str | None:
 
 def _paths(job: Job) -> Iterator[tuple[str, str]]:
     """Every key that may hold an address, and its value."""
+    # to: convert's
     yield from (
         (key, getattr(job, key, None) or "")
         for key in ("output_dir", "manifest", "jax_cache_dir", "text_cache_dir", "to")
-    )  # to: convert's
+    )
     yield from (
         (f"model.{key}", value or "") for key, value in vars(job.model).items() if key.endswith("_name_or_path")
     )

@@ -122,7 +122,8 @@ def sweeper_params(
     words: Sequence[str],
     read: Callable[[Sequence[str]], tuple[list[str], frozenset[str]]],
 ) -> tuple[list[str], frozenset[str]]:
-    """hydra.sweeper.params through ``read``, which reads a command line: as overrides, and the full keys that hold still.
+    """hydra.sweeper.params through ``read``, which reads a command line: as overrides, and the full keys that hold
+    still.
 
     A sweeper that is not Hydra's own may know values that are no overrides: these stay as they are.
     """

@@ -50,7 +50,9 @@ USUAL = {
         "filename": "file_name outname template",
         "format": "ext extension image_format img_format fmt file_format",
         "overwrite": "force clobber",
-        "pretrained_model_name_or_path": "ckpt checkpoint model_path model_dir model_id model_name base_model weights repo",
+        "pretrained_model_name_or_path": (
+            "ckpt checkpoint model_path model_dir model_id model_name base_model weights repo"
+        ),
         "vae_model_name_or_path": "vae vae_path ae",
         "clip_model_name_or_path": "clip clip_path clip_l text_encoder",
         "t5xxl_model_name_or_path": "t5 t5_path t5xxl text_encoder_2",
@@ -202,8 +204,8 @@ def kind_of(schema: type, key: str) -> tuple[Any, bool]:
 
 
 def misplaced(value: Any, kind: Any, optional: bool = False, key: str = "") -> Iterator[str]:
-    """A line for each group, list and table in whose place an interpolation has put something else: OmegaConf holds only
-    single values against their types."""
+    """A line for each group, list and table in whose place an interpolation has put something else: OmegaConf holds
+    only single values against their types."""
     holds: Any = kind if dataclasses.is_dataclass(kind) else typing.get_origin(kind)
     if not (dataclasses.is_dataclass(holds) or holds in (list, dict)) or (value is None and optional):
         return

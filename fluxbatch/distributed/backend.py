@@ -14,15 +14,17 @@ from fluxbatch.types import UserError
 PLATFORMS = {"cpu": "cpu", "gpu": "cuda", "tpu": "tpu"}
 REMOTE = {"gs": "gcsfs", "s3": "s3fs"}  # through what JAX writes its cache where
 XLA_TUNING = "xla_gpu_per_fusion_autotune_cache_dir"  # XLA's own cache within JAX's
+# JAX's names for it; it refuses to be told both
 GPU_SHARES = (
     "XLA_CLIENT_MEM_FRACTION",
     "XLA_PYTHON_CLIENT_MEM_FRACTION",
-)  # JAX's names for it; it refuses to be told both
+)
 HEARTBEAT, SHUTDOWN = 30, 15  # seconds until a silent peer counts as lost, and that an exit waits for peers
 
 
 def tell_compiler(xla: Sequence[str], libtpu: Sequence[str]) -> None:
-    """Adds flags to XLA_FLAGS and LIBTPU_INIT_ARGS, and the share of a GPU, before JAX starts; what is there already wins."""
+    """Adds flags to XLA_FLAGS and LIBTPU_INIT_ARGS, and the share of a GPU, before JAX starts; what is there already
+    wins."""
     for variable, flags in (("XLA_FLAGS", xla), ("LIBTPU_INIT_ARGS", libtpu)):
         given = os.environ.get(variable, "").split()
         names = {flag.partition("=")[0] for flag in given}
@@ -33,8 +35,9 @@ def tell_compiler(xla: Sequence[str], libtpu: Sequence[str]) -> None:
 
 
 def gpu_share() -> float:
-    """The part of a GPU's memory that JAX takes: 0.9, unless the environment says another. Of its own accord it takes 0.75,
-    which is less of 40 GB than a 12B transformer and its text encoders need when the next shard's texts are encoded."""
+    """The part of a GPU's memory that JAX takes: 0.9, unless the environment says another. Of its own accord it takes
+    0.75, which is less of 40 GB than a 12B transformer and its text encoders need when the next shard's texts are
+    encoded."""
     return float(next(filter(None, map(os.environ.get, GPU_SHARES)), 0.9))
 
 
@@ -47,7 +50,8 @@ def start(platform: str, cache_dir: str | None, writable: bool = True) -> str:
     scheme, remote, _ = (cache_dir or "").partition("://")
     if remote and not (scheme in REMOTE and importlib.util.find_spec(REMOTE[scheme])):
         raise UserError(
-            f"jax_cache_dir={cache_dir}: expected a local directory, null, or gs://bucket/prefix where gcsfs is installed"
+            f"jax_cache_dir={cache_dir}: expected a local directory, null, or gs://bucket/prefix where gcsfs is "
+            "installed"
         )
     asked, instead = f"hardware={platform}", ""
     if platform != "auto":

@@ -72,7 +72,10 @@ class Target:
         if self.chip is None:
             return self.name
         many = f" on {self.hosts} hosts" if self.hosts > 1 else ""
-        return f"{self.name}: {self.chips} × {self.chip.name}{many}, {self.chip.peak:g} TFLOP/s and {self.chip.memory:g} GiB each"
+        return (
+            f"{self.name}: {self.chips} × {self.chip.name}{many}, {self.chip.peak:g} TFLOP/s and "
+            f"{self.chip.memory:g} GiB each"
+        )
 
 
 def target(name: str) -> Target:

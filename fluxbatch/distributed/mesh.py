@@ -90,7 +90,8 @@ def _filled(sizes: Sequence[int], count: int, what: str, names: Sequence[str]) -
 def open_mesh(
     ici: Sequence[int], dcn: Sequence[int], devices: Sequence[jax.Device] | None = None, processes: int | None = None
 ) -> Mesh:
-    """The mesh of these sizes over the devices of all processes, or over ``devices`` that belong to so many ``processes``.
+    """The mesh of these sizes over the devices of all processes, or over ``devices`` that belong to so many
+    ``processes``.
 
     A slice is a TPU's; elsewhere what the dcn_ sizes divide are the processes, in their order. Raises
     ValueError when the sizes do not fit.
@@ -100,7 +101,8 @@ def open_mesh(
     across, count = math.prod(outer), math.prod(inner) * math.prod(outer)
     if _slices(devices) == 1 and processes % across:
         raise ValueError(
-            f"dcn_data_parallelism={outer[0]} × dcn_fsdp_parallelism={outer[1]}: {processes} processes cannot be divided by {across}"
+            f"dcn_data_parallelism={outer[0]} × dcn_fsdp_parallelism={outer[1]}: {processes} processes cannot be "
+            f"divided by {across}"
         )
     if processes > 1 and count != len(devices):
         raise ValueError(

@@ -33,10 +33,12 @@ class ProcessGroup:
 
     Every process makes the same calls in the same order. In a run that is:
 
-    1. ``together`` around all that opens it. Within: ``all_say`` as memory is divided, ``start_id``, ``first_goes_first``
+    1. ``together`` around all that opens it. Within: ``all_say`` as memory is divided, ``start_id``,
+    ``first_goes_first``
        around the ledger, ``agree`` on configuration and manifest, ``as_first_sees`` on what is left to do, ``agree`` on
        file names, ``all_say`` on the text cache.
-    2. For each shard: ``least`` and ``first_has`` where replicas claim shards, ``all_have`` of the text cache, ``whole``
+    2. For each shard: ``least`` and ``first_has`` where replicas claim shards, ``all_have`` of the text cache,
+    ``whole``
        of each batch of prompts; before each batch the drain's own point of meeting (``shutdown.Drain``).
     3. ``meet`` once all is recorded, ``first_says`` for the exit code.
     """
@@ -97,7 +99,10 @@ class ProcessGroup:
             whole.update(repr(value).encode("utf-8", "surrogatepass"))
         words = self._exchange(int.from_bytes(whole.digest()[:4]) % _FAILED)
         if odd := [i for i, other in enumerate(words) if other != words[0]]:
-            line = f"process {odd[0]} of this replica sees another {what} than process 0: the same files and settings are needed"
+            line = (
+                f"process {odd[0]} of this replica sees another {what} than process 0: the same files and settings "
+                "are needed"
+            )
             raise KnownToAll(f"{line}; processes with a job of their own each are started with {ALONE} set")
 
     def as_first_sees(self, todo: Sequence[Row], rows: Sequence[Row]) -> list[Row]:

@@ -1,4 +1,5 @@
-"""Which replica of how many this process belongs to: said outright, or by the scheduler that started it; and where processes meet."""
+"""Which replica of how many this process belongs to: said outright, or by the scheduler that started it; and where
+processes meet."""
 
 from __future__ import annotations
 
@@ -19,8 +20,8 @@ class Replica(NamedTuple):
 
 
 def hold_port() -> socket.socket:
-    """A socket bound to a port of this machine, for its processes to meet at: until it is closed the system gives that port
-    to nobody who asks for any, and still lets one who names it listen there."""
+    """A socket bound to a port of this machine, for its processes to meet at: until it is closed the system gives that
+    port to nobody who asks for any, and still lets one who names it listen there."""
     held = socket.socket()
     for option in (socket.SO_REUSEADDR, socket.SO_REUSEPORT):
         held.setsockopt(socket.SOL_SOCKET, option, 1)
@@ -31,9 +32,10 @@ def hold_port() -> socket.socket:
 def find(index: int | None, count: int | None, env: Mapping[str, str] = os.environ) -> Replica:
     """``index`` and ``count`` as the job gives them; what it leaves out comes from the environment.
 
-    A Slurm array has a task for each replica, whatever runs inside, unless submitit has made it of a sweep's jobs. The indices of Kubernetes and Google
-    Cloud Batch number a replica's processes just as well, so they count only where this process has no peers;
-    an indexed Kubernetes job does not say how many there are, so there the count must be given.
+    A Slurm array has a task for each replica, whatever runs inside, unless submitit has made it of a sweep's jobs. The
+    indices of Kubernetes and Google Cloud Batch number a replica's processes just as well, so they count only where
+    this process has no peers; an indexed Kubernetes job does not say how many there are, so there the count must be
+    given.
     """
     if count == 1 and index is None:  # said outright: whatever else runs is none of its replicas
         return Replica(0, 1)
@@ -81,7 +83,8 @@ def _scheduled(env: Mapping[str, str]) -> tuple[int | None, int | None]:
         step = (last - first) // (count - 1) if count > 1 else 1
         if (task - first) % step or (last - first) != step * (count - 1):
             raise UserError(
-                f"SLURM_ARRAY_TASK_ID={task}: expected an evenly spaced array, as --array=0-7, or replica_index and replica_count"
+                f"SLURM_ARRAY_TASK_ID={task}: expected an evenly spaced array, as --array=0-7, or replica_index and "
+                "replica_count"
             )
         return (task - first) // step, count
     if (number("JAX_NUM_PROCESSES") or 1) > 1 or "," in env.get("TPU_WORKER_HOSTNAMES", ""):

@@ -82,7 +82,8 @@ class ModelSpec:
         return steps * self.family.step_flops(height, width, self.inputs) + self.family.decode_flops(height, width)
 
     def roofline_seconds(self, row: Row) -> float | None:
-        """Seconds that this process's devices would take for the row's image at their peak; None where that is not known."""
+        """Seconds that this process's devices would take for the row's image at their peak; None where that is not
+        known."""
         if self.peak is None:
             return None
         share = len(self.mesh.local_devices) / self.mesh.size
@@ -94,8 +95,11 @@ class ModelSpec:
         if self.stream and len(self.lora.mixes(rows)) > 1:
             first = self.lora.mixes(rows)[0]
             other = next(row for row in rows if self.lora.mixes([row]) != [first])
-            raise UserError(f"hardware.stream_blocks=true: {other.where}: lora is {dict(other.lora or ())}, rows before it have {dict(first)}: "
-                            "expected one mix for all rows, which is merged into the blocks as they pass")  # fmt: skip
+            raise UserError(
+                f"hardware.stream_blocks=true: {other.where}: lora is {dict(other.lora or ())}, rows before it have "
+                f"{dict(first)}: "
+                "expected one mix for all rows, which is merged into the blocks as they pass"
+            )
         return rows
 
     def pipeline(
@@ -107,7 +111,8 @@ class ModelSpec:
         """What draws ``rows`` (resolved); weights stream onto the mesh as they are first needed, under the
         eyes of ``watcher``.
 
-        Adapters are merged into the weights if all rows have one mix, else they stand beside them. Weights that ``kept`` has of a job before stay, but for what adapters change.
+        Adapters are merged into the weights if all rows have one mix, else they stand beside them. Weights that
+        ``kept`` has of a job before stay, but for what adapters change.
         """
         mixes = self.lora.mixes(rows) or [self.lora.own]
         beside = self.lora if len(mixes) > 1 else None
@@ -264,7 +269,8 @@ def open_model_spec(
             else f"{processes} processes"
         )
         raise UserError(
-            f"hardware.stream_blocks=true: got {got}: expected whole blocks on each device of one process: sharding=single or ddp"
+            f"hardware.stream_blocks=true: got {got}: expected whole blocks on each device of one process: "
+            "sharding=single or ddp"
         )
     programs = (
         type(scheduler),
@@ -284,13 +290,29 @@ def open_model_spec(
         *programs,
     )
     return ModelSpec(
-        checkpoint, plans, inputs, scheduler, mesh, weights, activations, hardware.stream_blocks, away, turns, facts, record, adapters, identity,
-        family.warnings(job.model.flux_name), bool(job.sweep), group)  # fmt: skip
+        checkpoint,
+        plans,
+        inputs,
+        scheduler,
+        mesh,
+        weights,
+        activations,
+        hardware.stream_blocks,
+        away,
+        turns,
+        facts,
+        record,
+        adapters,
+        identity,
+        family.warnings(job.model.flux_name),
+        bool(job.sweep),
+        group,
+    )
 
 
 def _name(given: str) -> str:
-    """How records call a model: a path's last part, as the rest says where it lies on one machine; an address without its
-    query, which may hold a token."""
+    """How records call a model: a path's last part, as the rest says where it lies on one machine; an address without
+    its query, which may hold a token."""
     path = os.path.abspath(os.path.expanduser(given.removeprefix("file://")))
     return os.path.basename(path) if os.path.exists(path) else given.partition("?")[0]
 

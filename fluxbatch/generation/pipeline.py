@@ -58,10 +58,18 @@ class Pipeline:
     """Runs batches of rows; returns device arrays without waiting for them."""
 
     def __init__(
-        self, family: Family, networks: Mapping[str, DeviceWeights], mesh: jax.sharding.Mesh, dtype: Any, scheduler: Scheduler, observer: ProgressObserver,
-        lora: Loras | None = None, group: ProcessGroup = ProcessGroup(),
-    ):  # fmt: skip
-        """``networks``: one for each component. ``lora``: the adapters that stand beside the weights, mixed row by row."""
+        self,
+        family: Family,
+        networks: Mapping[str, DeviceWeights],
+        mesh: jax.sharding.Mesh,
+        dtype: Any,
+        scheduler: Scheduler,
+        observer: ProgressObserver,
+        lora: Loras | None = None,
+        group: ProcessGroup = ProcessGroup(),
+    ):
+        """``networks``: one for each component. ``lora``: the adapters that stand beside the weights, mixed row by
+        row."""
         self.family, self.networks, self.group = family, networks, group
         self.mesh, self.dtype, self.scheduler, self.observer, self._lora = (
             mesh,
@@ -91,10 +99,13 @@ class Pipeline:
         platform = mesh.devices.flat[0].platform
         self._decode = jit(
             functools.partial(programs.decode, family, at_once=programs.pixels_at_once(platform)),
-            static_argnames=("graph", "dtype", "height", "width"), compiler_options=programs.decoder_options(platform, family.decoder_width))  # fmt: skip
+            static_argnames=("graph", "dtype", "height", "width"),
+            compiler_options=programs.decoder_options(platform, family.decoder_width),
+        )
 
     def reuse(self, scheduler: Scheduler, observer: ProgressObserver) -> None:
-        """For another job of a sweep, whose scheduler is of the same class: its noise levels are data to the programs."""
+        """For another job of a sweep, whose scheduler is of the same class: its noise levels are data to the
+        programs."""
         self.scheduler, self.observer = scheduler, observer
 
     @property
@@ -151,10 +162,13 @@ class Pipeline:
     def programs(
         self, batch: int, inputs: Sequence[TextInput], height: int, width: int, parts: Sequence[str]
     ) -> Iterator[tuple[str, jax.stages.Lowered]]:  # fmt: skip
-        """Names and programs that pictures of one size take for these ``parts`` of the way (encode, denoise, decode), from
-        shapes alone: each is lowered when its turn comes, and is yet to be compiled."""
-        lower = {"encode": lambda: self._lower_encode(batch, inputs), "denoise": lambda: self._lower_denoise(batch, inputs, height, width),
-                 "decode": lambda: self._lower_decode(batch, height, width)}  # fmt: skip
+        """Names and programs that pictures of one size take for these ``parts`` of the way (encode, denoise, decode),
+        from shapes alone: each is lowered when its turn comes, and is yet to be compiled."""
+        lower = {
+            "encode": lambda: self._lower_encode(batch, inputs),
+            "denoise": lambda: self._lower_denoise(batch, inputs, height, width),
+            "decode": lambda: self._lower_decode(batch, height, width),
+        }
         for part in parts:
             yield from lower[part]()
 

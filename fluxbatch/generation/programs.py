@@ -1,7 +1,7 @@
 """What the devices run, as pure functions of arrays: text → conditioning, latents a step on, latents → pixels.
 
-``graph`` is a network's definition and ``state`` its parameters, as ``nnx.split`` gives them; ``scales`` are those of each
-row's adapters. ``pipeline.py`` compiles them.
+``graph`` is a network's definition and ``state`` its parameters, as ``nnx.split`` gives them; ``scales`` are those of
+each row's adapters. ``pipeline.py`` compiles them.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ Graph = nnx.GraphDef[Any]
 State = Any  # nnx.State, a pytree of parameters
 SchedulerStep = Callable[[Array, Array, Array, Array], Array]  # models/schedulers.py
 
-# XLA:CPU leaves products, convolutions and sums to a library, YNNPACK. On a CPU without AVX-512 (EPYC) its convolutions are
-# slower than XLA's: the decoder of the bench's middle takes 6.3 s with them and 5.3 without; with AVX-512 (Xeon) 2.2 and 2.3.
-# Over flux-mini's 12 channels it gains nothing, and its first run took as long as two more.
+# XLA:CPU leaves products, convolutions and sums to a library, YNNPACK. On a CPU without AVX-512 (EPYC) its convolutions
+# are slower than XLA's: the decoder of the bench's middle takes 6.3 s with them and 5.3 without; with AVX-512 (Xeon)
+# 2.2 and 2.3. Over flux-mini's 12 channels it gains nothing, and its first run took as long as two more.
 _NARROW = 16
 _YNN, _SUMS = "xla_cpu_experimental_ynn_fusion_type", "LIBRARY_FUSION_TYPE_REDUCE"
-# libtpu looks longer for the tiles of a convolution the more room they have: a decoder of 256×256 is compiled in 68 s with
-# this, and not within 220 s with what conf/hardware gives the transformer. (Which of the two runs faster was not compared.)
+# libtpu looks longer for the tiles of a convolution the more room they have: a decoder of 256×256 is compiled in 68 s
+# with this, and not within 220 s with what conf/hardware gives the transformer. (Which of the two runs faster was not
+# compared.)
 _TPU_OPTIONS = {"xla_tpu_scoped_vmem_limit_kib": "16384"}
 # A device decodes pictures together as long as they have no more pixels than this: beyond it each would take
 # memory of its own, and on a CPU leave its caches.
@@ -112,9 +113,16 @@ def embed(
 
 
 def block(
-    block_graph: Graph, graph: Graph, block: State, state: State, x: Any, inputs: Sequence[Array], shared: Any, i: Array,
+    block_graph: Graph,
+    graph: Graph,
+    block: State,
+    state: State,
+    x: Any,
+    inputs: Sequence[Array],
+    shared: Any,
+    i: Array,
     positions: Positions,
-) -> Any:  # fmt: skip
+) -> Any:
     """``inputs``: what the block's step layers made, ``shared``: what all blocks read; both of all steps."""
     model: StreamedDenoiser = nnx.merge(graph, state)
     own = [part[:, i] for part in inputs]

@@ -69,7 +69,8 @@ class Tokenizer:
         return set()
 
     def _bounds(self, texts: Mapping[str, Sequence[str]]) -> tuple[dict[str, int], dict[str, int]]:
-        """The least and the most tokens that texts of these words, all of ASCII, can have: the same but for words that are there once."""
+        """The least and the most tokens that texts of these words, all of ASCII, can have: the same but for words that
+        are there once."""
         seen = collections.Counter(itertools.chain.from_iterable(texts.values()))
         often = [word for word, times in seen.items() if times > 1]
         most = {word: len(word) + 1 for word in seen} | dict(zip(often, self.count(often, special=False), strict=True))
@@ -86,7 +87,8 @@ def _open(folder: Path) -> tuple[Backend, int, dict[str, object], str]:
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text("utf-8")) if path.exists() else {}
     if config.get("backend") == "tokenizers" and (file := folder / "tokenizer.json").exists():
-        # Written by transformers 5, so the file is all there is to it; transformers takes up to three seconds to import.
+        # Written by transformers 5, so the file is all there is to it; transformers takes up to three seconds to
+        # import.
         backend, pad, length = Backend.from_file(str(file)), config["pad_token"], config["model_max_length"]
         pad, sides = (
             pad if isinstance(pad, str) else pad["content"],

@@ -112,7 +112,8 @@ class Loras:
             linear.lora = LowRank(down, up, ranks, (rows, columns))
 
     def _beside(self, component: str) -> list[Mapping[Place, Delta]]:
-        """What each adapter does there; nothing for one that can only be merged, as no row uses it where mixes differ."""
+        """What each adapter does there; nothing for one that can only be merged, as no row uses it where mixes
+        differ."""
         return [{} if adapter.merged_only else adapter.changes.get(component, {}) for adapter in self.adapters]
 
     def _side_by_side(self, component: str, path: str, layers: int) -> tuple[np.ndarray, np.ndarray, tuple[int, ...]]:

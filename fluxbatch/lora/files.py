@@ -44,7 +44,8 @@ def locate(spec: Spec) -> tuple[Source, str]:
     """The directory and the file; UserError if there is none, or it is a pickle."""
     if spec.weight_name is not None and spec.weight_name.endswith(PICKLED):
         raise UserError(
-            f"{spec.key}: weight_name {spec.weight_name!r}: expected a {SUFFIX} file: pickled files are not read, they can run code"
+            f"{spec.key}: weight_name {spec.weight_name!r}: expected a {SUFFIX} file: pickled files are not read, "
+            "they can run code"
         )
     wanted = [spec.weight_name] if spec.weight_name else [f"*{suffix}" for suffix in SUFFIXES]
     place, _ = find(spec.path, spec.key, None, (*wanted, f"*{PEFT}"), (f"*{PEFT}",))
@@ -79,8 +80,11 @@ def settings_of(source: Source, file: str, data: bytes) -> dict[str, dict[str, A
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     text = (header.get("__metadata__") or {}).get("lora_adapter_metadata")
     if name == USUAL[1] and not text and not any(key.endswith(".alpha") for key in header):
-        raise UserError(f"{source.path(beside)}: not found: it says how strong {name} is (a file by any other name, without alphas, "
-                        "is read with the rank for alpha)")  # fmt: skip
+        raise UserError(
+            f"{source.path(beside)}: not found: it says how strong {name} is (a file by any other name, without "
+            "alphas, "
+            "is read with the rank for alpha)"
+        )
     where = f"{source.path(file)}: lora_adapter_metadata"
     by_component: dict[str, dict[str, Any]] = collections.defaultdict(dict)
     try:
@@ -93,7 +97,8 @@ def settings_of(source: Source, file: str, data: bytes) -> dict[str, dict[str, A
 
 
 def _sound(settings: dict[str, Any], where: str) -> dict[str, Any]:
-    """PEFT's settings themselves; UserError for those of another kind, and of adapters that stand on other weights than the model's."""
+    """PEFT's settings themselves; UserError for those of another kind, and of adapters that stand on other weights than
+    the model's."""
 
     def number(value: Any) -> bool:
         return type(value) in (int, float)
@@ -110,6 +115,9 @@ def _sound(settings: dict[str, Any], where: str) -> dict[str, Any]:
         if not sound:
             raise UserError(f"{where}: {key} is {shown(patterns)}, expected numbers by regular expressions")
     if str(start := settings.get("init_lora_weights")).lower().startswith(SPLIT):
-        raise UserError(f"{where}: init_lora_weights is {shown(start)}: made for what this start has left of the model's weights, not for them whole; "
-                        "expected what PEFT's save_pretrained(path_initial_model_for_weight_conversion=…) makes of it")  # fmt: skip
+        raise UserError(
+            f"{where}: init_lora_weights is {shown(start)}: made for what this start has left of the model's "
+            "weights, not for them whole; "
+            "expected what PEFT's save_pretrained(path_initial_model_for_weight_conversion=…) makes of it"
+        )
     return settings

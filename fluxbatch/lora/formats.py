@@ -33,9 +33,19 @@ ROLES = {
     "set": "scale|weight",  # of a norm
     "reshape": "reshape_weight",  # what the weight must be padded to
 }
-KINDS = {"down": "LoRA", "hada_w1_a": "LoHa", "lokr_w1": "LoKr", "lokr_w1_a": "LoKr", "dora_scale": "DoRA", "dora_peft": "DoRA",
-         "diff": "difference", "diff_b": "difference", "set": "norms", "set_weight": "replacement",
-         "set_bias": "replacement"}  # fmt: skip
+KINDS = {
+    "down": "LoRA",
+    "hada_w1_a": "LoHa",
+    "lokr_w1": "LoKr",
+    "lokr_w1_a": "LoKr",
+    "dora_scale": "DoRA",
+    "dora_peft": "DoRA",
+    "diff": "difference",
+    "diff_b": "difference",
+    "set": "norms",
+    "set_weight": "replacement",
+    "set_bias": "replacement",
+}
 
 _KEY = re.compile(r"(.+?)\.(?:" + "|".join(f"(?P<{role}>{end})" for role, end in ROLES.items()) + ")")
 

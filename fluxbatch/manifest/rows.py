@@ -107,7 +107,8 @@ def _parsed(stream: Any, name: str, extension: str, prompt_column: str | None) -
         for column, other in itertools.combinations(known, 2):
             if known[column] == known[other]:
                 raise UserError(
-                    f"{name}:1: columns {json.dumps(column)} and {json.dumps(other)} differ only in case, expected one of them"
+                    f"{name}:1: columns {json.dumps(column)} and {json.dumps(other)} differ only in case, expected "
+                    "one of them"
                 )
         prompt = _prompt_column(columns, prompt_column)
         if prompt is None:

@@ -121,8 +121,8 @@ def chosen(name: str, platform: str, dtype: str) -> str:
 def by_name(
     name: str, platform: str, dtype: str, blocks: Mapping[str, int] | None = None, chip: str = ""
 ) -> AttentionFn:
-    """The attention called ``name`` on this ``platform`` (cpu, gpu, tpu) for activations of ``dtype``; ``chip`` is JAX's
-    name of the device.
+    """The attention called ``name`` on this ``platform`` (cpu, gpu, tpu) for activations of ``dtype``; ``chip`` is
+    JAX's name of the device.
 
     Raises ValueError when the hardware cannot serve the name: never a silent fall-back.
     """

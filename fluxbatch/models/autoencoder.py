@@ -37,14 +37,21 @@ class VaeConfig:
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> VaeConfig:
-        """Reads ``vae/config.json``; ValueError for what this model cannot be: blocks other than AutoencoderKL's plain ones, …"""
+        """Reads ``vae/config.json``; ValueError for what this model cannot be: blocks other than AutoencoderKL's plain
+        ones, …"""
         for key, plain in (("up_block_types", "UpDecoderBlock2D"), ("down_block_types", "DownEncoderBlock2D")):
             if odd := [kind for kind in config.get(key, ()) if kind != plain]:
                 raise ValueError(f"{key} {odd[0]!r}: expected {plain!r}")
         if (act := config.get("act_fn", "silu")) not in ("silu", "swish"):
             raise ValueError(f"act_fn {act!r}: expected 'silu'")
-        defaults = {"shift_factor": None, "mid_block_add_attention": True, "use_quant_conv": True, "use_post_quant_conv": True,
-                    "norm_num_groups": 32, "scaling_factor": 0.18215}  # fmt: skip
+        defaults = {
+            "shift_factor": None,
+            "mid_block_add_attention": True,
+            "use_quant_conv": True,
+            "use_post_quant_conv": True,
+            "norm_num_groups": 32,
+            "scaling_factor": 0.18215,
+        }
         fields = {f.name: config.get(f.name, defaults.get(f.name)) for f in dataclasses.fields(cls)}
         groups, channels = fields["norm_num_groups"], tuple(config["block_out_channels"])
         if not groups or any(size % groups for size in channels):
@@ -131,9 +138,19 @@ class Decoder(nnx.Module):
         self.post_quant = Conv(c, c, 1, rngs=rngs) if cfg.use_post_quant_conv else None
         self.conv_in = Conv(c, sizes[0], 3, rngs=rngs)
         self.mid = MidBlock(sizes[0], cfg, layout, rngs=rngs)
-        self.up = nnx.List([
-            Level(sizes[max(i - 1, 0)], size, cfg.layers_per_block + 1, "up" if i + 1 < len(sizes) else None, cfg.norm_num_groups, rngs=rngs)
-            for i, size in enumerate(sizes)])  # fmt: skip
+        self.up = nnx.List(
+            [
+                Level(
+                    sizes[max(i - 1, 0)],
+                    size,
+                    cfg.layers_per_block + 1,
+                    "up" if i + 1 < len(sizes) else None,
+                    cfg.norm_num_groups,
+                    rngs=rngs,
+                )
+                for i, size in enumerate(sizes)
+            ]
+        )
         self.norm_out = GroupNorm(sizes[-1], cfg.norm_num_groups, eps=EPS, rngs=rngs)
         self.conv_out = Conv(sizes[-1], 3, 3, rngs=rngs)
 
@@ -160,9 +177,19 @@ class Encoder(nnx.Module):
         self.cfg = cfg
         sizes, c = cfg.block_out_channels, cfg.latent_channels
         self.conv_in = Conv(3, sizes[0], 3, rngs=rngs)
-        self.down = nnx.List([
-            Level(sizes[max(i - 1, 0)], size, cfg.layers_per_block, "down" if i + 1 < len(sizes) else None, cfg.norm_num_groups, rngs=rngs)
-            for i, size in enumerate(sizes)])  # fmt: skip
+        self.down = nnx.List(
+            [
+                Level(
+                    sizes[max(i - 1, 0)],
+                    size,
+                    cfg.layers_per_block,
+                    "down" if i + 1 < len(sizes) else None,
+                    cfg.norm_num_groups,
+                    rngs=rngs,
+                )
+                for i, size in enumerate(sizes)
+            ]
+        )
         self.mid = MidBlock(sizes[-1], cfg, Layout(), rngs=rngs)
         self.norm_out = GroupNorm(sizes[-1], cfg.norm_num_groups, eps=EPS, rngs=rngs)
         self.conv_out = Conv(sizes[-1], 2 * c, 3, rngs=rngs)

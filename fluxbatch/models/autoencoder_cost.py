@@ -38,10 +38,11 @@ def _resnet(c_in: int, c_out: int) -> int:
 
 
 def decode_bytes(cfg: VaeConfig, at: Footprint) -> int:
-    """The widest resnet in float32, in which pictures that bfloat16 cannot hold are decoded again, of the pictures that are
-    decoded at once: its input, once as it is and once as the convolution that doubled the pixels left it, the normed form and
-    the outputs of its convolutions. Of TPUs and GPUs the factor lies between libtpu's figures for FLUX.1 on one v6e, 6 % more
-    at 1024 × 1024, and XLA:GPU's and those of meshes of four TPUs, 5 % less. What cuDNN takes to work in is not known before."""
+    """The widest resnet in float32, in which pictures that bfloat16 cannot hold are decoded again, of the pictures that
+    are decoded at once: its input, once as it is and once as the convolution that doubled the pixels left it, the
+    normed form and the outputs of its convolutions. Of TPUs and GPUs the factor lies between libtpu's figures for
+    FLUX.1 on one v6e, 6 % more at 1024 × 1024, and XLA:GPU's and those of meshes of four TPUs, 5 % less. What cuDNN
+    takes to work in is not known before."""
     widest, pixels = 0.0, at.height * at.width
     sizes = cfg.block_out_channels
     for size, before in zip(sizes, (*sizes[1:], sizes[-1]), strict=True):

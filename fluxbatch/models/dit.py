@@ -39,8 +39,8 @@ def rotated_by_halves(x: Array, cos: Array, sin: Array) -> Array:
 
 
 def rotated_by_product(x: Array, cos: Array, sin: Array) -> Array:
-    """The same for a TPU, whose vectors are as wide as both halves: it cuts and joins them in memory, and exchanges them
-    without leaving the chip where that is a product with a permutation, which is exact."""
+    """The same for a TPU, whose vectors are as wide as both halves: it cuts and joins them in memory, and exchanges
+    them without leaving the chip where that is a product with a permutation, which is exact."""
     width = x.shape[-1]
     swap = jnp.asarray(np.roll(np.eye(width), width // 2, 0), x.dtype)
     swapped = jax.lax.dot_general(x, swap, (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=jnp.float32)

@@ -44,9 +44,8 @@ class Component:
     home: str | None = None  # key of the configuration that names another home
     files: tuple[str, ...] = ()  # its usual names as a single file
     folders: tuple[str, ...] = ()  # of ComfyUI, beside the transformer's
-    prefixes: tuple[str, ...] = (
-        "",
-    )  # what its names begin with in a file: nothing, or its place in a whole checkpoint
+    # what its names begin with in a file: nothing, or its place in a whole checkpoint
+    prefixes: tuple[str, ...] = ("",)
     same: tuple[tuple[str, str], ...] = ()  # (name, other name) of a tensor that may be saved under either
 
 
@@ -65,12 +64,11 @@ class LoraKeys:
     """What the keys of adapter files begin with and name."""
 
     prefixes: tuple[tuple[str, str | None, str], ...]
-    """(prefix, component, what writes it), one after another as far as they stand there: of those that lead to a module of
-    the component the first holds. None: it says nothing of the component."""
+    """(prefix, component, what writes it), one after another as far as they stand there: of those that lead to a
+    module of the component the first holds. None: it says nothing of the component."""
     namings: Mapping[str, Mapping[str, tuple[Rule, ...]]]  # component → name of the naming → its rules
-    unread: Mapping[str, str] = dataclasses.field(
-        default_factory=dict
-    )  # component → pattern of modules that inference never reads
+    # component → pattern of modules that inference never reads
+    unread: Mapping[str, str] = dataclasses.field(default_factory=dict)
     split_stacks: tuple[str, ...] = ()  # stacks whose parts are reported apart
     main: str = "transformer"  # the component that reports do not name
     writers: tuple[str, ...] = ()  # namings that one trainer alone writes, whatever the prefix
@@ -141,12 +139,10 @@ class StreamParts:
     their step inputs, which pass first."""
 
     blocks: tuple[tuple[str, int], ...]  # (stack, number of layers)
-    step_layers: Mapping[
-        str, tuple[str, ...]
-    ]  # stack → paths of its blocks' step layers; none where blocks share what a step needs
-    makers: Mapping[
-        str, Callable[[nnx.Rngs | None], nnx.Module]
-    ]  # one block (without step layers) or step layer, by path
+    # stack → paths of its blocks' step layers; none where blocks share what a step needs
+    step_layers: Mapping[str, tuple[str, ...]]
+    # one block (without step layers) or step layer, by path
+    makers: Mapping[str, Callable[[nnx.Rngs | None], nnx.Module]]
     rest: Callable[[nnx.Rngs | None], nnx.Module]  # what lies in no block
 
 
@@ -158,7 +154,8 @@ class StreamedDenoiser(Denoiser, Protocol):
     def step_vector(
         self, conditioning: Conditioning, sigmas: jax.Array, guidance: jax.Array, dtype: Any
     ) -> tuple[Any, Any]:
-        """What step layers read, if there are any, and the step inputs ``[B, S, …]``, a pytree, of ``finish`` and of all blocks."""
+        """What step layers read, if there are any, and the step inputs ``[B, S, …]``, a pytree, of ``finish`` and of
+        all blocks."""
 
     def embed_tokens(self, latents: jax.Array, conditioning: Conditioning, positions: Positions, dtype: Any) -> Any:
         """What the first block reads."""

@@ -35,7 +35,8 @@ class Table:
 
 @dataclasses.dataclass(frozen=True)
 class Naming:
-    """How some files name a component's tensors. ``sign``: a key that only this naming has, or several that only it has all of."""
+    """How some files name a component's tensors. ``sign``: a key that only this naming has, or several that only it has
+    all of."""
 
     sign: str | tuple[str, ...]
     table: Table | Callable[[Mapping[str, Any]], Table]

@@ -204,7 +204,8 @@ class GroupNorm(nnx.Module):
         """``[B, 1, …, C]`` → the same, each channel with its group's mean."""
         size = means.shape[-1] // self.groups
         grouped = jnp.mean(means.reshape(*means.shape[:-1], self.groups, size), axis=-1)
-        # Given back by a product, which is exact here: of a broadcast XLA:CPU works out each channel's group for each pixel.
+        # Given back by a product, which is exact here: of a broadcast XLA:CPU works out each channel's group for each
+        # pixel.
         return jnp.matmul(grouped, np.repeat(np.eye(self.groups, dtype=np.float32), size, axis=1), precision="highest")
 
 
@@ -263,7 +264,8 @@ class Conv(nnx.Module):
                 with_neighbours(x).reshape(-1, x.shape[2] + 2, *x.shape[3:]), kernel, ((0, 0), padding[1])
             )
             return y.reshape(*x.shape[:4], -1)
-        # XLA:CPU brings kernels into this order by itself, but not in loops: there its convolution takes eight times as long.
+        # XLA:CPU brings kernels into this order by itself, but not in loops: there its convolution takes eight times as
+        # long.
         kernel = kernel.transpose(2, 3, 1, 0)
         return jax.lax.conv_general_dilated(
             x, kernel, (self.stride,) * 2, padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
@@ -271,8 +273,8 @@ class Conv(nnx.Module):
 
 
 def with_neighbours(bands: Array) -> Array:
-    """``[B, N, h, w, C]`` → ``[B, N, h + 2, w, C]``: each band between the last row of the one above and the first row of
-    the one below; outside the picture there are zeros."""
+    """``[B, N, h, w, C]`` → ``[B, N, h + 2, w, C]``: each band between the last row of the one above and the first row
+    of the one below; outside the picture there are zeros."""
     last, first = (jnp.pad(bands[:, :, row], ((0, 0), (1, 1), (0, 0), (0, 0))) for row in (-1, 0))
     return jnp.concatenate([last[:, :-2, None], bands, first[:, 2:, None]], axis=2)
 

@@ -16,8 +16,8 @@ from fluxbatch.types import UserError
 
 
 class Scheduler(Protocol):
-    """What a run needs of one. ``sigmas`` runs on the host, row by row; ``step`` is part of the compiled program and goes by
-    its arguments alone."""
+    """What a run needs of one. ``sigmas`` runs on the host, row by row; ``step`` is part of the compiled program and
+    goes by its arguments alone."""
 
     def sigmas(self, steps: int, tokens: int) -> np.ndarray:
         """``[steps + 1]`` float32 noise levels from 1 down to 0 for an image of ``tokens`` tokens."""
@@ -40,9 +40,18 @@ class Euler:
     @staticmethod
     def check(config: Mapping[str, Any]) -> None:
         """UserError for samplers that this is not."""
-        plain = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False, "invert_sigmas": False,
-                 "shift_terminal": None, "stochastic_sampling": False, "use_flow_sigmas": False, "time_shift_type": "exponential",
-                 "num_train_timesteps": 1000, "_class_name": "FlowMatchEulerDiscreteScheduler"}  # fmt: skip
+        plain = {
+            "use_karras_sigmas": False,
+            "use_exponential_sigmas": False,
+            "use_beta_sigmas": False,
+            "invert_sigmas": False,
+            "shift_terminal": None,
+            "stochastic_sampling": False,
+            "use_flow_sigmas": False,
+            "time_shift_type": "exponential",
+            "num_train_timesteps": 1000,
+            "_class_name": "FlowMatchEulerDiscreteScheduler",
+        }
         for key, expected in plain.items():
             if config.get(key, expected) != expected:
                 raise UserError(f"scheduler_config.json: {key} is {config[key]!r}, expected {expected!r}")
@@ -98,7 +107,8 @@ class FlowMatchEuler(Euler):
         )
         if schedule.time_shift and schedule.base_tokens == schedule.max_tokens:
             raise UserError(
-                f"scheduler_config.json: base_image_seq_len is {schedule.base_tokens}, expected another number than max_image_seq_len"
+                f"scheduler_config.json: base_image_seq_len is {schedule.base_tokens}, expected another number than "
+                "max_image_seq_len"
             )
         if not schedule.time_shift and schedule.shift <= 0:
             raise UserError(f"scheduler_config.json: shift is {schedule.shift:g}, expected a number above 0")

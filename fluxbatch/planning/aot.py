@@ -25,11 +25,16 @@ from fluxbatch.distributed.chips import Target
 from fluxbatch.types import UserError
 
 # libtpu looks for a TPU's metadata server and neighbours, and for itself in other processes.
-ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-               "TF_CPP_MIN_LOG_LEVEL": "3", "JAX_TRACEBACK_FILTERING": "off"}  # fmt: skip
-ASSIGNED = re.compile(
-    r"^allocation \d+: size (\d+),(?: page \d+,)? preallocated-temp:", re.MULTILINE
-)  # others, with a color, lie on the chip
+ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+    "JAX_TRACEBACK_FILTERING": "off",
+}
+# others, with a color, lie on the chip
+ASSIGNED = re.compile(r"^allocation \d+: size (\d+),(?: page \d+,)? preallocated-temp:", re.MULTILINE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,8 +98,8 @@ def needs(
 def compile_counted(lowered: Any, platform: str) -> tuple[Any, int]:
     """The compiled program, and the bytes of its temporaries on a device.
 
-    On a TPU those of the compiler's buffer assignment, by which it decides what fits: what it says then is their sum with
-    the arguments, to the byte. Its ``temp_size_in_bytes`` is up to 40 % more where weights are gathered.
+    On a TPU those of the compiler's buffer assignment, by which it decides what fits: what it says then is their sum
+    with the arguments, to the byte. Its ``temp_size_in_bytes`` is up to 40 % more where weights are gathered.
     """
     with tempfile.TemporaryDirectory() as folder:
         options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True} if platform == "tpu" else None
@@ -113,7 +118,8 @@ def compiled(job: Job, target: Target, height: int, width: int) -> list[Need]:
     )
     if done.returncode:
         raise UserError(
-            f"target={target.name}: the program cannot be compiled: {done.stderr.decode(errors='replace').strip().splitlines()[-1]}"
+            f"target={target.name}: the program cannot be compiled: "
+            f"{done.stderr.decode(errors='replace').strip().splitlines()[-1]}"
         )
     return [Need(**line) for line in map(json.loads, done.stdout.splitlines())]
 

@@ -82,9 +82,17 @@ class Work:
 
 
 def lines(
-    job: Job, spec: ModelSpec, target: Target, rows: Sequence[Row], todo: Sequence[Row], rejects: Sequence[Reject], price: float | None, ahead: bool
-) -> Iterator[str]:  # fmt: skip
-    """The whole plan; ``todo``: those of the rows that have no image; ``ahead``: with what the compiler says of the largest picture."""
+    job: Job,
+    spec: ModelSpec,
+    target: Target,
+    rows: Sequence[Row],
+    todo: Sequence[Row],
+    rejects: Sequence[Reject],
+    price: float | None,
+    ahead: bool,
+) -> Iterator[str]:
+    """The whole plan; ``todo``: those of the rows that have no image; ``ahead``: with what the compiler says of the
+    largest picture."""
     work = Work.of(job, spec, todo)
     yield from _rows(job, spec, rows, rejects)
     if len(todo) < len(rows):
@@ -109,7 +117,8 @@ def _rows(job: Job, spec: ModelSpec, rows: Sequence[Row], rejects: Sequence[Reje
     if rejects:
         yield _line(
             "rejects",
-            f"{len(rejects):,} bad lines are set aside: {startup_warnings.some([reject.where.rpartition('/')[2] for reject in rejects])}",
+            f"{len(rejects):,} bad lines are set aside: "
+            f"{startup_warnings.some([reject.where.rpartition('/')[2] for reject in rejects])}",
         )
     if fields := startup_warnings.unread(rows):
         yield _line("remark", fields)
@@ -122,7 +131,8 @@ def _model(job: Job, spec: ModelSpec, target: Target, rows: Sequence[Row]) -> It
     )
     yield _line(
         "model",
-        f"{job.model.flux_name}: {shown(job.model.pretrained_model_name_or_path)}; parameters: {counts}; {spec.weights_dtype}",
+        f"{job.model.flux_name}: {shown(job.model.pretrained_model_name_or_path)}; parameters: {counts}; "
+        f"{spec.weights_dtype}",
     )
     mesh = " × ".join(f"{axis} {size}" for axis, size in spec.mesh.shape.items() if size > 1) or "one device"
     if (idle := target.chips - spec.mesh.size) > 0:
@@ -146,16 +156,19 @@ def _batches(work: Work) -> Iterator[str]:
         span = f"{steps[0]}–{steps[-1]}" if len(steps) > 1 else str(steps[0])
         yield _line(
             name,
-            f"{height}×{width}, {span} steps: {count:,} rows in {len(batches):,} batches of {work.size}, {waste:.1%} padding",
+            f"{height}×{width}, {span} steps: {count:,} rows in {len(batches):,} batches of {work.size}, "
+            f"{waste:.1%} padding",
         )
         name = ""
+    # of pictures, and of token sequences
     sizes, lengths = (
         len(work.buckets),
         len({height * width for height, width in work.buckets}),
-    )  # of pictures, and of token sequences
+    )
     yield _line(
         "programs",
-        f"{2 + lengths + sizes} to compile: text, modulation, {lengths} × denoising, {sizes} × decoding; {len(work.shards):,} shards",
+        f"{2 + lengths + sizes} to compile: text, modulation, {lengths} × denoising, {sizes} × decoding; "
+        f"{len(work.shards):,} shards",
     )
 
 
@@ -179,7 +192,8 @@ def _memory(job: Job, spec: ModelSpec, target: Target, work: Work) -> Iterator[s
     for i, phase in enumerate(phases):
         yield _line(
             "" if i else "memory",
-            f"{phase.name:8} {_bytes(phase.weights)} weights + about {_bytes(phase.activations)} = {_bytes(phase.total)} a device",
+            f"{phase.name:8} {_bytes(phase.weights)} weights + about {_bytes(phase.activations)} = "
+            f"{_bytes(phase.total)} a device",
         )
     worst = max(phases, key=lambda phase: phase.total)
     verdict = f"{_bytes(limit)} a device: {'fits' if worst.total <= limit else f'{worst.name} does not fit'} (estimate)"
@@ -227,7 +241,10 @@ def _reads(job: Job, spec: ModelSpec, target: Target, work: Work) -> Iterator[st
         read[part] = max(load.to_read(plan, spec.mesh, edits, devices=devices) for devices in hosts)
     again = ""
     if job.hardware.offload_encoders == "free" and len(work.shards) > 1:
-        again = f", and {_bytes(sum(read[part] for part in spec.family.encoders))} of text encoders again for each of {len(work.shards):,} shards"
+        again = (
+            f", and {_bytes(sum(read[part] for part in spec.family.encoders))} of text encoders again for each of "
+            f"{len(work.shards):,} shards"
+        )
     if spec.stream:
         steps = sum(max(row.num_inference_steps for row in batch.rows) for batch in work.batches)
         again += f", and the transformer's blocks for each of {steps:,} steps (from memory as long as it holds them)"
@@ -241,7 +258,8 @@ def _cost(job: Job, spec: ModelSpec, target: Target, work: Work, price: float | 
     total = work.drawn(work.batches) + work.encoded() * work.prompt()
     yield _line(
         "work",
-        f"{_flops(total)}, {_flops(total / images)} an image; {_flops(work.asked(work.batches) / images)} of it for the picture alone",
+        f"{_flops(total)}, {_flops(total / images)} an image; {_flops(work.asked(work.batches) / images)} of it for "
+        "the picture alone",
     )
     peak, reached, source = _speed(spec, target)
     if peak is None:
@@ -250,12 +268,17 @@ def _cost(job: Job, spec: ModelSpec, target: Target, work: Work, price: float | 
     chips, rented = (size * replicas for size in (spec.mesh.size, max(spec.mesh.size, target.chips)))
     floor = total / (peak * TERA * chips)
     expected = floor / reached
-    yield _line("time", f"{_time(floor)} at least ({source}); about {_time(expected)} at {reached:.0%} of it, {images / expected:.3g} images/s, "
-                "besides loading and compiling (estimate)")  # fmt: skip
+    yield _line(
+        "time",
+        f"{_time(floor)} at least ({source}); about {_time(expected)} at {reached:.0%} of it, "
+        f"{images / expected:.3g} images/s, "
+        "besides loading and compiling (estimate)",
+    )
     if price is not None:
         yield _line(
             "cost",
-            f"about {rented * expected / 3600 * price:,.2f}: {rented} × {expected / 3600:,.2f} h × {price:g} (estimate)",
+            f"about {rented * expected / 3600 * price:,.2f}: {rented} × {expected / 3600:,.2f} h × {price:g} "
+            "(estimate)",
         )
 
 

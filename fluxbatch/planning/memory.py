@@ -56,9 +56,15 @@ class Situation:
 
     @classmethod
     def of(
-        cls, job: Job, spec: ModelSpec, platform: str, sizes: Sequence[tuple[int, int]], again: bool, limit: int | None = None,
+        cls,
+        job: Job,
+        spec: ModelSpec,
+        platform: str,
+        sizes: Sequence[tuple[int, int]],
+        again: bool,
+        limit: int | None = None,
         devices: Sequence[jax.Device] = (),
-    ) -> Situation:  # fmt: skip
+    ) -> Situation:
         offload = job.hardware.offload_encoders
         stay = offload is False or (platform == "cpu" and offload != "free")  # a CPU has no other memory
         scores = (
@@ -115,10 +121,11 @@ class Situation:
         whole = all(spec.mesh.shape[axis] == 1 for axis in ("fsdp", "context", "tensor"))
         if whole and len(self.devices) > 1:
             mesh = make_mesh((1, len(self.devices)), devices=self.devices)
+            # as it has it, unless it is told otherwise
             ways["sharding=fsdp"] = {
                 "spec": replace(spec, mesh=mesh),
                 "stay": True,
-            }  # as it has it, unless it is told otherwise
+            }
         if whole and not spec.stream:
             ways["stream_blocks=true"] = {"spec": replace(spec, stream=True)}
         tried = [names for count in range(1, len(ways) + 1) for names in itertools.combinations(ways, count)]

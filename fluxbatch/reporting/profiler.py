@@ -49,7 +49,8 @@ class Trace:
             self._stop()
         if self._store is not None and kind is None and self._seen < BEFORE + TRACED:
             self._say(
-                f"profile=true: {BEFORE} batch of {self._seen} warmed up: {max(0, self._seen - BEFORE)} traced, {TRACED} wanted"
+                f"profile=true: {BEFORE} batch of {self._seen} warmed up: {max(0, self._seen - BEFORE)} traced, "
+                f"{TRACED} wanted"
             )
 
     def _stop(self) -> None:

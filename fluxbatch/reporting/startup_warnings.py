@@ -1,4 +1,5 @@
-"""What a start says: what is allowed and probably not meant, as fields that decide nothing and prompts that are too long."""
+"""What a start says: what is allowed and probably not meant, as fields that decide nothing and prompts that are too
+long."""
 
 from __future__ import annotations
 
@@ -48,8 +49,8 @@ ODD_IN_LISTS = {
 
 
 def lines(job: Job, spec: ModelSpec, given: Sequence[Row], rows: Sequence[Row], todo: Sequence[Row]) -> Iterator[str]:
-    """Of ``rows``, which are the whole manifest, as they were ``given`` and with their mixes of adapters, and of what is
-    to be drawn; and what each adapter touches."""
+    """Of ``rows``, which are the whole manifest, as they were ``given`` and with their mixes of adapters, and of what
+    is to be drawn; and what each adapter touches."""
     yield from spec.warnings
     yield from mixed(spec, given)
     yield from unguided(spec, rows)

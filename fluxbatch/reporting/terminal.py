@@ -116,7 +116,8 @@ class Report(ProgressObserver):
 
     @contextlib.contextmanager
     def generating(self, total: int | None, peak: float | None) -> Iterator[None]:
-        """The bar of ``total`` images, which ``advance`` moves on. ``peak``: FLOP/s of all devices, where it is known."""
+        """The bar of ``total`` images, which ``advance`` moves on. ``peak``: FLOP/s of all devices, where it is
+        known."""
         self.peak = peak
         with self.stage("generate"), self.bar(total, "images", "img") as self._images_bar:
             yield
@@ -214,8 +215,14 @@ class Report(ProgressObserver):
         """What the page says of the run. ``own``: what this replica made, where there are others."""
         speed = self.speed() if own is None else {}
         rate = f"{speed['images_per_second']:,.2f} images/s from the first batch to the last" if speed else None
-        return {"images": counts["before"] + counts["made"], "made now": counts["made"], "rejected": counts["rejected"], "speed": rate,
-                "weights": self._weights(), "seconds": round(time.monotonic() - self.started, 2)}  # fmt: skip
+        return {
+            "images": counts["before"] + counts["made"],
+            "made now": counts["made"],
+            "rejected": counts["rejected"],
+            "speed": rate,
+            "weights": self._weights(),
+            "seconds": round(time.monotonic() - self.started, 2),
+        }
 
     def _weights(self) -> str | None:
         return f"{_size(self.loaded)} at {_size(1e9 * self.load()['gigabytes_per_second'])}/s" if self.loaded else None

@@ -14,9 +14,8 @@ from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from fluxbatch.config.schema import MAX_SIDE
 
 EXTENSIONS = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
-Image.MAX_IMAGE_PIXELS = (
-    MAX_SIDE**2
-)  # what was written is read again; by default Pillow takes the larger ones for an attack
+# what was written is read again; by default Pillow takes the larger ones for an attack
+Image.MAX_IMAGE_PIXELS = MAX_SIDE**2
 
 _IMAGE_DESCRIPTION = 0x010E
 _JPEG_SEGMENT = 65_000  # a JPEG segment holds less than 64 KiB, and EXIF must fit into one
@@ -59,8 +58,8 @@ def decode(data: bytes) -> np.ndarray:
 
 
 def parameters(data: bytes) -> dict[str, Any]:
-    """What a JPEG or WebP file says of itself, as ``encode`` was told under that name; empty if nothing. Raises ValueError
-    when that is damaged."""
+    """What a JPEG or WebP file says of itself, as ``encode`` was told under that name; empty if nothing. Raises
+    ValueError when that is damaged."""
     try:
         with Image.open(io.BytesIO(data)) as image:
             text: Any = image.getexif().get(_IMAGE_DESCRIPTION)

@@ -58,9 +58,8 @@ __all__ = [
 ]
 
 RECORDS = HIDDEN + "records/"
-_NEEDS = frozenset(
-    {"id", "key", "index", "file_name", "seed", "height", "width", "sha256"}
-)  # what a record is read for
+# what a record is read for
+_NEEDS = frozenset({"id", "key", "index", "file_name", "seed", "height", "width", "sha256"})
 _CHUNK = 10_000  # records in one object after the merge
 
 

@@ -27,7 +27,8 @@ def open_location(job: Job) -> Store:
     for name in RESERVED:
         if job.manifest is not None and _is_one(job.manifest, join(store.url, name)):
             raise UserError(
-                f"manifest={job.manifest}: the run would write its {name} there; give another run_name=… or output_dir=…"
+                f"manifest={job.manifest}: the run would write its {name} there; give another run_name=… or "
+                "output_dir=…"
             )
     if not job.overwrite:
         refuse_foreign(store)

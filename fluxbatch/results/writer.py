@@ -97,8 +97,8 @@ class Writer:
 
         ``pixels`` uint8 [B, H, W, 3] and ``finite`` bool [B], arrays that NumPy can copy back,
         B ≥ len(rows): what is beyond the rows is padding. ``names``: file name by row index.
-        ``seconds``: the devices' time for the batch, asked for when its pixels are there; None: measured from batch to batch.
-        Raises what went wrong with an earlier batch, if that ends the job.
+        ``seconds``: the devices' time for the batch, asked for when its pixels are there; None: measured from batch to
+        batch. Raises what went wrong with an earlier batch, if that ends the job.
         """
         called = time.monotonic()
         self._room.acquire()

@@ -54,7 +54,8 @@ class Outcome:
 
     @contextlib.contextmanager
     def unforeseen(self) -> Iterator[None]:
-        """Leaves word of an error that nobody expected, and lets it pass; memory that does not suffice is a mistake of the user's."""
+        """Leaves word of an error that nobody expected, and lets it pass; memory that does not suffice is a mistake of
+        the user's."""
         try:
             yield
         except Exception as error:
@@ -77,8 +78,8 @@ class Outcome:
         return UserError(f"sharding.per_device_batch_size={size}: the device's memory does not hold it: {wanted}")
 
     def _cut_off(self, code: int, reason: str) -> None:
-        """Merges what is recorded and leaves the status, each as far as the place allows: the error that ended the run is
-        the one to tell of."""
+        """Merges what is recorded and leaves the status, each as far as the place allows: the error that ended the run
+        is the one to tell of."""
         counts = self.work.progress.counts
         if self.work.merges and self.group.is_first:
             with contextlib.suppress(Exception):

@@ -33,9 +33,17 @@ class Generator:
     """Begins with its first shard: a run that has nothing to do compiles and loads nothing."""
 
     def __init__(
-        self, spec: ModelSpec, rows: Sequence[Row], todo: Sequence[Row], batch_size: int, texts: TextCache | None, work: Work, report: Report,
-        profile: Store | None, kept: KeptPipeline | None,
-    ):  # fmt: skip
+        self,
+        spec: ModelSpec,
+        rows: Sequence[Row],
+        todo: Sequence[Row],
+        batch_size: int,
+        texts: TextCache | None,
+        work: Work,
+        report: Report,
+        profile: Store | None,
+        kept: KeptPipeline | None,
+    ):
         """``profile``: where a trace of two batches goes."""
         self._spec, self._rows, self._todo, self._batch_size = spec, rows, todo, batch_size
         self._texts, self._work, self._report, self._kept = texts, work, report, kept

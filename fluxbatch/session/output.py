@@ -21,9 +21,16 @@ class Output:
     """Of a batch that several processes generate each writes the images of its own devices."""
 
     def __init__(
-        self, job: Job, group: ProcessGroup, store: Store, ledger: Ledger, names: Mapping[int, str], spec: ModelSpec, progress: Progress,
+        self,
+        job: Job,
+        group: ProcessGroup,
+        store: Store,
+        ledger: Ledger,
+        names: Mapping[int, str],
+        spec: ModelSpec,
+        progress: Progress,
         report: Report,
-    ):  # fmt: skip
+    ):
         self._group, self._names, self._progress, self._report = group, names, progress, report
         self._writer = Writer(
             store, ledger, job, facts=spec.provenance, roofline=spec.roofline_seconds, on_image=self._on_image

@@ -131,7 +131,8 @@ def open_session(job: Job, kept: KeptPipeline | None = None) -> Iterator[Session
         drain.draws()
         until_end.enter_context(outcome.unforeseen())
         session = Session(
-            job, group, drain, report, spec, rows, todo, store, ledger, names, texts, work, outcome, batch_size, kept)  # fmt: skip
+            job, group, drain, report, spec, rows, todo, store, ledger, names, texts, work, outcome, batch_size, kept
+        )
         try:
             yield session
             session.exit_code = outcome.finished(Exit.PREEMPTED if drain.stopped else None)

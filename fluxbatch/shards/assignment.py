@@ -85,7 +85,8 @@ class Work(Protocol):
         """To be called by the first process, before it asks for shards: leaves the first word that it is at work."""
 
     def ended(self, code: int, reason: str, counts: Mapping[str, int], **more: Mapping[str, float]) -> None:
-        """Leaves the status, last of all. ``counts``: of the whole place, where this replica merges; ``more``: of this replica."""
+        """Leaves the status, last of all. ``counts``: of the whole place, where this replica merges; ``more``: of this
+        replica."""
 
 
 class LocalShards:
@@ -144,9 +145,17 @@ class ClaimedShards:
     alone = False
 
     def __init__(
-        self, group: ProcessGroup, replica: Replica, store: Store, ledger: Ledger, start: str, work_units: Sequence[Sequence[Row]], todo: Sequence[Row],
-        batch_size: int, expiry: float,
-    ):  # fmt: skip
+        self,
+        group: ProcessGroup,
+        replica: Replica,
+        store: Store,
+        ledger: Ledger,
+        start: str,
+        work_units: Sequence[Sequence[Row]],
+        todo: Sequence[Row],
+        batch_size: int,
+        expiry: float,
+    ):
         self._group, self.merges = group, False
         rows = sum(map(len, work_units))
         self.progress, self._lacking = Progress(rows - len(todo), None, self._tell), len(todo)
@@ -237,12 +246,15 @@ class ClaimedShards:
             self._said = max(self._said, recorded)
             if self._life.replaced:
                 raise StorageError(
-                    f"{self._store.url}: another start of replica_index={self._replica.index} has taken this one's place"
+                    f"{self._store.url}: another start of replica_index={self._replica.index} has taken this one's "
+                    "place"
                 )
             if (other := self._life.stranger) is not None:
                 raise StorageError(
-                    f"{self._store.url}: replica_index={other} works there at the same time with another manifest, configuration, batch size or "
-                    f"number of chips than replica_index={self._replica.index}: replicas of one run are started alike, others have another run_name"
+                    f"{self._store.url}: replica_index={other} works there at the same time with another manifest, "
+                    "configuration, batch size or "
+                    f"number of chips than replica_index={self._replica.index}: replicas of one run are started "
+                    "alike, others have another run_name"
                 )
             while True:
                 if (mine := self._from_hand()) is not None:
@@ -293,7 +305,8 @@ class ClaimedShards:
 
 
 def _digest(work_units: Sequence[Sequence[Row]], key: Callable[[Row], str]) -> str:
-    """Tells one plan from another: replicas that draw other pictures, or cut a manifest otherwise, cannot go by each other's claims."""
+    """Tells one plan from another: replicas that draw other pictures, or cut a manifest otherwise, cannot go by each
+    other's claims."""
     digest = hashlib.sha256()
     for work_unit in work_units:
         digest.update(repr([(row.id, key(row)) for row in work_unit]).encode("utf-8", "surrogatepass"))

@@ -20,7 +20,8 @@ Tell = Callable[[Mapping[str, int], Mapping[str, float]], None]  # counts, and t
 
 class Progress:
     """The rows of this replica as they are recorded. ``before``: rows that were done when it started. ``rows``: those
-    that it will make; None where others make some of them, nobody knows which. ``tell``: called by the thread that records."""
+    that it will make; None where others make some of them, nobody knows which. ``tell``: called by the thread that
+    records."""
 
     def __init__(self, before: int, rows: int | None, tell: Tell):
         self.made = self.rejected = 0

@@ -19,7 +19,8 @@ class StorageError(UserError):
     """The place could not be read or written: one line that names it. Never holds credentials.
 
     ``fatal``: every later write will fail as well (disk full, no permission, no such bucket).
-    ``unforeseen``: nobody's mistake (disk full, a server that stays away): another start may find it gone, so the exit code is 1.
+    ``unforeseen``: nobody's mistake (disk full, a server that stays away): another start may find it gone, so the exit
+    code is 1.
     """
 
     def __init__(self, message: str, *, fatal: bool = False, unforeseen: bool = False):

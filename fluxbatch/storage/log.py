@@ -24,7 +24,8 @@ B = TypeVar("B")
 
 
 class Log:
-    """The objects under ``prefix``, each line with the keys ``needs``. ``writer_id``: another one for every start of every process."""
+    """The objects under ``prefix``, each line with the keys ``needs``. ``writer_id``: another one for every start of
+    every process."""
 
     def __init__(self, store: Store, prefix: str, writer_id: str, needs: Set[str] = frozenset()):
         if not re.fullmatch(r"[A-Za-z0-9_-]+", writer_id):

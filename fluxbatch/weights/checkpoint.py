@@ -31,8 +31,10 @@ from fluxbatch.weights.headers import held, instead, notes, read_header, read_he
 from fluxbatch.weights.matching import lacked
 from fluxbatch.weights.source import Source, Tensor, sampled
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt", "spiece.model",
-                   "added_tokens.json", "chat_template.jinja")  # fmt: skip
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "vocab.json", "merges.txt", "spiece.model",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +86,8 @@ class Checkpoint:
         return digest.hexdigest()[:16]
 
     def text_digest(self) -> str:
-        """Likewise, over what decides the encoding of token ids: it is the same for models that share their encoders."""
+        """Likewise, over what decides the encoding of token ids: it is the same for models that share their
+        encoders."""
         return self._weights({name: self.components[name] for name in self.family.encoders}).hex()
 
     def _weights(self, components: Mapping[str, Opened]) -> bytes:
@@ -177,7 +180,8 @@ def _family_of(root: Source, pipeline: str | None, file: str | None, whole: Mapp
 
 
 def agreed(family: type[Family], components: Mapping[str, Opened], index: Mapping[str, Any]) -> Family:
-    """The family with these components' configs and what ``model_index.json`` says; UserError where they do not fit each other."""
+    """The family with these components' configs and what ``model_index.json`` says; UserError where they do not fit
+    each other."""
     found = family({name: component.config for name, component in components.items()}, index)
     for name, key, got, expected, of in found.mismatches():
         raise UserError(f"{components[name].where}: {key} is {got}, expected {expected} ({of})")
@@ -359,7 +363,8 @@ _ENTRIES: dict[Any, tuple[Callable[[Any], bool], str]] = {
 
 
 def _parsed(component: Component, config: Mapping[str, Any]) -> Any:
-    """The component's configuration; KeyError for an entry that is missing, ValueError for one that the model cannot have."""
+    """The component's configuration; KeyError for an entry that is missing, ValueError for one that the model cannot
+    have."""
     given = config.get("text_config", config)
     for field in dataclasses.fields(component.config):
         sound, expected = _ENTRIES[field.type]

@@ -129,8 +129,10 @@ def convert(checkpoint: Checkpoint, to: str, dtype: np.dtype | None, progress: l
             write.block(target[first:last] if array.stacked else target, block.buffer, names[0])
     write.drain()
     _write_rest(checkpoint, write)
-    index = {name: {a.path: dict(shape=a.shape, dtype=a.dtype.name, stacked=a.stacked) for a in todo if a.component == name}
-             for name in checkpoint.components}  # fmt: skip
+    index = {
+        name: {a.path: dict(shape=a.shape, dtype=a.dtype.name, stacked=a.stacked) for a in todo if a.component == name}
+        for name in checkpoint.components
+    }
     write.file(zarr.MARKER, header | {"components": index})
     write.delete(zarr.STARTED)
     return True
@@ -142,8 +144,10 @@ def _written(root: Source, header: Mapping[str, Any]) -> set[str] | None:
         name = zarr.MARKER if root.exists(zarr.MARKER) else zarr.STARTED
         there = root.json(name)
         if {key: there.get(key) for key in header} != dict(header):
-            raise UserError(f"{root.path(name)}: is of another checkpoint or of other weights_dtype (digest {there.get('digest')}, "
-                            f"this one has {header['digest']}): choose another directory or delete it")  # fmt: skip
+            raise UserError(
+                f"{root.path(name)}: is of another checkpoint or of other weights_dtype (digest {there.get('digest')}, "
+                f"this one has {header['digest']}): choose another directory or delete it"
+            )
         return None if name == zarr.MARKER else set(root.files())
     if (os.path.isdir(root.url) and os.listdir(root.url)) if root.local else root.files():
         raise UserError(f"{root.url}: holds something else: expected a new or empty directory")

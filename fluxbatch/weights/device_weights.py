@@ -17,11 +17,12 @@ from fluxbatch.weights import load
 from fluxbatch.weights.load import Edits
 
 PROC, CGROUPS = pathlib.Path("/proc"), pathlib.Path("/sys/fs/cgroup")
+# where weights go that are not needed: nowhere, pinned host memory, nowhere at all
 OFFLOAD_POLICIES = (
     "keep",
     "host",
     "free",
-)  # where weights go that are not needed: nowhere, pinned host memory, nowhere at all
+)
 
 
 class DeviceWeights:
@@ -31,7 +32,8 @@ class DeviceWeights:
         self, plan: load.Plan, mesh: jax.sharding.Mesh, dtype: Any, edits: load.Edits, away: str = "keep",
         attach: Callable[[nnx.Module], None] = lambda module: None,
     ):  # fmt: skip
-        """``away``: one of OFFLOAD_POLICIES. ``attach`` puts beside the weights what does not come from the checkpoint."""
+        """``away``: one of OFFLOAD_POLICIES. ``attach`` puts beside the weights what does not come from the
+        checkpoint."""
         self.plan, self.mesh, self.dtype, self.edits, self.away = plan, mesh, np.dtype(dtype), edits, away
         self._attach = attach
         self._graph: Any = None
@@ -111,8 +113,8 @@ def offload_policy(
 
 
 def crowded(text: int, drawing: int, limit: int | None) -> bool:
-    """Whether ``text`` bytes of encoders and ``drawing`` of what draws are too many for a device's ``limit``, with a little
-    for what they work on. They take turns then."""
+    """Whether ``text`` bytes of encoders and ``drawing`` of what draws are too many for a device's ``limit``, with a
+    little for what they work on. They take turns then."""
     return limit is not None and text + drawing > 0.95 * limit
 
 
@@ -137,7 +139,8 @@ def pinned(mesh: jax.sharding.Mesh) -> bool:
 
 
 def host_memory() -> int:
-    """Bytes of memory that this host, or any of the groups around this process (a container's, a Slurm job's), has left."""
+    """Bytes of memory that this host, or any of the groups around this process (a container's, a Slurm job's), has
+    left."""
     left = sys.maxsize
     with contextlib.suppress(OSError, KeyError, ValueError):
         left = 1024 * _numbers(PROC / "meminfo")["MemAvailable:"]

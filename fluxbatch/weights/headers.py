@@ -1,4 +1,5 @@
-"""What the headers of safetensors files say, checked: every tensor's place in its file, over all files of a component."""
+"""What the headers of safetensors files say, checked: every tensor's place in its file, over all files of a
+component."""
 
 from __future__ import annotations
 

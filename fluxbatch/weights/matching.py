@@ -70,7 +70,8 @@ def assign(
             got = (sum(b - a for a, b in piece.rows), *tensor.shape[1:])
             if tensor.dtype not in FLOATS.values():
                 wrong.append(
-                    f"{name}: dtype {tensor.dtype}, expected one of {', '.join(FLOATS)} (other quantizations are not read)"
+                    f"{name}: dtype {tensor.dtype}, expected one of {', '.join(FLOATS)} (other quantizations are "
+                    "not read)"
                 )
             elif got != shape and not (math.prod(got) == math.prod(shape) and got[: len(shape)] == shape):
                 wrong.append(f"{name}: shape {list(got)}, the model expects {list(shape)} for {path}")

@@ -34,8 +34,17 @@ FLOATS = {
     "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
 }
 # Never weights here: buffers that tables ignore by name, or a quantization that is not read.
-OTHERS = {"BOOL": np.bool_, "U8": np.uint8, "I8": np.int8, "I16": np.int16, "U16": np.uint16, "I32": np.int32, "U32": np.uint32,
-          "I64": np.int64, "U64": np.uint64}  # fmt: skip
+OTHERS = {
+    "BOOL": np.bool_,
+    "U8": np.uint8,
+    "I8": np.int8,
+    "I16": np.int16,
+    "U16": np.uint16,
+    "I32": np.int32,
+    "U32": np.uint32,
+    "I64": np.int64,
+    "U64": np.uint64,
+}
 DTYPES = FLOATS | {name: np.dtype(kind) for name, kind in OTHERS.items()}
 # Transient failures are tried again for about 20 s (TensorStore's own default is a quarter of an hour);
 # a read that has not moved for STALLED seconds is given up.
@@ -81,9 +90,8 @@ class Source:
     def __init__(self, url: str):
         self.url = url.removeprefix("file://").rstrip("/")
         self.local = "://" not in self.url
-        self.piece = (
-            4 << 20 if self.local else 8 << 20
-        )  # bytes of one read: enough for each thread, as a request is worth
+        # bytes of one read: enough for each thread, as a request is worth
+        self.piece = 4 << 20 if self.local else 8 << 20
         self.url = os.path.abspath(self.url) if self.local else self.url
         context = {f"{name}_request_retries": RETRIES for name in ("gcs", "http")}
         try:
@@ -212,7 +220,8 @@ class Source:
         return sorted(key.decode() for key in self.wait(self._kv.list(), ""))
 
     def top(self) -> list[str]:
-        """Names of what lies in this directory itself, sorted; none where there is no such directory or the store cannot list."""
+        """Names of what lies in this directory itself, sorted; none where there is no such directory or the store
+        cannot list."""
         if not self.local:
             return [name for name in self.files() if "/" not in name]
         try:

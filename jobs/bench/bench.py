@@ -2,11 +2,12 @@
 
     python jobs/bench/bench.py                         # CPU: flux-mini and middle; GPU: dev and schnell
     python jobs/bench/bench.py --models dev --batches 1 4 --rounds 2
-    python jobs/bench/bench.py --models dev --ways fluxbatch --batches 1 --images 4 --rounds 1 --work /scratch  # and again
+    python jobs/bench/bench.py --models dev --ways fluxbatch --batches 1 --images 4 --rounds 1 --work /scratch  # and
+    again
 
 Same checkpoint, prompts, seeds, steps and dtype (float32 on a CPU, bfloat16 on a GPU); torch eager and compiled. The
-first round starts with empty compilation caches, or with those that ``--work`` has kept, the later ones with what it left.
-Nothing else should run meanwhile.
+first round starts with empty compilation caches, or with those that ``--work`` has kept, the later ones with what it
+left. Nothing else should run meanwhile.
 """
 
 from __future__ import annotations
@@ -89,8 +90,18 @@ def once(
     out = work / "out" / "run"
     shutil.rmtree(out.parent, ignore_errors=True)
     if way == "fluxbatch":
-        words = {"pretrained_model_name_or_path": checkpoint, "manifest": manifest, "output_dir": out.parent, "run_name": out.name,
-                 "per_device_batch_size": batch, "max_sequence_length": case.text, "jax_cache_dir": work / "xla", "text_cache_dir": "null", "filename": "{id}", "png_level": 6}  # fmt: skip
+        words = {
+            "pretrained_model_name_or_path": checkpoint,
+            "manifest": manifest,
+            "output_dir": out.parent,
+            "run_name": out.name,
+            "per_device_batch_size": batch,
+            "max_sequence_length": case.text,
+            "jax_cache_dir": work / "xla",
+            "text_cache_dir": "null",
+            "filename": "{id}",
+            "png_level": 6,
+        }
         command = [HERE, "run", *(f"{key}={value}" for key, value in words.items())]
     else:
         command = [HERE.parent / "peer.py", checkpoint, manifest, out, batch, way]
@@ -130,15 +141,26 @@ def steady(out: pathlib.Path, images: int, batch: int) -> float | None:
 def rows(path: pathlib.Path, case: Case) -> None:
     with open(path, "w") as file:
         for i in range(case.images):
-            row = {"id": f"row{i}", "prompt": f"a {COLOURS[i % 8]} {THINGS[i // 8 % 8]}", "seed": i, "height": case.side, "width": case.side,
-                   "num_inference_steps": case.steps, "guidance_scale": case.guidance, "max_sequence_length": case.text}  # fmt: skip
+            row = {
+                "id": f"row{i}",
+                "prompt": f"a {COLOURS[i % 8]} {THINGS[i // 8 % 8]}",
+                "seed": i,
+                "height": case.side,
+                "width": case.side,
+                "num_inference_steps": case.steps,
+                "guidance_scale": case.guidance,
+                "max_sequence_length": case.text,
+            }
             file.write(json.dumps(row) + "\n")
 
 
 def machine() -> tuple[str, float, float]:
     """Its name, the FLOP/s of its peak (of a CPU: of a float32 matrix product, just measured), FLOPs apart."""
-    script = ("import jax, json; from fluxbatch.distributed import chips; from fluxbatch.planning import forecast; d = jax.devices()[0]; c = chips.of_kind(d.device_kind); "
-              "print(json.dumps([d.platform, d.device_kind, c.peak if c else forecast._matmul()]))")  # fmt: skip
+    script = (
+        "import jax, json; from fluxbatch.distributed import chips; from fluxbatch.planning import forecast; d = "
+        "jax.devices()[0]; c = chips.of_kind(d.device_kind); "
+        "print(json.dumps([d.platform, d.device_kind, c.peak if c else forecast._matmul()]))"
+    )
     said = subprocess.run(
         [sys.executable, "-c", script],
         env=os.environ | {"PYTHONPATH": PATH},
@@ -203,19 +225,29 @@ def compare(model: str, case: Case, ways: Sequence[str], rounds: int, kept: path
                 )
     image = flops(checkpoint, case)
     print(
-        f"\n**{model}**: {case.images} images of {case.side}×{case.side}, {case.steps} steps, {image / 1e12:.3g} TFLOP an image\n"
+        f"\n**{model}**: {case.images} images of {case.side}×{case.side}, {case.steps} steps, {image / 1e12:.3g} "
+        "TFLOP an image\n"
     )
     print(
-        "| | batch | images/s steady | images/s whole job | first job, empty caches | s/step, all included | MFU | peak memory | load |"
+        "| | batch | images/s steady | images/s whole job | first job, empty caches | s/step, all included | MFU | "
+        "peak memory | load |"
     )
     print("|---|---|---|---|---|---|---|---|---|")
     for (way, batch), found in results.items():
         job = case.images / min(result.job for result in found)
         speeds = [result.steady for result in found if result.steady]
         speed = max(speeds) if speeds else None
-        parts = [way if way == "fluxbatch" else f"diffusers, {way}", str(batch), f"{speed:.3g}" if speed else "–", f"{job:.3g}", f"{found[0].job:.1f} s",
-                 f"{batch / speed / case.steps:.3g}" if speed else "–", f"{speed * image / peak:.1%}" if speed else "–",
-                 f"{max(r.peak for r in found) / 2**30:.2f} GiB", f"{min(r.load for r in found):.1f} s"]  # fmt: skip
+        parts = [
+            way if way == "fluxbatch" else f"diffusers, {way}",
+            str(batch),
+            f"{speed:.3g}" if speed else "–",
+            f"{job:.3g}",
+            f"{found[0].job:.1f} s",
+            f"{batch / speed / case.steps:.3g}" if speed else "–",
+            f"{speed * image / peak:.1%}" if speed else "–",
+            f"{max(r.peak for r in found) / 2**30:.2f} GiB",
+            f"{min(r.load for r in found):.1f} s",
+        ]
         print("| " + " | ".join(parts) + " |")
     best = {
         kind: max(
@@ -249,7 +281,8 @@ def main() -> None:
     ways = args.ways or (WAYS if kind != "tpu" else WAYS[:1])  # diffusers does not run there
     sys.path.insert(0, str(ROOT))
     print(
-        f"{name}; peak {peak / 1e12:.3g} TFLOP/s; Python {platform.python_version()}; {args.rounds} rounds, best of them"
+        f"{name}; peak {peak / 1e12:.3g} TFLOP/s; Python {platform.python_version()}; {args.rounds} rounds, best of "
+        "them"
     )
     with contextlib.nullcontext(args.work) if args.work else tempfile.TemporaryDirectory() as folder:
         for model in args.models or (["flux-mini", "middle"] if kind == "cpu" else ["schnell", "dev"]):

@@ -68,7 +68,8 @@ def main() -> None:
             if turn:
                 best[name] = min(best[name], time.perf_counter() - start)
     print(
-        f"{jax.devices()[0].device_kind}, width {args.width}, {args.tokens} image tokens, {ROWS} rows, float32; best of {args.rounds}"
+        f"{jax.devices()[0].device_kind}, width {args.width}, {args.tokens} image tokens, {ROWS} rows, float32; "
+        f"best of {args.rounds}"
     )
     for name, seconds in best.items():
         print(f"{name:14} {1000 * seconds:8.1f} ms  {100 * (seconds / best['no adapter'] - 1):+6.1f} %")

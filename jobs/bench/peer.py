@@ -1,4 +1,5 @@
-"""The same job through diffusers: what `bench.py` compares fluxbatch with. ``peer.py CHECKPOINT MANIFEST OUT BATCH eager|compiled``"""
+"""The same job through diffusers: what `bench.py` compares fluxbatch with. ``peer.py CHECKPOINT MANIFEST OUT BATCH
+eager|compiled``"""
 
 from __future__ import annotations
 

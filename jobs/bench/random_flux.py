@@ -30,18 +30,40 @@ def write(folder: pathlib.Path, name: str) -> int:
     torch.set_default_dtype(torch.bfloat16 if full else torch.float32)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         flux = FluxTransformer2DModel(
-            num_layers=double, num_single_layers=single, num_attention_heads=heads, joint_attention_dim=width, pooled_projection_dim=768,
-            guidance_embeds=guidance)  # fmt: skip
+            num_layers=double,
+            num_single_layers=single,
+            num_attention_heads=heads,
+            joint_attention_dim=width,
+            pooled_projection_dim=768,
+            guidance_embeds=guidance,
+        )
         vae = AutoencoderKL(
-            down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4, block_out_channels=channels, layers_per_block=2,
-            latent_channels=16, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False)  # fmt: skip
+            down_block_types=["DownEncoderBlock2D"] * 4,
+            up_block_types=["UpDecoderBlock2D"] * 4,
+            block_out_channels=channels,
+            layers_per_block=2,
+            latent_channels=16,
+            scaling_factor=0.3611,
+            shift_factor=0.1159,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+        )
         clip = CLIPTextModel(
             CLIPTextConfig(
                 vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12
             )
         )
-        t5 = T5EncoderModel(T5Config(
-            vocab_size=32128, d_model=width, d_kv=64, d_ff=hidden, num_layers=blocks, num_heads=width // 64, feed_forward_proj="gated-gelu"))  # fmt: skip
+        t5 = T5EncoderModel(
+            T5Config(
+                vocab_size=32128,
+                d_model=width,
+                d_kv=64,
+                d_ff=hidden,
+                num_layers=blocks,
+                num_heads=width // 64,
+                feed_forward_proj="gated-gelu",
+            )
+        )
     for part, module in {"transformer": flux, "vae": vae, "text_encoder": clip, "text_encoder_2": t5}.items():
         module.save_pretrained(folder / part)
     FlowMatchEulerDiscreteScheduler(shift=3.0 if guidance else 1.0, use_dynamic_shifting=guidance).save_pretrained(

@@ -4,12 +4,12 @@
     python jobs/bench/static.py v6e-4 --part decode           # three minutes
     python jobs/bench/static.py h100 --images 1 8             # needs jax[cuda12]; 15 seconds
 
-TPU: milliseconds are the sum of the cycles that libtpu writes beside each instruction, an estimate. It writes none beside
-Splash, whose FLOPs are counted at half the peak, and none beside waits for collectives. Synchronous collectives are those
-that nothing is computed beside.
+TPU: milliseconds are the sum of the cycles that libtpu writes beside each instruction, an estimate. It writes none
+beside Splash, whose FLOPs are counted at half the peak, and none beside waits for collectives. Synchronous collectives
+are those that nothing is computed beside.
 
-GPU: XLA times no kernel that it cannot run, so this is the memory traffic of those that are neither products nor attention,
-which a step pays for beside them, and how long it takes at the memory's full speed.
+GPU: XLA times no kernel that it cannot run, so this is the memory traffic of those that are neither products nor
+attention, which a step pays for beside them, and how long it takes at the memory's full speed.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from flax import nnx
 from omegaconf import OmegaConf
 
 from fluxbatch.distributed import chips
-from fluxbatch.distributed.mesh import AXES, Layout, open_mesh
 from fluxbatch.distributed.backend import tell_compiler
+from fluxbatch.distributed.mesh import AXES, Layout, open_mesh
 from fluxbatch.generation.pipeline import Pipeline, ProgressObserver
 from fluxbatch.models import attention
 from fluxbatch.models.autoencoder import TPU_BANDS, Decoder, VaeConfig
@@ -145,8 +145,8 @@ def called(line: str, what: str) -> str:
 
 
 def one_step(hlo: str) -> tuple[int, collections.Counter[str]]:
-    """TPU: cycles of one turn of the loop over steps, and bytes by kind of collective; of a program without that loop, of all
-    but what depends on a condition."""
+    """TPU: cycles of one turn of the loop over steps, and bytes by kind of collective; of a program without that loop,
+    of all but what depends on a condition."""
     bodies, entry = computations(hlo)
 
     def cost(name: str) -> tuple[int, collections.Counter[str]]:
@@ -157,9 +157,8 @@ def one_step(hlo: str) -> tuple[int, collections.Counter[str]]:
             if op == "while":
                 inner, more = cost(called(line, "body"))
                 until = "\n".join(bodies[called(line, "condition")])
-                turns = int(
-                    (re.search(r"constant\((\d+)\)", until) or ("", 1))[1]
-                )  # of the loop over steps it is data: one
+                # of the loop over steps it is data: one
+                turns = int((re.search(r"constant\((\d+)\)", until) or ("", 1))[1])
                 cycles += turns * inner
                 moved.update({kind: turns * size for kind, size in more.items()})
                 continue
@@ -276,8 +275,14 @@ def main() -> None:
                 Path(args.save, f"{target.name}-{args.part}-{sharding}-{images}.txt").write_text(program.as_text())
             found, seconds = program.memory_analysis(), time.monotonic() - start
             said, lines = report(target, program, args.side, args.text, images, args.part)
-            print(f"{target.name} {sharding}, {images} at once a chip: {said}, {found.argument_size_in_bytes / 2**30:.2f} GiB of arguments, "
-                  f"{temporaries / 2**30:.2f} GiB temporary; compiled in {seconds:.0f} s", *lines, sep="\n    ", flush=True)  # fmt: skip
+            print(
+                f"{target.name} {sharding}, {images} at once a chip: {said}, "
+                f"{found.argument_size_in_bytes / 2**30:.2f} GiB of arguments, "
+                f"{temporaries / 2**30:.2f} GiB temporary; compiled in {seconds:.0f} s",
+                *lines,
+                sep="\n    ",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

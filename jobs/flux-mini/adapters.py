@@ -24,12 +24,19 @@ RANK = 8
 POOL = 1000
 # Linear layers as Black Forest Labs fuse them → the kernels whose rows they are made of.
 FUSED = {
-    **{f"double_blocks.{stream}_{name}": tuple(f"double_blocks.{stream}.{part}.kernel" for part in parts)
-       for stream in ("img", "txt")
-       for name, parts in {"attn.qkv": ("qkv.q", "qkv.k", "qkv.v"), "attn.proj": ("proj",), "mlp.0": ("mlp_in",), "mlp.2": ("mlp_out",)}.items()},
+    **{
+        f"double_blocks.{stream}_{name}": tuple(f"double_blocks.{stream}.{part}.kernel" for part in parts)
+        for stream in ("img", "txt")
+        for name, parts in {
+            "attn.qkv": ("qkv.q", "qkv.k", "qkv.v"),
+            "attn.proj": ("proj",),
+            "mlp.0": ("mlp_in",),
+            "mlp.2": ("mlp_out",),
+        }.items()
+    },
     "single_blocks.linear1": tuple(f"single_blocks.{part}.kernel" for part in ("qkv.q", "qkv.k", "qkv.v", "mlp_in")),
     "single_blocks.linear2": ("single_blocks.out.kernel",),
-}  # fmt: skip
+}
 
 
 def path_of(keys: tuple[Any, ...]) -> str:
@@ -109,8 +116,11 @@ def kohya(adapter: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, np.ndarr
         blocks, layer = name.split(".", 1)
         for i, (down, up) in enumerate(zip(matrices["down"], matrices["up"], strict=True)):
             key = f"lora_unet_{blocks}_{i}_{layer.replace('.', '_')}"
-            out |= {f"{key}.lora_down.weight": down.astype(ml_dtypes.bfloat16), f"{key}.lora_up.weight": up.astype(ml_dtypes.bfloat16),
-                    f"{key}.alpha": np.array(float(RANK), np.float32)}  # fmt: skip
+            out |= {
+                f"{key}.lora_down.weight": down.astype(ml_dtypes.bfloat16),
+                f"{key}.lora_up.weight": up.astype(ml_dtypes.bfloat16),
+                f"{key}.alpha": np.array(float(RANK), np.float32),
+            }
     return out
 
 

@@ -18,18 +18,72 @@ FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")  # Debian: font
 FONT_SIZE = 109  # the only size of the font's bitmaps
 
 OBJECTS = {
-    "apple": "🍎", "banana": "🍌", "grapes": "🍇", "watermelon": "🍉", "lemon": "🍋", "pineapple": "🍍", "strawberry": "🍓",
-    "cherries": "🍒", "carrot": "🥕", "mushroom": "🍄", "avocado": "🥑", "pizza": "🍕", "hamburger": "🍔",
-    "doughnut": "🍩", "cake": "🎂", "ice cream": "🍦", "popcorn": "🍿", "cat": "🐱",
-    "dog": "🐶", "fox": "🦊", "panda": "🐼", "lion": "🦁", "pig": "🐷", "frog": "🐸", "monkey": "🐵", "rabbit": "🐰",
-    "unicorn": "🦄", "penguin": "🐧", "owl": "🦉", "fish": "🐠", "whale": "🐳", "octopus": "🐙", "crab": "🦀",
-    "turtle": "🐢", "snail": "🐌", "bee": "🐝", "butterfly": "🦋", "car": "🚗", "bus": "🚌",
-    "rocket": "🚀", "sailboat": "⛵", "balloon": "🎈", "gift": "🎁", "guitar": "🎸",
-    "alarm clock": "⏰", "light bulb": "💡", "camera": "📷", "crown": "👑", "soccer ball": "⚽", "basketball": "🏀",
-    "trophy": "🏆", "heart": "❤", "star": "⭐", "snowman": "⛄", "fire": "🔥", "palm tree": "🌴", "cactus": "🌵",
-    "sunflower": "🌻", "rose": "🌹", "robot": "🤖", "ghost": "👻", "alien": "👽", "pumpkin": "🎃", "house": "🏠",
+    "apple": "🍎",
+    "banana": "🍌",
+    "grapes": "🍇",
+    "watermelon": "🍉",
+    "lemon": "🍋",
+    "pineapple": "🍍",
+    "strawberry": "🍓",
+    "cherries": "🍒",
+    "carrot": "🥕",
+    "mushroom": "🍄",
+    "avocado": "🥑",
+    "pizza": "🍕",
+    "hamburger": "🍔",
+    "doughnut": "🍩",
+    "cake": "🎂",
+    "ice cream": "🍦",
+    "popcorn": "🍿",
+    "cat": "🐱",
+    "dog": "🐶",
+    "fox": "🦊",
+    "panda": "🐼",
+    "lion": "🦁",
+    "pig": "🐷",
+    "frog": "🐸",
+    "monkey": "🐵",
+    "rabbit": "🐰",
+    "unicorn": "🦄",
+    "penguin": "🐧",
+    "owl": "🦉",
+    "fish": "🐠",
+    "whale": "🐳",
+    "octopus": "🐙",
+    "crab": "🦀",
+    "turtle": "🐢",
+    "snail": "🐌",
+    "bee": "🐝",
+    "butterfly": "🦋",
+    "car": "🚗",
+    "bus": "🚌",
+    "rocket": "🚀",
+    "sailboat": "⛵",
+    "balloon": "🎈",
+    "gift": "🎁",
+    "guitar": "🎸",
+    "alarm clock": "⏰",
+    "light bulb": "💡",
+    "camera": "📷",
+    "crown": "👑",
+    "soccer ball": "⚽",
+    "basketball": "🏀",
+    "trophy": "🏆",
+    "heart": "❤",
+    "star": "⭐",
+    "snowman": "⛄",
+    "fire": "🔥",
+    "palm tree": "🌴",
+    "cactus": "🌵",
+    "sunflower": "🌻",
+    "rose": "🌹",
+    "robot": "🤖",
+    "ghost": "👻",
+    "alien": "👽",
+    "pumpkin": "🎃",
+    "house": "🏠",
     "key": "🔑",
-}  # fmt: skip
+}
 # Said now and then, so that "a red apple" is as good as "an apple".
 ADJECTIVES = {
     "apple": "red", "banana": "yellow", "grapes": "purple", "lemon": "yellow", "strawberry": "red", "carrot": "orange",
@@ -38,9 +92,17 @@ ADJECTIVES = {
     "star": "yellow", "cactus": "green", "rose": "red", "pumpkin": "orange", "crown": "golden",
 }  # fmt: skip
 COLORS = {
-    "red": (214, 48, 49), "orange": (245, 146, 46), "yellow": (250, 222, 96), "green": (72, 168, 86), "blue": (58, 108, 214),
-    "purple": (128, 72, 178), "pink": (248, 172, 204), "white": (252, 252, 252), "gray": (140, 144, 150), "black": (22, 22, 28),
-}  # fmt: skip
+    "red": (214, 48, 49),
+    "orange": (245, 146, 46),
+    "yellow": (250, 222, 96),
+    "green": (72, 168, 86),
+    "blue": (58, 108, 214),
+    "purple": (128, 72, 178),
+    "pink": (248, 172, 204),
+    "white": (252, 252, 252),
+    "gray": (140, 144, 150),
+    "black": (22, 22, 28),
+}
 PAPER, PENCIL = np.float32([250, 248, 240]), np.float32([50, 50, 60])
 SHAPES = ((128, 128), (128, 192), (192, 128))  # height, width
 PLACES = ("left", "right", "top", "bottom")
@@ -53,14 +115,21 @@ CENTER_TEMPLATES = (
     "a drawing of {o} in front of {ac} wall", "{o} in the middle, {c} background",
 )  # fmt: skip
 PLACE_TEMPLATES = (
-    "{o} {p} on {ac} background", "{o} {p}, {c} background", "a small {o1} {p}, {c} backdrop", "{c} background, {o} {p}",
-    "{o} {p} of {ac} background", "a picture of {o} {p} on {c}",
-)  # fmt: skip
+    "{o} {p} on {ac} background",
+    "{o} {p}, {c} background",
+    "a small {o1} {p}, {c} backdrop",
+    "{c} background, {o} {p}",
+    "{o} {p} of {ac} background",
+    "a picture of {o} {p} on {c}",
+)
 PLACE_WORDS = ("at the {p}", "on the {p}", "on the {p} side", "at the {p} side")
 PAIR_TEMPLATES = (
-    "{o} {r} {q} on {ac} background", "{o} {r} {q}, {c} background", "{o} {r} {q}, {c} backdrop", "{c} background, {o} {r} {q}",
+    "{o} {r} {q} on {ac} background",
+    "{o} {r} {q}, {c} background",
+    "{o} {r} {q}, {c} backdrop",
+    "{c} background, {o} {r} {q}",
     "a picture of {o} {r} {q} on {c}",
-)  # fmt: skip
+)
 # relation → where the first object goes; the second takes the opposite side
 RELATIONS = {
     "left of": "left", "to the left of": "left", "and": "left", "next to": "left", "right of": "right",
@@ -219,5 +288,11 @@ def held_out_scenes(count: int = 200, seed: int = 0) -> list[Scene]:
     pairs = [(name, color) for name in OBJECTS for color in COLORS if held_out(name, color)]
     order = rng.permutation(len(pairs))
     return [
-        make(rng, (pairs[order[i % len(pairs)]][0],), pairs[order[i % len(pairs)]][1], PLACES[i // 2 % 4] if i % 2 else None)
-        for i in range(count)]  # fmt: skip
+        make(
+            rng,
+            (pairs[order[i % len(pairs)]][0],),
+            pairs[order[i % len(pairs)]][1],
+            PLACES[i // 2 % 4] if i % 2 else None,
+        )
+        for i in range(count)
+    ]

@@ -125,8 +125,17 @@ def draw(
     rows = [{"prompt": s.caption, "object": s.items[0].name, "color": s.color, "place": s.place} for s in scenes]
     manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
     subprocess.run(
-        [sys.executable, *program, f"manifest={manifest}", f"run_name={folder.name}", f"output_dir={folder.parent}", "overwrite=true", *overrides],
-        check=True)  # fmt: skip
+        [
+            sys.executable,
+            *program,
+            f"manifest={manifest}",
+            f"run_name={folder.name}",
+            f"output_dir={folder.parent}",
+            "overwrite=true",
+            *overrides,
+        ],
+        check=True,
+    )
     return [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
 
 

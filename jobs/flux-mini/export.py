@@ -19,8 +19,16 @@ from fluxbatch.models import autoencoder_keys
 from fluxbatch.models.flux1 import keys
 from fluxbatch.models.key_tables import Table, split_layer
 
-SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 1.0, "use_dynamic_shifting": False,
-             "base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}  # fmt: skip
+SCHEDULER = {
+    "_class_name": "FlowMatchEulerDiscreteScheduler",
+    "num_train_timesteps": 1000,
+    "shift": 1.0,
+    "use_dynamic_shifting": False,
+    "base_image_seq_len": 256,
+    "max_image_seq_len": 4096,
+    "base_shift": 0.5,
+    "max_shift": 1.15,
+}
 INDEX = {"_class_name": "FluxPipeline", "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
          "text_encoder": ["transformers", "CLIPTextModel"], "text_encoder_2": ["transformers", "T5EncoderModel"],
          "tokenizer": ["transformers", "CLIPTokenizer"], "tokenizer_2": ["transformers", "T5TokenizerFast"],
@@ -61,9 +69,8 @@ def named(arrays: Mapping[str, np.ndarray], table: Table) -> dict[str, np.ndarra
             value = arrays[path][layer] if "[" in rule.target else arrays[path]
             if rule.rows == keys.SWAP_HALVES:
                 value = np.concatenate(np.split(value, 2)[::-1])
-            name = re.sub(
-                r"\(\?:(?:[^)]*\|)?([^)|]*)\)\??", r"\1", rule.pattern
-            )  # prefixes written, the last name of several
+            # prefixes written, the last name of several
+            name = re.sub(r"\(\?:(?:[^)]*\|)?([^)|]*)\)\??", r"\1", rule.pattern)
             for number in numbers:
                 name = name.replace(r"(\d+)", str(number), 1)
             out[name.replace("\\", "")] = np.ascontiguousarray(value.astype(ml_dtypes.bfloat16))
@@ -73,20 +80,51 @@ def named(arrays: Mapping[str, np.ndarray], table: Table) -> dict[str, np.ndarra
 
 
 def write(
-    folder: pathlib.Path, vae: dict, flux: dict, text: Mapping[str, dict], vae_params: Any, params: Mapping[str, Any], scheduler: dict = SCHEDULER
-) -> None:  # fmt: skip
+    folder: pathlib.Path,
+    vae: dict,
+    flux: dict,
+    text: Mapping[str, dict],
+    vae_params: Any,
+    params: Mapping[str, Any],
+    scheduler: dict = SCHEDULER,
+) -> None:
     """Configs and weights (bfloat16) beside the tokenizers that are there already."""
     parts_of = lambda state, table: named(arrays_of(state), table)  # noqa: E731
     levels = len(vae["block_out_channels"])
-    vae = {"_class_name": "AutoencoderKL", "act_fn": "silu", "in_channels": 3, "out_channels": 3, "force_upcast": False,
-           "down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels} | vae  # fmt: skip
+    vae = {
+        "_class_name": "AutoencoderKL",
+        "act_fn": "silu",
+        "in_channels": 3,
+        "out_channels": 3,
+        "force_upcast": False,
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+    } | vae
     parts = {
-        "transformer": ({"_class_name": "FluxTransformer2DModel", "patch_size": 1} | flux, parts_of(params["flux"], keys.FLUX_DIFFUSERS)),
-        "text_encoder": ({"architectures": ["CLIPTextModel"], "model_type": "clip_text_model"} | text["clip"], parts_of(params["clip"], keys.CLIP)),
-        "text_encoder_2": ({"architectures": ["T5EncoderModel"], "model_type": "t5", "tie_word_embeddings": False, "is_encoder_decoder": False}
-                           | text["t5"], parts_of(params["t5"], keys.T5)),
-        "vae": (vae, parts_of(vae_params[0], autoencoder_keys.VAE_ENCODER) | parts_of(vae_params[1], autoencoder_keys.VAE_DECODER)),
-    }  # fmt: skip
+        "transformer": (
+            {"_class_name": "FluxTransformer2DModel", "patch_size": 1} | flux,
+            parts_of(params["flux"], keys.FLUX_DIFFUSERS),
+        ),
+        "text_encoder": (
+            {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model"} | text["clip"],
+            parts_of(params["clip"], keys.CLIP),
+        ),
+        "text_encoder_2": (
+            {
+                "architectures": ["T5EncoderModel"],
+                "model_type": "t5",
+                "tie_word_embeddings": False,
+                "is_encoder_decoder": False,
+            }
+            | text["t5"],
+            parts_of(params["t5"], keys.T5),
+        ),
+        "vae": (
+            vae,
+            parts_of(vae_params[0], autoencoder_keys.VAE_ENCODER)
+            | parts_of(vae_params[1], autoencoder_keys.VAE_DECODER),
+        ),
+    }
     for name, (config, tensors) in parts.items():
         (folder / name).mkdir(parents=True, exist_ok=True)
         (folder / name / "config.json").write_text(json.dumps(config, indent=2) + "\n")

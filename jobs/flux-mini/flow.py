@@ -23,10 +23,28 @@ TOKENS = 32  # T5 tokens, as conf/sampler/mini.yaml has it: padding is attended,
 POOL = 16_000  # captions and latents made once; drawn from with replacement
 OTHER_SHAPES = 8  # one step in so many is of a non-square shape
 UNSAID = 0.05  # pictures whose caption is left empty: what guidance is measured against
-FLUX = dict(in_channels=64, num_layers=2, num_single_layers=4, attention_head_dim=32, num_attention_heads=5, joint_attention_dim=96,
-            pooled_projection_dim=96, guidance_embeds=False, axes_dims_rope=[8, 12, 12])  # fmt: skip
-T5 = dict(d_model=96, d_kv=24, d_ff=192, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu", relative_attention_num_buckets=32,
-          relative_attention_max_distance=128, layer_norm_epsilon=1e-6)  # fmt: skip
+FLUX = dict(
+    in_channels=64,
+    num_layers=2,
+    num_single_layers=4,
+    attention_head_dim=32,
+    num_attention_heads=5,
+    joint_attention_dim=96,
+    pooled_projection_dim=96,
+    guidance_embeds=False,
+    axes_dims_rope=[8, 12, 12],
+)
+T5 = dict(
+    d_model=96,
+    d_kv=24,
+    d_ff=192,
+    num_layers=2,
+    num_heads=4,
+    feed_forward_proj="gated-gelu",
+    relative_attention_num_buckets=32,
+    relative_attention_max_distance=128,
+    layer_norm_epsilon=1e-6,
+)
 CLIP = dict(hidden_size=96, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4, hidden_act="quick_gelu",
             layer_norm_eps=1e-5, max_position_embeddings=words.CLIP_LENGTH)  # fmt: skip
 

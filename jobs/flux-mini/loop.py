@@ -75,7 +75,8 @@ def train(
     for step in range(state["step"], steps):
         key = jax.random.fold_in(jax.random.key(1), step)
         state["params"], state["optimizer"], state["average"], value, figure = update(
-            state["params"], state["optimizer"], state["average"], batch(np.random.default_rng([7, step]), step), key)  # fmt: skip
+            state["params"], state["optimizer"], state["average"], batch(np.random.default_rng([7, step]), step), key
+        )
         figures.append(float(figure))
         if step % 100 == 99:
             report(step + 1, started, loss=float(value), figure=float(np.mean(figures[-100:])))
@@ -106,4 +107,10 @@ def matrices_by_muon(peak: float, adam_peak: float, steps: int) -> optax.Gradien
 
     return optax.chain(
         optax.clip_by_global_norm(1.0),
-        muon(schedule(peak, steps), adam_learning_rate=schedule(adam_peak, steps), adam_b2=0.99, muon_weight_dimension_numbers=dimensions))  # fmt: skip
+        muon(
+            schedule(peak, steps),
+            adam_learning_rate=schedule(adam_peak, steps),
+            adam_b2=0.99,
+            muon_weight_dimension_numbers=dimensions,
+        ),
+    )

@@ -27,8 +27,12 @@ def train(captions: Sequence[str], folder: pathlib.Path) -> None:
         [pre_tokenizers.Split(words, "removed", invert=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bpe.train_from_iterator(captions, trainers.BpeTrainer(
-        vocab_size=CLIP_VOCABULARY - len(alphabet) - 2, end_of_word_suffix="</w>", initial_alphabet=alphabet))  # fmt: skip
+    bpe.train_from_iterator(
+        captions,
+        trainers.BpeTrainer(
+            vocab_size=CLIP_VOCABULARY - len(alphabet) - 2, end_of_word_suffix="</w>", initial_alphabet=alphabet
+        ),
+    )
     merges = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
     pieces = [*alphabet, *(c + "</w>" for c in alphabet), *("".join(m) for m in merges), START, END]
     vocabulary = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}

@@ -52,9 +52,8 @@ def replica(index: int, replicas: int, each: int, words: list[str]) -> int:
                     f"replica_count={replicas}",
                     *words,
                 ]
-                started.append(
-                    subprocess.Popen(command, env=env, start_new_session=True)
-                )  # Ctrl-C reaches them through `stop`
+                # Ctrl-C reaches them through `stop`
+                started.append(subprocess.Popen(command, env=env, start_new_session=True))
             processes.update(started)
             for process in started if stopping else ():  # asked while they were being started
                 process.send_signal(signal.SIGTERM)

@@ -112,7 +112,8 @@ def render(job: Launch) -> int:
         and job.kind.name != "slurm"
     ):
         print(
-            f"fluxbatch: {job.model.pretrained_model_name_or_path} is gated, and the hosts get no token: hf_token_secret=… names a secret",
+            f"fluxbatch: {job.model.pretrained_model_name_or_path} is gated, and the hosts get no token: "
+            "hf_token_secret=… names a secret",
             file=sys.stderr,
         )
     spec = {"slurm": slurm, "jobset": jobset, "cronjob": cronjob, "batch": batch, "scheduler": scheduler}[
@@ -152,7 +153,8 @@ def _check(job: Launch, target: Target) -> None:
     if kind != "slurm" and (not job.image or (tag in FLAVORS.values() and tag != flavor)):
         wanted = f"REGION-docker.pkg.dev/PROJECT/fluxbatch/fluxbatch:{flavor}"
         problems.append(
-            f"image={shown(job.image)}: expected an image for target={job.target}, such as {wanted} (jobs/launch/Dockerfile, FLAVOR={flavor})"
+            f"image={shown(job.image)}: expected an image for target={job.target}, such as {wanted} "
+            f"(jobs/launch/Dockerfile, FLAVOR={flavor})"
         )
     if job.project is None and (kind == "scheduler" or (kind == "batch" and job.hf_token_secret)):
         what = "kind=scheduler" if kind == "scheduler" else "hf_token_secret"
@@ -185,7 +187,8 @@ def _check(job: Launch, target: Target) -> None:
         problems.append(f"{got}: expected all {chips} chips of target={job.target} in use: {way_out}")
     if job.kind.name in ("cronjob", "batch", "scheduler") and target.hosts > 1:
         problems.append(
-            f"target={job.target}: expected a target of one host, as kind={job.kind.name} has no processes that find each other"
+            f"target={job.target}: expected a target of one host, as kind={job.kind.name} has no processes that "
+            "find each other"
         )
     if job.kind.name in ("slurm", "batch", "scheduler") and target.hardware == "tpu":
         problems.append(f"target={job.target}: expected a GPU for kind={job.kind.name}")
@@ -329,26 +332,36 @@ def batch(job: Launch, target: Target, words: list[str]) -> dict[str, Any]:
         secret = f"projects/{job.project}/secrets/{job.hf_token_secret}/versions/latest"
         runnable["environment"] = {"secretVariables": {"HF_TOKEN": secret}}
     return {
-        "taskGroups": [{
-            "taskCount": count,
-            "parallelism": count,
-            "taskCountPerNode": 1,
-            "taskSpec": {
-                "runnables": [runnable],
-                "maxRetryCount": 10,
-                **({"maxRunDuration": f"{_seconds(job.time_limit)}s"} if job.time_limit else {}),
-                "lifecyclePolicies": [
-                    {"action": "RETRY_TASK", "actionCondition": {"exitCodes": again}},
-                    {"action": "FAIL_TASK", "actionCondition": {"exitCodes": list(FINAL)}},
-                ],
-            },
-        }],
-        "allocationPolicy": {"instances": [{
-            "installGpuDrivers": True,
-            "policy": {"machineType": target.machine, "provisioningModel": "SPOT" if job.spot else "STANDARD", "bootDisk": {"sizeGb": 200}},
-        }]},
+        "taskGroups": [
+            {
+                "taskCount": count,
+                "parallelism": count,
+                "taskCountPerNode": 1,
+                "taskSpec": {
+                    "runnables": [runnable],
+                    "maxRetryCount": 10,
+                    **({"maxRunDuration": f"{_seconds(job.time_limit)}s"} if job.time_limit else {}),
+                    "lifecyclePolicies": [
+                        {"action": "RETRY_TASK", "actionCondition": {"exitCodes": again}},
+                        {"action": "FAIL_TASK", "actionCondition": {"exitCodes": list(FINAL)}},
+                    ],
+                },
+            }
+        ],
+        "allocationPolicy": {
+            "instances": [
+                {
+                    "installGpuDrivers": True,
+                    "policy": {
+                        "machineType": target.machine,
+                        "provisioningModel": "SPOT" if job.spot else "STANDARD",
+                        "bootDisk": {"sizeGb": 200},
+                    },
+                }
+            ]
+        },
         "logsPolicy": {"destination": "CLOUD_LOGGING"},
-    }  # fmt: skip
+    }
 
 
 def scheduler(job: Launch, target: Target, words: list[str]) -> dict[str, Any]:

@@ -184,8 +184,11 @@ def in_process(
     """The measurements of one load in fresh processes, one for each process of the mesh."""
     from fluxbatch.distributed.replica import hold_port
 
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices // processes}",
-                                "PYTHONPATH": os.pathsep.join(filter(None, (str(HERE.parents[2]), os.environ.get("PYTHONPATH"))))}  # fmt: skip
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices // processes}",
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(HERE.parents[2]), os.environ.get("PYTHONPATH")))),
+    }
     with hold_port() as held:
         running = [
             subprocess.Popen(
@@ -254,8 +257,11 @@ def main() -> None:
         for way, seconds in best.items():
             extra = f"{memory[way] / 2**20:8.0f} MiB over the arrays" if way in memory else ""
             print(f"{way:12} {size / seconds / 1e9:6.2f} GB/s  {best['plain'] / seconds:5.2f} × plain {extra}")
-        print(f"{'8 devices':12} {sharded['gigabytes_per_second']:6.2f} GB/s  {sharded['extra'] / 2**20:.0f} MiB over the arrays, "
-              f"{sharded['read'] / sharded['owned']:.4f} × the bytes owned")  # fmt: skip
+        print(
+            f"{'8 devices':12} {sharded['gigabytes_per_second']:6.2f} GB/s  {sharded['extra'] / 2**20:.0f} MiB over "
+            "the arrays, "
+            f"{sharded['read'] / sharded['owned']:.4f} × the bytes owned"
+        )
 
 
 if __name__ == "__main__":

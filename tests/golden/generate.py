@@ -86,18 +86,53 @@ def pipeline(
     g = torch.Generator().manual_seed(seed)
     clip_tokenizer, t5_tokenizer = tokenizers(clip_length)
     flux = FluxTransformer2DModel(
-        in_channels=4 * channels, num_layers=layers, num_single_layers=single, attention_head_dim=head_dim, num_attention_heads=heads,
-        joint_attention_dim=width, pooled_projection_dim=width, guidance_embeds=guidance, axes_dims_rope=axes)  # fmt: skip
+        in_channels=4 * channels,
+        num_layers=layers,
+        num_single_layers=single,
+        attention_head_dim=head_dim,
+        num_attention_heads=heads,
+        joint_attention_dim=width,
+        pooled_projection_dim=width,
+        guidance_embeds=guidance,
+        axes_dims_rope=axes,
+    )
     decoder = AutoencoderKL(
-        down_block_types=["DownEncoderBlock2D"] * len(vae), up_block_types=["UpDecoderBlock2D"] * len(vae), block_out_channels=vae,
-        layers_per_block=1, latent_channels=channels, norm_num_groups=4, scaling_factor=0.36, shift_factor=0.11,
-        use_quant_conv=False, use_post_quant_conv=False)  # fmt: skip
-    clip = CLIPTextModel(CLIPTextConfig(
-        vocab_size=len(clip_tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=clip_length, hidden_act=act, bos_token_id=clip_tokenizer.bos_token_id,
-        eos_token_id=2 if act == "quick_gelu" else clip_tokenizer.eos_token_id, pad_token_id=1))  # fmt: skip
-    t5 = T5EncoderModel(T5Config(
-        vocab_size=len(t5_tokenizer), d_model=width, d_kv=8, d_ff=2 * width, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu"))  # fmt: skip
+        down_block_types=["DownEncoderBlock2D"] * len(vae),
+        up_block_types=["UpDecoderBlock2D"] * len(vae),
+        block_out_channels=vae,
+        layers_per_block=1,
+        latent_channels=channels,
+        norm_num_groups=4,
+        scaling_factor=0.36,
+        shift_factor=0.11,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+    clip = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(clip_tokenizer),
+            hidden_size=width,
+            intermediate_size=2 * width,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=clip_length,
+            hidden_act=act,
+            bos_token_id=clip_tokenizer.bos_token_id,
+            eos_token_id=2 if act == "quick_gelu" else clip_tokenizer.eos_token_id,
+            pad_token_id=1,
+        )
+    )
+    t5 = T5EncoderModel(
+        T5Config(
+            vocab_size=len(t5_tokenizer),
+            d_model=width,
+            d_kv=8,
+            d_ff=2 * width,
+            num_layers=2,
+            num_heads=4,
+            feed_forward_proj="gated-gelu",
+        )
+    )
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0 if dynamic else 1.0, use_dynamic_shifting=dynamic)
     return FluxPipeline(
         scheduler=scheduler, vae=loud(decoder, 0.12, g), text_encoder=loud(clip, 0.3, g), tokenizer=clip_tokenizer,
@@ -117,9 +152,16 @@ def rows(dynamic: bool) -> list[dict]:
 def render(pipe: FluxPipeline, row: dict, length: int, dtype: torch.dtype = torch.float32) -> np.ndarray:
     """The picture diffusers makes of a row: uint8 ``[H, W, 3]``."""
     image = pipe(
-        prompt=row["prompt"], prompt_2=row.get("prompt_2"), height=row["height"], width=row["width"],
-        num_inference_steps=row["num_inference_steps"], guidance_scale=row["guidance_scale"], max_sequence_length=length,
-        generator=torch.Generator("cpu").manual_seed(row["seed"]), output_type="pil")  # fmt: skip
+        prompt=row["prompt"],
+        prompt_2=row.get("prompt_2"),
+        height=row["height"],
+        width=row["width"],
+        num_inference_steps=row["num_inference_steps"],
+        guidance_scale=row["guidance_scale"],
+        max_sequence_length=length,
+        generator=torch.Generator("cpu").manual_seed(row["seed"]),
+        output_type="pil",
+    )
     return np.asarray(image.images[0])
 
 

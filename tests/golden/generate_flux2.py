@@ -1,4 +1,5 @@
-"""Small random FLUX.2 pipelines, made and run by diffusers: the golden that tests compare with, and those of the parity tests.
+"""Small random FLUX.2 pipelines, made and run by diffusers: the golden that tests compare with, and those of the parity
+tests.
 
     python tests/golden/generate_flux2.py            # rewrites flux2-* beside this file
 
@@ -43,11 +44,13 @@ PROMPTS = [
 
 QWEN_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% if enable_thinking is defined and enable_thinking is false %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% if enable_thinking is defined and enable_thinking is "
+    "false %}"
     "<think>\n\n</think>\n\n{% endif %}{% endif %}"
 )
 MISTRAL_TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]{% for part in m['content'] %}{{ part['text'] }}{% endfor %}"
+    "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]{% for part in m['content'] %}{{ part['text'] }}{% "
+    "endfor %}"
     "{% if m['role'] == 'user' %}[/INST]{% endif %}{% endfor %}{% if add_generation_prompt %}[answer]{% endif %}"
 )
 
@@ -104,16 +107,32 @@ def loud(module: torch.nn.Module, std: float, generator: torch.Generator) -> tor
 
 
 def autoencoder(channels: int, sizes=(8, 16, 16), **options) -> AutoencoderKLFlux2:
-    return AutoencoderKLFlux2(**dict(
-        down_block_types=["DownEncoderBlock2D"] * len(sizes), up_block_types=["UpDecoderBlock2D"] * len(sizes), block_out_channels=sizes,
-        layers_per_block=1, latent_channels=channels, norm_num_groups=4) | options)  # fmt: skip
+    return AutoencoderKLFlux2(
+        **dict(
+            down_block_types=["DownEncoderBlock2D"] * len(sizes),
+            up_block_types=["UpDecoderBlock2D"] * len(sizes),
+            block_out_channels=sizes,
+            layers_per_block=1,
+            latent_channels=channels,
+            norm_num_groups=4,
+        )
+        | options
+    )
 
 
 def encoder(
     kind: str, vocabulary: int, depth: int, width: int, heads: int, groups: int, head_dim: int
 ) -> torch.nn.Module:
-    sizes = dict(vocab_size=vocabulary, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=depth, num_attention_heads=heads,
-                 num_key_value_heads=groups, head_dim=head_dim, max_position_embeddings=4096)  # fmt: skip
+    sizes = dict(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=depth,
+        num_attention_heads=heads,
+        num_key_value_heads=groups,
+        head_dim=head_dim,
+        max_position_embeddings=4096,
+    )
     if kind != "dev":
         return Qwen3ForCausalLM(
             Qwen3Config(**sizes, rope_parameters={"rope_type": "default", "rope_theta": 1e6}, tie_word_embeddings=True)
@@ -134,15 +153,36 @@ def encoder(
 
 
 def pipeline(
-    kind, heads, axes, layers, single, channels, seed=0, width=24, groups=2, text_heads=4, depth=None, side="right", dynamic=True, mlp_ratio=3.0,
+    kind,
+    heads,
+    axes,
+    layers,
+    single,
+    channels,
+    seed=0,
+    width=24,
+    groups=2,
+    text_heads=4,
+    depth=None,
+    side="right",
+    dynamic=True,
+    mlp_ratio=3.0,
     vae=None,
-) -> Flux2Pipeline | Flux2KleinPipeline:  # fmt: skip
+) -> Flux2Pipeline | Flux2KleinPipeline:
     g = torch.Generator().manual_seed(seed)
     words = tokenizer(kind, side)
     text = encoder(kind, len(words), depth or (32 if kind == "dev" else 29), width, text_heads, groups, 8)
     flux = Flux2Transformer2DModel(
-        in_channels=4 * channels, num_layers=layers, num_single_layers=single, attention_head_dim=sum(axes), num_attention_heads=heads,
-        joint_attention_dim=3 * width, guidance_embeds=kind == "dev", axes_dims_rope=axes, mlp_ratio=mlp_ratio)  # fmt: skip
+        in_channels=4 * channels,
+        num_layers=layers,
+        num_single_layers=single,
+        attention_head_dim=sum(axes),
+        num_attention_heads=heads,
+        joint_attention_dim=3 * width,
+        guidance_embeds=kind == "dev",
+        axes_dims_rope=axes,
+        mlp_ratio=mlp_ratio,
+    )
     pictures = loud(autoencoder(channels, **(vae or {})), 0.15, g)
     with torch.no_grad():  # colours, not black and white, in which errors would hide
         pictures.decoder.conv_out.weight.mul_(0.5)
@@ -189,8 +229,15 @@ def rows() -> list[dict]:
 def render(pipe, row: dict, length: int, images: list[Image.Image] | None = None) -> np.ndarray:
     """The picture diffusers makes of a row: uint8 ``[H, W, 3]``."""
     made = pipe(
-        prompt=row["prompt"], image=images, height=row.get("height"), width=row.get("width"), num_inference_steps=row["num_inference_steps"],
-        guidance_scale=row["guidance_scale"], max_sequence_length=length, generator=torch.Generator("cpu").manual_seed(row["seed"]))  # fmt: skip
+        prompt=row["prompt"],
+        image=images,
+        height=row.get("height"),
+        width=row.get("width"),
+        num_inference_steps=row["num_inference_steps"],
+        guidance_scale=row["guidance_scale"],
+        max_sequence_length=length,
+        generator=torch.Generator("cpu").manual_seed(row["seed"]),
+    )
     return np.asarray(made.images[0])
 
 

@@ -50,8 +50,17 @@ class ClipConfig:
         """Reads ``text_encoder/config.json`` (or the ``text_config`` of a whole CLIP model, in which transformers 4 has
         left out what is as it is by default)."""
         config = config.get("text_config", config)
-        defaults = {"vocab_size": 49408, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 8,
-                    "max_position_embeddings": 77, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "eos_token_id": 49407}  # fmt: skip
+        defaults = {
+            "vocab_size": 49408,
+            "hidden_size": 512,
+            "intermediate_size": 2048,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 8,
+            "max_position_embeddings": 77,
+            "hidden_act": "quick_gelu",
+            "layer_norm_eps": 1e-5,
+            "eos_token_id": 49407,
+        }
         cfg = cls(**{f.name: config.get(f.name, defaults.get(f.name)) for f in dataclasses.fields(cls)})
         if cfg.hidden_act not in ACTIVATIONS:
             raise ValueError(f"hidden_act {cfg.hidden_act!r}: expected one of {', '.join(ACTIVATIONS)}")

@@ -66,7 +66,8 @@ def denoise_bytes(cfg: FluxConfig, at: Footprint, tokens: int, text: int) -> int
 
 
 def encode_bytes(t5: T5Config, clip: ClipConfig, at: Footprint, text: int) -> int:
-    """Scores in float32, twice, T5's bias, and what a block works on; on a CPU also the layer that it cuts from its stack."""
+    """Scores in float32, twice, T5's bias, and what a block works on; on a CPU also the layer that it cuts from its
+    stack."""
     scores, length = 4 * t5.num_heads * text**2, clip.max_position_embeddings
     of_t5 = scores * (1 + 2 * at.images) + 4 * at.images * text * t5.d_model * at.activation_bytes
     of_clip = 4 * at.images * length * (clip.num_attention_heads * length + 4 * clip.hidden_size)

@@ -49,9 +49,12 @@ class Flux1(Family):
     leftovers = r"text_encoders\.\w+\.(logit_scale|text_projection(\.weight)?)"  # of ComfyUI's text encoders in a whole
     components = {
         "transformer": Component(
-            FluxConfig, Flux,
-            namings=(Naming("vector_in.in_layer.weight", keys.FLUX_BFL),
-                     Naming("time_text_embed.text_embedder.linear_1.weight", keys.FLUX_DIFFUSERS)),
+            FluxConfig,
+            Flux,
+            namings=(
+                Naming("vector_in.in_layer.weight", keys.FLUX_BFL),
+                Naming("time_text_embed.text_embedder.linear_1.weight", keys.FLUX_DIFFUSERS),
+            ),
             stems=("diffusion_pytorch_model", "model"),
             classes=("FluxTransformer2DModel",),
             saved={"_class_name": "FluxTransformer2DModel"},
@@ -60,7 +63,8 @@ class Flux1(Family):
             prefixes=("", "model.diffusion_model.", "diffusion_model.", "transformer.", "model."),
         ),
         "text_encoder": Component(
-            ClipConfig, ClipTextEncoder,
+            ClipConfig,
+            ClipTextEncoder,
             namings=tuple(Naming(f"{p}embeddings.token_embedding.weight", keys.CLIP) for p in ("text_model.", "")),
             stems=("model",),
             classes=("CLIPTextModel", "CLIPModel", "CLIPTextModelWithProjection"),
@@ -70,10 +74,17 @@ class Flux1(Family):
             home="clip_model_name_or_path",
             files=("clip_l.safetensors",),
             folders=("text_encoders", "clip"),
-            prefixes=("", "text_encoders.clip_l.transformer.", "text_encoders.clip_l.", "clip_l.transformer.", "clip_l."),
+            prefixes=(
+                "",
+                "text_encoders.clip_l.transformer.",
+                "text_encoders.clip_l.",
+                "clip_l.transformer.",
+                "clip_l.",
+            ),
         ),
         "text_encoder_2": Component(
-            T5Config, T5Encoder,
+            T5Config,
+            T5Encoder,
             namings=(Naming("encoder.final_layer_norm.weight", keys.T5),),
             stems=("model",),
             classes=("T5EncoderModel", "T5ForConditionalGeneration", "T5Model"),
@@ -87,7 +98,8 @@ class Flux1(Family):
             same=(("shared.weight", "encoder.embed_tokens.weight"),),
         ),
         "vae": Component(
-            VaeConfig, Decoder,
+            VaeConfig,
+            Decoder,
             namings=autoencoder_keys.NAMINGS,
             stems=("diffusion_pytorch_model", "model"),
             classes=("AutoencoderKL",),
@@ -99,7 +111,7 @@ class Flux1(Family):
             folders=("vae",),
             prefixes=("", "vae.", "first_stage_model."),
         ),
-    }  # fmt: skip
+    }
     tokenizers = {
         "tokenizer": TokenizerFiles("text_encoder", 49408, "openai/clip-vit-large-patch14"),
         "tokenizer_2": TokenizerFiles("text_encoder_2", 32128, "google/t5-v1_1-xxl"),
@@ -149,7 +161,8 @@ class Flux1(Family):
             if kind in flux_name.split("-") and self.guided != expected:
                 has = "a" if self.guided else "no"
                 return (
-                    f"model.flux_name={flux_name}, but the checkpoint has {has} guidance embedding: are the sampler's settings meant for it?",
+                    f"model.flux_name={flux_name}, but the checkpoint has {has} guidance embedding: are the "
+                    "sampler's settings meant for it?",
                 )
         return ()
 
@@ -164,7 +177,8 @@ class Flux1(Family):
         ):  # beyond them JAX would take the last place again and again
             got = f"{length:,}" if type(length) is int else repr(length)
             raise UserError(
-                f"{clip.folder}: model_max_length is {got}, expected from 2 (start and end) to CLIP's {places} positions"
+                f"{clip.folder}: model_max_length is {got}, expected from 2 (start and end) to CLIP's {places} "
+                "positions"
             )
         return TextInput("CLIP", clip, length, "prompt"), TextInput("T5", t5, max_sequence_length, "prompt_2")
 

@@ -78,13 +78,21 @@ _BFL_SINGLE = r"single_blocks\.(\d+)\."
 FLUX_BFL = Table(
     (
         *(r for n in ("img_in", "txt_in") for r in linear(n, n)),
-        *(r for n in ("time_in", "vector_in", "guidance_in") for part in ("in_layer", "out_layer")
-          for r in linear(rf"{n}\.{part}", f"{n}.{part}")),
+        *(
+            r
+            for n in ("time_in", "vector_in", "guidance_in")
+            for part in ("in_layer", "out_layer")
+            for r in linear(rf"{n}\.{part}", f"{n}.{part}")
+        ),
         *_bfl_stream("img"),
         *_bfl_stream("txt"),
         *linear(_BFL_SINGLE + r"modulation\.lin", _SINGLE_TO + "mod"),
         # linear1 is q, k, v and the MLP's first layer (4 × as wide) in one
-        *(r for i, n in enumerate("qkv") for r in linear(_BFL_SINGLE + "linear1", _SINGLE_TO + f"qkv.{n}", ((i, i + 1, 7),))),
+        *(
+            r
+            for i, n in enumerate("qkv")
+            for r in linear(_BFL_SINGLE + "linear1", _SINGLE_TO + f"qkv.{n}", ((i, i + 1, 7),))
+        ),
         *linear(_BFL_SINGLE + "linear1", _SINGLE_TO + "mlp_in", ((3, 7, 7),)),
         *linear(_BFL_SINGLE + "linear2", _SINGLE_TO + "out"),
         _bfl_norm(_BFL_SINGLE + r"norm\.query_norm", _SINGLE_TO + "qkv.query_norm"),
@@ -92,7 +100,7 @@ FLUX_BFL = Table(
         *linear(r"final_layer\.adaLN_modulation\.1", "final_mod"),
         *linear(r"final_layer\.linear", "final_out"),
     )
-)  # fmt: skip
+)
 
 _T5, _T5_TO = r"encoder\.block\.(\d+)\.layer\.", "blocks[{0}]."
 

@@ -31,8 +31,14 @@ def t5_sizes(shapes: Shapes, layers: Layers) -> dict[str, Any]:
     vocabulary, width = shapes["embed.table"]
     buckets, heads = shapes["relative_bias"]
     return dict(
-        vocab_size=vocabulary, d_model=width, d_kv=shapes["blocks.q.kernel"][0] // heads, d_ff=shapes["blocks.wi_0.kernel"][0],
-        num_layers=layers["blocks"], num_heads=heads, relative_attention_num_buckets=buckets)  # fmt: skip
+        vocab_size=vocabulary,
+        d_model=width,
+        d_kv=shapes["blocks.q.kernel"][0] // heads,
+        d_ff=shapes["blocks.wi_0.kernel"][0],
+        num_layers=layers["blocks"],
+        num_heads=heads,
+        relative_attention_num_buckets=buckets,
+    )
 
 
 def transformer_constants(sizes: Mapping[str, Any]) -> dict[str, Any]:
@@ -53,6 +59,7 @@ def _published(sizes: Mapping[str, Any], key: str, expected: int, values: dict[s
     """FLUX.1's published values; ValueError when the sizes are not FLUX.1's, so that they would be a guess."""
     if (got := sizes[key]) != expected:
         raise ValueError(
-            f"{key} is {got}, FLUX.1's is {expected}: put the model's config.json beside the file, for {', '.join(values)}"
+            f"{key} is {got}, FLUX.1's is {expected}: put the model's config.json beside the file, for "
+            f"{', '.join(values)}"
         )
     return values

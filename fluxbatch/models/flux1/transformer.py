@@ -162,9 +162,14 @@ class Flux(nnx.Module):
     """
 
     def __init__(
-        self, cfg: FluxConfig, *, rngs: nnx.Rngs | None, attention: attn.AttentionFn = attn.dot_product, split_head_dim: bool = True,
+        self,
+        cfg: FluxConfig,
+        *,
+        rngs: nnx.Rngs | None,
+        attention: attn.AttentionFn = attn.dot_product,
+        split_head_dim: bool = True,
         layout: Layout = Layout(),
-    ):  # fmt: skip
+    ):
         d = cfg.width
         self.layout = layout
         self.cfg, self.attention, self.split_head_dim = cfg, attention, split_head_dim
@@ -256,8 +261,13 @@ class Flux(nnx.Module):
         return self._embed_image(latents.astype(dtype)), self.embed(conditioning, dtype)
 
     def block(
-        self, block: nnx.Module, x: tuple[Array, Array], step: Sequence[Array], shared: Array, positions: tuple[Array, Array]
-    ) -> tuple[Array, Array]:  # fmt: skip
+        self,
+        block: nnx.Module,
+        x: tuple[Array, Array],
+        step: Sequence[Array],
+        shared: Array,
+        positions: tuple[Array, Array],
+    ) -> tuple[Array, Array]:
         """Image and text after a block; single blocks read one sequence of both, text first."""
         img, txt = x
         if isinstance(block, DoubleBlock):

@@ -37,8 +37,15 @@ class Flux2VaeConfig:
         """Reads ``vae/config.json``; ValueError for what this model cannot be."""
         if (patch := list(config.get("patch_size", (PATCH, PATCH)))) != [PATCH, PATCH]:
             raise ValueError(f"patch_size {patch}: expected {[PATCH, PATCH]}")
-        defaults = {"latent_channels": 32, "layers_per_block": 2, "norm_num_groups": 32, "mid_block_add_attention": True, "use_quant_conv": True,
-                    "use_post_quant_conv": True, "batch_norm_eps": 1e-4}  # fmt: skip
+        defaults = {
+            "latent_channels": 32,
+            "layers_per_block": 2,
+            "norm_num_groups": 32,
+            "mid_block_add_attention": True,
+            "use_quant_conv": True,
+            "use_post_quant_conv": True,
+            "batch_norm_eps": 1e-4,
+        }
         fields = {f.name: config.get(f.name, defaults.get(f.name)) for f in dataclasses.fields(cls)}
         encoder = tuple(config["block_out_channels"])
         decoder = tuple(config.get("decoder_block_out_channels") or encoder)

@@ -1,4 +1,5 @@
-"""What FLUX.2's networks cost: floating-point operations, and bytes of activations. Operations are two for each multiply-add of a matrix product.
+"""What FLUX.2's networks cost: floating-point operations, and bytes of activations. Operations are two for each
+multiply-add of a matrix product.
 
 All figures are for one image. What is linear in the tokens is not counted, nor are the modulations, one product of a
 vector a step. Bytes are estimates of what the compiler keeps alive at the widest point of each program.
@@ -14,16 +15,16 @@ from fluxbatch.models.flux2.transformer import Flux2Config
 
 
 def linear(cfg: Flux2Config, image: int, text: int, references: int = 0) -> int:
-    """A step's linear layers for so many tokens. What embeds text and references is done once a picture, and counted here."""
+    """A step's linear layers for so many tokens. What embeds text and references is done once a picture, and counted
+    here."""
     d, blocks = cfg.width, cfg.num_layers + cfg.num_single_layers
     ends = (
         image * d * (cfg.in_channels + cfg.out_channels)
         + references * d * cfg.in_channels
         + text * cfg.joint_attention_dim * d
     )
-    return 2 * (
-        blocks * (4 * d * d + 3 * d * cfg.hidden) * (image + references + text) + ends
-    )  # 4: q, k, v, out; 3: gate, up and down
+    # 4: q, k, v, out; 3: gate, up and down
+    return 2 * (blocks * (4 * d * d + 3 * d * cfg.hidden) * (image + references + text) + ends)
 
 
 def attention(cfg: Flux2Config, image: int, text: int, references: int = 0) -> int:
@@ -45,16 +46,15 @@ def encode(cfg: DecoderConfig, layers: tuple[int, ...], tokens: int) -> int:
 
 
 def denoise_bytes(cfg: Flux2Config, at: Footprint, tokens: int, text: int, texts: int) -> int:
-    """As FLUX.1's: in a single block the sequence and its normed form, and in heads and hidden units q, k, v and the MLP's
-    halves; besides what text is embedded to. ``tokens``, ``text``: of an image, which has ``texts`` of them."""
+    """As FLUX.1's: in a single block the sequence and its normed form, and in heads and hidden units q, k, v and the
+    MLP's halves; besides what text is embedded to. ``tokens``, ``text``: of an image, which has ``texts`` of them."""
     d, hidden = cfg.width, cfg.hidden
     modulation = (
         at.images * at.steps * 17 * d * at.activation_bytes + texts * at.images * text * d * at.activation_bytes
     )
     width = at.images * (tokens + text) // at.mesh["context"] * at.activation_bytes
-    layer = (
-        (4 * d * d + 3 * d * hidden) * at.weight_bytes // at.mesh["tensor"]
-    )  # of a single block; a double one has twice that
+    # of a single block; a double one has twice that
+    layer = (4 * d * d + 3 * d * hidden) * at.weight_bytes // at.mesh["tensor"]
     if at.platform == "cpu":  # cuts each layer from its stack
         return modulation + max(layer + width * (7 * d + 2 * hidden), 2 * layer + 6 * width * d)
     gathered = layer + layer // 2 if at.mesh["fsdp"] > 1 else 0
@@ -67,8 +67,8 @@ def denoise_bytes(cfg: Flux2Config, at: Footprint, tokens: int, text: int, texts
 
 
 def encode_bytes(cfg: DecoderConfig, layers: tuple[int, ...], at: Footprint, text: int, texts: int) -> int:
-    """Scores in float32, twice, the states that are kept of each text, and what a block works on; on a CPU also the layer that
-    it cuts from its stack."""
+    """Scores in float32, twice, the states that are kept of each text, and what a block works on; on a CPU also the
+    layer that it cuts from its stack."""
     d, inner, shared, hidden = (
         cfg.hidden_size,
         cfg.num_attention_heads * cfg.head_dim,

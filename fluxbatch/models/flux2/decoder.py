@@ -61,13 +61,15 @@ class DecoderConfig:
         }
         if heads and heads % fields["num_key_value_heads"]:
             raise ValueError(
-                f"num_key_value_heads {fields['num_key_value_heads']}: expected a divisor of num_attention_heads {heads}"
+                f"num_key_value_heads {fields['num_key_value_heads']}: expected a divisor of num_attention_heads "
+                f"{heads}"
             )
         return cls(**fields)
 
 
 def rope_table(cfg: DecoderConfig, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Cosines and sines ``[T, K/2]`` float32 of the rotary angles of tokens 0, 1, …, with float32 frequencies as transformers has them."""
+    """Cosines and sines ``[T, K/2]`` float32 of the rotary angles of tokens 0, 1, …, with float32 frequencies as
+    transformers has them."""
     exponents = np.arange(0, cfg.head_dim, 2, dtype=np.float32) / np.float32(cfg.head_dim)
     angles = np.arange(length, dtype=np.float32)[:, None] / np.float32(cfg.rope_theta) ** exponents
     return np.cos(angles), np.sin(angles)
@@ -114,7 +116,8 @@ class Block(nnx.Module):
 class Decoder(nnx.Module):
     """Token ids and mask ``[B, T]`` → ``[B, T, layers · D]`` in ``dtype``: what the given layers leave, side by side.
 
-    ``layers``: after how many blocks, ascending. Later blocks and the final norm are not there. Positions count padding.
+    ``layers``: after how many blocks, ascending. Later blocks and the final norm are not there. Positions count
+    padding.
     """
 
     def __init__(
@@ -130,7 +133,8 @@ class Decoder(nnx.Module):
             layers
         ):  # of the last one transformers gives the state only after the final norm
             raise ValueError(
-                f"num_hidden_layers {cfg.num_hidden_layers}: expected more than {max(layers)}, the last layer that is read"
+                f"num_hidden_layers {cfg.num_hidden_layers}: expected more than {max(layers)}, the last layer that "
+                "is read"
             )
         self.cfg, self.layers, self.layout = cfg, layers, layout
         self.embed = Embedding(cfg.vocab_size, cfg.hidden_size, rngs=rngs)
@@ -150,7 +154,8 @@ class Decoder(nnx.Module):
             x = block(x, seen, rope)
             return x, jnp.where((depth == np.array(self.layers)).reshape(-1, 1, 1, 1), x, kept)
 
-        # The states are picked while the blocks are folded: stacks of nine blocks each would be copies of their weights.
+        # The states are picked while the blocks are folded: stacks of nine blocks each would be copies of their
+        # weights.
         kept = jnp.zeros((len(self.layers), *x.shape), dtype)
         _, kept = scan(self.blocks, step, (x, kept), self.layout, jnp.arange(1, max(self.layers) + 1))
         return jnp.moveaxis(kept, 0, 2).reshape(*x.shape[:2], -1)

@@ -60,13 +60,25 @@ def transformer_diffusers(sizes: tuple[int, int] = PUBLISHED) -> Table:
         (
             *_plain("x_embedder", "img_in"),
             *_plain("context_embedder", "txt_in"),
-            *(r for name, n in (("timestep", "time_in"), ("guidance", "guidance_in")) for i, layer in enumerate(("in_layer", "out_layer"), 1)
-              for r in _plain(embed + rf"{name}_embedder\.linear_{i}", f"{n}.{layer}")),
+            *(
+                r
+                for name, n in (("timestep", "time_in"), ("guidance", "guidance_in"))
+                for i, layer in enumerate(("in_layer", "out_layer"), 1)
+                for r in _plain(embed + rf"{name}_embedder\.linear_{i}", f"{n}.{layer}")
+            ),
             *_plain(r"double_stream_modulation_img\.linear", "img_mod"),
             *_plain(r"double_stream_modulation_txt\.linear", "txt_mod"),
             *_plain(r"single_stream_modulation\.linear", "single_mod"),
             *_diffusers_stream("img", "to_q", "to_k", "to_v", ("norm_q", "norm_k"), r"to_out\.0", "ff"),
-            *_diffusers_stream("txt", "add_q_proj", "add_k_proj", "add_v_proj", ("norm_added_q", "norm_added_k"), "to_add_out", "ff_context"),
+            *_diffusers_stream(
+                "txt",
+                "add_q_proj",
+                "add_k_proj",
+                "add_v_proj",
+                ("norm_added_q", "norm_added_k"),
+                "to_add_out",
+                "ff_context",
+            ),
             *_fused(single + "to_qkv_mlp_proj", sizes),
             *_plain(single + "to_out", _SINGLE_TO + "out"),
             *norm(single + "norm_q", _SINGLE_TO + "qkv.query_norm", bias=False),
@@ -75,7 +87,7 @@ def transformer_diffusers(sizes: tuple[int, int] = PUBLISHED) -> Table:
             *_plain(r"norm_out\.linear", "final_mod", SWAP_HALVES),
             *_plain("proj_out", "final_out"),
         )
-    )  # fmt: skip
+    )
 
 
 def _scale(pattern: str, target: str) -> Rule:
@@ -100,7 +112,12 @@ def transformer_bfl(sizes: tuple[int, int] = PUBLISHED) -> Table:
     return Table(
         (
             *(r for n in ("img_in", "txt_in") for r in _plain(n, n)),
-            *(r for n in ("time_in", "guidance_in") for part in ("in_layer", "out_layer") for r in _plain(rf"{n}\.{part}", f"{n}.{part}")),
+            *(
+                r
+                for n in ("time_in", "guidance_in")
+                for part in ("in_layer", "out_layer")
+                for r in _plain(rf"{n}\.{part}", f"{n}.{part}")
+            ),
             *_plain(r"double_stream_modulation_img\.lin", "img_mod"),
             *_plain(r"double_stream_modulation_txt\.lin", "txt_mod"),
             *_plain(r"single_stream_modulation\.lin", "single_mod"),
@@ -113,7 +130,7 @@ def transformer_bfl(sizes: tuple[int, int] = PUBLISHED) -> Table:
             *_plain(r"final_layer\.adaLN_modulation\.1", "final_mod"),
             *_plain(r"final_layer\.linear", "final_out"),
         )
-    )  # fmt: skip
+    )
 
 
 def sizes_of(tensors: Tensors) -> tuple[int, int]:
@@ -162,9 +179,15 @@ def decoder(layers: tuple[int, ...], prefix: str, ignored: tuple[str, ...] = ())
 QWEN3 = decoder(qwen3.LAYERS, r"(?:model\.)?", (r"lm_head\.weight",))
 # transformers 5 and 4 differ in where the language model is; what sees pictures is not read
 MISTRAL = decoder(
-    mistral.LAYERS, r"(?:model\.language_model\.|language_model\.model\.|model\.)?",
-    (r"(?:language_model\.)?lm_head\.weight", r"(?:model\.)?vision_tower\..*", r"(?:model\.)?multi_modal_projector\..*", "tekken_model"),
-)  # fmt: skip
+    mistral.LAYERS,
+    r"(?:model\.language_model\.|language_model\.model\.|model\.)?",
+    (
+        r"(?:language_model\.)?lm_head\.weight",
+        r"(?:model\.)?vision_tower\..*",
+        r"(?:model\.)?multi_modal_projector\..*",
+        "tekken_model",
+    ),
+)
 
 _STATISTICS = Rule(r"bn\.running_mean", "bn.mean"), Rule(r"bn\.running_var", "bn.var")
 _BATCHES = r"bn\.num_batches_tracked"
@@ -174,7 +197,8 @@ VAE_ENCODER_DIFFUSERS = Table((*VAE_ENCODER.rules, *_STATISTICS), (*VAE_ENCODER.
 
 
 def vae_decoder_bfl(levels: int) -> Table:
-    """``ae.safetensors``, ``flux2-vae.safetensors``: as FLUX.1's, the last convolution of the latents with the decoder."""
+    """``ae.safetensors``, ``flux2-vae.safetensors``: as FLUX.1's, the last convolution of the latents with the
+    decoder."""
     return Table(
         (*vae_bfl(levels).rules, *linear(r"decoder\.post_quant_conv", "post_quant"), *_STATISTICS),
         (r"encoder\..*", _BATCHES),
@@ -233,13 +257,19 @@ def _hidden(shapes: Shapes, stack: str) -> int:
 
 
 def decoder_sizes(shapes: Shapes, layers: Mapping[str, int]) -> dict[str, Any]:
-    """Those of a text encoder's ``config.json``. Layers behind the last one that is read are not counted, but for one."""
+    """Those of a text encoder's ``config.json``. Layers behind the last one that is read are not counted, but for
+    one."""
     vocabulary, width = shapes["embed.table"]
     found = {"head_dim": shapes["blocks.query_norm.scale"][0]} if "blocks.query_norm.scale" in shapes else {}
     head = found.get("head_dim", 128)
     return found | dict(
-        vocab_size=vocabulary, hidden_size=width, intermediate_size=shapes["blocks.gate.kernel"][0], num_hidden_layers=layers["blocks"] + 1,
-        num_attention_heads=shapes["blocks.q.kernel"][0] // head, num_key_value_heads=shapes["blocks.k.kernel"][0] // head)  # fmt: skip
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=shapes["blocks.gate.kernel"][0],
+        num_hidden_layers=layers["blocks"] + 1,
+        num_attention_heads=shapes["blocks.q.kernel"][0] // head,
+        num_key_value_heads=shapes["blocks.k.kernel"][0] // head,
+    )
 
 
 def vae_sizes(shapes: Shapes, layers: Mapping[str, int]) -> dict[str, Any]:
@@ -269,6 +299,7 @@ def _published(sizes: Mapping[str, Any], key: str, expected: int, values: dict[s
     """FLUX.2's published values; ValueError when the sizes are not FLUX.2's, so that they would be a guess."""
     if (got := sizes[key]) != expected:
         raise ValueError(
-            f"{key} is {got}, FLUX.2's is {expected}: put the model's config.json beside the file, for {', '.join(values)}"
+            f"{key} is {got}, FLUX.2's is {expected}: put the model's config.json beside the file, for "
+            f"{', '.join(values)}"
         )
     return values

@@ -16,7 +16,8 @@ PATCH = 2
 
 
 def noise(normal: Callable[[int], np.ndarray], channels: int, rows: int, cols: int) -> np.ndarray:
-    """``[y·x, 4C]`` float32 of ``channels`` = 4C, of a row's own ``normal(size)`` draws: those of one channel come together."""
+    """``[y·x, 4C]`` float32 of ``channels`` = 4C, of a row's own ``normal(size)`` draws: those of one channel come
+    together."""
     return np.ascontiguousarray(normal(channels * rows * cols).reshape(channels, rows * cols).T)
 
 

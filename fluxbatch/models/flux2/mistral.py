@@ -18,7 +18,8 @@ LAYERS = (10, 20, 30)  # whose states the transformer reads
 class MistralConfig(DecoderConfig):
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> MistralConfig:
-        """Reads ``text_encoder/config.json``, of which the language model is ``text_config``; ValueError for what this model cannot be."""
+        """Reads ``text_encoder/config.json``, of which the language model is ``text_config``; ValueError for what this
+        model cannot be."""
         config = config.get("text_config", config)
         return cls.read(config, {"rms_norm_eps": 1e-6, "rope_theta": 10_000.0})
 

@@ -31,8 +31,8 @@ def shrunk(size: tuple[int, int]) -> tuple[int, int]:
 
 
 def reference_size(size: tuple[int, int], size_multiple: int) -> tuple[int, int]:
-    """Width and height of what the VAE sees of a picture of this size; of the first of a row the image to be drawn has the
-    same unless the row says another. ``multiple``: pixels of a token's side."""
+    """Width and height of what the VAE sees of a picture of this size; of the first of a row the image to be drawn has
+    the same unless the row says another. ``multiple``: pixels of a token's side."""
     width, height = shrunk(size)
     return width - width % size_multiple, height - height % size_multiple
 

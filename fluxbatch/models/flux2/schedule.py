@@ -36,14 +36,19 @@ class Flux2Schedule(Euler):
 
     @classmethod
     def of(
-        cls, config: Mapping[str, Any], time_shift: bool | None = None, base_shift: float | None = None, max_shift: float | None = None
-    ) -> Flux2Schedule:  # fmt: skip
+        cls,
+        config: Mapping[str, Any],
+        time_shift: bool | None = None,
+        base_shift: float | None = None,
+        max_shift: float | None = None,
+    ) -> Flux2Schedule:
         """From ``scheduler_config.json``; ``time_shift`` wins if it is not None. UserError for samplers that this is
         not."""
         for key, value in (("base_shift", base_shift), ("max_shift", max_shift)):
             if value is not None:
                 raise UserError(
-                    f"sampler.{key}={value:g}: expected null: FLUX.2's schedule has its own shift for each number of tokens and steps"
+                    f"sampler.{key}={value:g}: expected null: FLUX.2's schedule has its own shift for each number "
+                    "of tokens and steps"
                 )
         cls.check(config)
         if (shift := cls.number(config, "shift", 1.0)) <= 0:

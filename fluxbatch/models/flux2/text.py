@@ -13,8 +13,10 @@ from fluxbatch.models.family import TextInput
 from fluxbatch.types import Row, UserError
 
 # What dev's encoder was told when the transformer learned from it.
-DEV_SYSTEM = """You are an AI that reasons about image descriptions. You give structured responses focusing on object relationships, object
-attribution and actions without speculation."""
+DEV_SYSTEM = (
+    "You are an AI that reasons about image descriptions. You give structured responses focusing on object "
+    "relationships, object\nattribution and actions without speculation."
+)
 
 
 def klein_messages(prompt: str) -> list[dict[str, Any]]:
@@ -85,9 +87,8 @@ class ChatTokenizer:
 
     def longer(self, texts: Iterable[str], limit: int) -> set[str]:
         """Those of ``texts`` that have more than ``limit`` tokens."""
-        template = (
-            len(self.written("")) + 8
-        )  # a character of ASCII is a token at most; beside them stand starts and ends
+        # a character of ASCII is a token at most; beside them stand starts and ends
+        template = len(self.written("")) + 8
         doubtful = [text for text in dict.fromkeys(texts) if not text.isascii() or len(text) + template > limit]
         return {text for text, count in zip(doubtful, self.count(doubtful), strict=True) if count > limit}
 

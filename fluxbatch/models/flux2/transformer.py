@@ -72,8 +72,8 @@ class Flux2Config:
 
 
 def positions(text_len: int, rows: int, cols: int, references: Sequence[tuple[int, int]] = ()) -> np.ndarray:
-    """``[T + L + R, 4]`` coordinates: word l of the text at (0, 0, 0, l), image token (y, x) at (0, y, x, 0), token (y, x) of
-    reference k at (10 + 10k, y, x, 0). ``references``: rows and columns of each."""
+    """``[T + L + R, 4]`` coordinates: word l of the text at (0, 0, 0, l), image token (y, x) at (0, y, x, 0), token (y,
+    x) of reference k at (10 + 10k, y, x, 0). ``references``: rows and columns of each."""
     grids = [(0, rows, cols), *((REFERENCE_STEP * k, *size) for k, size in enumerate(references, 1))]
     parts = [np.stack([np.zeros(text_len)] * 3 + [np.arange(text_len)], axis=1)]
     for picture, height, width in grids:
@@ -85,7 +85,8 @@ def positions(text_len: int, rows: int, cols: int, references: Sequence[tuple[in
 def rope_table(
     cfg: Flux2Config, text_len: int, rows: int, cols: int, references: Sequence[tuple[int, int]] = ()
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Cosines and sines ``[T + L + R, K/2]`` float32 of the rotary angles at ``positions``. Angles are computed in float64."""
+    """Cosines and sines ``[T + L + R, K/2]`` float32 of the rotary angles at ``positions``. Angles are computed in
+    float64."""
     ids = positions(text_len, rows, cols, references)
     axes = [ids[:, i, None] / cfg.rope_theta ** (np.arange(0, d, 2) / d) for i, d in enumerate(cfg.axes_dims_rope)]
     angles = np.concatenate(axes, axis=-1)
@@ -223,9 +224,14 @@ class Flux2(nnx.Module):
     """
 
     def __init__(
-        self, cfg: Flux2Config, *, rngs: nnx.Rngs | None, attention: attn.AttentionFn = attn.dot_product, split_head_dim: bool = True,
+        self,
+        cfg: Flux2Config,
+        *,
+        rngs: nnx.Rngs | None,
+        attention: attn.AttentionFn = attn.dot_product,
+        split_head_dim: bool = True,
         layout: Layout = Layout(),
-    ):  # fmt: skip
+    ):
         d = cfg.width
         self.layout = layout
         self.cfg, self.attention, self.split_head_dim = cfg, attention, split_head_dim
@@ -246,8 +252,9 @@ class Flux2(nnx.Module):
     def __call__(
         self, img: Array, txt: Array, t: Array, guidance: Array, rope: tuple[Array, Array], refs: Array | None = None
     ) -> Array:
-        """img ``[B, L, C]``, txt ``[B, T, joint_attention_dim]``, t and guidance ``[B]`` (guidance is read only if the model was
-        distilled with it), rope from ``rope_table``, refs ``[B, R, C]`` of all reference images, one after the other."""
+        """img ``[B, L, C]``, txt ``[B, T, joint_attention_dim]``, t and guidance ``[B]`` (guidance is read only if the
+        model was distilled with it), rope from ``rope_table``, refs ``[B, R, C]`` of all reference images, one after
+        the other."""
         mod = jax.tree.map(lambda x: x[:, 0], self._modulation(t[:, None], guidance, img.dtype))
         return self._velocity(
             img, self._embed_text(txt, img.dtype), mod, rope, None if refs is None else self.embed_image(refs)
@@ -309,8 +316,13 @@ class Flux2(nnx.Module):
         return jnp.repeat(img, len(texts), 0), txt.reshape(-1, *txt.shape[2:])
 
     def block(
-        self, block: nnx.Module, x: tuple[Array, Array], step: Sequence[Array], shared: StepInputs, positions: tuple[Array, Array]
-    ) -> tuple[Array, Array]:  # fmt: skip
+        self,
+        block: nnx.Module,
+        x: tuple[Array, Array],
+        step: Sequence[Array],
+        shared: StepInputs,
+        positions: tuple[Array, Array],
+    ) -> tuple[Array, Array]:
         """Image and text after a block; single blocks read one sequence of both, text first."""
         img, txt = x
         mod = _repeated(shared)
