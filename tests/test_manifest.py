@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from fluxbatch.config.schema import LoraAdapter, ManifestErrors
 from fluxbatch.manifest import formats
-from fluxbatch.manifest.rows import MAX_SEED, read_rows
+from fluxbatch.manifest.fields import MAX_SEED
+from fluxbatch.manifest.rows import read_rows
 from fluxbatch.types import UserError
 
 QUARANTINE = ManifestErrors["quarantine"]

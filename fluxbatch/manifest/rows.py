@@ -5,32 +5,21 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import math
 import re
-import sys
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, cast
+from typing import Any
 
-from fluxbatch.config.checks import sigmas_wanted
-from fluxbatch.config.schema import MAX_SIDE, MAX_STEPS, SIDES, Job
+from fluxbatch.config.schema import Job
 from fluxbatch.manifest import formats
-from fluxbatch.manifest.formats import TAB, BadLine, Line, described, shown
+from fluxbatch.manifest.fields import FIELDS, INTEGERS, SURROGATES, Resolver
+from fluxbatch.manifest.formats import TAB, BadLine, Line
 from fluxbatch.storage.base import StorageError
 from fluxbatch.storage.registry import open_stream
 from fluxbatch.types import Reject, Row, UserError
 
-MAX_SEED = 2**64 - 1
-_WHOLE = 2**53  # up to it a float that is whole is the integer that was meant
-_MAX_FLOAT = 1e4  # of guidance and LoRA scales: beyond it bfloat16 only makes NaN
-_MAX_IMAGES = 100_000  # per row
-_MAX_ID = 200  # bytes: with its extension it must fit a file name
 _SHOWN = 50  # bad lines in one message
 _PROMPT_COLUMNS = ("prompt", "caption", "text")
 _JSON = ("jsonl", "ndjson")
-_INTEGERS = ("seed", "height", "width", "num_inference_steps", "num_images")
-_SURROGATES = re.compile("[\ud800-\udfff]")
-FIELDS = ("prompt", "prompt_2", "id", "guidance_scale", "lora", "sigmas", *_INTEGERS)
-_FIELDS = frozenset(FIELDS)
 
 
 def read_rows(job: Job, *, size_multiple: int = 16) -> tuple[list[Row], list[Reject]]:
@@ -43,7 +32,7 @@ def read_rows(job: Job, *, size_multiple: int = 16) -> tuple[list[Row], list[Rej
     Raises UserError naming every bad line otherwise; also when there is no row at all.
     """
     extension = (job.manifest or "").rpartition(".")[2].lower()
-    resolve = _Resolver(job, size_multiple, empty=extension in _JSON)
+    resolve = Resolver(job, size_multiple, empty=extension in _JSON)
     if job.manifest is None:
         if job.prompt is None:
             raise UserError("nothing to do: give manifest=FILE or prompt=TEXT")
@@ -66,7 +55,7 @@ def read_rows(job: Job, *, size_multiple: int = 16) -> tuple[list[Row], list[Rej
 
 
 def _collect(
-    parsed: Iterator[Line], resolve: _Resolver, where: Callable[[int], str], quarantine: bool
+    parsed: Iterator[Line], resolve: Resolver, where: Callable[[int], str], quarantine: bool
 ) -> tuple[list[Row], list[Reject]]:
     rows: list[Row] = []
     rejects: list[Reject] = []
@@ -89,7 +78,7 @@ def _collect(
 def _prompt_of(fields: dict[str, Any] | BadLine) -> str | None:
     """The prompt of a line that is bad for another reason, if it can be written."""
     prompt = None if isinstance(fields, BadLine) else fields.get("prompt")
-    return prompt if isinstance(prompt, str) and not _SURROGATES.search(prompt) else None
+    return prompt if isinstance(prompt, str) and not SURROGATES.search(prompt) else None
 
 
 def _parsed(stream: Any, name: str, extension: str, prompt_column: str | None) -> Iterator[Line]:
@@ -151,7 +140,7 @@ def _converted(line: Line) -> Line:
     if isinstance(line.fields, BadLine):
         return line
     fields = {key: cell for key, cell in line.fields.items() if cell.strip() or key not in FIELDS[1:]}
-    for key in _INTEGERS:
+    for key in INTEGERS:
         if key in fields and re.fullmatch(r"\s*[+-]?[0-9]{1,30}(\.0*)?\s*", fields[key]):
             fields[key] = int(fields[key].partition(".")[0])  # pandas writes 28.0 where another row has none
     if "id" in fields and (whole := re.fullmatch(r"\s*(-?(?:0|[1-9][0-9]{0,30}))\.0*\s*", fields["id"])):
@@ -162,196 +151,3 @@ def _converted(line: Line) -> Line:
         with contextlib.suppress(KeyError, ValueError, RecursionError):
             fields[key] = json.loads(fields[key])
     return Line(line.number, fields)
-
-
-class _Resolver:
-    """Named values of one line → its rows, with the job's settings where the line is silent."""
-
-    def __init__(self, job: Job, size_multiple: int, empty: bool):
-        sampler = job.sampler
-        self._empty = empty  # whether an empty prompt is meant, as it is where it is written out
-        self._size_multiple = size_multiple
-        self._format = job.output.format.name
-        self._seed = job.seed
-        self._prompt_2 = job.prompt_2
-        self._adapters = {*job.lora, *job.lora_config.adapter_name}
-        self._sigmas = tuple(map(float, sampler.sigmas or ()))
-        self._seen: dict[str, str] = {}  # id → where
-        self._given: dict[frozenset[str], frozenset[str]] = {}
-        self._defaults = {
-            "height": sampler.resolution if sampler.height is None else sampler.height,
-            "width": sampler.resolution if sampler.width is None else sampler.width,
-            "num_inference_steps": len(sampler.sigmas or ()) or sampler.num_inference_steps,
-            "guidance_scale": float(sampler.guidance_scale),
-            "num_images": job.num_images,
-        }
-        problems: list[str] = []
-        if job.prompt_2 is not None:
-            _text({"prompt_2": job.prompt_2}, "prompt_2", problems)
-        self._numbers({**self._defaults, "seed": job.seed}, problems)
-        if problems:  # of a setting of the job, not of a line
-            homes = {key: f"sampler.{key}" for key in ("height", "width", "num_inference_steps", "guidance_scale")}
-            homes |= {key: "sampler.resolution" for key in ("height", "width") if getattr(sampler, key) is None}
-            named = (problem.partition(":") for problem in problems)
-            raise UserError(*dict.fromkeys(f"{homes.get(key, key)}:{rest}" for key, _, rest in named))
-
-    def __call__(self, fields: dict[str, Any] | BadLine, index: int, where: str) -> list[Row]:
-        """Raises BadLine with everything that is wrong with the line."""
-        if isinstance(fields, BadLine):
-            raise fields
-        given = {key: value for key, value in fields.items() if value is not None}
-        problems: list[str] = []
-        prompt = _text(given, "prompt", problems, empty=self._empty)
-        if "prompt" not in given:
-            texts = [shown(key) for key, value in given.items() if key not in FIELDS and isinstance(value, str)]
-            hint = f" (prompt_column=… takes another field for it, of {', '.join(texts)})" if texts else ""
-            problems.append(f"prompt: missing{hint}")
-        prompt_2 = _text(given, "prompt_2", problems) if "prompt_2" in given else self._prompt_2 or prompt
-        base = _id(given, problems)
-        numbers = {**self._defaults, **self._numbers(given, problems)}
-        lora = self._lora(given, problems)
-        sigmas = self._levels(given, numbers, problems)
-        if problems:
-            raise BadLine("; ".join(problems))
-
-        count, seed = numbers["num_images"], numbers.get("seed", self._seed + index)
-        if seed + count - 1 > MAX_SEED:
-            raise BadLine(f"seed: {seed + count - 1} is more than 2**64 - 1")
-        if base is None:
-            ids = [str(index + k) for k in range(count)]
-        else:
-            ids = [base] if count == 1 else [f"{base}-{k}" for k in range(count)]
-        for id in ids:
-            if id in self._seen:
-                by_default = "" if base is not None else " (its number, as it gives none)"
-                raise BadLine(f"id: {json.dumps(id)}{by_default} is already that of {self._seen[id]}")
-        self._seen.update(dict.fromkeys(ids, where))
-        extra = {key: value for key, value in fields.items() if key not in FIELDS}
-        known = frozenset(given) & _FIELDS | ({"num_inference_steps"} if sigmas else set())  # of which sigmas decide
-        known = self._given.setdefault(known, known)  # one set for all rows that have the same fields
-        return [
-            Row(
-                index=index + k,
-                id=id,
-                prompt=prompt,
-                prompt_2=prompt_2,
-                seed=seed + k,
-                height=numbers["height"],
-                width=numbers["width"],
-                num_inference_steps=numbers["num_inference_steps"],
-                guidance_scale=numbers["guidance_scale"],
-                lora=lora,
-                sigmas=sigmas,
-                extra=extra,
-                named=base is not None,
-                where=where,
-                given=known,
-            )
-            for k, id in enumerate(ids)
-        ]
-
-    def _numbers(self, given: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
-        numbers: dict[str, Any] = {}
-        largest = min(MAX_SIDE, SIDES[self._format])
-        for key, low, high, step in (
-            ("seed", 0, MAX_SEED, 1),
-            ("height", self._size_multiple, largest - largest % self._size_multiple, self._size_multiple),
-            ("width", self._size_multiple, largest - largest % self._size_multiple, self._size_multiple),
-            ("num_inference_steps", 1, MAX_STEPS, 1),
-            ("num_images", 1, _MAX_IMAGES, 1),
-        ):
-            if key not in given:
-                continue
-            value = given[key]
-            if type(value) is float and value.is_integer() and abs(value) <= _WHOLE:
-                value = int(value)
-            if type(value) is not int:  # a bool is an int to isinstance
-                problems.append(f"{key}: got {described(value)}, expected an integer")
-            elif not low <= value <= high or value % step:
-                kind = "an integer" if step == 1 else f"a multiple of {step}"
-                limit = "2**64 - 1" if high == MAX_SEED else high
-                held = key in ("height", "width") and largest < MAX_SIDE
-                why = f", as output={self._format} holds {largest:,} at most" if held else ""
-                problems.append(f"{key}: got {shown(value)}, expected {kind} from {low} to {limit}{why}")
-            numbers[key] = value
-        if "guidance_scale" in given:
-            numbers["guidance_scale"] = _float("guidance_scale", given["guidance_scale"], problems, low=0.0)
-        return numbers
-
-    def _levels(self, given: Mapping[str, Any], numbers: dict[str, Any], problems: list[str]) -> tuple[float, ...]:
-        """The row's noise levels or the job's, whose count is the number of steps; none where neither has any."""
-        sigmas, named = self._sigmas, "sampler.sigmas has"
-        if "sigmas" in given:
-            if wanted := sigmas_wanted(given["sigmas"]):
-                got = shown(given["sigmas"]) if isinstance(given["sigmas"], list) else described(given["sigmas"])
-                problems.append(f"sigmas: got {got}, expected {wanted}")
-                return ()
-            sigmas, named = tuple(map(float, given["sigmas"])), "sigmas has"
-        if sigmas:
-            if (steps := given.get("num_inference_steps", len(sigmas))) != len(sigmas):
-                wanted = f"expected {len(sigmas)}, as many as {named}, or none"
-                problems.append(f"num_inference_steps: got {shown(steps)}, {wanted}")
-            numbers["num_inference_steps"] = len(sigmas)
-        return sigmas
-
-    def _lora(self, given: Mapping[str, Any], problems: list[str]) -> tuple[tuple[str, float], ...] | None:
-        if "lora" not in given:
-            return None
-        if not isinstance(given["lora"], dict):
-            problems.append(f'lora: got {described(given["lora"])}, expected an object like {{"adapter": 0.8}}')
-            return None
-        scales = []
-        for adapter, scale in given["lora"].items():
-            if adapter in self._adapters:
-                scales.append((adapter, _float(f"lora.{adapter}", scale, problems)))
-            else:
-                have = ", ".join(sorted(self._adapters)) or "none; add lora=…"
-                problems.append(f"lora: no adapter {shown(adapter)} in this job (it has {have})")
-        return tuple(sorted(scales))
-
-
-def _text(given: Mapping[str, Any], key: str, problems: list[str], empty: bool = False) -> str:
-    value = given.get(key, " ")
-    if not isinstance(value, str):
-        problems.append(f"{key}: got {described(value)}, expected a string")
-    elif key in given and not value.strip() and not empty:
-        problems.append(f"{key}: empty")
-    elif "\0" in value:
-        problems.append(f"{key}: contains a NUL character")
-    elif not value.isascii() and _SURROGATES.search(value):
-        encoding = sys.getfilesystemencoding()
-        or_else = f", or not read so, as the locale's encoding is {encoding}: set PYTHONUTF8=1"
-        why = "" if encoding == "utf-8" else or_else
-        problems.append(f"{key}: not UTF-8{why}")  # bytes of the command line that are no text
-    return value
-
-
-def _id(given: Mapping[str, Any], problems: list[str]) -> str | None:
-    """The id that the line gives: usable as a file name, and not a way out of the output place."""
-    value: Any = given.get("id")
-    if value is None:
-        return None
-    if type(value) is float and value.is_integer() and abs(value) <= _WHOLE:
-        value = int(value)
-    if type(value) is int and abs(value) <= MAX_SEED:
-        value = str(value)
-    if not isinstance(value, str):
-        problems.append(f"id: got {described(value)}, expected a string")
-    elif not value or value[0] == "." or len(value.encode()) > _MAX_ID or re.search(r"[/\\\x00-\x1f\x7f-\x9f]", value):
-        problems.append(
-            f"id: got {shown(value)}, expected 1 to {_MAX_ID} bytes "
-            "without slashes, control characters or a leading dot"
-        )
-    return cast(str, value)  # a fault is in ``problems``
-
-
-def _float(key: str, value: Any, problems: list[str], low: float = -math.inf) -> float:
-    if type(value) not in (int, float):
-        problems.append(f"{key}: got {described(value)}, expected a number")
-    elif not math.isfinite(value) or abs(value) > _MAX_FLOAT or value < low:
-        problems.append(
-            f"{key}: got {shown(value)}, expected a number from {max(low, -_MAX_FLOAT):g} to {_MAX_FLOAT:g}"
-        )
-    else:
-        return float(value)
-    return math.nan

@@ -12,8 +12,8 @@ from typing import Any
 from fluxbatch.config.overrides import meant
 from fluxbatch.config.schema import Job
 from fluxbatch.generation.model_spec import ModelSpec
+from fluxbatch.manifest.fields import FIELDS
 from fluxbatch.manifest.formats import shown
-from fluxbatch.manifest.rows import FIELDS
 from fluxbatch.models.family import TextInput
 from fluxbatch.reporting import columns
 from fluxbatch.results.resume import left_out
