@@ -11,10 +11,8 @@ import time
 
 import gcs_faults
 import google_crc32c
-import jax
 import numpy as np
 import pytest
-from flax import nnx
 from test_weights import FLUX, model, plans
 from test_weights_layouts import gcs, web  # noqa: F401
 
@@ -75,28 +73,19 @@ def test_a_file_cut_short_while_loading(copy):
 
 
 def test_a_short_read(copy, monkeypatch):
-    """A store, and a file system, that answer with fewer bytes than were asked for."""
-    whole, read = source.Source.start_read, os.preadv
-    answers = {
-        False: (source.Source, "start_read", lambda self, name, a, b: whole(self, name, a, b - 4)),
-        True: (os, "preadv", lambda file, buffers, at: read(file, [buffers[0][:-4]], at) if len(buffers[0]) > 4 else 0),
-    }
-    for local, answer in answers.items():
-        plan = plans(copy)["transformer"]
-        plan.source.local = local
-        with monkeypatch.context() as patch:
-            patch.setattr(*answer)
-            text = complaint(plan)
-        assert FLUX in text and "tensor " in text and "were expected: the file is truncated" in text
+    """A store that answers with fewer bytes than were asked for."""
+    plan = plans(copy)["transformer"]
+    store = plan.source._kv
 
+    class Short:
+        def read(self, name, byte_range):
+            return store.read(name, byte_range=slice(byte_range.start, byte_range.stop - 4))
 
-def test_an_answer_in_parts_is_whole(copy, monkeypatch):
-    """A file system may answer with less and go on when asked again."""
-    read = os.preadv
-    expected = load.load(plans(copy)["vae"], make_mesh((1, 1)), np.float32)
-    monkeypatch.setattr(os, "preadv", lambda file, buffers, at: read(file, [buffers[0][:1000]], at))
-    got = load.load(plans(copy)["vae"], make_mesh((1, 1)), np.float32)
-    assert all(map(np.array_equal, *(jax.tree.leaves(nnx.state(module, nnx.Param)) for module in (expected, got))))
+    monkeypatch.setattr(plan.source, "_kv", Short())
+    text = complaint(plan)
+    assert (
+        FLUX in text and "tensor " in text and re.search(r"read \d+ bytes, expected \d+: the file is truncated", text)
+    )
 
 
 def test_a_file_gone_while_loading(copy):
@@ -110,7 +99,7 @@ def test_a_file_that_cannot_be_read(copy):
     """Which is not one that is not there."""
     (copy / FLUX).unlink()
     (copy / FLUX).symlink_to(copy / FLUX)
-    with pytest.raises(UserError, match=f"{FLUX}: cannot be read: too many levels of symbolic links"):
+    with pytest.raises(UserError, match=f"{FLUX}: cannot be read: .*Too many levels of symbolic links"):
         plans(copy)
 
 
@@ -160,7 +149,7 @@ def test_one_flipped_bit_in_a_chunk(converted, at):
 def test_a_missing_chunk(converted):
     chunks(converted)[0].unlink()
     text = complaint(plans(converted)["transformer"])
-    assert KERNEL in text and "not found" in text and "tensor double_blocks[" in text
+    assert KERNEL in text and "is missing" in text and "tensor double_blocks[" in text
 
 
 def test_a_chunk_cut_short(converted):
@@ -244,7 +233,7 @@ def cut(data):
 
 def absent(data):
     """Its chunk is marked as never written, under a checksum that fits: a zarr reader gives zeros for it."""
-    index = np.full(2, zarr.MISSING, "<u8").tobytes()
+    index = np.full(2, 2**64 - 1, "<u8").tobytes()
     return data[:-20] + index + google_crc32c.value(index).to_bytes(4, "little")
 
 
@@ -284,18 +273,17 @@ def test_damage_elsewhere(elsewhere, made):
     chunk = f"copy/{chunks(made)[0].relative_to(made).as_posix()}"
     good, other = store.read(chunk), chunks(made, "transformer/img_in.kernel")[0].read_bytes()
     told = {
-        None: "not found",
-        flipped: "CRC32C",
-        absent: "chunk 0 is missing",
-        cut: "CRC32C|truncated|OUT_OF_RANGE|FAILED_PRECONDITION",
+        None: "is missing",
+        flipped: "Digest mismatch",
+        absent: "is missing",
+        cut: "Digest mismatch|truncated|OUT_OF_RANGE|FAILED_PRECONDITION",
         (lambda _: other): "",
     }
     for damage, words in told.items():
         store.delete(chunk) if damage is None else store.write(chunk, damage(good))
         text = complaint(plans(f"{url}/copy")["transformer"])
-        assert text.startswith(f"{name}/{chunk}: ") and "(tensor double_blocks[" in text and re.search(words, text), (
-            text
-        )
+        assert text.startswith(f"{name}/copy/{KERNEL}: ") and "(tensor double_blocks[" in text, text
+        assert re.search(words, text), text
     store.write(chunk, good)
     store.delete(f"copy/{KERNEL}/zarr.json")
     text = complaint(plans(f"{url}/copy")["transformer"])

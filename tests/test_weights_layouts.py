@@ -539,8 +539,12 @@ class Ranges(http.server.SimpleHTTPRequestHandler):
             return self.send_error(self.missing)
         total, status = os.path.getsize(path), 200
         first, last = 0, total - 1
-        if match := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
-            first, last, status = int(match[1]), min(int(match[2] or last), last), 206
+        if match := re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", "")):
+            status = 206
+            if match[1]:
+                first, last = int(match[1]), min(int(match[2] or last), last)
+            else:  # the last bytes
+                first = max(0, total - int(match[2]))
         with open(path, "rb") as file:
             file.seek(first)
             data = file.read(max(0, last + 1 - first))

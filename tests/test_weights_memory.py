@@ -1,5 +1,4 @@
-"""Weights pass through a small window: host memory, and bytes read, of local files by the kernel's count (TensorStore
-does not see those reads), over the network by TensorStore's."""
+"""Weights pass through a small window: host memory, and bytes read, by TensorStore's count."""
 
 from __future__ import annotations
 
@@ -93,7 +92,6 @@ def test_a_converted_copy_too(small):
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["fluxbatch", "converted"])
 def test_over_the_network_too(tmp_path, web, way):  # noqa: F811
-    """Here every byte passes through TensorStore and its counters."""
     file = written(tmp_path, 0.4)
     place = file if way == "fluxbatch" else bench.converted(file)
     try:

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import Future
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from flax import nnx
 
 from fluxbatch.distributed.mesh import Placement
 from fluxbatch.models.key_tables import Table
+from fluxbatch.types import UserError
 from fluxbatch.weights import cast
 from fluxbatch.weights.matching import Piece, assign
 from fluxbatch.weights.source import Source, Tensor
@@ -190,26 +192,32 @@ class Reader:
 
     def __init__(self, source: Source, progress: Progress):
         self.source, self.progress = source, progress
-        self._pending: collections.deque[tuple[Any, Tensor, int, int, Rows]] = collections.deque()
+        self._pending: collections.deque[tuple[Future[None], int, Rows]] = collections.deque()
         self._bytes = 0
 
     def read(self, tensor: Tensor, first: int, last: int, rows: Rows) -> None:
-        size = (last - first) * tensor.row_bytes * self.source.held
+        size = (last - first) * tensor.row_bytes
         while self._pending and self._bytes + size > IN_FLIGHT:
             self._finish()
-        self._pending.append((self.source.start_rows(tensor, first, last, rows), tensor, first, last, rows))
+        self._pending.append((self.source.pool.submit(self._place, tensor, first, last, rows), size, rows))
         self._bytes += size
 
     def drain(self) -> None:
         while self._pending:
             self._finish()
 
+    def _place(self, tensor: Tensor, first: int, last: int, rows: Rows) -> None:
+        try:
+            rows.put(self.source.read_rows(tensor, first, last))
+        except UserError as error:
+            raise UserError(f"{error} (tensor {tensor.name})") from error
+
     def _finish(self) -> None:
-        future, tensor, first, last, rows = self._pending.popleft()
-        self.source.finish_rows(future, tensor, first, last, rows)
+        future, size, rows = self._pending.popleft()
+        future.result()
         rows.done()
-        self._bytes -= (last - first) * tensor.row_bytes * self.source.held
-        self.progress((last - first) * tensor.row_bytes)
+        self._bytes -= size
+        self.progress(size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,19 +228,6 @@ class Rows:
     first: int
     scale: np.ndarray | None  # one number, or one for each row of the target
     done: Callable[[], None]
-
-    def target(self, tensor: Tensor, count: int) -> np.ndarray | None:
-        """The memory of ``count`` rows, if they lie together in one part, as the tensor has them."""
-        if self.scale is not None:
-            return None
-        last = self.first + count
-        meet = [(index[0], buffer) for index, buffer in self.parts if index[0][0] < last and self.first < index[0][1]]
-        if len(meet) != 1:
-            return None
-        (start, stop), buffer = meet[0]
-        place = buffer[self.first - start : last - start]
-        whole = start <= self.first and last <= stop and place.nbytes == count * tensor.row_bytes
-        return place if whole and place.dtype == tensor.dtype and place.flags.c_contiguous else None
 
     def put(self, rows: np.ndarray) -> None:
         for (own, *columns), buffer in self.parts:

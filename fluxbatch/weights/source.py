@@ -1,9 +1,8 @@
 """Bytes of a checkpoint, wherever it lies: small files, ranged reads.
 
-Everything goes through TensorStore key-value stores, so a local directory, ``gs://`` and ``http(s)://``
-are one path, and a range of rows is one contiguous read; rows of local files alone are read without it,
-straight into their arrays. What TensorStore would let pass in silence
-(a missing object, a short read, an object that changes between two reads) is an error here.
+TensorStore reads every byte, so a local directory, ``gs://`` and ``http(s)://`` are one path, and a range of rows is
+one contiguous read. What TensorStore lets pass in silence (a missing object, an object that changes between two reads)
+is an error here. Local files are not mapped into memory: a read error would be SIGBUS, not an exception.
 """
 
 from __future__ import annotations
@@ -13,10 +12,9 @@ import json
 import math
 import os
 import re
-import stat
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol, cast
+from typing import Any
 from urllib.parse import urlsplit
 
 import ml_dtypes
@@ -50,7 +48,7 @@ DTYPES = FLOATS | {name: np.dtype(kind) for name, kind in OTHERS.items()}
 # a read that has not moved for STALLED seconds is given up.
 RETRIES = {"max_retries": 7, "initial_delay": "200ms", "max_delay": "5s"}
 STALLED = 120.0
-READERS = 4  # threads that read a local file
+READERS, REQUESTS = 4, 16  # threads that read local files, and from elsewhere
 _NOTES = re.compile(r" \[(source locations|tensorstore_spec)=.*")
 
 
@@ -72,26 +70,15 @@ class Tensor:
         return self.dtype.itemsize * math.prod(self.shape[1:])
 
 
-class Place(Protocol):
-    """Where rows of a tensor go."""
-
-    def target(self, tensor: Tensor, count: int) -> np.ndarray | None:
-        """Contiguous memory that takes ``count`` rows as they are in the file; None if there is none."""
-
-    def put(self, rows: np.ndarray) -> None:
-        """Copies rows to where they belong, cast and scaled as they must be."""
-
-
 class Source:
     """A directory of a checkpoint: local, ``gs://bucket/prefix`` or ``http(s)://host/path``."""
-
-    held = 1  # bytes of host memory that a byte of a read under way takes
 
     def __init__(self, url: str):
         self.url = url.removeprefix("file://").rstrip("/")
         self.local = "://" not in self.url
         # bytes of one read: enough for each thread, as a request is worth
         self.piece = 4 << 20 if self.local else 8 << 20
+        self.pool = ThreadPoolExecutor(READERS if self.local else REQUESTS, "weights")  # starts no thread before a read
         self.url = os.path.abspath(self.url) if self.local else self.url
         context = {f"{name}_request_retries": RETRIES for name in ("gcs", "http")}
         try:
@@ -99,8 +86,6 @@ class Source:
         except (ValueError, OSError) as error:
             raise UserError(f"{self.url}: not a place that can be opened: {first_line(error)}") from error
         self._generations: dict[str, bytes] = {}
-        self._pool = ThreadPoolExecutor(READERS, "weights")  # starts no thread before it is asked to read
-        self._opened: dict[str, tuple[int, ...]] = {}  # which file a local header was read from
         self.sizes: dict[str, int] = {}  # of the files whose headers were read
 
     def __truediv__(self, name: str) -> Source:
@@ -109,25 +94,27 @@ class Source:
     def path(self, name: str) -> str:
         return f"{self.url}/{name}"
 
-    def start_read(self, name: str, start: int | None = None, stop: int | None = None) -> ts.Future[Any]:
-        """A read under way; ``finish_read`` checks and returns its bytes."""
-        return self._kv.read(name, byte_range=slice(start, stop))
-
-    def finish_read(self, future: ts.Future[Any], name: str, size: int | None = None) -> bytes:
-        """The bytes of a read; UserError if the object is missing, unreadable, shorter than ``size``
-        or no longer the one that was read before."""
-        result = self.wait(future, name)
+    def read(self, name: str, start: int | None = None, stop: int | None = None) -> bytes:
+        """Bytes of an object; UserError if it is missing, unreadable, too short or no longer the one that was read
+        before."""
+        result = self.wait(self._kv.read(name, byte_range=slice(start, stop)), name)
         if result.state != "value":
             raise UserError((broken_link(self.path(name)) if self.local else None) or f"{self.path(name)}: not found")
         value = result.value  # a copy, each time it is asked for
-        if size is not None and len(value) != size:
+        if start is not None and stop is not None and len(value) != stop - start:
             raise UserError(
-                f"{self.path(name)}: read {len(value)} bytes where {size} were expected: the file is truncated"
+                f"{self.path(name)}: read {len(value)} bytes, expected {stop - start}: the file is truncated"
             )
         generation = result.stamp.generation
         if self._generations.setdefault(name, generation) != generation:
             raise UserError(f"{self.path(name)}: changed while it was being read")
         return value
+
+    def read_rows(self, tensor: Tensor, first: int, last: int) -> np.ndarray:
+        """Rows ``first`` .. ``last`` as the file has them; a tensor without axes is one row."""
+        start = tensor.start + first * tensor.row_bytes
+        data = self.read(tensor.file, start, start + (last - first) * tensor.row_bytes)
+        return np.frombuffer(data, tensor.dtype).reshape(-1, *tensor.shape[1:])
 
     def wait(self, future: ts.Future[Any], name: str) -> Any:
         try:
@@ -137,81 +124,17 @@ class Source:
         except (ValueError, OSError) as error:
             raise UserError(f"{self.path(name)}: cannot be read: {first_line(error)}") from error
 
-    def start_rows(self, tensor: Tensor, first: int, last: int, place: Place) -> Any:
-        """Rows ``first`` .. ``last`` of a tensor on their way to their place; ``finish_rows`` ends it.
-
-        A local file is read by threads straight into the place, which takes half the time of a read that
-        passes through TensorStore's buffers and Python's.
-        """
-        if self.local:
-            return self._pool.submit(self._read_rows, tensor, first, last, place)
-        return self.start_read(
-            tensor.file, tensor.start + first * tensor.row_bytes, tensor.start + last * tensor.row_bytes
-        )
-
-    def finish_rows(self, future: Any, tensor: Tensor, first: int, last: int, place: Place) -> None:
-        """Rows (a tensor without axes is one row) are in their place; UserError names the file and the tensor."""
-        try:
-            if self.local:
-                self.wait(future, tensor.file)
-            else:
-                data = self.finish_read(future, tensor.file, (last - first) * tensor.row_bytes)
-                place.put(np.frombuffer(data, tensor.dtype).reshape(-1, *tensor.shape[1:]))
-        except UserError as error:
-            raise UserError(f"{error} (tensor {tensor.name})") from error
-
-    def _read_rows(self, tensor: Tensor, first: int, last: int, place: Place) -> None:
-        target = place.target(tensor, last - first)
-        rows = np.empty((last - first, *tensor.shape[1:]), tensor.dtype) if target is None else target
-        self._read_into([rows.reshape(-1).view(np.uint8)], tensor.file, tensor.start + first * tensor.row_bytes)
-        if target is None:
-            place.put(rows)
-
-    def _read_into(self, buffers: list[np.ndarray], name: str, start: int) -> None:
-        """Fills buffers of bytes, one after another, from byte ``start`` of a local file on."""
-        try:
-            file = os.open(self.path(name), os.O_RDONLY)
-        except FileNotFoundError as error:
-            raise UserError(f"{self.path(name)}: not found") from error
-        size, done = sum(map(len, buffers)), 0
-        try:
-            found = _identity(os.fstat(file))
-            if self._opened.setdefault(name, found) != found:
-                raise UserError(f"{self.path(name)}: changed while it was being read")
-            while buffers:
-                count = os.preadv(file, cast(Any, buffers), start + done)
-                if not count:
-                    raise UserError(
-                        f"{self.path(name)}: read {done} bytes where {size} were expected: the file is truncated"
-                    )
-                done += count
-                while buffers and count >= len(buffers[0]):
-                    count -= len(buffers[0])
-                    buffers = buffers[1:]
-                buffers = [buffers[0][count:], *buffers[1:]] if buffers else []
-        finally:
-            os.close(file)
-
-    def read(self, name: str, start: int | None = None, stop: int | None = None) -> bytes:
-        size = None if start is None or stop is None else stop - start
-        return self.finish_read(self.start_read(name, start, stop), name, size)
-
     def exists(self, name: str) -> bool:
-        if self.local:
-            try:
-                return stat.S_ISREG(os.stat(self.path(name)).st_mode)
-            except (FileNotFoundError, NotADirectoryError, ValueError):
-                if told := broken_link(self.path(name), above=False):
-                    raise UserError(told) from None
-                return False
-            except OSError as error:
-                raise UserError(f"{self.path(name)}: cannot be read: {str(error.strerror).lower()}") from error
         try:
-            return self.wait(self._kv.read(name, byte_range=slice(0, 0)), name).state == "value"
+            if self.wait(self._kv.read(name, byte_range=slice(0, 0)), name).state == "value":
+                return True
         except UserError as error:
             if self.url.startswith("http") and "HTTP code 403" in str(error):
                 return False  # to those who may not list, a store denies what is not there
             raise
+        if self.local and (reason := broken_link(self.path(name), above=False)):
+            raise UserError(reason)
+        return False
 
     def files(self) -> list[str]:
         """Names of the objects below this directory; none where the store cannot list (HTTP)."""
@@ -242,13 +165,8 @@ class Source:
         return value
 
     def size(self, name: str) -> int | None:
-        """Bytes of a local file, which must stay as it is from now on; None where the store does not say."""
-        if not self.local:
-            return None
-        found = os.stat(self.path(name))
-        if self._opened.setdefault(name, _identity(found)) != _identity(found):
-            raise UserError(f"{self.path(name)}: changed while it was being read")
-        return found.st_size
+        """Bytes of a local file; None where the store does not say."""
+        return os.stat(self.path(name)).st_size if self.local else None
 
 
 def broken_link(path: str, above: bool = True) -> str | None:
@@ -263,11 +181,6 @@ def broken_link(path: str, above: bool = True) -> str | None:
         repo = cached[1].replace("--", "/", 1)
         return f"{told}: this copy in Hugging Face's cache is not whole: hf download {repo} --force-download"
     return f"{told}: mend the link, or copy the file"
-
-
-def _identity(found: os.stat_result) -> tuple[int, ...]:
-    """What tells a file from its successor."""
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def store_spec(url: str) -> dict[str, Any]:
