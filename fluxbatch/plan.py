@@ -32,9 +32,7 @@ class PlanJob(Job):
 
     target: str | None = None  # v6e-4, v5e-8, v4-8, v5p-8, h100, a100-8, 2xh100-8, cpu; null: this machine
     price_per_chip_hour: float | None = None  # in any currency; null: no cost is shown
-    aot: bool | None = (
-        None  # compile the largest picture's programs ahead of time; null: for TPU targets, if libtpu is installed
-    )
+    aot: bool | None = None  # compile the largest image's programs ahead of time; null: for TPUs, if libtpu is there
 
 
 def plan(job: PlanJob) -> int:
