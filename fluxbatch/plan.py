@@ -67,7 +67,7 @@ def _todo(job: PlanJob, spec: ModelSpec, rows: Sequence[Row]) -> Sequence[Row]:
     from fluxbatch.storage.base import NotFound, join
     from fluxbatch.storage.registry import open_store
 
-    own = facts = json.loads(json.dumps({**spec.facts, **job.output.facts()}))  # as the place has them
+    own = facts = json.loads(json.dumps({**spec.facts, **job.output.fingerprint()}))  # as the place has them
     try:
         store = open_store(join(job.output_dir, *([job.run_name] if job.run_name else [])))
         if (there := read_job(store)) is None:  # no start has been there

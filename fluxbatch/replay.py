@@ -82,7 +82,7 @@ def replay(job: ReplayJob) -> int:
         raise UserError(f"id={job.id}: {store.url} has no record of such a row, nor of such an image")
     recorded = _recorded(job, found, facts, record, anew)
 
-    backend.tell_compiler(recorded.hardware.xla_flags, recorded.hardware.libtpu_init_args)
+    backend.set_compiler_flags(recorded.hardware.xla_flags, recorded.hardware.libtpu_init_args)
     programs = cache.find("jax_cache_dir", recorded.jax_cache_dir)
     if programs.error and "jax_cache_dir" in anew:
         raise programs.error  # else the directory was another machine's

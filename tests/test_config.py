@@ -685,11 +685,11 @@ def test_closed_streams_can_be_written_to_and_no_file_gets_their_numbers(tmp_pat
 
 
 def test_the_environment_s_flags_win(monkeypatch):
-    from fluxbatch.distributed.backend import tell_compiler
+    from fluxbatch.distributed.backend import set_compiler_flags
 
     monkeypatch.setenv("XLA_FLAGS", "--a=1 --b")
     monkeypatch.delenv("LIBTPU_INIT_ARGS", raising=False)
-    tell_compiler(["--b=2", "--c=3", "--ab=4"], [])
+    set_compiler_flags(["--b=2", "--c=3", "--ab=4"], [])
     assert os.environ["XLA_FLAGS"] == "--c=3 --ab=4 --a=1 --b" and "LIBTPU_INIT_ARGS" not in os.environ
 
 
@@ -702,6 +702,6 @@ def test_the_share_of_a_gpu_is_told_once(monkeypatch, given):
         monkeypatch.setenv(name, "")
     for name, value in given.items():
         monkeypatch.setenv(name, value)
-    backend.tell_compiler([], [])
+    backend.set_compiler_flags([], [])
     assert [os.environ[name] for name in backend.GPU_SHARES if os.environ[name]] == list(given.values() or ["0.9"])
     assert backend.gpu_share() == (0.3 if given else 0.9)

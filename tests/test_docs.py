@@ -228,6 +228,14 @@ def test_messages_of_troubleshooting_are_in_the_code():
     assert len(headings) > 50 and not [part for part in parts if part not in texts]
 
 
+def test_the_architecture_lists_hydras_private_modules():
+    sources = "\n".join(path.read_text("utf-8") for path in (ROOT / "fluxbatch").rglob("*.py"))
+    imports = re.findall(r"^from (hydra\._internal\.\w+) import (.+)$", sources, re.MULTILINE)
+    used = {f"{module}.{name}" for module, names in imports for name in names.split(", ")}
+    page = (DOCS / "architecture.md").read_text("utf-8")
+    assert used and used == set(re.findall(r"^\| `(hydra\._internal[\w.]+)`", page, re.MULTILINE))
+
+
 def test_the_architecture_names_every_package():
     layers = importlib.import_module("test_architecture").LAYERS
     packages = {package for layer in layers for package in layer} - {"__main__"}

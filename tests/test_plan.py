@@ -211,14 +211,14 @@ def test_fields_that_decide_nothing_are_named(planned):
         {"prompt": "x", "category": "b"},
     ]
     line = next(
-        line for line in planned([*rows, {"prompt": "x", "two\nlines": 1}]).splitlines() if line.startswith("remark")
+        line for line in planned([*rows, {"prompt": "x", "two\nlines": 1}]).splitlines() if line.startswith("warning")
     )
     assert (
         "steps (1 rows; did you mean num_inference_steps?), guidence_scale (1 rows; did you mean guidance_scale?), "
         "category (2 rows)" in line
     )
     assert line.endswith(r"two\nlines (1 rows)")
-    assert "remark" not in planned([{"prompt": "x", "id": "x", "seed": 1, "num_images": 2}])
+    assert "warning" not in planned([{"prompt": "x", "id": "x", "seed": 1, "num_images": 2}])
 
 
 def test_time_and_cost_follow_from_the_flops(planned):
@@ -233,7 +233,7 @@ def test_time_and_cost_follow_from_the_flops(planned):
     image = 4 * cost.flux_step(flux, (2048 // (2 * vae.scale)) ** 2, 24) + autoencoder_cost.decode_flops(
         vae, 2048, 2048
     )
-    assert f"{image / 1e12:.3g} TFLOP of it for the picture alone" in text
+    assert f"{image / 1e12:.3g} TFLOP of it for the image alone" in text
     assert "at the peak of 989 TFLOP/s" in text and "at 52% of it" in text and "cost " in text and "(estimate)" in text
 
 
@@ -387,10 +387,10 @@ def test_what_makes_it_fit(golden):
     )
     need = memory.Situation.of(job, engine, "tpu", [(64, 64)], again=False)
     largest = max(phase.total for phase in need.phases())
-    assert need.way_out(largest) != () and need.way_out(1000) == ()
-    assert need.way_out(largest - 1) in {("offload_encoders=true",), ("per_device_batch_size=1",)}
+    assert need.remedy(largest) != () and need.remedy(1000) == ()
+    assert need.remedy(largest - 1) in {("offload_encoders=true",), ("per_device_batch_size=1",)}
     one = dataclasses.replace(need, images=1, stay=False)
-    assert set(need.way_out(max(phase.total for phase in one.phases()))) >= {
+    assert set(need.remedy(max(phase.total for phase in one.phases()))) >= {
         "per_device_batch_size=1",
         "offload_encoders=true",
     }
@@ -405,7 +405,7 @@ def test_what_makes_it_fit_on_what_is_there(golden):
         return max(phase.total for phase in dataclasses.replace(need, **changes).phases())
 
     def way(need, **changes):
-        return need.way_out(enough(need, **changes))
+        return need.remedy(enough(need, **changes))
 
     need = memory.Situation.of(job, engine, "tpu", [(64, 64)], again=False, devices=jax.devices()[:4])
     divided = dataclasses.replace(engine, mesh=make_mesh((1, 4), devices=jax.devices()[:4]))
@@ -414,7 +414,7 @@ def test_what_makes_it_fit_on_what_is_there(golden):
     streaming = dataclasses.replace(engine, stream=True)
     assert way(dataclasses.replace(need, devices=jax.devices()[:1]), spec=streaming) == ("stream_blocks=true",)
     for_both = max(enough(need, spec=streaming), enough(need, spec=divided, stay=False))
-    assert set(need.way_out(for_both)) <= {"sharding=fsdp", "offload_encoders=true"} and need.way_out(for_both)
+    assert set(need.remedy(for_both)) <= {"sharding=fsdp", "offload_encoders=true"} and need.remedy(for_both)
     on_cpu = dataclasses.replace(memory.Situation.of(job, engine, "cpu", [(64, 64)], again=False), stay=True)
     assert way(on_cpu, stay=False) == ("offload_encoders=free",)
     writing = dataclasses.replace(memory.Situation.of(job, engine, "tpu", [(256, 256)], again=False), scores=True)
@@ -429,11 +429,11 @@ def test_a_transformer_that_does_not_fit_beside_the_encoders_makes_room(golden):
     job, engine = opened(golden / "dev", "resolution=64", "max_sequence_length=24", "offload_encoders=true")
     need = memory.Situation.of(job, engine, "tpu", [(64, 64)], again=True)
     together = need.phases()[0].weights
-    assert not dataclasses.replace(need, limit=2 * together).turns
+    assert not dataclasses.replace(need, limit=2 * together).takes_turns
     tight = dataclasses.replace(need, limit=together)
     vae = memory.on_a_device(engine, "vae")
-    assert tight.turns and tight.phases()[0].weights == memory.encoders(engine) + vae < together
-    assert not dataclasses.replace(tight, stay=True).turns  # offload_encoders=false says that all stay
+    assert tight.takes_turns and tight.phases()[0].weights == memory.encoders(engine) + vae < together
+    assert not dataclasses.replace(tight, stay=True).takes_turns  # offload_encoders=false says that all stay
 
 
 def test_attention_as_the_plan_takes_it(planned, monkeypatch):

@@ -287,13 +287,13 @@ def test_a_replica_of_another_plan_is_met_if_it_lives():
     for beat in range(1, 6):
         others[3]._write(beat)
         time.sleep(0.02)
-    assert mine.stranger is None  # 2 is silent
+    assert mine.conflicting is None  # 2 is silent
     others[2]._write(1)
     end = time.monotonic() + 10
-    while mine.stranger is None:
+    while mine.conflicting is None:
         assert time.monotonic() < end
         time.sleep(0.01)
-    assert mine.stranger == 2
+    assert mine.conflicting == 2
     mine.end(1, "", {})
 
 
@@ -358,7 +358,7 @@ def work_through(store, index, count, rows, pause, dies_after=None, expiry=0.8, 
                     work.progress.through(row, True)
             ledger.compact()
     except Killed:
-        work._life._over.set()  # silence
+        work._heartbeat._over.set()  # silence
         return None
     tally = ledger.merge() if work.merges else None
     work.ended(0, "", {"made": tally.done} if tally else {}, speed={"images_per_second": index})
@@ -539,12 +539,12 @@ def test_replicas_that_were_not_started_alike_do_not_go_on(change):
     store = MemoryStore()
     works = [open_(0), open_(1, **change)]
     end = time.monotonic() + 10
-    while works[1]._life.stranger is None:
+    while works[1]._heartbeat.conflicting is None:
         assert time.monotonic() < end
         time.sleep(0.01)
     with pytest.raises(StorageError, match="replica_index=0 works there at the same time with another manifest"):
         next(works[1].shards(Never()))
-    assert works[0]._life.stranger is None and next(works[0].shards(Never()))
+    assert works[0]._heartbeat.conflicting is None and next(works[0].shards(Never()))
     for work in works:
         work.ended(1, "", {})
 

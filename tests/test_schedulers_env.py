@@ -212,7 +212,7 @@ def test_peers_that_do_not_come_are_waited_for_so_long(environment, monkeypatch,
     join.join(30, 15)
     assert codes == [code]
     waits, late = capsys.readouterr().err.splitlines()
-    assert waits.startswith(f"fluxbatch: waiting for the other 3 of 4 processes ({found.said})")
+    assert waits.startswith(f"fluxbatch: waiting for the other 3 of 4 processes ({found.evidence})")
     assert late.startswith("fluxbatch: error: the other 3 of 4 processes")
     assert late.endswith(f"{found.start}, or set JAX_NUM_PROCESSES=1 JAX_PROCESS_ID=0 for one process")
 

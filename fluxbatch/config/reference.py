@@ -28,13 +28,13 @@ KEY = re.compile(r"( *)([a-z]\w*):(?: +([^#]+?))?(?: +# (.*))?")
 def page(words: Sequence[str] = ()) -> Iterator[str]:
     """The lines of the reference: all keys, or those in whose name or text one of the words is."""
     for title, entries in _parts():
-        said = [
+        found = [
             (key, text)
             for key, text in entries
             if not words or any(word.lower() in f"{key} {text}".lower() for word in words)
         ]
-        if said:
-            yield from (title, *(f"  {key:38} {text}".rstrip() for key, text in said), "")
+        if found:
+            yield from (title, *(f"  {key:38} {text}".rstrip() for key, text in found), "")
 
 
 def markdown() -> Iterator[str]:

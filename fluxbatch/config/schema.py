@@ -120,8 +120,8 @@ class Output:
     png_level: int = MISSING
     gallery: bool = MISSING
 
-    def facts(self) -> dict[str, Any]:
-        """What of it decides the pixels of a file: PNG loses none at any level."""
+    def fingerprint(self) -> dict[str, Any]:
+        """What of it decides a file's pixels: PNG loses none at any level."""
         return {"format": self.format.name} | ({} if self.format.name == "png" else {"quality": self.quality})
 
 

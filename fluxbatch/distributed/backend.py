@@ -1,4 +1,4 @@
-"""JAX on this machine: what it is told before it starts, and its start."""
+"""JAX on this machine: its settings before it starts, and its start."""
 
 from __future__ import annotations
 
@@ -14,15 +14,12 @@ from fluxbatch.types import UserError
 PLATFORMS = {"cpu": "cpu", "gpu": "cuda", "tpu": "tpu"}
 REMOTE = {"gs": "gcsfs", "s3": "s3fs"}  # through what JAX writes its cache where
 XLA_TUNING = "xla_gpu_per_fusion_autotune_cache_dir"  # XLA's own cache within JAX's
-# JAX's names for it; it refuses to be told both
-GPU_SHARES = (
-    "XLA_CLIENT_MEM_FRACTION",
-    "XLA_PYTHON_CLIENT_MEM_FRACTION",
-)
+# JAX's names for it; it refuses both at once
+GPU_SHARES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 HEARTBEAT, SHUTDOWN = 30, 15  # seconds until a silent peer counts as lost, and that an exit waits for peers
 
 
-def tell_compiler(xla: Sequence[str], libtpu: Sequence[str]) -> None:
+def set_compiler_flags(xla: Sequence[str], libtpu: Sequence[str]) -> None:
     """Adds flags to XLA_FLAGS and LIBTPU_INIT_ARGS, and the share of a GPU, before JAX starts; what is there already
     wins."""
     for variable, flags in (("XLA_FLAGS", xla), ("LIBTPU_INIT_ARGS", libtpu)):
@@ -56,10 +53,10 @@ def start(platform: str, cache_dir: str | None, writable: bool = True) -> str:
     asked, instead = f"hardware={platform}", ""
     if platform != "auto":
         jax.config.update("jax_platforms", PLATFORMS[platform])
-    elif told := next((name for name in ("JAX_PLATFORMS", "JAX_PLATFORM_NAME") if os.environ.get(name)), None):
+    elif variable := next((name for name in ("JAX_PLATFORMS", "JAX_PLATFORM_NAME") if os.environ.get(name)), None):
         asked, instead = (
-            f"{told}={os.environ[told]}",
-            f"; expected a platform of this machine, or {told} unset for the best there is",
+            f"{variable}={os.environ[variable]}",
+            f"; expected a platform of this machine, or {variable} unset for the best there is",
         )
     if cache_dir:
         jax.config.update("jax_compilation_cache_dir", cache_dir)

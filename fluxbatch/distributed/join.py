@@ -42,10 +42,10 @@ def join(heartbeat: int, shutdown: int) -> None:
             )
         except (ValueError, LookupError, RuntimeError, OSError) as error:
             reason = next(iter(str(error).splitlines()), type(error).__name__)
-            raise UserError(f"{peers.said}: JAX cannot join them: {reason}; {_ways_out(peers)}") from error
+            raise UserError(f"{peers.evidence}: JAX cannot join them: {reason}; {_remedy(peers)}") from error
 
 
-def _ways_out(peers: Peers) -> str:
+def _remedy(peers: Peers) -> str:
     return f"{peers.start}, or set {ALONE} for one process"
 
 
@@ -53,14 +53,14 @@ def _ways_out(peers: Peers) -> str:
 def _in_time(peers: Peers) -> Iterator[None]:
     """Ends this process when its peers have not come in time: JAX waits in silence, and then aborts."""
     joined = threading.Event()
-    others = f"the other {peers.count - 1} of {peers.count} processes ({peers.said})"
+    others = f"the other {peers.count - 1} of {peers.count} processes ({peers.evidence})"
 
     def watch() -> None:
         if joined.wait(TELL):
             return
         print(f"fluxbatch: waiting for {others}, {peers.patience} s at most", file=sys.stderr, flush=True)
         if not joined.wait(peers.patience - TELL):
-            late = f"have not come in {peers.patience} s: {_ways_out(peers)}"
+            late = f"have not come in {peers.patience} s: {_remedy(peers)}"
             print(f"fluxbatch: error: {others} {late}", file=sys.stderr, flush=True)
             os._exit(peers.code)
 
@@ -84,8 +84,8 @@ def _check_coordinator(peers: Peers, address: str) -> None:
             # Kubernetes knows a pod's name when the pod is there.
             if time.monotonic() - since > UNKNOWN and "KUBERNETES_SERVICE_HOST" not in os.environ:
                 reason = error.strerror if isinstance(error, OSError) else "no host has such a name"
-                line = f"{peers.said}: process 0 is to be at {address}: {reason}"
-                raise UserError(f"{line}; expected a host that this one can reach; {_ways_out(peers)}") from error
+                line = f"{peers.evidence}: process 0 is to be at {address}: {reason}"
+                raise UserError(f"{line}; expected a host that this one can reach; {_remedy(peers)}") from error
             time.sleep(0.5)
     if peers.index:
         return
@@ -94,5 +94,5 @@ def _check_coordinator(peers: Peers, address: str) -> None:
         try:
             probe.bind(("", int(port)))
         except OSError as error:
-            line = f"{peers.said}: process 0 cannot listen there: {error.strerror}"
+            line = f"{peers.evidence}: process 0 cannot listen there: {error.strerror}"
             raise UserError(f"{line}; expected a free port in {address}") from error

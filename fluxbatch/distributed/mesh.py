@@ -22,7 +22,7 @@ from fluxbatch.distributed.peers import ALONE
 # where neighbours are near.
 AXES = ("data", "fsdp", "context", "tensor")
 SLOW = AXES[:2]  # those that may cross from one slice, or group of processes, to another
-BATCH = P(SLOW)  # images are dealt over both
+BATCH = P(SLOW)  # images are divided over both
 
 RULES: dict[str | None, str | tuple[str, ...]] = {
     "heads": "tensor", "mlp": "tensor", "tokens": "context", "batch": SLOW,
@@ -133,12 +133,12 @@ def _slices(devices: Sequence[jax.Device]) -> int:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Leading axis dealt over the mesh."""
+    """Leading axis divided over the mesh."""
     return NamedSharding(mesh, BATCH)
 
 
 def data_parallel_size_of(mesh: Mesh) -> int:
-    """How many ways a batch is dealt."""
+    """Into how many parts a batch is divided."""
     return math.prod(mesh.shape[axis] for axis in SLOW)
 
 
@@ -167,7 +167,7 @@ class Placement:
     read: NamedSharding
     final: NamedSharding
     used: NamedSharding  # while a layer computes: what fsdp divides is whole
-    parts: tuple[int, ...] = ()  # of the last axis, which are dealt over the devices each by itself
+    parts: tuple[int, ...] = ()  # of the last axis, which are divided over the devices each by itself
     groups: int = 1
     pairs: tuple[tuple[int, Pairs], ...] = ()  # axes, counted from the last (-1), that are rotated
 
@@ -223,7 +223,7 @@ def _spec(axes: Sequence[tuple[str, ...]]) -> P:
 
 
 def _groups(mesh: Mesh | None, name: str | tuple[str, ...], sizes: Sequence[int]) -> int:
-    """In how many groups axes of these sizes are dealt over a mesh axis: 1 where they do not divide."""
+    """In how many groups axes of these sizes are divided over a mesh axis: 1 where they do not divide."""
     count = mesh.shape[cast(str, name)] if mesh is not None else 1
     return count if all(size % count == 0 for size in sizes) else 1
 
@@ -244,7 +244,7 @@ def _join(parts: Sequence[Any], axis: int, groups: int) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Where a model's activations lie. Without a mesh there is one device, and nothing is said."""
+    """Where a model's activations lie. Without a mesh there is one device, and nothing is constrained."""
 
     mesh: Mesh | None = None
 

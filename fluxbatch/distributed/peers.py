@@ -16,7 +16,7 @@ from fluxbatch.types import Exit, UserError
 ALONE = "JAX_NUM_PROCESSES=1 JAX_PROCESS_ID=0"
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 # Names of a count and of an index that launchers use which JAX does not know.
-_STRANGERS = (
+_OTHER_LAUNCHERS = (
     ("PMI_SIZE", "PMI_RANK"),  # MPICH, Intel MPI, Cray
     ("MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_RANK"),
     ("JSM_NAMESPACE_SIZE", "JSM_NAMESPACE_RANK"),  # LSF's jsrun
@@ -29,7 +29,7 @@ _STRANGERS = (
     ("AWS_BATCH_JOB_NUM_NODES", "AWS_BATCH_JOB_NODE_INDEX"),
 )
 # Indices whose count may be missing.
-_LONELY = (
+_UNCOUNTED = (
     ("JOB_COMPLETION_INDEX", None),
     ("BATCH_TASK_INDEX", "BATCH_TASK_COUNT"),
     ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT"),
@@ -41,7 +41,7 @@ class Peers(NamedTuple):
 
     count: int  # type: ignore[assignment]  # hides tuple.count, which nobody calls
     index: int  # type: ignore[assignment]  # hides tuple.index, which nobody calls
-    said: str  # the variables that say so, with their values
+    evidence: str  # the variables that say so, with their values
     start: str  # how the others are started
     address: str | None = None  # host:port of process 0; None: as JAX finds it
     device: int | None = None  # the only one that is this process's on its host; None: all
@@ -63,7 +63,7 @@ def find(env: Mapping[str, str] = os.environ) -> Peers | None:
     if found is None and given and not (is_one and INDEX not in given):
         raise UserError(f"{_shown(given)}, but {COUNT} is not set: expected it as well, or {ALONE} for one process")
     if found is not None and given.get(INDEX, str(found.index)) != str(found.index):
-        raise UserError(f"{INDEX}={given[INDEX]}, but {found.said}: expected {COUNT} as well, or no {INDEX}")
+        raise UserError(f"{INDEX}={given[INDEX]}, but {found.evidence}: expected {COUNT} as well, or no {INDEX}")
     return found
 
 
@@ -72,7 +72,7 @@ def refuse_unknown_peers(env: Mapping[str, str] = os.environ) -> None:
     found = find(env)
     if _get(env, COUNT) is not None:
         return
-    for names in _STRANGERS:
+    for names in _OTHER_LAUNCHERS:
         values = [_get(env, name) or "" for name in names]
         count, index = (int(value) if value.isdecimal() else 0 for value in values)
         if count < 2 or not values[1]:
@@ -86,7 +86,7 @@ def refuse_unknown_peers(env: Mapping[str, str] = os.environ) -> None:
             f"replica_index={index} replica_count={count}, or {ADDRESS}, {COUNT} and {INDEX} for one model over all; "
             "replica_count=1 if this one has work of its own"
         )
-    for name, counted in _LONELY:
+    for name, counted in _UNCOUNTED:
         given = _get(env, name) or ""
         if found or not given.isdecimal() or int(given) == 0 or (counted and _get(env, counted)):
             continue
@@ -106,12 +106,12 @@ def _by_jax(env: Mapping[str, str]) -> Peers | None:
     if count == "1":
         return None
     _check_address(address)
-    said = f"{ADDRESS}={address}, {COUNT}={count}, {INDEX}={index}"
+    evidence = f"{ADDRESS}={address}, {COUNT}={count}, {INDEX}={index}"
     by_slurm = "SLURM_STEP_NODELIST" in env and "SLURM_PROCID" in env
     device = _device(
         env, "OMPI_COMM_WORLD_LOCAL_RANK" if "OMPI_MCA_orte_hnp_uri" in env else "SLURM_LOCALID" if by_slurm else ""
     )
-    return Peers(int(str(count)), int(str(index)), said, "start them as well", address, device)
+    return Peers(int(str(count)), int(str(index)), evidence, "start them as well", address, device)
 
 
 def _by_open_mpi(env: Mapping[str, str]) -> Peers | None:
@@ -119,17 +119,17 @@ def _by_open_mpi(env: Mapping[str, str]) -> Peers | None:
     count, index = _number(env, size), _number(env, rank)
     if (count or 1) == 1:
         return None
-    said = _check_index(size, rank, count, index)
+    evidence = _check_index(size, rank, count, index)
     address = _get(env, ADDRESS)
     if address is not None:
         _check_address(address)
     elif _get(env, "OMPI_MCA_orte_hnp_uri") is None:
         raise UserError(
-            f"{said}, but neither OMPI_MCA_orte_hnp_uri (Open MPI 5 does not set it) nor {ADDRESS}, to find process 0: "
-            f"expected mpirun -x {ADDRESS}=host:port, or {ALONE} for one process"
+            f"{evidence}, but neither OMPI_MCA_orte_hnp_uri (Open MPI 5 does not set it) nor {ADDRESS}, to find "
+            f"process 0: expected mpirun -x {ADDRESS}=host:port, or {ALONE} for one process"
         )
     device, detect = _device(env, "OMPI_COMM_WORLD_LOCAL_RANK"), address is None
-    return Peers(count or 0, index or 0, said, "start it with mpirun", address, device, *_AT_ONCE, detect)
+    return Peers(count or 0, index or 0, evidence, "start it with mpirun", address, device, *_AT_ONCE, detect)
 
 
 def _by_slurm(env: Mapping[str, str]) -> Peers | None:
@@ -140,7 +140,7 @@ def _by_slurm(env: Mapping[str, str]) -> Peers | None:
         size, step = "SLURM_NTASKS", tasks
     if (step or 1) == 1:
         return None
-    said = _check_index(size, rank, step, index)
+    evidence = _check_index(size, rank, step, index)
     address = _get(env, ADDRESS)
     if address is not None:
         _check_address(address)
@@ -148,11 +148,13 @@ def _by_slurm(env: Mapping[str, str]) -> Peers | None:
         job, listed, port = _number(env, "SLURM_JOB_ID"), _get(env, nodes), _number(env, "JAX_COORDINATOR_PORT")
         if job is None or listed is None:
             missing = [name for name, value in (("SLURM_JOB_ID", job), (nodes, listed)) if value is None]
-            lacks = f"{said}, but {' and '.join(missing)} not set"
+            lacks = f"{evidence}, but {' and '.join(missing)} not set"
             raise UserError(f"{lacks}: expected srun's environment, or {ALONE} for one process")
         address = f"{_first_host(listed)}:{port or job % 2**12 + 2**16 - 2**12}"
-        said = f"{said}, {nodes}={listed}"
-    return Peers(step or 0, index or 0, said, "start it with srun", address, _device(env, "SLURM_LOCALID"), *_AT_ONCE)
+        evidence = f"{evidence}, {nodes}={listed}"
+    return Peers(
+        step or 0, index or 0, evidence, "start it with srun", address, _device(env, "SLURM_LOCALID"), *_AT_ONCE
+    )
 
 
 def _by_tpu(env: Mapping[str, str]) -> Peers | None:
@@ -161,23 +163,23 @@ def _by_tpu(env: Mapping[str, str]) -> Peers | None:
     hosts, slices = (_get(env, names) or "").count(",") + 1, _number(env, size) or 1
     if hosts * slices == 1:
         return None
-    said, at = "", [0, 0]
+    evidence, at = "", [0, 0]
     both = (names, _get(env, names), worker, hosts), (size, slices, rank, slices)
     for i, (name, value, index, count) in enumerate(both):
         at[i] = _number(env, index) or 0
         if count > 1:
-            said += f"{', ' if said else ''}{name}={value}, {index}={_get(env, index)}"
+            evidence += f"{', ' if evidence else ''}{name}={value}, {index}={_get(env, index)}"
             if _number(env, index) is None or at[i] >= count:
-                raise UserError(f"{said}: expected an index from 0 to {count - 1}, or {ALONE} for one process")
-    return Peers(hosts * slices, at[0] + at[1] * hosts, said, "start it on all hosts", detect=True)
+                raise UserError(f"{evidence}: expected an index from 0 to {count - 1}, or {ALONE} for one process")
+    return Peers(hosts * slices, at[0] + at[1] * hosts, evidence, "start it on all hosts", detect=True)
 
 
 def _check_index(size: str, rank: str, count: int | None, index: int | None) -> str:
     """The two as they are; UserError unless the index is below the count."""
-    said = f"{size}={count}, {rank}={index}" if index is not None else f"{size}={count}, but {rank} is not set"
+    evidence = f"{size}={count}, {rank}={index}" if index is not None else f"{size}={count}, but {rank} is not set"
     if index is None or index >= (count or 0):
-        raise UserError(f"{said}: expected an index from 0 to {(count or 1) - 1}, or {ALONE} for one process")
-    return said
+        raise UserError(f"{evidence}: expected an index from 0 to {(count or 1) - 1}, or {ALONE} for one process")
+    return evidence
 
 
 def _check_address(address: str | None) -> None:

@@ -1,4 +1,4 @@
-"""Which replica of how many this process belongs to: said outright, or by the scheduler that started it; and where
+"""Which replica of how many this process belongs to: as the job says, or the scheduler that started it; and where
 processes meet."""
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ def find(index: int | None, count: int | None, env: Mapping[str, str] = os.envir
     this process has no peers; an indexed Kubernetes job does not say how many there are, so there the count must be
     given.
     """
-    if count == 1 and index is None:  # said outright: whatever else runs is none of its replicas
+    if count == 1 and index is None:  # the job says so: whatever else runs is none of its replicas
         return Replica(0, 1)
     found_index, found_count = _scheduled(env)
-    said = [f"replica_index={index}", f"replica_count={count}"]
+    given = [f"replica_index={index}", f"replica_count={count}"]
     if count is None:
         count = found_count if found_count is not None else 1
-        said[1] = counted_by(env) if found_count is not None else f"replica_count={count}"
+        given[1] = counted_by(env) if found_count is not None else f"replica_count={count}"
     if index is None and found_index is not None and (found_count is not None or count > 1):
         index = found_index
-        said[0] = f"replica_index={index} ({', '.join(f'{name}={env[name]}' for name in _INDICES if name in env)})"
+        given[0] = f"replica_index={index} ({', '.join(f'{name}={env[name]}' for name in _INDICES if name in env)})"
     if index is None:
         if count > 1:
             raise UserError(
@@ -55,7 +55,7 @@ def find(index: int | None, count: int | None, env: Mapping[str, str] = os.envir
         index = 0
     if not 0 <= index < count:
         raise UserError(
-            f"{', '.join(said)}: expected an index from 0 to {count - 1}; replica_count=1 for a job by itself"
+            f"{', '.join(given)}: expected an index from 0 to {count - 1}; replica_count=1 for a job by itself"
         )
     return Replica(index, count)
 

@@ -15,7 +15,7 @@ from fluxbatch.types import Exit
 
 class Drain:
     """Whether the run has been asked to stop, asked once before each batch. The first SIGTERM or SIGINT
-    lets the current batch finish; a second one, or one before ``draws``, ends the process at once (records
+    lets the current batch finish; a second one, or one before ``begin``, ends the process at once (records
     on disk stay whole).
 
     In a replica of several processes a SIGTERM or SIGINT to any of them stops all before the same batch, by JAX's
@@ -23,13 +23,13 @@ class Drain:
     """
 
     def __init__(self) -> None:
-        self._signalled = self._passed_on = self._draws = False
+        self._signalled = self._passed_on = self._began = False
         self._step = 0
         self.stopped = False
 
-    def draws(self) -> None:
+    def begin(self) -> None:
         """From now on there are batches to finish."""
-        self._draws = True
+        self._began = True
 
     def asked(self) -> bool:
         self._step += 1
@@ -41,10 +41,10 @@ class Drain:
         if self._signalled:
             os._exit(Exit.PREEMPTED)
         self._signalled = True
-        what = "finishing the current batch, then stopping" if self._draws else "stopped before anything was drawn"
+        what = "finishing the current batch, then stopping" if self._began else "stopped before the first image"
         with contextlib.suppress(OSError):  # nobody may read it any more
             os.write(2, f"\nfluxbatch: {signal.Signals(number).name}: {what}\n".encode())
-        if not self._draws:
+        if not self._began:
             os._exit(Exit.PREEMPTED)
 
     def _pass_on(self, *_: object) -> None:

@@ -90,15 +90,15 @@ class ModelSpec:
         return self.flops(row.height, row.width, row.num_inference_steps) / (self.peak * share)
 
     def resolve(self, rows: Sequence[Row]) -> list[Row]:
-        """The rows, each with its mix of adapters; UserError for mixes that cannot be in one job."""
+        """The rows, each with its LoRA weights; UserError for those that cannot be in one job."""
         rows = self.lora.resolve(rows)
-        if self.stream and len(self.lora.mixes(rows)) > 1:
-            first = self.lora.mixes(rows)[0]
-            other = next(row for row in rows if self.lora.mixes([row]) != [first])
+        if self.stream and len(self.lora.distinct(rows)) > 1:
+            first = self.lora.distinct(rows)[0]
+            other = next(row for row in rows if self.lora.distinct([row]) != [first])
             raise UserError(
                 f"hardware.stream_blocks=true: {other.where}: lora is {dict(other.lora or ())}, rows before it have "
                 f"{dict(first)}: "
-                "expected one mix for all rows, which is merged into the blocks as they pass"
+                "expected the same LoRA weights for all rows, which are merged into the blocks as they pass"
             )
         return rows
 
@@ -111,14 +111,14 @@ class ModelSpec:
         """What draws ``rows`` (resolved); weights stream onto the mesh as they are first needed, under the
         eyes of ``watcher``.
 
-        Adapters are merged into the weights if all rows have one mix, else they stand beside them. Weights that
-        ``kept`` has of a job before stay, but for what adapters change.
+        Adapters are merged into the weights if all rows have the same LoRA weights, else they stand beside them.
+        Weights that ``kept`` has of a job before stay, but for what adapters change.
         """
-        mixes = self.lora.mixes(rows) or [self.lora.own]
-        beside = self.lora if len(mixes) > 1 else None
-        identity = (self.identity, beside and tuple(beside.facts.items()))
-        edits = {name: {} if beside else self.lora.edits(name, mixes[0]) for name in self.plans}
-        tag = None if beside else tuple((self.lora.facts[name], scale) for name, scale in mixes[0])
+        lora_weights = self.lora.distinct(rows) or [self.lora.own]
+        beside = self.lora if len(lora_weights) > 1 else None
+        identity = (self.identity, beside and tuple(beside.fingerprint.items()))
+        edits = {name: {} if beside else self.lora.edits(name, lora_weights[0]) for name in self.plans}
+        tag = None if beside else tuple((self.lora.fingerprint[name], scale) for name, scale in lora_weights[0])
         kept = kept or KeptPipeline()
         if (pipeline := kept.take(identity)) is not None:
             pipeline.reuse(self.scheduler, observer)
@@ -156,7 +156,10 @@ class ModelSpec:
         facts = (self.checkpoint.text_digest(), *program)
         return TextCache(
             entries,
-            lambda row: (facts, tuple((self.lora.facts[name], scale) for name, scale in self.lora.text_mix(row))),
+            lambda row: (
+                facts,
+                tuple((self.lora.fingerprint[name], scale) for name, scale in self.lora.text_weights(row)),
+            ),
         )
 
     def text_bytes(self, rows: Sequence[Row]) -> int:
@@ -253,7 +256,7 @@ def open_model_spec(
     record |= {"quality": 100 if job.output.format.name == "png" else job.output.quality}
     adapters = apply.read(job, plans, family)
     if adapters.adapters:
-        facts["lora"] = adapters.facts
+        facts["lora"] = adapters.fingerprint
     held = {part: load.held(plan, mesh, weights) for part, plan in plans.items()}
     text = sum(held[part] for part in family.encoders)
     away, turns = device_weights.offload_policy(hardware.offload_encoders, mesh, text, group), "keep"

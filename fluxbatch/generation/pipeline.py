@@ -126,9 +126,9 @@ class Pipeline:
         graphs, states = zip(*parts, strict=True)
         return graphs, self.dtype, dict(zip(self.family.encoders, states, strict=True))
 
-    def text_mix(self, row: Row) -> Hashable:
+    def text_lora_weights(self, row: Row) -> Hashable:
         """What the encoding of a row's prompts depends on besides them."""
-        return () if self._lora is None else self._lora.text_mix(row)
+        return () if self._lora is None else self._lora.text_weights(row)
 
     def encoders_out(self, again: bool) -> None:
         """The text encoders make room for the denoiser; ``again``: whether there will be more to encode."""
@@ -296,7 +296,7 @@ class Pipeline:
         return self._pictures
 
     def _scales(self, rows: Sequence[Row]) -> list[np.ndarray]:
-        """Each row's mix of adapters, if it has one of its own."""
+        """Each row's LoRA weights, if it has one of its own."""
         return [] if self._lora is None else [self._lora.scales(rows)]
 
     def _put(self, arrays: Any) -> Any:

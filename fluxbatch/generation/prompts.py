@@ -26,7 +26,7 @@ class Encoders(Protocol):
 
     def encode(self, inputs: Any, rows: Sequence[Row]) -> Conditioning: ...
 
-    def text_mix(self, row: Row) -> Hashable: ...
+    def text_lora_weights(self, row: Row) -> Hashable: ...
 
 
 State = tuple[np.ndarray, ...]  # the arrays of one prompt's conditioning, without the batch axis
@@ -51,7 +51,7 @@ class PromptEmbeds:
 class TextCache:
     """What prompts encoded to in other jobs, bit by bit: an entry's name is a digest of all that decides it.
 
-    ``of``: what that is for a row, besides its token ids, its mix of adapters and the size of a batch.
+    ``of``: what that is for a row, besides its token ids, its LoRA weights and the size of a batch.
     """
 
     entries: Cache
@@ -92,18 +92,18 @@ def encode(
     batch_size: int,
     cache: TextCache | None = None,
 ) -> PromptEmbeds:
-    """Encodes each distinct prompt once, ``batch_size`` at a time (one compiled shape); once for each mix where
-    adapters change the encoders. What is in ``cache`` is taken from there.
+    """Encodes each distinct prompt once, ``batch_size`` at a time (one compiled shape); where adapters change the
+    encoders, once for each of the LoRA weights. What is in ``cache`` is taken from there.
     """
 
     def key(row: Row) -> Hashable:
-        return *(each.text(row) for each in inputs), encoders.text_mix(row)
+        return *(each.text(row) for each in inputs), encoders.text_lora_weights(row)
 
     distinct = {key(row): row for row in rows}
     keys, own = list(distinct), list(distinct.values())
     arrays = tuple(each([each.text(row) for row in own]) for each in inputs)
     names = (
-        [cache.name(row, _of(arrays, i), encoders.text_mix(row), batch_size) for i, row in enumerate(own)]
+        [cache.name(row, _of(arrays, i), encoders.text_lora_weights(row), batch_size) for i, row in enumerate(own)]
         if cache
         else []
     )

@@ -1,6 +1,6 @@
 """An adapter file, read and checked against the model before any of the model's weights are.
 
-Every key must lead to a place in the model and every tensor fit there; what does not is listed, and
+Every key must lead to a parameter of the model and every tensor fit there; what does not is listed, and
 ends the job unless ``lora_config.strict`` is false.
 """
 
@@ -18,15 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from fluxbatch.lora.deltas import (
-    Decomposed,
-    Delta,
-    Hadamard,
-    Kronecker,
-    Product,
-    Replacement,
-    Whole,
-)
+from fluxbatch.lora.deltas import Decomposed, Delta, Hadamard, Kronecker, Product, Replacement, Whole
 from fluxbatch.lora.files import Spec, locate, settings_of
 from fluxbatch.lora.formats import KINDS, Site, Target, read_key, split_key
 from fluxbatch.models.family import LoraKeys
@@ -38,7 +30,7 @@ from fluxbatch.weights.source import FLOATS, Tensor
 
 PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
-Place = tuple[str, int]  # path of a parameter, layer
+LayerPath = tuple[str, int]  # path of a parameter, layer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,10 +53,10 @@ class Adapter:
     file: str
     digest: str  # of the file's bytes and of how they are read
     format: str
-    changes: Mapping[str, Mapping[Place, Delta]]  # by component
+    changes: Mapping[str, Mapping[LayerPath, Delta]]  # by component
     parts: tuple[Part, ...]
     skipped: tuple[str, ...]  # complaints that strict=false let pass
-    zeros: tuple[str, ...] = ()  # modules without a place that the file leaves as they are
+    zeros: tuple[str, ...] = ()  # modules that the model lacks and the file leaves as they are
 
     @property
     def name(self) -> str:
@@ -72,7 +64,7 @@ class Adapter:
 
     @property
     def merged_only(self) -> str | None:
-        """Why it cannot be mixed row by row, if it cannot."""
+        """Why rows cannot have it at scales of their own, if it cannot."""
         for changes in self.changes.values():
             for (path, _), delta in changes.items():
                 if delta.merged_only:
@@ -107,7 +99,7 @@ class Adapter:
 
 
 def read_adapter(spec: Spec, plans: Mapping[str, Plan], keys: LoraKeys, strict: bool) -> Adapter:
-    """Reads the file and finds the place of everything in it; UserError lists whatever has none."""
+    """Reads the file and finds the parameter that each tensor changes; UserError lists those that change none."""
     source, file = locate(spec)
     data = source.read(file)
     where = source.path(file)
@@ -191,7 +183,7 @@ class _Reader:
         self, plans: Mapping[str, Plan], keys: LoraKeys, spec: Spec, settings: Mapping[str, Mapping[str, Any]]
     ):
         self.plans, self.keys, self.spec, self.settings = plans, keys, spec, settings
-        self.changes: dict[str, dict[Place, Delta]] = {}
+        self.changes: dict[str, dict[LayerPath, Delta]] = {}
         self.zeros: list[str] = []
         self._lines: dict[str, list[tuple[str, str, int, int, float, int, float]]] = collections.defaultdict(list)
         self._of: dict[str, int] = {}
@@ -203,7 +195,7 @@ class _Reader:
         made = list(self._deltas(site, tensors))
         if tensors or not made:
             raise ValueError(f"{', '.join(tensors or given)} without what belongs to it")
-        found: dict[Place, Delta] = {}
+        found: dict[LayerPath, Delta] = {}
         for leaf, delta, alpha in made:
             for target in site.targets:
                 path = target.at(leaf)
@@ -213,7 +205,7 @@ class _Reader:
                 if not path.endswith(".kernel") and not isinstance(part, Replacement | Decomposed) and not part.norm2():
                     if len(part.shape) > 1:
                         self.zeros.append(site.module)
-                    continue  # a bias or an embedding as it was is no reason to mix this adapter with no other
+                    continue  # a bias or an embedding as it was is no reason to use this adapter with no other
                 _, shape = self.plans[site.component].shapes[path]
                 if part.shape != shape:
                     raise ValueError(f"shape {list(part.shape)}, the model expects {list(shape)} for {path}")

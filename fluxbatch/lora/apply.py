@@ -1,8 +1,8 @@
-"""The adapters of a job on its model: merged into the weights, or beside them for each row its own mix.
+"""The adapters of a job on its model: merged into the weights, or beside them for each row at its own scales.
 
-Merged where all rows have one mix: no cost per step, and another mix touches only the weights that the
-old or the new one changes. Beside them otherwise: the ranks of all adapters stand side by side in one
-low-rank product whose middle each row scales, so that any mix is data to one compiled program.
+Merged where all rows have the same LoRA weights: no cost per step, and other LoRA weights touch only the parameters
+that the old or the new ones change. Beside them otherwise: the ranks of all adapters stand side by side in one
+low-rank product whose middle each row scales, so that any LoRA weights are data to one compiled program.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from flax import nnx
 
 from fluxbatch.config.schema import Job
 from fluxbatch.distributed.mesh import Placement, put
-from fluxbatch.lora.adapter import Adapter, Place, read_adapter
+from fluxbatch.lora.adapter import Adapter, LayerPath, read_adapter
 from fluxbatch.lora.deltas import Delta
 from fluxbatch.lora.files import specs
 from fluxbatch.models.family import Family
@@ -25,7 +25,7 @@ from fluxbatch.models.layers import LowRank
 from fluxbatch.types import Row, UserError
 from fluxbatch.weights.load import Edit, Edits, Plan
 
-Mix = tuple[tuple[str, float], ...]  # adapter → scale, sorted by name
+LoraWeights = tuple[tuple[str, float], ...]  # adapter → scale, sorted by name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,12 +40,12 @@ class Loras:
         return tuple(adapter.name for adapter in self.adapters)
 
     @property
-    def own(self) -> Mix:
+    def own(self) -> LoraWeights:
         """What a row gets that does not say: every adapter at the job's scale."""
         return tuple(sorted((adapter.name, adapter.spec.scale) for adapter in self.adapters))
 
     @property
-    def facts(self) -> dict[str, str]:
+    def fingerprint(self) -> dict[str, str]:
         """What decides pixels besides the rows' scales."""
         return {adapter.name: adapter.digest for adapter in self.adapters}
 
@@ -56,41 +56,41 @@ class Loras:
         return [line for adapter in self.adapters for line in adapter.table()]
 
     def resolve(self, rows: Sequence[Row]) -> list[Row]:
-        """The rows, each with its mix; UserError for mixes that these adapters cannot have in one job."""
+        """The rows, each with its LoRA weights; UserError for those that these adapters cannot have in one job."""
         if not self.adapters:
             return list(rows)
         rows = [row if row.lora is not None else dataclasses.replace(row, lora=self.own) for row in rows]
-        mixes = self.mixes(rows)
-        if len(mixes) > 1:
-            used = {name for mix in mixes for name, _ in mix}
+        distinct = self.distinct(rows)
+        if len(distinct) > 1:
+            used = {name for weights in distinct for name, _ in weights}
             stuck = [a for a in self.adapters if a.name in used and a.merged_only]
             if stuck:
-                first = next(row for row in rows if _effective(row.lora) != mixes[0])
+                first = next(row for row in rows if _effective(row.lora) != distinct[0])
                 raise UserError(
                     *(
-                        f"{a.spec.key}: {a.name}: {a.merged_only}, so all rows of a job must have the same mix"
+                        f"{a.spec.key}: {a.name}: {a.merged_only}, so all rows of a job must have the same LoRA weights"
                         for a in stuck
                     ),
-                    f"{first.where}: lora is {dict(first.lora or ())}, rows before it have {dict(mixes[0])}",
+                    f"{first.where}: lora is {dict(first.lora or ())}, rows before it have {dict(distinct[0])}",
                 )
         return rows
 
-    def mixes(self, rows: Iterable[Row]) -> list[Mix]:
-        """The different mixes of resolved rows, in order of appearance."""
+    def distinct(self, rows: Iterable[Row]) -> list[LoraWeights]:
+        """The different LoRA weights of resolved rows, in order of appearance."""
         return list(dict.fromkeys(_effective(row.lora) for row in rows))
 
-    def changes(self, component: str, mix: Mix) -> dict[Place, list[tuple[Delta, float]]]:
-        found: dict[Place, list[tuple[Delta, float]]] = {}
-        scales = dict(mix)
+    def changes(self, component: str, weights: LoraWeights) -> dict[LayerPath, list[tuple[Delta, float]]]:
+        found: dict[LayerPath, list[tuple[Delta, float]]] = {}
+        scales = dict(weights)
         for adapter in self.adapters:
             if scale := scales.get(adapter.name, 0.0):
-                for place, delta in adapter.changes.get(component, {}).items():
-                    found.setdefault(place, []).append((delta, scale))
+                for path, delta in adapter.changes.get(component, {}).items():
+                    found.setdefault(path, []).append((delta, scale))
         return found
 
-    def edits(self, component: str, mix: Mix) -> Edits:
-        """What merging ``mix`` does to each layer of each parameter that it changes."""
-        return {place: _edit(changes) for place, changes in self.changes(component, mix).items()}
+    def edits(self, component: str, weights: LoraWeights) -> Edits:
+        """What merging ``weights`` does to each layer of each parameter that it changes."""
+        return {path: _edit(changes) for path, changes in self.changes(component, weights).items()}
 
     def attach(self, component: str, module: nnx.Module, plan: Plan, mesh: jax.sharding.Mesh, dtype: Any) -> None:
         """Puts all adapters beside the weights of a component, on its devices."""
@@ -104,15 +104,15 @@ class Loras:
             for name in path.split(".")[:-1]:
                 linear = getattr(linear, name)
             rows, columns = linear.kernel.get_metadata()["axes"]
-            places = Placement.of(mesh, a.shape, (None, columns)), Placement.of(mesh, b.shape, (rows, None))
+            placements = Placement.of(mesh, a.shape, (None, columns)), Placement.of(mesh, b.shape, (rows, None))
             down, up = (
-                put(np.asarray(place.arranged(x)).astype(dtype), place.final)
-                for x, place in zip((a, b), places, strict=True)
+                put(np.asarray(placement.arranged(x)).astype(dtype), placement.final)
+                for x, placement in zip((a, b), placements, strict=True)
             )
             linear.lora = LowRank(down, up, ranks, (rows, columns))
 
-    def _beside(self, component: str) -> list[Mapping[Place, Delta]]:
-        """What each adapter does there; nothing for one that can only be merged, as no row uses it where mixes
+    def _beside(self, component: str) -> list[Mapping[LayerPath, Delta]]:
+        """What each adapter does there; nothing for one that can only be merged, as no row uses it where LoRA weights
         differ."""
         return [{} if adapter.merged_only else adapter.changes.get(component, {}) for adapter in self.adapters]
 
@@ -139,11 +139,11 @@ class Loras:
 
     def scales(self, rows: Sequence[Row]) -> np.ndarray:
         """``[B, adapters]`` float32 of resolved rows."""
-        mixes = [dict(row.lora or ()) for row in rows]
-        return np.array([[mix.get(name, 0.0) for name in self.names] for mix in mixes], np.float32)
+        distinct = [dict(row.lora or ()) for row in rows]
+        return np.array([[weights.get(name, 0.0) for name in self.names] for weights in distinct], np.float32)
 
-    def text_mix(self, row: Row) -> Mix:
-        """The part of the row's mix that its prompt's encoding depends on."""
+    def text_weights(self, row: Row) -> LoraWeights:
+        """The part of the row's LoRA weights that its prompt's encoding depends on."""
         reading = {a.name for a in self.adapters if any(part in a.changes for part in self.encoders)}
         return tuple((name, scale) for name, scale in _effective(row.lora) if name in reading)
 
@@ -162,8 +162,8 @@ def read(job: Job, plans: Mapping[str, Plan], family: Family) -> Loras:
     return Loras(tuple(adapters), family.encoders)
 
 
-def _effective(mix: Mix | None) -> Mix:
-    return tuple((name, scale) for name, scale in mix or () if scale)
+def _effective(weights: LoraWeights | None) -> LoraWeights:
+    return tuple((name, scale) for name, scale in weights or () if scale)
 
 
 def _edit(changes: list[tuple[Delta, float]]) -> Edit:

@@ -110,7 +110,7 @@ def compile_counted(lowered: Any, platform: str) -> tuple[Any, int]:
 
 
 def compiled(job: Job, target: Target, height: int, width: int) -> list[Need]:
-    """The programs that draw pictures of one size, compiled for ``target`` in a process of its own."""
+    """The programs that generate images of one size, compiled for ``target`` in a process of its own."""
     plain = Job(**{field.name: getattr(job, field.name) for field in dataclasses.fields(Job)})
     asked = pickle.dumps((plain, target, height, width))
     done = subprocess.run(
@@ -131,7 +131,7 @@ def main() -> None:
     from fluxbatch.weights.published import open_or_known
 
     job, target, height, width = pickle.load(sys.stdin.buffer)
-    backend.tell_compiler(job.hardware.xla_flags, job.hardware.libtpu_init_args)
+    backend.set_compiler_flags(job.hardware.xla_flags, job.hardware.libtpu_init_args)
     spec = open_model_spec(job, target.platform, devices(target), target.hosts, open_or_known)
     batch = job.sharding.per_device_batch_size * spec.data_parallel_size
     for need in needs(spec, batch, height, width, parts=("denoise", "decode")):

@@ -28,7 +28,7 @@ TERA = 1e12
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """Rows as the batches that will be drawn."""
+    """Rows as the batches that will be generated."""
 
     spec: ModelSpec
     shards: Sequence[Shard]
@@ -36,7 +36,7 @@ class Work:
 
     @classmethod
     def of(cls, job: Job, spec: ModelSpec, rows: Sequence[Row]) -> Work:
-        """As ``dealing`` makes them of a whole manifest."""
+        """As ``assignment`` makes them of a whole manifest."""
         size = job.sharding.per_device_batch_size * spec.data_parallel_size
         if (job.replica_count or 1) == 1:
             shards = batching.plan(rows, size, job.shard_size)
@@ -61,7 +61,7 @@ class Work:
         """FLOPs of encoding one."""
         return self.spec.family.encode_flops(self.spec.inputs)
 
-    def drawn(self, batches: Sequence[Batch]) -> int:
+    def generated(self, batches: Sequence[Batch]) -> int:
         """FLOPs of these batches, what fills them up included: a batch takes as many steps as its longest row."""
         return self.size * self._flops(
             (*batch.shape, max(row.num_inference_steps for row in batch.rows)) for batch in batches
@@ -71,9 +71,9 @@ class Work:
         """FLOPs of the rows alone."""
         return self._flops((row.height, row.width, row.num_inference_steps) for batch in batches for row in batch.rows)
 
-    def _flops(self, pictures: Iterable[tuple[int, int, int]]) -> int:
+    def _flops(self, images: Iterable[tuple[int, int, int]]) -> int:
         """Of heights, widths and steps: of few different ones."""
-        return sum(count * self.spec.flops(*picture) for picture, count in collections.Counter(pictures).items())
+        return sum(count * self.spec.flops(*image) for image, count in collections.Counter(images).items())
 
     def encoded(self) -> int:
         """Prompts that are encoded: a shard's distinct ones, in whole batches."""
@@ -92,7 +92,7 @@ def lines(
     ahead: bool,
 ) -> Iterator[str]:
     """The whole plan; ``todo``: those of the rows that have no image; ``ahead``: with what the compiler says of the
-    largest picture."""
+    largest image."""
     work = Work.of(job, spec, todo)
     yield from _rows(job, spec, rows, rejects)
     if len(todo) < len(rows):
@@ -121,8 +121,8 @@ def _rows(job: Job, spec: ModelSpec, rows: Sequence[Row], rejects: Sequence[Reje
             f"{startup_warnings.some([reject.where.rpartition('/')[2] for reject in rejects])}",
         )
     if fields := startup_warnings.unread(rows):
-        yield _line("remark", fields)
-    yield from (_line("remark", remark) for remark in startup_warnings.odd(rows))
+        yield _line("warning", fields)
+    yield from (_line("warning", warning) for warning in startup_warnings.odd(rows))
 
 
 def _model(job: Job, spec: ModelSpec, target: Target, rows: Sequence[Row]) -> Iterator[str]:
@@ -142,9 +142,9 @@ def _model(job: Job, spec: ModelSpec, target: Target, rows: Sequence[Row]) -> It
     unseen = filter(None, [spec.checkpoint.unseen])
     swept = startup_warnings.overridden(job.sweep, rows)
     unread = (*startup_warnings.unguided(spec, rows), *startup_warnings.unread_texts(spec, rows))
-    said = (*unseen, *spec.warnings, *unread, *swept, *left_out(rows, spec.provenance), *columns.lines(rows))
-    for remark in said:
-        yield _line("remark", remark)
+    warnings = (*unseen, *spec.warnings, *unread, *swept, *left_out(rows, spec.provenance), *columns.lines(rows))
+    for warning in warnings:
+        yield _line("warning", warning)
 
 
 def _batches(work: Work) -> Iterator[str]:
@@ -152,7 +152,7 @@ def _batches(work: Work) -> Iterator[str]:
     for (height, width), batches in work.buckets.items():
         count = sum(len(batch.rows) for batch in batches)
         steps = sorted({row.num_inference_steps for batch in batches for row in batch.rows})
-        waste = 1 - work.asked(batches) / work.drawn(batches)
+        waste = 1 - work.asked(batches) / work.generated(batches)
         span = f"{steps[0]}–{steps[-1]}" if len(steps) > 1 else str(steps[0])
         yield _line(
             name,
@@ -160,11 +160,8 @@ def _batches(work: Work) -> Iterator[str]:
             f"{waste:.1%} padding",
         )
         name = ""
-    # of pictures, and of token sequences
-    sizes, lengths = (
-        len(work.buckets),
-        len({height * width for height, width in work.buckets}),
-    )
+    # of images, and of token sequences
+    sizes, lengths = (len(work.buckets), len({height * width for height, width in work.buckets}))
     yield _line(
         "programs",
         f"{2 + lengths + sizes} to compile: text, modulation, {lengths} × denoising, {sizes} × decoding; "
@@ -186,7 +183,7 @@ def _memory(job: Job, spec: ModelSpec, target: Target, work: Work) -> Iterator[s
     limit = target.chip.limit if target.chip else device_weights.host_memory() // spec.mesh.size
     again, devices = len(work.shards) > 1, jax.devices()[: target.chips]
     situation = memory.Situation.of(job, spec, target.platform, list(work.buckets), again, limit, devices)
-    if len(spec.lora.mixes(row for batch in work.batches for row in batch.rows)) > 1:  # adapters are not merged
+    if len(spec.lora.distinct(row for batch in work.batches for row in batch.rows)) > 1:  # adapters are not merged
         situation = dataclasses.replace(situation, beside=memory.adapters(spec))
     phases = situation.phases()
     for i, phase in enumerate(phases):
@@ -199,16 +196,16 @@ def _memory(job: Job, spec: ModelSpec, target: Target, work: Work) -> Iterator[s
     verdict = f"{_bytes(limit)} a device: {'fits' if worst.total <= limit else f'{worst.name} does not fit'} (estimate)"
     if target.platform == "gpu":
         verdict += f"; fluxbatch takes {gpu_share():.0%} of a GPU, unless {GPU_SHARES[0]} says otherwise"
-    if again and situation.turns:
+    if again and situation.takes_turns:
         verdict += "; the transformer and the text encoders do not fit together, and take turns for every shard"
     yield _line("", verdict)
     if worst.total > limit:
-        way = situation.way_out(limit)
+        settings = situation.remedy(limit)
         yield _line(
             "",
-            f"fits with {' '.join(way)}"
-            if way
-            else "nothing here makes it fit: smaller pictures, or more or larger devices",
+            f"fits with {' '.join(settings)}"
+            if settings
+            else "nothing here makes it fit: smaller images, or more or larger devices",
         )
 
 
@@ -232,12 +229,12 @@ def _compiled(job: Job, spec: ModelSpec, target: Target, work: Work) -> Iterator
 
 
 def _reads(job: Job, spec: ModelSpec, target: Target, work: Work) -> Iterator[str]:
-    mixes = spec.lora.mixes(row for batch in work.batches for row in batch.rows)
+    lora_weights = spec.lora.distinct(row for batch in work.batches for row in batch.rows)
     each = spec.mesh.size // target.hosts
     hosts = [set(spec.mesh.devices.flat[i * each : (i + 1) * each]) for i in range(target.hosts)]
     read = {}
     for part, plan in spec.plans.items():
-        edits = spec.lora.edits(part, mixes[0]) if len(mixes) == 1 else {}
+        edits = spec.lora.edits(part, lora_weights[0]) if len(lora_weights) == 1 else {}
         read[part] = max(load.to_read(plan, spec.mesh, edits, devices=devices) for devices in hosts)
     again = ""
     if job.hardware.offload_encoders == "free" and len(work.shards) > 1:
@@ -255,22 +252,22 @@ def _reads(job: Job, spec: ModelSpec, target: Target, work: Work) -> Iterator[st
 
 def _cost(job: Job, spec: ModelSpec, target: Target, work: Work, price: float | None) -> Iterator[str]:
     images, replicas = sum(len(batch.rows) for batch in work.batches), job.replica_count or 1
-    total = work.drawn(work.batches) + work.encoded() * work.prompt()
+    total = work.generated(work.batches) + work.encoded() * work.prompt()
     yield _line(
         "work",
         f"{_flops(total)}, {_flops(total / images)} an image; {_flops(work.asked(work.batches) / images)} of it for "
-        "the picture alone",
+        "the image alone",
     )
     peak, reached, source = _speed(spec, target)
     if peak is None:
         yield _line("time", f"no estimate: {source}")
         return
     chips, rented = (size * replicas for size in (spec.mesh.size, max(spec.mesh.size, target.chips)))
-    floor = total / (peak * TERA * chips)
-    expected = floor / reached
+    roofline = total / (peak * TERA * chips)
+    expected = roofline / reached
     yield _line(
         "time",
-        f"{_time(floor)} at least ({source}); about {_time(expected)} at {reached:.0%} of it, "
+        f"{_time(roofline)} at least ({source}); about {_time(expected)} at {reached:.0%} of it, "
         f"{images / expected:.3g} images/s, "
         "besides loading and compiling (estimate)",
     )

@@ -45,7 +45,7 @@ class Situation:
 
     spec: ModelSpec
     platform: str
-    sizes: Sequence[tuple[int, int]]  # heights and widths of the pictures
+    sizes: Sequence[tuple[int, int]]  # heights and widths of the images
     images: int  # of a device at once
     stay: bool  # whether the text encoders stay on the devices
     again: bool  # whether they come back once the transformer is there
@@ -75,21 +75,23 @@ class Situation:
         return cls(spec, platform, sizes, images, stay, again, scores, limit, devices or list(spec.mesh.devices.flat))
 
     @property
-    def turns(self) -> bool:
+    def takes_turns(self) -> bool:
         """Whether the transformer makes room for the encoders when they come back."""
-        drawing = sum(on_a_device(self.spec, part) for part in self.spec.plans) - encoders(self.spec)
-        return not (self.stay or self.spec.stream) and device_weights.crowded(encoders(self.spec), drawing, self.limit)
+        denoising = sum(on_a_device(self.spec, part) for part in self.spec.plans) - encoders(self.spec)
+        return not (self.stay or self.spec.stream) and device_weights.crowded(
+            encoders(self.spec), denoising, self.limit
+        )
 
     def phases(self) -> list[Phase]:
-        """Encode, denoise and decode, each for the largest picture."""
+        """Encode, denoise and decode, each for the largest image."""
         spec, family = self.spec, self.spec.family
         weights = {part: on_a_device(spec, part) for part in spec.plans}
         if spec.stream:
             weights[family.denoiser] = streamed(spec)
         text, decoder = encoders(spec), weights[family.decoder]
-        drawing = sum(weights.values()) - text + self.beside
-        resident = drawing + (text if self.stay else 0)
-        beside = (decoder if self.turns else drawing) if self.stay or self.again else 0
+        denoising = sum(weights.values()) - text + self.beside
+        resident = denoising + (text if self.stay else 0)
+        beside = (decoder if self.takes_turns else denoising) if self.stay or self.again else 0
         at = self.footprint()
         return [
             Phase("encode", text + beside, family.encode_bytes(at, spec.inputs)),
@@ -98,7 +100,7 @@ class Situation:
         ]
 
     def footprint(self) -> Footprint:
-        """Of the largest picture."""
+        """Of the largest image."""
         spec = self.spec
         height, width = max(self.sizes, key=math.prod)
         activation, weight = (jnp.dtype(name).itemsize for name in (spec.activations_dtype, spec.weights_dtype))
@@ -108,32 +110,29 @@ class Situation:
             self.images, height, width, self.platform, activation, weight, mesh, self.scores, STEPS, at_once
         )
 
-    def way_out(self, limit: int) -> tuple[str, ...]:
+    def remedy(self, limit: int) -> tuple[str, ...]:
         """The fewest settings with which every phase fits in ``limit``, slow ones last; none if nothing does."""
         spec = self.spec
-        ways: dict[str, dict[str, Any]] = {}
+        options: dict[str, dict[str, Any]] = {}
         offload = "offload_encoders=free" if self.platform == "cpu" else "offload_encoders=true"
         if self.scores and attention.chosen("auto", self.platform, spec.activations_dtype) != "dot_product":
-            ways["attention=auto"] = {"scores": False}
-        ways[offload] = {"stay": False}
+            options["attention=auto"] = {"scores": False}
+        options[offload] = {"stay": False}
         if self.images > 1:
-            ways["per_device_batch_size=1"] = {"images": 1}
+            options["per_device_batch_size=1"] = {"images": 1}
         whole = all(spec.mesh.shape[axis] == 1 for axis in ("fsdp", "context", "tensor"))
         if whole and len(self.devices) > 1:
             mesh = make_mesh((1, len(self.devices)), devices=self.devices)
             # as it has it, unless it is told otherwise
-            ways["sharding=fsdp"] = {
-                "spec": replace(spec, mesh=mesh),
-                "stay": True,
-            }
+            options["sharding=fsdp"] = {"spec": replace(spec, mesh=mesh), "stay": True}
         if whole and not spec.stream:
-            ways["stream_blocks=true"] = {"spec": replace(spec, stream=True)}
-        tried = [names for count in range(1, len(ways) + 1) for names in itertools.combinations(ways, count)]
+            options["stream_blocks=true"] = {"spec": replace(spec, stream=True)}
+        tried = [names for count in range(1, len(options) + 1) for names in itertools.combinations(options, count)]
         for names in sorted(tried, key=lambda names: "stream_blocks=true" in names):
             if len({"sharding=fsdp", "stream_blocks=true"} & {*names}) < 2:
                 last = sorted(names, key=offload.__eq__)  # it wins over what sharding=fsdp says of it
                 changed = replace(
-                    self, limit=limit, **{key: value for name in last for key, value in ways[name].items()}
+                    self, limit=limit, **{key: value for name in last for key, value in options[name].items()}
                 )
                 if all(phase.total <= limit for phase in changed.phases()):
                     return names

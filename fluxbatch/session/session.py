@@ -89,7 +89,7 @@ def open_session(job: Job, kept: KeptPipeline | None = None) -> Iterator[Session
     Raises UserError for what is wrong with configuration, manifest, checkpoint or output.
     """
     replica = assignment.replica(job)
-    backend.tell_compiler(job.hardware.xla_flags, job.hardware.libtpu_init_args)
+    backend.set_compiler_flags(job.hardware.xla_flags, job.hardware.libtpu_init_args)
     programs = cache.find("jax_cache_dir", job.jax_cache_dir)
     platform = backend.start(job.hardware.platform.name, programs.path, programs.writable)
     group = ProcessGroup()
@@ -100,9 +100,9 @@ def open_session(job: Job, kept: KeptPipeline | None = None) -> Iterator[Session
                 raise programs.error
             spec = open_model_spec(job, platform, group=group)
             given, bad_lines = read_rows(job, size_multiple=spec.size_multiple)
-            rows = spec.resolve(given)  # each row with its mix of LoRA adapters
+            rows = spec.resolve(given)  # each row with its LoRA weights
             store = open_location(job)
-            facts = {**spec.facts, **job.output.facts()}
+            facts = {**spec.facts, **job.output.fingerprint()}
             start = group.start_id()
             with group.first_goes_first():
                 if group.is_first:
@@ -128,7 +128,7 @@ def open_session(job: Job, kept: KeptPipeline | None = None) -> Iterator[Session
                 )
                 for line in chain(lost, startup_warnings.lines(job, spec, given, rows, todo), unlisted):
                     report.say(line)
-        drain.draws()
+        drain.begin()
         until_end.enter_context(outcome.unforeseen())
         session = Session(
             job, group, drain, report, spec, rows, todo, store, ledger, names, texts, work, outcome, batch_size, kept

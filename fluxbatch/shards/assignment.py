@@ -1,9 +1,9 @@
 """The shards of this replica, one after another: all there are, or those it claims among several replicas.
 
-    manifest ─ work_units ─ dealt by cost ─ claimed ─ shard ─ … ─ done ─ all done: one replica merges
+    manifest ─ work_units ─ assigned by cost ─ claimed ─ shard ─ … ─ done ─ all done: one replica merges
 
-A replica first claims what it was dealt. Then it takes what others have not begun, and what a lost one
-left behind. The deal is a preference and nothing more: every work_unit is somebody's in the end.
+A replica first claims what it was assigned. Then it takes what others have not begun, and what a lost one
+left behind. The assignment is a preference: every work unit is made in the end.
 """
 
 from __future__ import annotations
@@ -41,20 +41,20 @@ def running() -> str:
 
 def replica(job: Job) -> Replica:
     """Which replica of how many this is; UserError when that is unclear, or not for several."""
-    place = find(job.replica_index, job.replica_count)
-    if job.replica_count is None and place.count == 1:
+    own = find(job.replica_index, job.replica_count)
+    if job.replica_count is None and own.count == 1:
         refuse_unknown_peers()
-    if job.overwrite and place.count > 1:
-        by = f"replica_count={place.count}{f' ({counted_by()})' if job.replica_count is None else ''}"
+    if job.overwrite and own.count > 1:
+        by = f"replica_count={own.count}{f' ({counted_by()})' if job.replica_count is None else ''}"
         why = "as several would remove each other's images; replica_count=1 where this one has a run_name of its own"
         raise UserError(f"overwrite=true, {by}: expected one replica, {why}")
-    return place
+    return own
 
 
 def open_work(
     job: Job,
     group: ProcessGroup,
-    place: Replica,
+    replica: Replica,
     store: Store,
     ledger: Ledger,
     start: str,
@@ -64,10 +64,10 @@ def open_work(
 ) -> Work:
     """``rows``: the whole manifest; ``todo``: what had no record at the start. ``start``: how the writer ids of
     this replica's processes begin."""
-    if place.count == 1:
+    if replica.count == 1:
         return LocalShards(group, store, batching.plan(todo, batch_size, job.shard_size), before=len(rows) - len(todo))
     work_units = batching.work_units(rows, batch_size, job.shard_size)
-    return ClaimedShards(group, place, store, ledger, start, work_units, todo, batch_size, job.replica_expiry)
+    return ClaimedShards(group, replica, store, ledger, start, work_units, todo, batch_size, job.replica_expiry)
 
 
 class Work(Protocol):
@@ -82,10 +82,10 @@ class Work(Protocol):
         """Whether no other is known to follow."""
 
     def started(self) -> None:
-        """To be called by the first process, before it asks for shards: leaves the first word that it is at work."""
+        """To be called by the first process, before it asks for shards: leaves the first status."""
 
     def ended(self, code: int, reason: str, counts: Mapping[str, int], **more: Mapping[str, float]) -> None:
-        """Leaves the status, last of all. ``counts``: of the whole place, where this replica merges; ``more``: of this
+        """Leaves the status, last of all. ``counts``: of the whole run, where this replica merges; ``more``: of this
         replica."""
 
 
@@ -98,9 +98,9 @@ class LocalShards:
         self._group, self._store, self._shards = group, store, shards
         self._speed: Mapping[str, float] = {}
         self._news, self._over = threading.Event(), False
-        self._thread = threading.Thread(target=self._live, name="sign of life", daemon=True)
+        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         self.progress = Progress(
-            before, sum(len(batch.rows) for shard in shards for batch in shard.batches), self._tell
+            before, sum(len(batch.rows) for shard in shards for batch in shard.batches), self._report
         )
 
     def shards(self, drain: Drain) -> Iterator[Shard]:
@@ -114,11 +114,11 @@ class LocalShards:
     def started(self) -> None:
         write_status(self._store, None, running(), self.progress.counts)
 
-    def _tell(self, counts: Mapping[str, int], speed: Mapping[str, float]) -> None:
+    def _report(self, counts: Mapping[str, int], speed: Mapping[str, float]) -> None:
         self._speed = speed
         self._news.set()
 
-    def _live(self) -> None:
+    def _beat(self) -> None:
         while True:
             self._news.wait(progress.EVERY)
             self._news.clear()
@@ -158,7 +158,7 @@ class ClaimedShards:
     ):
         self._group, self.merges = group, False
         rows = sum(map(len, work_units))
-        self.progress, self._lacking = Progress(rows - len(todo), None, self._tell), len(todo)
+        self.progress, self._lacking = Progress(rows - len(todo), None, self._report), len(todo)
         self._speed: Mapping[str, float] = {}
         self._replica, self._store, self._ledger, self._batch_size, self._patience = (
             replica,
@@ -173,33 +173,33 @@ class ClaimedShards:
         if self._group.is_first:
             holder = Holder(replica.index, start)
             plan = _digest(work_units, ledger.key)
-            self._life = Heartbeat(store, holder, expiry, plan, self._words)
+            self._heartbeat = Heartbeat(store, holder, expiry, plan, self._state)
             self._claims = Claims(store, plan, holder, expiry)
-            self._hand = batching.assign_units(self._costs, replica.count)[replica.index]
-            self._dealt = True  # whether the hand is this replica's own
-        self._given: list[int] = []  # every work_unit that was handed out, in order
-        self._said = 0  # how many of them were said to be done
+            self._queue = batching.assign_units(self._costs, replica.count)[replica.index]
+            self._assigned = True  # whether the queue is this replica's own
+        self._given: list[int] = []  # every work unit that was claimed, in order
+        self._reported = 0  # of how many of them was written that they are done
         self._error: StorageError | None = None
 
     def ends_with(self, shard: Shard) -> bool:
         return False  # another replica may be lost
 
     def started(self) -> None:
-        self._life.begin()
+        self._heartbeat.begin()
 
-    def _say(self) -> None:
-        """Of the place, with the first rows to make: who has none would write over the status of who merged them."""
+    def _write_first_status(self) -> None:
+        """Of the run, with the first rows to make: who has none would write over the status of who merged them."""
         counts = {"before": self.progress.counts["before"], "left": self._lacking}
         with contextlib.suppress(StorageError):
             reason = f"{running()}: how far each replica is, and when it said so, is in {REPLICAS}"
             write_status(self._store, None, reason, counts)
 
-    def _tell(self, counts: Mapping[str, int], speed: Mapping[str, float]) -> None:
+    def _report(self, counts: Mapping[str, int], speed: Mapping[str, float]) -> None:
         self._speed = speed
         if self._group.is_first:
-            self._life.renew()
+            self._heartbeat.renew()
 
-    def _words(self) -> Mapping[str, object]:
+    def _state(self) -> Mapping[str, object]:
         return {"reason": running(), "counts": self.progress.counts, **({"speed": self._speed} if self._speed else {})}
 
     def ended(self, code: int, reason: str, counts: Mapping[str, int], **more: Mapping[str, float]) -> None:
@@ -209,7 +209,7 @@ class ClaimedShards:
             write_status(self._store, code, reason, counts)
             if code in (Exit.OK, Exit.REJECTED_ROWS, Exit.PREEMPTED):  # the last: rows that are to be made again
                 self._claims.finish()
-        self._life.end(code, reason, {"counts": self.progress.counts, **more})
+        self._heartbeat.end(code, reason, {"counts": self.progress.counts, **more})
 
     def shards(self, drain: Drain) -> Iterator[Shard]:
         longest = max(map(len, self._left), default=0)
@@ -233,7 +233,7 @@ class ClaimedShards:
                 continue
             pause = _PAUSE
             if not self._given and self._group.is_first:
-                self._say()
+                self._write_first_status()
             self._given.append(number)
             rows = [row for row, is_left in zip(self._left[number], left, strict=False) if is_left]
             yield Shard(number, tuple(batching.batches(rows, self._batch_size)))
@@ -241,15 +241,15 @@ class ClaimedShards:
     def _next(self, recorded: int) -> tuple[int, list[bool]]:
         """The next work_unit and which of its rows are left, or why there is none. Only in the first process."""
         try:
-            for number in self._given[self._said : recorded]:
+            for number in self._given[self._reported : recorded]:
                 self._claims.done(str(number))
-            self._said = max(self._said, recorded)
-            if self._life.replaced:
+            self._reported = max(self._reported, recorded)
+            if self._heartbeat.replaced:
                 raise StorageError(
                     f"{self._store.url}: another start of replica_index={self._replica.index} has taken this one's "
                     "place"
                 )
-            if (other := self._life.stranger) is not None:
+            if (other := self._heartbeat.conflicting) is not None:
                 raise StorageError(
                     f"{self._store.url}: replica_index={other} works there at the same time with another manifest, "
                     "configuration, batch size or "
@@ -257,26 +257,31 @@ class ClaimedShards:
                     "alike, others have another run_name"
                 )
             while True:
-                if (mine := self._from_hand()) is not None:
+                if (mine := self._from_queue()) is not None:
                     return mine, [True] * len(self._left[mine])
                 survey = self._claims.survey()
                 if survey.finished:
                     return _END, []
                 not_done = [n for n, cost in enumerate(self._costs) if cost and str(n) not in survey.done]
-                self._hand, self._dealt = self._in_turn([n for n in not_done if str(n) not in survey.claimed]), False
-                if not self._hand:
+                self._queue, self._assigned = (
+                    self._in_turn([n for n in not_done if str(n) not in survey.claimed]),
+                    False,
+                )
+                if not self._queue:
                     return self._from_the_lost(not_done, survey.claimed)
         except StorageError as error:
             self._error = error
             return _FAILED, []
 
-    def _from_hand(self) -> int | None:
-        while self._hand:
-            number = self._hand.pop(0)
+    def _from_queue(self) -> int | None:
+        while self._queue:
+            number = self._queue.pop(0)
             if self._claims.take(str(number)):
                 return number
-            if not self._dealt or self._claims.finished:  # someone else is at these as well, or was: better look again
-                self._hand.clear()
+            if (
+                not self._assigned or self._claims.finished
+            ):  # someone else is at these as well, or was: better look again
+                self._queue.clear()
         return None
 
     def _in_turn(self, free: list[int]) -> list[int]:
@@ -305,8 +310,8 @@ class ClaimedShards:
 
 
 def _digest(work_units: Sequence[Sequence[Row]], key: Callable[[Row], str]) -> str:
-    """Tells one plan from another: replicas that draw other pictures, or cut a manifest otherwise, cannot go by each
-    other's claims."""
+    """Tells one plan from another: replicas that generate other images, or divide a manifest otherwise, cannot go by
+    each other's claims."""
     digest = hashlib.sha256()
     for work_unit in work_units:
         digest.update(repr([(row.id, key(row)) for row in work_unit]).encode("utf-8", "surrogatepass"))

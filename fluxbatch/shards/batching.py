@@ -35,7 +35,7 @@ def padded(rows: Sequence[Row], size: int) -> list[Row]:
 def work_units(rows: Sequence[Row], batch_size: int, shard_size: int) -> list[tuple[Row, ...]]:
     """A whole manifest as what one replica claims at a time: rows of one size, whole batches but for the last.
 
-    Half of each bucket lies in work_units of the full size, half of the rest in work_units of half that size, and
+    Half of each bucket lies in work units of the full size, half of the rest in work units of half that size, and
     so on down to a batch: the large ones keep claims few, the small ones make any number of replicas end
     together. The answer does not depend on that number, nor on which rows are done.
     """
@@ -52,13 +52,13 @@ def work_units(rows: Sequence[Row], batch_size: int, shard_size: int) -> list[tu
 
 
 def assign_units(costs: Sequence[float], count: int) -> list[list[int]]:
-    """Portions to ``count`` replicas, by number, in the order of work; all hands cost about the same.
+    """Work units for ``count`` replicas, by number, in the order of work; all replicas' cost about the same.
 
     The costly ones go out first, neighbours together, so that a replica compiles few image sizes; each class of
-    half the cost then fills up what is still uneven. Portions that cost nothing (all done) are nobody's.
+    half the cost then fills up what is still uneven. Work units that cost nothing (all done) are nobody's.
     """
     loads: list[float] = [0.0] * count
-    hands: list[list[int]] = [[] for _ in range(count)]
+    assigned: list[list[int]] = [[] for _ in range(count)]
     spent = 0.0
     scale = {n: math.frexp(cost)[1] for n, cost in enumerate(costs) if cost}
     for _, alike in itertools.groupby(sorted(scale, key=lambda n: -scale[n]), key=scale.__getitem__):
@@ -68,11 +68,11 @@ def assign_units(costs: Sequence[float], count: int) -> list[list[int]]:
         room = list(itertools.accumulate(max(0.0, spent / count - load) for load in loads))
         before = 0.0
         for n in members:
-            hand = min(bisect.bisect_left(room, (before + costs[n] / 2) / total * room[-1]), count - 1)
+            replica = min(bisect.bisect_left(room, (before + costs[n] / 2) / total * room[-1]), count - 1)
             before += costs[n]
-            loads[hand] += costs[n]
-            hands[hand].append(n)
-    return hands
+            loads[replica] += costs[n]
+            assigned[replica].append(n)
+    return assigned
 
 
 def cost(row: Row) -> float:

@@ -1,15 +1,15 @@
-"""Who makes what, where several replicas share an output place and nothing else.
+"""Who makes what, where several replicas share an output directory and nothing else.
 
-    .fluxbatch/replicas/3.json          replica 3's sign of life while it runs, its status afterwards
+    .fluxbatch/replicas/3.json          replica 3's heartbeat while it runs, its status afterwards
     .fluxbatch/claims/PLAN/17.1         task 17 is with the replica and start that stand in it …
     .fluxbatch/claims/PLAN/17.2         … and, when that one was lost, with the next
     .fluxbatch/claims/PLAN/17.done      its records are durable
     .fluxbatch/claims/PLAN/finished     so are all, and they are merged: there is nothing to claim any more
 
-A claim is created if absent, so one replica gets it. It is good as long as its holder lives: until the sign
-of life says that it ended or was started anew, or until the sign has stood still for ``expiry`` seconds by the
+A claim is created if absent, so one replica gets it. It is good as long as its holder lives: until its
+heartbeat says that it ended or was started anew, or until that has stood still for ``expiry`` seconds by the
 clock of whoever looks, so clocks need not agree. Then the next generation is up for claiming. A holder
-that is alive all the same (frozen, cut off) costs a row drawn twice; it is recorded under one key and counts once.
+that is alive all the same (frozen, cut off) costs a row generated twice; it is recorded under one key and counts once.
 """
 
 from __future__ import annotations
@@ -38,24 +38,24 @@ class Holder(NamedTuple):
 
 
 class Heartbeat:
-    """A replica's sign of life, renewed by a thread from ``begin`` to ``end``. ``plan``: as of `Claims`.
-    ``words``: what each sign says besides."""
+    """A replica's heartbeat, renewed by a thread from ``begin`` to ``end``. ``plan``: as of `Claims`.
+    ``state``: what each one says besides."""
 
     def __init__(
-        self, store: Store, holder: Holder, expiry: float, plan: str, words: Callable[[], Mapping[str, object]] = dict
+        self, store: Store, holder: Holder, expiry: float, plan: str, state: Callable[[], Mapping[str, object]] = dict
     ):
         self._store, self._holder, self._expiry, self._plan = store, holder, expiry, plan
         self._predecessor: str | None = None
         self._doubtful: dict[int, bytes] = {}  # signs of other plans: of replicas that were killed, unless they change
-        self._words = words
+        self._state = state
         self._over, self._soon = threading.Event(), threading.Event()
-        self._thread = threading.Thread(target=self._beat, name="sign of life", daemon=True)
-        self.replaced = False  # a later start of the same replica has taken this one's place
-        self.stranger: int | None = None  # a replica that lives and works at another plan in the same place
+        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+        self.replaced = False  # a later start of the same replica has replaced this one
+        self.conflicting: int | None = None  # a replica that lives and works at another plan in the same directory
 
     def begin(self) -> None:
         self._predecessor = self._written()
-        self._write(0, **self._words())
+        self._write(0, **self._state())
         self._doubtful = {
             n: sign
             for name in self._store.list(REPLICAS)
@@ -85,9 +85,9 @@ class Heartbeat:
                 self.replaced = self._is_replaced()
                 if self.replaced:
                     return
-                self._write(number, **self._words())
+                self._write(number, **self._state())
                 changed = (n for n, sign in self._doubtful.items() if self._of_another_plan(n) not in (sign, None))
-                self.stranger = next(changed, None)
+                self.conflicting = next(changed, None)
             except StorageError:
                 pass  # the next one may get through; too many failures, and others take over
 
@@ -127,7 +127,7 @@ class Survey:
 class Claims:
     """The claims on the tasks of one plan. ``plan``: a word that replicas with the same tasks agree on.
 
-    ``expiry``: seconds without a new sign of life after which a holder is taken for lost.
+    ``expiry``: seconds without a new heartbeat after which a holder is taken for lost.
     """
 
     def __init__(
@@ -138,7 +138,7 @@ class Claims:
         round = 0
         while store.exists(f"{_CLAIMS}{plan}-{round}/{_FINISHED}"):
             round += 1
-        self._place = f"{_CLAIMS}{plan}-{round}/"
+        self._folder = f"{_CLAIMS}{plan}-{round}/"
         self._holders: dict[str, Holder] = {}  # claims never change
         self._signs: dict[int, tuple[bytes, float]] = {}  # replica → its sign, and when it was first seen
         self.finished = False  # as of the last claiming
@@ -159,19 +159,19 @@ class Claims:
 
     def done(self, task: str) -> None:
         """Says that the task's records are durable."""
-        self._store.write(f"{self._place}{task}.{_DONE}", b"")
+        self._store.write(f"{self._folder}{task}.{_DONE}", b"")
 
     def finish(self) -> None:
         """Says that all is done and merged, and clears the claims away."""
-        names = [name for name in self._store.list(self._place) if not name.endswith(_FINISHED)]
-        self._store.write(self._place + _FINISHED, b"")
+        names = [name for name in self._store.list(self._folder) if not name.endswith(_FINISHED)]
+        self._store.write(self._folder + _FINISHED, b"")
         in_parallel(self._store.delete, names)
 
     def survey(self) -> Survey:
         done: set[str] = set()
         claimed: dict[str, Any] = {}
-        for name in self._store.list(self._place):
-            task, _, what = name.removeprefix(self._place).rpartition(".")
+        for name in self._store.list(self._folder):
+            task, _, what = name.removeprefix(self._folder).rpartition(".")
             if what == _FINISHED:
                 return Survey(frozenset(), {}, True)
             if what == _DONE:
@@ -181,17 +181,17 @@ class Claims:
         return Survey(frozenset(done), {task: n for task, n in claimed.items() if task not in done}, False)
 
     def _create(self, task: str, generation: int) -> bool:
-        name = f"{self._place}{task}.{generation}"
+        name = f"{self._folder}{task}.{generation}"
         if not self._store.write(name, json.dumps(self._holder._asdict()).encode() + b"\n", if_absent=True):
             return False
         # Whoever wakes up after the end finds no claims either: they went after that was said.
-        self.finished = self._store.exists(self._place + _FINISHED)
+        self.finished = self._store.exists(self._folder + _FINISHED)
         if self.finished:
             self._store.delete(name)
         return not self.finished
 
     def _read(self, task: str, generation: int) -> Holder:
-        name = f"{self._place}{task}.{generation}"
+        name = f"{self._folder}{task}.{generation}"
         if name not in self._holders:
             self._holders[name] = Holder(**json.loads(self._store.read(name)))
         return self._holders[name]

@@ -1,4 +1,4 @@
-"""How far a replica has come: for whoever watches at once, for its status now and then."""
+"""How far a replica has come: at once on the terminal, now and then in its status."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from fluxbatch.types import Row
 EVERY = 30.0  # seconds from one word in the status to the next
 # A line at each step, at the least so many seconds after the last one, and each minute
 MINUTE, STEP, LEAST = 60.0, 0.05, 5.0
-Tell = Callable[[Mapping[str, int], Mapping[str, float]], None]  # counts, and the speed since the last time
+Report = Callable[[Mapping[str, int], Mapping[str, float]], None]  # counts, and the speed since the last time
 
 
 class Progress:
     """The rows of this replica as they are recorded. ``before``: rows that were done when it started. ``rows``: those
-    that it will make; None where others make some of them, nobody knows which. ``tell``: called by the thread that
+    that it will make; None where others make some of them, nobody knows which. ``report``: called by the thread that
     records."""
 
-    def __init__(self, before: int, rows: int | None, tell: Tell):
+    def __init__(self, before: int, rows: int | None, report: Report):
         self.made = self.rejected = 0
         self.rows = rows
-        self._before, self._tell = before, tell
+        self._before, self._report = before, report
         self._beside: dict[int, int] = {}
         self._since: float | None = None
         self._lately = 0  # rows since then
-        self._told = False  # of the first batch
+        self._reported = False  # of the first batch
 
     @property
     def counts(self) -> dict[str, int]:
@@ -48,20 +48,20 @@ class Progress:
         if self._since is None:
             self._since = now
         elif now - self._since >= EVERY:  # before the row counts, so that it is whole batches in whole spans
-            self._tell(self.counts, {"images_per_second": float(f"{self._lately / (now - self._since):.4g}")})
+            self._report(self.counts, {"images_per_second": float(f"{self._lately / (now - self._since):.4g}")})
             self._since, self._lately = now, 0
         last, others = row.index in self._beside, self._beside.pop(row.index, 0)
         self.made += others + ok
         self.rejected += not ok
         self._lately += others + 1
-        if last and not self._told:  # the first batch
-            self._told = True
-            self._tell(self.counts, {})
+        if last and not self._reported:  # the first batch
+            self._reported = True
+            self._report(self.counts, {})
         return others + 1
 
 
 class Lines:
-    """A bar's place where standard error is no terminal: plain lines, a few of them."""
+    """Instead of a bar, where standard error is no terminal: plain lines, a few of them."""
 
     def __init__(self, total: int | None, what: str, unit: str, unit_scale: bool = False):
         self._total, self.desc, self._unit, self._scale = total, what, unit, unit_scale
@@ -118,7 +118,7 @@ class Lines:
 
 
 def bar(total: int | None, what: str, unit: str, quiet: bool = False, unit_scale: bool = False) -> tqdm[Any] | Lines:
-    """A context manager that is told of what is done, and shows it on standard error."""
+    """A context manager that counts what is done, and shows it on standard error."""
     if quiet or sys.stderr.isatty():
         return tqdm(
             total=total, desc=what, unit=unit, unit_scale=unit_scale, dynamic_ncols=True, leave=True, smoothing=0.1,

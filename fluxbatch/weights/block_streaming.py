@@ -24,15 +24,16 @@ from fluxbatch.weights.device_weights import DeviceWeights, moved
 
 Part = tuple[Any, Any]  # graph definition and parameters
 Reading = Callable[[], contextlib.AbstractContextManager[load.Progress]]
-Name = tuple[str, int]  # of a block or a step layer: its stack, and its place there
+Name = tuple[str, int]  # of a block or a step layer: its stack, and its number there
+Ahead = contextlib.AbstractContextManager[Iterator[tuple[Name, Part]]]
 
 
-def _untold() -> contextlib.AbstractContextManager[load.Progress]:
+def _unreported() -> contextlib.AbstractContextManager[load.Progress]:
     return contextlib.nullcontext(lambda count: None)
 
 
 class StreamedWeights(DeviceWeights):
-    """As a network it is what lies in no block; ``blocks`` has the others."""
+    """By itself it is what lies in no block; ``blocks`` has the others."""
 
     def __init__(self, plan: load.Plan, mesh: jax.sharding.Mesh, dtype: Any, edits: load.Edits, hold: bool = False):
         """``hold``: keep the blocks in pinned host memory."""
@@ -52,10 +53,10 @@ class StreamedWeights(DeviceWeights):
         super().merge(edits)
         self._held.clear()
 
-    def step_layers(self, reading: Reading = _untold) -> _Ahead:
+    def step_layers(self, reading: Reading = _unreported) -> Ahead:
         """The layers that make the blocks' step inputs, with their names; to be used with ``with``. ``reading``: what
-        surrounds each one's reading and is told of its bytes, in a thread."""
-        return _Ahead(
+        surrounds each one's reading and gets its bytes' count, in a thread."""
+        return _ahead(
             itertools.chain.from_iterable(map(self.step_layers_of, self._names)), functools.partial(self._part, reading)
         )
 
@@ -63,9 +64,9 @@ class StreamedWeights(DeviceWeights):
         """The names of a block's own."""
         return [(layer, name[1]) for layer in self._stream.step_layers[name[0]]]
 
-    def blocks(self, steps: int, reading: Reading = _untold) -> _Ahead:
+    def blocks(self, steps: int, reading: Reading = _unreported) -> Ahead:
         """All blocks in their order with their names, ``steps`` times over; as ``step_layers``."""
-        return _Ahead(
+        return _ahead(
             itertools.chain.from_iterable(itertools.repeat(self._names, steps)), functools.partial(self._part, reading)
         )
 
@@ -94,32 +95,25 @@ def _paths(state: Any) -> list[str]:
     return [load.path_of(keys) for keys, _ in nnx.to_flat_state(state)]
 
 
-class _Ahead:
+@contextlib.contextmanager
+def _ahead(names: Iterator[Name], make: Callable[[Name], Part]) -> Iterator[Iterator[tuple[Name, Part]]]:
     """Each name and what ``make`` makes of it, the next one under way in a thread."""
+    pool = ThreadPoolExecutor(1, "blocks")
+    under_way: list[tuple[Name, Future[Part]]] = []
 
-    def __init__(self, names: Iterator[Name], make: Callable[[Name], Part]):
-        self._names, self._make = names, make
-        self._next: tuple[Name, Future[Part]] | None = None
+    def advance() -> None:
+        under_way.extend((name, pool.submit(make, name)) for name in itertools.islice(names, 1))
 
-    def __enter__(self) -> _Ahead:
-        self._pool = ThreadPoolExecutor(1, "blocks")
-        self._advance()
-        return self
+    def parts() -> Iterator[tuple[Name, Part]]:
+        while under_way:
+            name, future = under_way.pop()
+            part = [future.result()]
+            del future  # nor does this frame keep the part, while another one computes with it
+            advance()
+            yield name, part.pop()
 
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
-        self._next = None
-
-    def __iter__(self) -> _Ahead:
-        return self
-
-    def __next__(self) -> tuple[Name, Part]:
-        if self._next is None:
-            raise StopIteration
-        name, made = self._next[0], self._next[1].result()
-        self._advance()
-        return name, made
-
-    def _advance(self) -> None:
-        name = next(self._names, None)
-        self._next = None if name is None else (name, self._pool.submit(self._make, name))
+    advance()
+    try:
+        yield parts()
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -121,10 +121,10 @@ def files(components: Mapping[str, Opened]) -> list[tuple[Source, str, int]]:
 
 def open_checkpoint(model: Model) -> Checkpoint:
     """Finds the checkpoint and its family, and reads its configs and headers; UserError for anything unsound."""
-    place, revision = find(
+    path, revision = find(
         model.pretrained_model_name_or_path, "model.pretrained_model_name_or_path", model.revision, *_wanted(model)
     )
-    folder, file = split(place)
+    folder, file = split(path)
     root = Source(folder)
     index = root.json("model_index.json") if file is None and root.exists("model_index.json") else {}
     marker = zarr.read_marker(root) if file is None else None
@@ -234,8 +234,8 @@ def open_component(
             for stem in component.stems
             for end in (SUFFIX, f"-*{SUFFIX}")
         )
-        place, other = split(find(given, f"model.{component.home}", None, (*stems, *SMALL), SMALL)[0])
-        home = Source(place)
+        path, other = split(find(given, f"model.{component.home}", None, (*stems, *SMALL), SMALL)[0])
+        home = Source(path)
         if other:
             return _from_file(name, component, home, other, _read_file(home, other)), home
         return _from_directory(name, component, home / name if home.exists(f"{name}/config.json") else home), home
@@ -323,8 +323,8 @@ def _from_directory(
     name: str, component: Component, source: Source, marker: Mapping[str, Any] | None = None, root: Source | None = None
 ) -> Opened:  # fmt: skip
     if not source.exists("config.json"):
-        places, where = ([source, root] if root else [source]), source.path("config.json")
-        raise UserError(instead(*places) or f"{where}: not found: the checkpoint has no {name}{held(*places)}")
+        folders, where = ([source, root] if root else [source]), source.path("config.json")
+        raise UserError(instead(*folders) or f"{where}: not found: the checkpoint has no {name}{held(*folders)}")
     config = source.json("config.json")
     where = source.path("config.json")
     declared = _class_of(config)

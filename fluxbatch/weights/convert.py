@@ -1,4 +1,4 @@
-"""Writes a checkpoint in the converted layout of ``native.py``: shard by shard, resumable, marker last."""
+"""Writes a checkpoint in the converted layout of ``zarr.py``: shard by shard, resumable, marker last."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fluxbatch.types import UserError
 from fluxbatch.weights import load, zarr
 from fluxbatch.weights.checkpoint import TOKENIZER_FILES, Checkpoint
 from fluxbatch.weights.matching import Piece
-from fluxbatch.weights.source import Source, store_spec
+from fluxbatch.weights.source import Source
 from fluxbatch.weights.staging import Index, StagingBuffer
 
 WRITING = 256 << 20  # bytes of writes under way
@@ -125,7 +125,7 @@ def convert(checkpoint: Checkpoint, to: str, dtype: np.dtype | None, progress: l
             for layer in range(first, last):
                 load.fill(block, layer, array.pieces[layer], scales.get(id(array.pieces[layer].tensor)), reader)
             reader.drain()
-            target = write.wait(opening[id(array)], f"{array.component}/{array.path}")
+            target = root.wait_written(opening[id(array)], f"{array.component}/{array.path}")
             write.block(target[first:last] if array.stacked else target, block.buffer, names[0])
     write.drain()
     _write_rest(checkpoint, write)
@@ -134,12 +134,12 @@ def convert(checkpoint: Checkpoint, to: str, dtype: np.dtype | None, progress: l
         for name in checkpoint.components
     }
     write.file(zarr.MARKER, header | {"components": index})
-    write.delete(zarr.STARTED)
+    root.write(zarr.STARTED, None)
     return True
 
 
 def _written(root: Source, header: Mapping[str, Any]) -> set[str] | None:
-    """Files that an earlier start has written; None when all is done. UserError for another's place."""
+    """Files that an earlier start has written; None when all is done. UserError where another checkpoint lies."""
     if root.exists(zarr.MARKER) or root.exists(zarr.STARTED):
         name = zarr.MARKER if root.exists(zarr.MARKER) else zarr.STARTED
         there = root.json(name)
@@ -155,7 +155,7 @@ def _written(root: Source, header: Mapping[str, Any]) -> set[str] | None:
 
 
 def _write_rest(checkpoint: Checkpoint, write: _Writer) -> None:
-    """Configs and tokenizers, in diffusers' places."""
+    """Configs and tokenizers, where diffusers has them."""
     for name, component in checkpoint.components.items():
         write.file(f"{name}/config.json", {**component.definition.saved, **dataclasses.asdict(component.config)})
     write.file("scheduler/scheduler_config.json", dict(checkpoint.scheduler))
@@ -163,7 +163,7 @@ def _write_rest(checkpoint: Checkpoint, write: _Writer) -> None:
         for file in TOKENIZER_FILES:
             if os.path.exists(path := os.path.join(folder, file)):
                 with open(path, "rb") as f:
-                    write.bytes(f"{name}/{file}", f.read())
+                    write.root.write(f"{name}/{file}", f.read())
     write.file("model_index.json", {"_class_name": checkpoint.family.pipelines[0], **checkpoint.family.index()})
 
 
@@ -172,7 +172,6 @@ class _Writer:
 
     def __init__(self, root: Source):
         self.root = root
-        self._kv = ts.KvStore.open(store_spec(root.url)).result()
         self._pending: collections.deque[tuple[Any, str, int]] = collections.deque()
 
     def start_open(self, array: Array) -> ts.Future[Any]:
@@ -187,19 +186,7 @@ class _Writer:
         """Waits until at most so many bytes are under way."""
         while self._pending and (down_to <= 0 or sum(size for *_, size in self._pending) > down_to):
             future, name, _ = self._pending.popleft()
-            self.wait(future, name)
+            self.root.wait_written(future, name)
 
     def file(self, name: str, value: Mapping[str, Any]) -> None:
-        self.bytes(name, json.dumps(value, indent=1).encode() + b"\n")
-
-    def bytes(self, name: str, value: bytes) -> None:
-        self.wait(self._kv.write(name, value), name)
-
-    def delete(self, name: str) -> None:
-        self.wait(self._kv.write(name, None), name)
-
-    def wait(self, future: ts.Future[Any], name: str) -> Any:
-        try:
-            return future.result()
-        except (ValueError, OSError) as error:
-            raise UserError(f"{self.root.path(name)}: cannot be written: {str(error).splitlines()[0]}") from error
+        self.root.write(name, json.dumps(value, indent=1).encode() + b"\n")

@@ -1,4 +1,4 @@
-"""One network's weights: onto the mesh when they are first needed, out of its memory while they are not."""
+"""One model\'s weights: onto the mesh when they are first needed, out of its memory while they are not."""
 
 from __future__ import annotations
 
@@ -17,24 +17,19 @@ from fluxbatch.weights import load
 from fluxbatch.weights.load import Edits
 
 PROC, CGROUPS = pathlib.Path("/proc"), pathlib.Path("/sys/fs/cgroup")
-# where weights go that are not needed: nowhere, pinned host memory, nowhere at all
-OFFLOAD_POLICIES = (
-    "keep",
-    "host",
-    "free",
-)
+OFFLOAD_POLICIES = ("keep", "host", "free")  # of weights that are not needed: stay, to pinned host memory, delete
 
 
 class DeviceWeights:
     """Nothing is read before the first `load`; what an edit changes is read again by the next one."""
 
     def __init__(
-        self, plan: load.Plan, mesh: jax.sharding.Mesh, dtype: Any, edits: load.Edits, away: str = "keep",
+        self, plan: load.Plan, mesh: jax.sharding.Mesh, dtype: Any, edits: load.Edits, policy: str = "keep",
         attach: Callable[[nnx.Module], None] = lambda module: None,
     ):  # fmt: skip
-        """``away``: one of OFFLOAD_POLICIES. ``attach`` puts beside the weights what does not come from the
+        """``policy``: one of OFFLOAD_POLICIES. ``attach`` puts beside the weights what does not come from the
         checkpoint."""
-        self.plan, self.mesh, self.dtype, self.edits, self.away = plan, mesh, np.dtype(dtype), edits, away
+        self.plan, self.mesh, self.dtype, self.edits, self.policy = plan, mesh, np.dtype(dtype), edits, policy
         self._attach = attach
         self._graph: Any = None
         self._state: Any = None  # on the devices
@@ -73,7 +68,7 @@ class DeviceWeights:
         return self._graph, self._state
 
     def abstract(self) -> tuple[Any, Any]:
-        """What ``parts`` will be once loaded: shapes, dtypes and places. (Adapters beside the weights are there.)"""
+        """What ``parts`` will be once loaded: shapes, dtypes and shardings. (Adapters beside the weights are there.)"""
         module = nnx.merge(self.plan.graph, load.abstract(self.plan, self.mesh, self.dtype))
         self._attach(module)
         return nnx.split(module)
@@ -84,10 +79,10 @@ class DeviceWeights:
         self.edits = edits
 
     def leave(self, again: bool = True) -> None:
-        """Makes room on the devices, as ``away`` says; ``again``: whether the weights will be needed once more."""
-        if self.away == "keep" or self._state is None:
+        """Makes room on the devices, as ``policy`` says; ``again``: whether the weights will be needed once more."""
+        if self.policy == "keep" or self._state is None:
             return
-        if self.away == "host" and again:  # the copy stays there: later ones cost no transfer
+        if self.policy == "host" and again:  # the copy stays there: later ones cost no transfer
             if self._aside is None:
                 self._aside = moved(self._state, "pinned_host")
             jax.block_until_ready(self._aside)
@@ -103,7 +98,7 @@ def moved(state: Any, kind: str) -> Any:
 def offload_policy(
     offload: bool | str, mesh: jax.sharding.Mesh, held: int, group: ProcessGroup = ProcessGroup()
 ) -> str:
-    """The place for ``held`` bytes of weights that are not needed: for True pinned host memory if the hosts have
+    """The policy for ``held`` bytes of weights that are not needed: for True pinned host memory if the hosts have
     room for it, else the checkpoint; on the CPU, whose device memory is the host's, they stay."""
     if offload in (True, "host"):
         if not pinned(mesh):
@@ -112,10 +107,10 @@ def offload_policy(
     return "free" if offload == "free" else "keep"
 
 
-def crowded(text: int, drawing: int, limit: int | None) -> bool:
-    """Whether ``text`` bytes of encoders and ``drawing`` of what draws are too many for a device's ``limit``, with a
-    little for what they work on. They take turns then."""
-    return limit is not None and text + drawing > 0.95 * limit
+def crowded(text: int, denoising: int, limit: int | None) -> bool:
+    """Whether ``text`` bytes of encoders and ``denoising`` of all else are too many for a device's ``limit``, with a
+    little for activations. They take turns then."""
+    return limit is not None and text + denoising > 0.95 * limit
 
 
 def device_memory(mesh: jax.sharding.Mesh) -> int | None:

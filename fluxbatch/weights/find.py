@@ -73,8 +73,8 @@ def find(
         or (file and not file.endswith(SUFFIXES))
         or repo.endswith(SUFFIXES)
     ):
-        if path and (told := broken_link(path)):
-            raise UserError(f"{key}: {told}")
+        if path and (reason := broken_link(path)):
+            raise UserError(f"{key}: {reason}")
         raise UserError(f"{key}: {name!r} is not there: expected a directory, a {SUFFIX} file, gs://bucket/prefix, "
                         "http(s)://… or a Hugging Face repo id")  # fmt: skip
     folder = snapshot(f"{owner}/{repo}", key, revision, (file, *beside) if file else patterns)
@@ -109,12 +109,12 @@ def _listed(repo: str, revision: str | None) -> list[str]:
         return []
 
 
-def split(place: str) -> tuple[str, str | None]:
+def split(path: str) -> tuple[str, str | None]:
     """Directory and file name of a ``.safetensors`` file; the directory itself and None."""
-    if not place.endswith(SUFFIXES) or os.path.isdir(place):
-        return place, None
-    folder, _, file = place.rpartition("/")
-    return folder or ("/" if place.startswith("/") else "."), file
+    if not path.endswith(SUFFIXES) or os.path.isdir(path):
+        return path, None
+    folder, _, file = path.rpartition("/")
+    return folder or ("/" if path.startswith("/") else "."), file
 
 
 def snapshot(repo: str, key: str, revision: str | None, patterns: tuple[str, ...]) -> str:

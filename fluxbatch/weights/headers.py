@@ -1,4 +1,4 @@
-"""What the headers of safetensors files say, checked: every tensor's place in its file, over all files of a
+"""What the headers of safetensors files say, checked: the bytes of every tensor in its file, over all files of a
 component."""
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ def read_header(source: Source, file: str) -> dict[str, Tensor]:
         raise
     size, length = source.size(file), int.from_bytes(start, "little")
     if length > MAX_HEADER or (size is not None and 8 + length > size):
-        told = next((what for magic, what in quantized.MAGIC if start.startswith(magic)), None)
-        told = told or f"its header claims {length:,} bytes: not a safetensors file, or a truncated one"
-        raise UserError(f"{where}: {told}")
+        reason = next((what for magic, what in quantized.MAGIC if start.startswith(magic)), None)
+        reason = reason or f"its header claims {length:,} bytes: not a safetensors file, or a truncated one"
+        raise UserError(f"{where}: {reason}")
     try:
         header = json.loads(source.read(file, 8, 8 + length))
     except (ValueError, RecursionError) as error:
@@ -118,16 +118,16 @@ def weights_file(source: Source, stems: tuple[str, ...]) -> str | None:
     return None
 
 
-def instead(*places: Source) -> str | None:
-    """What is the matter with the first place without the usual weights: a link to nothing, or a quantization."""
-    for place in places:
-        if place.local and (line := broken_link(place.url)):
+def instead(*folders: Source) -> str | None:
+    """What is the matter with the first directory without the usual weights: a link to nothing, or a quantization."""
+    for folder in folders:
+        if folder.local and (line := broken_link(folder.url)):
             return line
         with contextlib.suppress(UserError):
-            if line := quantized.in_names(place.top(), place.url):
+            if line := quantized.in_names(folder.top(), folder.url):
                 return line
-            for file in [name for name in place.top() if name.endswith(SUFFIXES)][:3]:
-                if line := _quantized(place, file):
+            for file in [name for name in folder.top() if name.endswith(SUFFIXES)][:3]:
+                if line := _quantized(folder, file):
                     return line
     return None
 
@@ -140,12 +140,12 @@ def _quantized(source: Source, file: str) -> str | None:
         return str(error) if "quantiz" in str(error) else None
 
 
-def held(*places: Source) -> str:
-    """The files of weights in the first place that has any, as the end of a message."""
-    for place in places:
+def held(*folders: Source) -> str:
+    """The files of weights in the first directory that has any, as the end of a message."""
+    for folder in folders:
         with contextlib.suppress(UserError):
-            if names := [name for name in place.top() if name.endswith(SUFFIXES)]:
-                return f"; {place.url} has {', '.join(names[:5])}{', …' if len(names) > 5 else ''}"
+            if names := [name for name in folder.top() if name.endswith(SUFFIXES)]:
+                return f"; {folder.url} has {', '.join(names[:5])}{', …' if len(names) > 5 else ''}"
     return ""
 
 

@@ -25,14 +25,7 @@ from fluxbatch.types import UserError
 from fluxbatch.weights import cast
 from fluxbatch.weights.matching import Piece, assign
 from fluxbatch.weights.source import Source, Tensor
-from fluxbatch.weights.staging import (
-    IN_FLIGHT,
-    DeviceBuffer,
-    HostBuffer,
-    Index,
-    StagingBuffer,
-    local_parts,
-)
+from fluxbatch.weights.staging import IN_FLIGHT, DeviceBuffer, HostBuffer, Index, StagingBuffer, local_parts
 
 SMALL = 256 << 10  # a tensor up to this size is read whole, not part by part
 
@@ -161,12 +154,12 @@ def _stream(
     loaded = []
     for keys, leaf in leaves:
         shape, axes, path = leaf.get_value().shape, leaf.get_metadata()["axes"], path_of(keys)
-        box = make(shape, len(shape) > len(axes), Placement.of(mesh, shape, axes), np.dtype(dtype))
+        buffer = make(shape, len(shape) > len(axes), Placement.of(mesh, shape, axes), np.dtype(dtype))
         for layer, piece in enumerate(plan.pieces[path]):
-            fill(box, layer, piece, scales.get(id(piece.tensor)), reader, edits.get((path, layer)))
-        loaded.append((keys, leaf, box))
+            fill(buffer, layer, piece, scales.get(id(piece.tensor)), reader, edits.get((path, layer)))
+        loaded.append((keys, leaf, buffer))
     reader.drain()
-    return [(keys, leaf.replace(box.array())) for keys, leaf, box in loaded]
+    return [(keys, leaf.replace(buffer.array())) for keys, leaf, buffer in loaded]
 
 
 def on_host(mesh: jax.sharding.Mesh) -> bool:
@@ -242,19 +235,19 @@ class Rows:
 
 
 def fill(
-    box: StagingBuffer, layer: int, piece: Piece, scale: np.ndarray | None, reader: Reader, edit: Edit | None = None
+    buffer: StagingBuffer, layer: int, piece: Piece, scale: np.ndarray | None, reader: Reader, edit: Edit | None = None
 ) -> None:
     """Starts the reads of one layer: one for each distinct range of rows, whoever shares it."""
     tensor = piece.tensor
-    parts = box.open(layer, tensor.dtype if edit is None else np.dtype(np.float32))
+    parts = buffer.open(layer, tensor.dtype if edit is None else np.dtype(np.float32))
     scale = _by_row(scale, piece, parts[0][1].ndim)
     if edit is not None:
-        return _fill_edited(box, layer, piece, scale, reader, edit, parts)
-    left = _Countdown(lambda: box.close(layer, scale))
+        return _fill_edited(buffer, layer, piece, scale, reader, edit, parts)
+    left = _Countdown(lambda: buffer.close(layer, scale))
     for rows in sorted(_ranges([index for index, _ in parts], piece)):
         for first, last, row in _reads(piece, rows, reader.source.piece):
             left.add()
-            reader.read(tensor, first, last, Rows(parts, row, box.scale(scale), left.done))
+            reader.read(tensor, first, last, Rows(parts, row, buffer.scale(scale), left.done))
     left.done()
 
 
@@ -281,17 +274,17 @@ def _ranges(local: list[Index], piece: Piece, edited: bool = False) -> set[tuple
 
 
 def _fill_edited(
-    box: StagingBuffer, layer: int, piece: Piece, scale: np.ndarray | None, reader: Reader, edit: Edit,
+    buffer: StagingBuffer, layer: int, piece: Piece, scale: np.ndarray | None, reader: Reader, edit: Edit,
     parts: list[tuple[Index, np.ndarray]],
 ) -> None:  # fmt: skip
     """Starts the reads of a whole layer, which is changed before its parts are cut from it."""
-    whole = np.empty(box.shape[1:] if box.stacked else box.shape, np.float32)
+    whole = np.empty(buffer.shape[1:] if buffer.stacked else buffer.shape, np.float32)
 
     def finish() -> None:
         changed = edit(whole)
-        for index, buffer in parts:
-            cast.copy(buffer, changed[tuple(slice(a, b) for a, b in index)], None)
-        box.close(layer, None)
+        for index, part in parts:
+            cast.copy(part, changed[tuple(slice(a, b) for a, b in index)], None)
+        buffer.close(layer, None)
 
     _read_whole(piece, scale, reader, whole, _Countdown(finish))
 
@@ -299,8 +292,8 @@ def _fill_edited(
 def _read_whole(piece: Piece, scale: np.ndarray | None, reader: Reader, whole: np.ndarray, left: _Countdown) -> None:
     for first, last, row in _reads(piece, (0, len(whole)), reader.source.piece):
         left.add()
-        place = [(tuple((0, n) for n in whole.shape), whole)]
-        reader.read(piece.tensor, first, last, Rows(place, row, scale, left.done))
+        parts = [(tuple((0, n) for n in whole.shape), whole)]
+        reader.read(piece.tensor, first, last, Rows(parts, row, scale, left.done))
     left.done()
 
 

@@ -1,7 +1,7 @@
 """What is known of a published checkpoint that is not here: its configurations, from which every size follows.
 
 ``checkpoints/NAME.yaml`` has a repository's. A plan goes by them, so that it needs no download, token or network;
-nothing can be drawn from them.
+nothing can be generated from them.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Published(Checkpoint):
 
 
 class Named(Source):
-    """A place of which only the name is known."""
+    """A directory of which only the name is known."""
 
     def __init__(self, url: str):
         self.url, self.local, self.sizes = url, False, {}
@@ -174,10 +174,10 @@ def _by_sizes(model: Model, known: Known, downloaded: Source | None) -> Publishe
     tokenizers = {}
     for part, files in family.tokenizers.items():
         homes = [home for home in (opened[files.component][1], downloaded) if home]
-        places = [place for home in homes for place in (home / part, home)]
+        folders = [folder for home in homes for folder in (home / part, home)]
         try:
             same = components[files.component].config.vocab_size == files.vocabulary
-            tokenizers[part] = find_tokenizer(places or [Named(repo)], files.repo if same else None)
+            tokenizers[part] = find_tokenizer(folders or [Named(repo)], files.repo if same else None)
         except UserError:
             tokenizers[part] = ""
     named = [part.where for part in components.values() if isinstance(part.source, Named)]

@@ -1,5 +1,5 @@
-"""Quantizations that are not read, told by what only they have: names and dtypes of tensors, notes in a file's header,
-or the config beside it. One line says which it looks like, by what, and what to use instead."""
+"""Quantizations that are not read, recognised by what only they have: names and dtypes of tensors, notes in a file's
+header, or the config beside it. One line says which it looks like, by what, and what to use instead."""
 
 from __future__ import annotations
 

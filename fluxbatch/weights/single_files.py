@@ -1,4 +1,4 @@
-"""Components in single files, told by keys alone.
+"""Components in single files, recognised by keys alone.
 
 Black Forest Labs and ComfyUI ship single files without configs: a transformer, a VAE, a text encoder, or
 all of them under prefixes in one file.

@@ -84,7 +84,7 @@ class Source:
         try:
             self._kv = ts.KvStore.open(store_spec(self.url), context=ts.Context(context)).result()
         except (ValueError, OSError) as error:
-            raise UserError(f"{self.url}: not a place that can be opened: {first_line(error)}") from error
+            raise UserError(f"{self.url}: cannot be opened: {first_line(error)}") from error
         self._generations: dict[str, bytes] = {}
         self.sizes: dict[str, int] = {}  # of the files whose headers were read
 
@@ -115,6 +115,16 @@ class Source:
         start = tensor.start + first * tensor.row_bytes
         data = self.read(tensor.file, start, start + (last - first) * tensor.row_bytes)
         return np.frombuffer(data, tensor.dtype).reshape(-1, *tensor.shape[1:])
+
+    def write(self, name: str, value: bytes | None) -> None:
+        """Writes an object whole; None deletes it."""
+        self.wait_written(self._kv.write(name, value), name)
+
+    def wait_written(self, future: ts.Future[Any], name: str) -> Any:
+        try:
+            return future.result()
+        except (ValueError, OSError) as error:
+            raise UserError(f"{self.path(name)}: cannot be written: {first_line(error)}") from error
 
     def wait(self, future: ts.Future[Any], name: str) -> Any:
         try:
@@ -176,11 +186,11 @@ def broken_link(path: str, above: bool = True) -> str | None:
             return None
     if os.path.exists(path):
         return None
-    told = f"{path}: a link to {os.readlink(path)}, which is not there"
+    reason = f"{path}: a link to {os.readlink(path)}, which is not there"
     if cached := re.search(r"/models--([^/]+)/snapshots/", path):
         repo = cached[1].replace("--", "/", 1)
-        return f"{told}: this copy in Hugging Face's cache is not whole: hf download {repo} --force-download"
-    return f"{told}: mend the link, or copy the file"
+        return f"{reason}: this copy in Hugging Face's cache is not whole: hf download {repo} --force-download"
+    return f"{reason}: mend the link, or copy the file"
 
 
 def store_spec(url: str) -> dict[str, Any]:

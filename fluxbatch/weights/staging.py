@@ -36,9 +36,9 @@ def local_parts(
 class StagingBuffer(abc.ABC):
     """A parameter under way, as one part for each distinct index of the local devices."""
 
-    def __init__(self, shape: tuple[int, ...], stacked: bool, place: Placement, dtype: np.dtype):
-        self.shape, self.stacked, self.place, self.dtype = shape, stacked, place, dtype
-        self.devices = local_parts(shape, place.read)
+    def __init__(self, shape: tuple[int, ...], stacked: bool, placement: Placement, dtype: np.dtype):
+        self.shape, self.stacked, self.placement, self.dtype = shape, stacked, placement, dtype
+        self.devices = local_parts(shape, placement.read)
 
     @abc.abstractmethod
     def open(self, layer: int, dtype: np.dtype) -> list[tuple[Index, np.ndarray]]:
@@ -81,29 +81,32 @@ class HostBuffer(StagingBuffer):
         pass  # the buffers are views of the array to be
 
     def array(self) -> jax.Array:
-        place = self.place
+        placement = self.placement
         here = all(
-            bound % pairs.size == 0 for axis, pairs in place.pairs for index in self._buffers for bound in index[axis]
+            bound % pairs.size == 0
+            for axis, pairs in placement.pairs
+            for index in self._buffers
+            for bound in index[axis]
         )
-        if place.read != place.final or not here:  # devices exchange what they have
-            return _converted(place, self.dtype)(self._on_devices(self._buffers, self.shape, place.read), None)
-        if place.pairs:
+        if placement.read != placement.final or not here:  # devices exchange what they have
+            return _converted(placement, self.dtype)(self._on_devices(self._buffers, self.shape, placement.read), None)
+        if placement.pairs:
             for buffer in self._buffers.values():
                 for layer in buffer if self.stacked else [buffer]:
-                    layer[...] = place.arranged(layer)
-        return self._on_devices(self._buffers, self.shape, place.final)
+                    layer[...] = placement.arranged(layer)
+        return self._on_devices(self._buffers, self.shape, placement.final)
 
 
 class DeviceBuffer(StagingBuffer):
     """On an accelerator: a layer is staged as the file has it, cast and put in its place there.
 
-    ``copies`` under way are bounded too, over all boxes together.
+    ``copies`` under way are bounded too, over all buffers together.
     """
 
     def __init__(self, *args: Any, copies: collections.deque[tuple[jax.Array, int]]):
         super().__init__(*args)
         self._copies = copies
-        read = self.place.read
+        read = self.placement.read
         self._layer_sharding = NamedSharding(read.mesh, PartitionSpec(*read.spec[1:])) if self.stacked else read
         self._staged: dict[int, dict[Index, np.ndarray]] = {}
         self._array: jax.Array | None = None
@@ -120,11 +123,11 @@ class DeviceBuffer(StagingBuffer):
         parts = self._staged.pop(layer)
         staged = self._on_devices(parts, self.shape[1:] if self.stacked else self.shape, self._layer_sharding)
         if not self.stacked:
-            self._array = _converted(self.place, self.dtype)(staged, scale)
+            self._array = _converted(self.placement, self.dtype)(staged, scale)
         else:
             if self._array is None:
-                self._array = jnp.zeros(self.shape, self.dtype, device=self.place.final)
-            self._array = _placed(self.place)(self._array, staged, scale, layer)
+                self._array = jnp.zeros(self.shape, self.dtype, device=self.placement.final)
+            self._array = _placed(self.placement)(self._array, staged, scale, layer)
         self._copies.append((staged, sum(buffer.nbytes for buffer in parts.values())))
         while sum(size for _, size in self._copies) > IN_FLIGHT:
             self._copies.popleft()[0].block_until_ready()
@@ -135,16 +138,18 @@ class DeviceBuffer(StagingBuffer):
 
 
 @functools.lru_cache
-def _converted(place: Placement, dtype: np.dtype) -> Callable[..., jax.Array]:
-    return jax.jit(lambda values, scale: place.arranged(_scaled(dtype, values, scale)), out_shardings=place.final)
+def _converted(placement: Placement, dtype: np.dtype) -> Callable[..., jax.Array]:
+    return jax.jit(
+        lambda values, scale: placement.arranged(_scaled(dtype, values, scale)), out_shardings=placement.final
+    )
 
 
 @functools.lru_cache
-def _placed(place: Placement) -> Callable[..., jax.Array]:
+def _placed(placement: Placement) -> Callable[..., jax.Array]:
     def put(stack: jax.Array, layer: jax.Array, scale: jax.Array | None, at: int) -> jax.Array:
-        return jax.lax.dynamic_update_index_in_dim(stack, place.arranged(_scaled(stack.dtype, layer, scale)), at, 0)
+        return jax.lax.dynamic_update_index_in_dim(stack, placement.arranged(_scaled(stack.dtype, layer, scale)), at, 0)
 
-    return jax.jit(put, donate_argnums=0, out_shardings=place.final)
+    return jax.jit(put, donate_argnums=0, out_shardings=placement.final)
 
 
 def _scaled(dtype: Any, values: jax.Array, scale: jax.Array | None) -> jax.Array:

@@ -20,13 +20,7 @@ import tensorstore as ts
 from fluxbatch.models.key_tables import split_layer
 from fluxbatch.types import UserError
 from fluxbatch.weights.find import CONVERTED
-from fluxbatch.weights.source import (
-    FLOATS,
-    RETRIES,
-    Source,
-    Tensor,
-    store_spec,
-)
+from fluxbatch.weights.source import FLOATS, RETRIES, Source, Tensor, store_spec
 
 MARKER = CONVERTED
 STARTED = "converting.json"

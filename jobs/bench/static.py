@@ -34,7 +34,7 @@ from flax import nnx
 from omegaconf import OmegaConf
 
 from fluxbatch.distributed import chips
-from fluxbatch.distributed.backend import tell_compiler
+from fluxbatch.distributed.backend import set_compiler_flags
 from fluxbatch.distributed.mesh import AXES, Layout, open_mesh
 from fluxbatch.generation.pipeline import Pipeline, ProgressObserver
 from fluxbatch.models import attention
@@ -266,7 +266,7 @@ def main() -> None:
     if args.part == "decode" and target.platform != "tpu":
         sys.exit(f"static.py: --part decode: expected a TPU slice, got {target.name}")
     hardware = OmegaConf.load(CONF / "hardware/auto.yaml")
-    tell_compiler(hardware.xla_flags, hardware.libtpu_init_args)
+    set_compiler_flags(hardware.xla_flags, hardware.libtpu_init_args)
     for sharding in args.sharding:
         for images in args.images:
             start = time.monotonic()
