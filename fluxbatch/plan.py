@@ -61,8 +61,9 @@ def plan(job: PlanJob) -> int:
 def _todo(job: PlanJob, spec: ModelSpec, rows: Sequence[Row]) -> Sequence[Row]:
     """The rows that the output place has no image of, as far as its records can be read; writes nothing there."""
     from fluxbatch.reporting import startup_warnings
-    from fluxbatch.results.ledger import read_job, read_records
-    from fluxbatch.results.location import FORMAT
+    from fluxbatch.results.ledger import read_records
+    from fluxbatch.results.location import FORMAT, container_facts, read_job
+    from fluxbatch.results.packed import open_images
     from fluxbatch.results.resume import difference, digest, key_under, match
     from fluxbatch.storage.base import NotFound, join
     from fluxbatch.storage.registry import open_store
@@ -72,7 +73,7 @@ def _todo(job: PlanJob, spec: ModelSpec, rows: Sequence[Row]) -> Sequence[Row]:
         store = open_store(join(job.output_dir, *([job.run_name] if job.run_name else [])))
         if (there := read_job(store)) is None:  # no start has been there
             return rows
-        facts = {"layout": FORMAT} | facts
+        facts = {"layout": FORMAT} | container_facts(job.output.container) | facts
         if spec.checkpoint.unseen:  # whether it is the one that drew them cannot be told
             facts["model_digest"] = own["model_digest"] = there.get("model_digest")
         if changed := difference(there, facts):
@@ -82,7 +83,7 @@ def _todo(job: PlanJob, spec: ModelSpec, rows: Sequence[Row]) -> Sequence[Row]:
                 file=sys.stderr,
             )
             return rows
-        lost = store.missing({record["file_name"] for record in read_records(store)})
+        lost = open_images(store).missing({record["file_name"] for record in read_records(store)})
         for line in startup_warnings.lost(sorted(lost)):
             print(f"fluxbatch: {line}", file=sys.stderr)
         places = {(r["id"], r["key"]): r["index"] for r in read_records(store) if r["file_name"] not in lost}

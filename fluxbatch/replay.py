@@ -53,6 +53,7 @@ def replay(job: ReplayJob) -> int:
     from fluxbatch.results.image_files import decode, pixel_sha256
     from fluxbatch.results.ledger import METADATA, read_records
     from fluxbatch.results.location import CONFIG
+    from fluxbatch.results.packed import open_images
     from fluxbatch.results.resume import difference
     from fluxbatch.results.writer import PROGRAM, encoded
     from fluxbatch.storage import cache
@@ -105,9 +106,9 @@ def replay(job: ReplayJob) -> int:
         target, name, form = saved
         target.write(name, encoded(record | {"sha256": pixel_sha256(made)}, made, form, recorded.output))
         print(f"{job.id}: saved as {job.save}")
-    file = record["file_name"]
+    file, images = record["file_name"], open_images(store)
     if pixel_sha256(made) == record["sha256"]:
-        wrong = fault_of(store, record)
+        wrong = fault_of(images, record)
         but = (
             ""
             if wrong == ""
@@ -118,7 +119,7 @@ def replay(job: ReplayJob) -> int:
         print(f"{job.id}: the same pixels, sha256 {record['sha256']}{but}")
         return Exit.REJECTED_ROWS if but else Exit.OK
     try:
-        stored = decode(store.read(file))
+        stored = decode(images.read(file))
     except (NotFound, ValueError) as error:
         print(f"{job.id}: other pixels than were recorded; nothing to compare them with: {file}: {error}")
         return Exit.REJECTED_ROWS

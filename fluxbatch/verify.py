@@ -18,8 +18,9 @@ from tqdm import tqdm
 from fluxbatch.config import application
 from fluxbatch.config.schema import Job
 from fluxbatch.results.damage import fault_of
-from fluxbatch.results.ledger import HIDDEN, IMAGES, METADATA, RECORDS, Record, read_records, remove
-from fluxbatch.results.location import LOCK, SHEET
+from fluxbatch.results.ledger import HIDDEN, METADATA, RECORDS, Record, read_records, remove
+from fluxbatch.results.location import LOCK
+from fluxbatch.results.packed import open_images
 from fluxbatch.storage.base import Store, join
 from fluxbatch.storage.log import Log, in_parallel
 from fluxbatch.storage.registry import open_store
@@ -54,16 +55,17 @@ def verify(job: VerifyJob) -> int:
 
 def check(store: Store) -> Findings:
     """Every record of one run against its image, and every image against the records."""
+    images = open_images(store)
     missing, damaged, recorded = [], {}, set()
     records = tqdm(read_records(store), desc=store.url, unit="image", disable=None, leave=False)
     for window in _windows(records):
-        for record, fault in zip(window, in_parallel(lambda record: fault_of(store, record), window), strict=True):
+        for record, fault in zip(window, in_parallel(lambda record: fault_of(images, record), window), strict=True):
             recorded.add(record["file_name"])
             if fault is None:
                 missing.append(record["file_name"])
             elif fault:
                 damaged[record["file_name"]] = fault
-    orphaned = [n for n in store.list() if n.endswith(IMAGES) and n != SHEET and n not in recorded]
+    orphaned = [name for name in images.list() if name not in recorded]
     return Findings(len(recorded), tuple(missing), damaged, tuple(orphaned))
 
 
@@ -88,7 +90,7 @@ def _report(store: Store, repair: bool) -> Findings:
                 "copied along"
             )
         with store.hold(LOCK, shared=False):  # a start at work would write the records of its shard again
-            remove(store, log, lambda record: record["file_name"] in bad)
+            remove(store, log, lambda record: record["file_name"] in bad, open_images(store))
         print(f"  repaired  {len(bad)} rows are to be made again: start the same job once more")
     return found
 

@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 
-from fluxbatch.config.schema import ImageFormat, Job, LoraConfig, ManifestErrors, OnError, Output, Sampler
+from fluxbatch.config.schema import Container, ImageFormat, Job, LoraConfig, ManifestErrors, OnError, Output, Sampler
 from fluxbatch.types import Row
 
 
@@ -21,7 +21,15 @@ def job(**changes) -> Job:
             max_sequence_length=64,
             sigmas=None,
         ),
-        output=Output(format=ImageFormat.png, filename="flux_{i}", quality=90, png_level=1, gallery=False),
+        output=Output(
+            format=ImageFormat.png,
+            filename="flux_{i}",
+            quality=90,
+            png_level=1,
+            gallery=False,
+            container=Container.files,
+            rows_per_shard=None,
+        ),
         lora_config=LoraConfig([], [], [], [], [], True),
         prompt=None,
         prompt_2=None,

@@ -14,6 +14,7 @@ from test_metadata import LARGE, runs  # noqa: F401 (a fixture)
 from test_writer import start
 
 from fluxbatch.results.gallery import write_contact_sheet
+from fluxbatch.results.images import Files
 from fluxbatch.storage.registry import open_store
 
 FOLDERS = pathlib.Path(__file__).parents[1] / ".venv"
@@ -66,7 +67,7 @@ def test_runs_and_folders_of_runs_load(runs, tmp_path, load):  # noqa: F811
         rows[k] = plain.row(k, prompt=rows[k].prompt, lora=(("ink", 1.0),), seed=7, extra=rows[k].extra)
     store = open_store(str(tmp_path / "long"))
     start(store, rows)
-    write_contact_sheet(store, metadata(tmp_path / "long"))
+    write_contact_sheet(store, Files(store), metadata(tmp_path / "long"))
     start(open_store(str(tmp_path / "large")), [plain.row(0, seed=LARGE), plain.row(1, seed=2**53 + 1)])
     alone, together, long, large = load(runs / "styled", runs, tmp_path / "long", tmp_path / "large")
 

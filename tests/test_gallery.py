@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from fluxbatch.results import gallery
+from fluxbatch.results.images import Files
 from fluxbatch.results.location import SHEET
 from fluxbatch.storage.local import LocalStore
 
@@ -196,7 +197,7 @@ def test_contact_sheet_shows_the_images_in_order(store):
     colors = [(200, 0, 0), (0, 200, 0), (0, 0, 200), (90, 90, 0), (0, 90, 90)]
     for i, color in enumerate(colors):
         store.write(f"flux_{i}.png", png(color, (64, 32) if i == 1 else (32, 32)))
-    gallery.write_contact_sheet(store, map(record, range(5)), title="demo", side=32)
+    gallery.write_contact_sheet(store, Files(store), map(record, range(5)), title="demo", side=32)
     sheet = sheet_of(store)
     assert sheet.mode == "RGB"
     centers = [(x + 16, 50 + 16) for x in range(12, sheet.width - 32, 44)]
@@ -208,7 +209,7 @@ def test_contact_sheet_shows_the_images_in_order(store):
 def test_contact_sheet_is_bounded(store):
     store.write("flux_0.png", png("red"))
     records = (record(i, file_name="flux_0.png") for i in range(5000))
-    gallery.write_contact_sheet(store, records, limit=100, side=160)
+    gallery.write_contact_sheet(store, Files(store), records, limit=100, side=160)
     sheet = sheet_of(store)
     assert sheet.width * sheet.height < 5_000_000
 
@@ -216,8 +217,8 @@ def test_contact_sheet_is_bounded(store):
 def test_contact_sheet_survives_missing_and_broken_images_and_no_images(store):
     store.write("flux_1.png", b"not an image")
     store.write("flux_2.png", png("red")[:40])
-    gallery.write_contact_sheet(store, map(record, range(3)))
-    gallery.write_contact_sheet(store, [], title="a very long title " * 40)
+    gallery.write_contact_sheet(store, Files(store), map(record, range(3)))
+    gallery.write_contact_sheet(store, Files(store), [], title="a very long title " * 40)
     assert sheet_of(store).width > 100
 
 

@@ -49,6 +49,12 @@ class MemoryStore:
         except KeyError:
             raise NotFound(name) from None
 
+    def size(self, name):
+        return len(self.read(name))
+
+    def read_range(self, name, start, size):
+        return self.read(name)[start : start + size]
+
     def write(self, name, data, *, if_absent=False):
         check_name(name)
         self._step()  # dead before it is durable

@@ -54,7 +54,7 @@ def start(store, rows, job=None, *, batch_size=3, kill=None, **options):
     ledger = Ledger(store, {"model_digest": "abc"}, writer_id=f"start-{os.getpid()}-{next(_starts)}")
     extension = EXTENSIONS[job.output.format.name]
     todo, names = ledger.assign(rows, template=job.output.filename, extension=extension)
-    with Writer(store, ledger, job, facts=FACTS, **options) as writer:
+    with Writer(ledger, job, facts=FACTS, **options) as writer:
         for k, begin in enumerate(range(0, len(todo), batch_size)):
             if kill:
                 kill(k)
@@ -130,7 +130,7 @@ def test_other_formats(tmp_path, format):
 def test_an_image_of_one_colour_is_kept_and_flagged(tmp_path):
     store = open_store(str(tmp_path))
     ledger = Ledger(store, {}, writer_id="w")
-    with Writer(store, ledger, plain.job(), facts={}) as writer:
+    with Writer(ledger, plain.job(), facts={}) as writer:
         writer.put([plain.row(0)], {0: "a.png"}, np.zeros((1, 8, 8, 3), np.uint8), [True], seconds=lambda: 0.25)
     (line,) = ledger.records()
     assert line["flags"] == "flat" and line["seconds"] == 0.25 and store.exists("a.png")
@@ -142,7 +142,7 @@ def test_the_program_that_made_a_picture_is_in_its_record_alone(tmp_path):
     for device in ("cpu", "NVIDIA H100"):
         store = open_store(str(tmp_path / device))
         ledger = Ledger(store, {}, writer_id="w")
-        with Writer(store, ledger, plain.job(), facts=dict.fromkeys(module.PROGRAM, device)) as writer:
+        with Writer(ledger, plain.job(), facts=dict.fromkeys(module.PROGRAM, device)) as writer:
             writer.put([plain.row(0)], {0: "a.png"}, batch([plain.row(0)]), [True])
         (record,) = ledger.records()
         assert {record[key] for key in module.PROGRAM} == {device}
@@ -156,9 +156,7 @@ def test_a_record_says_the_share_of_the_peak(tmp_path):
 
     ledger = Ledger(open_store(str(tmp_path)), {}, writer_id="w")
     roofline = {0: 0.1, 1: None}
-    with Writer(
-        open_store(str(tmp_path)), ledger, plain.job(), facts={}, roofline=lambda row: roofline[row.index]
-    ) as writer:
+    with Writer(ledger, plain.job(), facts={}, roofline=lambda row: roofline[row.index]) as writer:
         writer.put(
             [plain.row(k) for k in roofline],
             {0: "a.png", 1: "b.png"},
@@ -187,7 +185,7 @@ def test_rows_that_are_not_finite_are_made_again_once(tmp_path):
         return plain.pixels(row), row.index == 1
 
     options = {"facts": {}, "retry": retry, "on_image": lambda row, ok: seen.append((row.index, ok))}
-    with Writer(store, ledger, plain.job(), **options) as writer:
+    with Writer(ledger, plain.job(), **options) as writer:
         writer.put(rows, names, np.zeros((4, 8, 8, 3), np.uint8), np.array([True, False, False, True]))
     tally = ledger.merge()
     assert sorted(tried) == [1, 2] and sorted(seen) == [(0, True), (1, True), (2, False), (3, True)]
@@ -270,7 +268,7 @@ def test_an_error_of_the_program_surfaces(tmp_path):
 
     with (
         pytest.raises(RuntimeError, match="a bug"),
-        Writer(store, ledger, plain.job(), facts={}, on_image=broken) as writer,
+        Writer(ledger, plain.job(), facts={}, on_image=broken) as writer,
     ):
         for k in range(3):  # the second or third put raises, and so would leaving the block
             writer.put([plain.row(k)], {k: f"{k}.png"}, batch([plain.row(k)]), [True])
@@ -284,7 +282,7 @@ def test_the_job_stops_at_the_failure_that_was_named(options, batches):
     _, names = ledger.assign(rows, template="flux_{i}", extension=".png")
     with (
         pytest.raises(TooManyFailures, match=r"m.jsonl:\d+: the image is not finite .*stopped after . failed rows"),
-        Writer(store, ledger, plain.job(**options), facts={}) as writer,
+        Writer(ledger, plain.job(**options), facts={}) as writer,
     ):
         for begin in range(0, 20, 2):
             writer.put(rows[begin : begin + 2], names, batch(rows[begin : begin + 2]), [True, False])
@@ -295,7 +293,7 @@ def test_the_job_stops_at_the_failure_that_was_named(options, batches):
 def test_leaving_by_an_exception_finishes_what_was_put(tmp_path):
     store = open_store(str(tmp_path))
     ledger = Ledger(store, {}, writer_id="w")
-    with pytest.raises(KeyboardInterrupt), Writer(store, ledger, plain.job(), facts={}) as writer:
+    with pytest.raises(KeyboardInterrupt), Writer(ledger, plain.job(), facts={}) as writer:
         writer.put([plain.row(0)], {0: "0.png"}, batch([plain.row(0)]), [True])
         raise KeyboardInterrupt
     assert [line["id"] for line in ledger.records()] == ["0"]
@@ -337,7 +335,7 @@ def job_seconds(write_seconds, device_seconds=0.2, batches=10):
     ledger = Ledger(store, {}, writer_id="w")
     _, names = ledger.assign(rows, template="flux_{i}", extension=".png")
     begin = time.monotonic()
-    with Writer(store, ledger, plain.job(), facts={}) as writer:
+    with Writer(ledger, plain.job(), facts={}) as writer:
         for k in range(batches):
             part = rows[4 * k : 4 * k + 4]
             writer.put(part, names, OnDevice(batch(part), device_seconds), [True] * 4)
@@ -359,7 +357,7 @@ def test_put_waits_when_the_writing_is_slower():
     rows = [plain.row(k) for k in range(4)]
     store = Slow(0.1)
     ledger = Ledger(store, {}, writer_id="w")
-    with Writer(store, ledger, plain.job(), facts={}) as writer:
+    with Writer(ledger, plain.job(), facts={}) as writer:
         for row in rows:
             writer.put([row], {row.index: f"{row.index}.png"}, batch([row]), [True])
             unrecorded = len([name for name in store.objects if name.endswith(".png")]) - writer.written
@@ -380,7 +378,7 @@ def test_the_end_of_a_shard_waits_for_nothing():
             assert drawn.wait(10)
             return self.pixels
 
-    with Writer(store, ledger, plain.job(), facts={}) as writer:
+    with Writer(ledger, plain.job(), facts={}) as writer:
         writer.put(rows, {row.index: f"{row.index}.png" for row in rows}, Drawing(batch(rows), 0), [True] * 3)
         writer.compact()
         assert writer.written == ledger.compactions == 0

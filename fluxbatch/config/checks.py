@@ -112,6 +112,11 @@ def _offenders(job: Job, rows: bool) -> Iterator[tuple[str, Any, str]]:  # noqa:
         yield "output.quality", output.quality, "1 to 100"
     if not 0 <= output.png_level <= 9:
         yield "output.png_level", output.png_level, "0 to 9"
+    if output.rows_per_shard is not None and output.rows_per_shard < 1:
+        yield "output.rows_per_shard", output.rows_per_shard, "a whole number from 1, or null for about 1 GB"
+    if output.container.name != "files" and not re.fullmatch(r"[\w-]*\{i:0\d+\}[\w-]*", output.filename):
+        wanted = f"{{i:09}}, as container={output.container.name} has keys of one width"
+        yield "output.filename", output.filename, wanted
     for key in ("output_dir", "manifest"):
         value = getattr(job, key)
         if value is not None and (not value.strip() or "\0" in value):

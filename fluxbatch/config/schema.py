@@ -46,6 +46,12 @@ class ImageFormat(Enum):
     webp = "webp"
 
 
+class Container(Enum):
+    files = "files"
+    webdataset = "webdataset"
+    parquet = "parquet"
+
+
 class ManifestErrors(Enum):
     stop = "stop"
     quarantine = "quarantine"
@@ -119,6 +125,8 @@ class Output:
     quality: int = MISSING  # jpeg, webp
     png_level: int = MISSING
     gallery: bool = MISSING
+    container: Container = MISSING
+    rows_per_shard: int | None = MISSING  # None: about 1 GB of images
 
     def fingerprint(self) -> dict[str, Any]:
         """What of it decides a file's pixels: PNG loses none at any level."""

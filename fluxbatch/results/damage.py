@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 
 from fluxbatch.results.image_files import decode, parameters, pixel_sha256
-from fluxbatch.results.ledger import Record
-from fluxbatch.storage.base import NotFound, Store
+from fluxbatch.results.images import Images, Record
+from fluxbatch.storage.base import NotFound
 
 
-def fault_of(store: Store, record: Record) -> str | None:
+def fault_of(images: Images, record: Record) -> str | None:
     """What is wrong with the record's image: "" nothing, None it is not there."""
     try:
-        data = store.read(record["file_name"])
+        data = images.read(record["file_name"])
         pixels = decode(data)
         said = {} if record["file_name"].endswith(".png") else parameters(data)
     except NotFound:

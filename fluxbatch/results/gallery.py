@@ -24,11 +24,13 @@ from typing import Any, TypeVar
 
 from PIL import Image, ImageDraw, ImageFont
 
+from fluxbatch.results.images import Images
 from fluxbatch.results.location import SHEET
 from fluxbatch.results.resume import mix
 from fluxbatch.storage.base import StorageError, Store
 
 MAX_ROWS = 100_000  # of one page
+MAX_THUMBNAILS = 400  # of one page, which carries them where images lie in shards: some 10 kB each
 SAFE_INTEGER = 2**53  # JavaScript's numbers are exact up to here
 OWN = frozenset({"file_name", "id", "index", "prompt", "prompt_2", "seed"})  # an image's, even if all agree
 
@@ -37,17 +39,25 @@ T = TypeVar("T")
 
 
 def write_gallery(
-    store: Store, records: Iterable[Record], rejects: Iterable[Record], title: str, summary: Mapping[str, Any]
+    store: Store,
+    records: Iterable[Record],
+    rejects: Iterable[Record],
+    title: str,
+    summary: Mapping[str, Any],
+    images: Images | None = None,
 ) -> None:
     """Write ``index.html``: every image and every failed row, in the manifest's order.
 
     ``summary`` is the line on top, label → value, in the order given (None: left out); the model
     is added from the records. Of more than ``MAX_ROWS`` images the page holds an even choice, and
-    says so. Raises StorageError.
+    says so. ``images``: where they lie, if not in files that the page can show: it carries small
+    copies of at most ``MAX_THUMBNAILS`` then. Raises StorageError.
     """
-    images, made = thin(records, MAX_ROWS)
+    chosen, made = thin(records, MAX_THUMBNAILS if images else MAX_ROWS)
     failures, failed = thin(rejects, MAX_ROWS)
-    rows = sorted([*images, *map(_failure, failures)], key=_order)
+    if images:
+        chosen = _with_thumbnails(images, chosen)
+    rows = sorted([*chosen, *map(_failure, failures)], key=_order)
     store.write("index.html", _page(title, summary, rows, left_out=made + failed - len(rows)))
 
 
@@ -95,14 +105,14 @@ def write_grid(store: Store, jobs: Mapping[str, Mapping[str, Any]], title: str =
 
 
 def write_contact_sheet(
-    store: Store, records: Iterable[Record], *, title: str = "", limit: int = 100, side: int = 160
+    store: Store, images: Images, records: Iterable[Record], *, title: str = "", limit: int = 100, side: int = 160
 ) -> None:
     """Write ``.fluxbatch/contact_sheet.png``: at most ``limit`` evenly chosen images, shrunk into squares of
     ``side`` pixels, with short captions. An image that cannot be read stays an empty frame.
     """
     chosen, total = thin(records, limit)
     with ThreadPoolExecutor(8) as pool:  # an object store answers one read in some 50 ms
-        thumbnails = list(pool.map(lambda record: _thumbnail(store, record, side), chosen))
+        thumbnails = list(pool.map(lambda record: _thumbnail(images, record, side), chosen))
     font, small = ImageFont.load_default(18), ImageFont.load_default(12)
     gap, caption = 12, 34
     across = max(4, math.ceil(math.sqrt(1.5 * len(chosen))))
@@ -295,13 +305,27 @@ def _status(store: Store, job: str) -> dict[str, Any]:
     return json.loads(store.read(name)) if store.exists(name) else {}
 
 
-def _thumbnail(store: Store, record: Record, side: int) -> Image.Image | None:
+def _thumbnail(images: Images, record: Record, side: int) -> Image.Image | None:
     try:
-        with Image.open(io.BytesIO(store.read(record["file_name"]))) as image:
+        with Image.open(io.BytesIO(images.read(record["file_name"]))) as image:
             image.thumbnail((side, side), Image.Resampling.LANCZOS)
             return image.convert("RGB")
     except (StorageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return None
+
+
+def _with_thumbnails(images: Images, records: Sequence[Record]) -> list[Record]:
+    def address(record: Record) -> str | None:
+        if (thumbnail := _thumbnail(images, record, 256)) is None:
+            return None
+        out = io.BytesIO()
+        thumbnail.save(out, "JPEG", quality=80)
+        return f"data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode()}"
+
+    with ThreadPoolExecutor(8) as pool:
+        return [
+            {**record, "thumbnail": found} for record, found in zip(records, pool.map(address, records), strict=True)
+        ]
 
 
 def _caption(record: Record) -> str:

@@ -12,10 +12,12 @@ import datetime
 import json
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from fluxbatch.config.schema import Container
 from fluxbatch.results.file_names import Namer
+from fluxbatch.results.images import Images
 from fluxbatch.results.location import (
     FORMAT,
     HIDDEN,
@@ -25,9 +27,14 @@ from fluxbatch.results.location import (
     REJECTS,
     STATUS,
     WAY_OUT,
+    container_facts,
+    container_of,
+    read_job,
     refuse_foreign,
 )
+from fluxbatch.results.packed import open_images
 from fluxbatch.results.resume import (
+    NamesSeen,
     Record,
     RecordId,
     describe,
@@ -38,8 +45,8 @@ from fluxbatch.results.resume import (
     row_key,
     with_extra,
 )
-from fluxbatch.storage.base import NotFound, Store, join
-from fluxbatch.storage.log import Log, in_parallel, json_line, object_of
+from fluxbatch.storage.base import Store, join
+from fluxbatch.storage.log import Log, json_line, object_of
 from fluxbatch.types import Reject, Row, UserError
 
 __all__ = [
@@ -81,13 +88,24 @@ class Ledger:
 
     ``job_facts``: JSON-able, everything besides the row that decides its pixels.
     ``writer_id``: another one for every start of every process; letters, digits, ``-`` and ``_``.
+    ``container``: what the images lie in.
     Raises UserError when the place holds a job of other facts, or images of unknown origin;
     with ``overwrite`` what the other job left is removed instead. Where several processes share
     a start, let one open the ledger before the others do.
     """
 
-    def __init__(self, store: Store, job_facts: Mapping[str, object], *, writer_id: str, overwrite: bool = False):
+    def __init__(
+        self,
+        store: Store,
+        job_facts: Mapping[str, object],
+        *,
+        writer_id: str,
+        overwrite: bool = False,
+        container: Container = Container.files,
+    ):
         self._store = store
+        self._container = container
+        self.images: Images = open_images(store, container)
         self._facts = json.loads(json.dumps(job_facts))
         self._facts_digest = digest(self._facts)
         self._overwrite = overwrite
@@ -126,17 +144,17 @@ class Ledger:
         """The first half of ``assign``. ``look`` whether every recorded image is there: one process of each start."""
         files: dict[RecordId, str] = {}
         places: dict[RecordId, int] = {}
-        names, scanned = _Names(), set()
+        names, scanned = NamesSeen(), set()
         for name, _, record in self._records.scan():
             scanned.add(name)
             files.setdefault(_id(record), record["file_name"])
             places.setdefault(_id(record), record["index"])
             names.saw(record)
         if names.twice:
-            remove(self._store, self._records, lambda record: record["file_name"] in names.twice)
+            self._remove(lambda record: record["file_name"] in names.twice)
             return self.remaining(rows, bad_lines, look=look)
         # asked after the scan: an image is there before its record
-        if look and names.all and (lost := self._store.missing(names.all)):
+        if look and names.all and (lost := self.images.missing(names.all)):
             # another replica may have made some again, and recorded them in an object of its own
             self._records.drop(lambda record: record["file_name"] in lost, scanned)
             self.lost = sorted(lost)
@@ -150,9 +168,10 @@ class Ledger:
         if self._overwrite and not bad_lines:  # a bad line may be that of a row which has its image
             gone |= unlisted
         if gone:
-            remove(self._store, self._records, lambda record: _id(record) in gone)
+            self._remove(lambda record: _id(record) in gone)
             files = {key: file for key, file in files.items() if key not in gone}
         self._rows = {row.id: row for row in rows}
+        self.images.expect(row.extra for row in rows)
         self._bad_lines = tuple(bad_lines)
         self._files = files
         return todo
@@ -209,8 +228,9 @@ class Ledger:
             objects: dict[str, list[bytes]] = {}
             done: set[str] = set()
             files: dict[RecordId, str] = {}
-            names = _Names()
-            for name, line, record in self._records.scan():
+            names = NamesSeen()
+            for name, line, said in self._records.scan():
+                record = said
                 objects.setdefault(name, [])
                 names.saw(record)
                 if _id(record) in lines:
@@ -220,9 +240,10 @@ class Ledger:
                 if row := self._row_made_by(record):
                     done.add(row.id)
                     index = row.index
-                    today = with_extra({**record, "id": row.id, "index": index}, row)
-                    if today != record:  # it stands elsewhere now, or says more
-                        line = json_line(today)
+                    record = with_extra({**record, "id": row.id, "index": index}, row)
+                today = self.images.located(record)
+                if today != said:  # it stands elsewhere now, or says more
+                    line = json_line(today)
                 lines[_id(record)] = index, line
                 files[_id(record)] = record["file_name"]
             for key in [key for key, file in files.items() if file in names.twice]:
@@ -281,6 +302,9 @@ class Ledger:
             self._row_of[_id(record)] = row
         return self._row_of[_id(record)]
 
+    def _remove(self, unwanted: Callable[[Record], bool]) -> None:
+        remove(self._store, self._records, unwanted, self.images)
+
     def _agree(self) -> None:
         """Stores the job's facts on the first start, and compares them on every later one."""
         stored = read_job(self._store)
@@ -293,30 +317,19 @@ class Ledger:
         if (found := stored.pop("layout", 1)) != FORMAT and not self._overwrite:
             other = f"layout {found}, expected {FORMAT}: another version of fluxbatch made this run"
             raise UserError(f"{join(self._store.url, JOB)}: {other}; {WAY_OUT}")
-        changed = difference(stored, self._facts)
+        there = open_images(self._store, container_of(stored))
+        changed = difference(stored, container_facts(self._container) | self._facts)
         # until there is a record, a changed configuration costs nothing
         if changed and not self._overwrite and next(self.records(), None):
             raise UserError(f"{self._store.url}: holds a job with another configuration", *changed, WAY_OUT)
         if changed or found != FORMAT:
-            remove(self._store, self._records, lambda record: True)
+            remove(self._store, self._records, lambda record: True, there)
             self._rejects.delete(self._rejects.names())
             self._store.write(JOB, self._facts_document())
 
     def _facts_document(self) -> bytes:
-        return json.dumps({"layout": FORMAT} | dict(self._facts), indent=2, sort_keys=True).encode() + b"\n"
-
-
-def read_job(store: Store) -> dict[str, Any] | None:
-    """What decides the pixels of the job there, and its ``layout``; None where no start has been."""
-    try:
-        job = json.loads(store.read(JOB))
-    except NotFound:
-        return None
-    except ValueError:
-        job = None
-    if not isinstance(job, dict):
-        raise UserError(f"{join(store.url, JOB)}: not a JSON object; restore it, or give another run_name=…")
-    return job
+        document = {"layout": FORMAT, **container_facts(self._container), **self._facts}
+        return json.dumps(document, indent=2, sort_keys=True).encode() + b"\n"
 
 
 def read_records(store: Store) -> Iterator[Record]:
@@ -338,7 +351,7 @@ def _once(log: Log) -> Iterator[Record]:
             yield record
 
 
-def remove(store: Store, log: Log, unwanted: Callable[[Record], bool]) -> None:
+def remove(store: Store, log: Log, unwanted: Callable[[Record], bool], images: Images) -> None:
     """Removes records and then their images, so that no record is ever without its image."""
     scanned: set[str] = set()
     files: set[str] = set()
@@ -349,25 +362,9 @@ def remove(store: Store, log: Log, unwanted: Callable[[Record], bool]) -> None:
     if not files:
         return
     store.delete(METADATA)  # it lists them too, until the next merge
+    images.release(sorted(files - kept))
     log.drop(unwanted, scanned)
-    in_parallel(store.delete, sorted(files - kept))
-
-
-class _Names:
-    """Names of images in a ledger's records. Those in ``twice`` are recorded for different pixels: two starts at once,
-    as a bucket lets them, wrote over each other's images, and nobody knows whose are there."""
-
-    def __init__(self) -> None:
-        self._keys: dict[str, str] = {}
-        self.twice: set[str] = set()
-
-    @property
-    def all(self) -> Set[str]:
-        return self._keys.keys()
-
-    def saw(self, record: Record) -> None:
-        if self._keys.setdefault(record["file_name"], record["key"]) != record["key"]:
-            self.twice.add(record["file_name"])
+    images.delete(sorted(files - kept))
 
 
 def _id(record: Record) -> RecordId:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Mapping
+from typing import Any
 
-from fluxbatch.config.schema import Job
-from fluxbatch.storage.base import Store, join
+from fluxbatch.config.schema import Container, Job
+from fluxbatch.storage.base import NotFound, Store, join
 from fluxbatch.storage.registry import open_store
 from fluxbatch.types import UserError
 
 METADATA, REJECTS, STATUS, CONFIG = "metadata.jsonl", "rejects.jsonl", "status.json", "config.yaml"
 RESERVED = (METADATA, REJECTS, STATUS, CONFIG, "index.html")
+SHARDS = (".tar", ".parquet")
 IMAGES = (".png", ".jpg", ".jpeg", ".webp")
 HIDDEN = ".fluxbatch/"  # Hugging Face's ImageFolder passes over what begins with a dot
 SHEET = HIDDEN + "contact_sheet.png"  # of the pictures in sight each has a record, or no ImageFolder loads
@@ -41,10 +45,36 @@ def refuse_foreign(store: Store) -> None:
     """UserError where no job has begun, and there are images, or files that a run would write over."""
     if store.exists(JOB):
         return
-    foreign = next((name for name in store.list() if name.endswith(IMAGES) or name in RESERVED), None)
+    foreign = next((name for name in store.list() if name.endswith((*IMAGES, *SHARDS)) or name in RESERVED), None)
     # another process may have begun this very job between the two looks
     if foreign and not store.exists(JOB):
         raise UserError(f"{join(store.url, foreign)}: is there already, without a record; {WAY_OUT}")
+
+
+def read_job(store: Store) -> dict[str, Any] | None:
+    """What decides the pixels of the job there, and its ``layout``; None where no start has been."""
+    try:
+        job = json.loads(store.read(JOB))
+    except NotFound:
+        return None
+    except ValueError:
+        job = None
+    if not isinstance(job, dict):
+        raise UserError(f"{join(store.url, JOB)}: not a JSON object; restore it, or give another run_name=…")
+    return job
+
+
+def container_facts(container: Container) -> dict[str, str]:
+    """What job.json says of what images lie in; nothing of files."""
+    return {} if container is Container.files else {"container": container.name}
+
+
+def container_of(job: Mapping[str, Any] | None) -> Container:
+    """The container of a run by what its job.json says."""
+    name = (job or {}).get("container", Container.files.name)
+    if name not in Container.__members__:
+        raise UserError(f"{JOB}: container: got {name!r}, expected one of {', '.join(Container.__members__)}")
+    return Container[name]
 
 
 def _refuse_foreign_page(root: Store) -> None:

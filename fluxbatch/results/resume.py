@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 from fluxbatch.types import Row
@@ -179,6 +179,23 @@ def match(
         if (record["id"], record["key"]) not in row_of and record["id"] in todo
     ]
     return Match(row_of, [row for row, _ in todo.values()], changed)
+
+
+class NamesSeen:
+    """Names of images in a ledger's records. Those in ``twice`` are recorded for different pixels: two starts at once,
+    as a bucket lets them, wrote over each other's images, and nobody knows whose are there."""
+
+    def __init__(self) -> None:
+        self._keys: dict[str, str] = {}
+        self.twice: set[str] = set()
+
+    @property
+    def all(self) -> Set[str]:
+        return self._keys.keys()
+
+    def saw(self, record: Record) -> None:
+        if self._keys.setdefault(record["file_name"], record["key"]) != record["key"]:
+            self.twice.add(record["file_name"])
 
 
 def describe(changed: Sequence[tuple[Row, Record]]) -> Iterator[str]:

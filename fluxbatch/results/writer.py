@@ -7,6 +7,7 @@ bounded, and a kill costs no more than what was not yet recorded of that one.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import threading
@@ -20,8 +21,9 @@ import numpy as np
 from fluxbatch.config.schema import Job, Output
 from fluxbatch.results.image_files import encode, is_flat, pixel_sha256
 from fluxbatch.results.ledger import Ledger, Record, utc_now
+from fluxbatch.results.packer import Packer
 from fluxbatch.results.resume import parameters, with_extra
-from fluxbatch.storage.base import StorageError, Store
+from fluxbatch.storage.base import StorageError
 from fluxbatch.types import Reject, Row
 
 # By what a picture was made, in its record: decides how it is rounded, and no more
@@ -37,7 +39,7 @@ class TooManyFailures(Exception):
 
 def encoded(record: Record, pixels: np.ndarray, format: str, output: Output) -> bytes:
     """The image's file, which says of itself what decides the pixels and no more: the same image is the same file."""
-    unstable = ("file_name", "index", "seed_text", "seconds", "mfu", "created", "flags", *PROGRAM)
+    unstable = ("file_name", "shard", "index", "seed_text", "seconds", "mfu", "created", "flags", *PROGRAM)
     stable = {key: value for key, value in record.items() if key not in unstable}
     text = {"parameters": json.dumps(stable, ensure_ascii=False), "Software": "fluxbatch"}
     return encode(pixels, format, text=text, png_level=output.png_level, quality=output.quality)
@@ -55,7 +57,6 @@ class Writer:
 
     def __init__(
         self,
-        store: Store,
         ledger: Ledger,
         job: Job,
         *,
@@ -64,8 +65,9 @@ class Writer:
         retry: Callable[[Row], tuple[np.ndarray, bool]] | None = None,
         on_image: Callable[[Row, bool], None] | None = None,
     ):
-        self._store = store
         self._ledger = ledger
+        self._packer = Packer(ledger.images, job.output)
+        self._sizes: dict[str, int] = {}  # bytes of the batch's files
         self._output = job.output
         self._failures_that_end = 1 if job.on_error.name == "stop" else job.max_failures
         self._facts = dict(facts)
@@ -122,6 +124,7 @@ class Writer:
         """
         self._batches.shutdown()
         self._images.shutdown()
+        self._packer.close()
         if self._error:
             raise self._error
 
@@ -134,6 +137,8 @@ class Writer:
             return
         self._batches.shutdown()  # what was put is finished all the same; the first error stays
         self._images.shutdown()
+        with contextlib.suppress(Exception):
+            self._packer.close()
 
     def _submit(self, task: Callable[..., None], *arguments: Any) -> Future[None]:
         def run() -> None:
@@ -169,6 +174,7 @@ class Writer:
         rejects = [outcome for outcome in outcomes if isinstance(outcome, Reject)]
         fatal = next((outcome for outcome in outcomes if isinstance(outcome, StorageError)), None)
         self._attempt(self._ledger.commit, records)
+        self._packer.add(records, sum(self._sizes.pop(record["file_name"], 0) for record in records))
         self._attempt(self._ledger.reject, rejects)
         self._count(rows, outcomes)
         if fatal:
@@ -179,7 +185,7 @@ class Writer:
 
     def _compact(self) -> None:
         if not self._error:  # else the shard is not whole
-            self._ledger.compact()
+            self._packer.then(self._ledger.compact)  # what that makes known as done, others need not pack
 
     def _write_image(
         self, row: Row, name: str, pixels: np.ndarray, finite: bool, seconds: float
@@ -201,8 +207,9 @@ class Writer:
 
     def _encode_and_write(self, record: Record, pixels: np.ndarray) -> None:
         data = encoded(record, pixels, self._output.format.name, self._output)
-        self._store.write(record["file_name"], data)
+        self._ledger.images.write(record["file_name"], data)
         with self._lock:
+            self._sizes[record["file_name"]] = len(data)
             self.bytes += len(data)
 
     def _record(self, row: Row, name: str, pixels: np.ndarray, seconds: float) -> Record:

@@ -11,10 +11,11 @@ from typing import Any, NoReturn
 import yaml
 from omegaconf import OmegaConf
 
-from fluxbatch.config.schema import Job
+from fluxbatch.config.schema import Container, Job
 from fluxbatch.distributed.process_group import LOST, ProcessGroup
 from fluxbatch.generation.model_spec import ModelSpec
 from fluxbatch.reporting.terminal import Report
+from fluxbatch.results import packer
 from fluxbatch.results.gallery import write_contact_sheet, write_gallery, write_grid
 from fluxbatch.results.ledger import Ledger, Tally
 from fluxbatch.results.location import CONFIG, JOB, METADATA, REJECTS, SHEET
@@ -111,6 +112,8 @@ class Outcome:
         if not self.work.merges:
             return self._left_to_others(cut)
         with self.report.stage("finish"):
+            if cut is None:  # else the next start goes on where this one stops
+                packer.finish(self.ledger.images, self.ledger.records, self.job.output)
             tally = self.ledger.merge()
             code = Exit.PREEMPTED if tally.left else Exit.REJECTED_ROWS if tally.rejects else Exit.OK
             counts = self._counts(tally)
@@ -120,8 +123,11 @@ class Outcome:
             title = self.job.run_name or ""
             with self.report.stage("pages"):
                 rejects = self._lines(REJECTS) if tally.rejects else ()
-                write_gallery(self.store, self._lines(METADATA), rejects, title, self.report.figures(counts, own))
-                write_contact_sheet(self.store, self._lines(METADATA), title=title)
+                images = self.ledger.images
+                figures = self.report.figures(counts, own)
+                in_shards = images if self.job.output.container is not Container.files else None
+                write_gallery(self.store, self._lines(METADATA), rejects, title, figures, in_shards)
+                write_contact_sheet(self.store, images, self._lines(METADATA), title=title)
                 pages.append(f"look at    {join(self.store.url, 'index.html')} or {join(self.store.url, SHEET)}")
                 if self.job.sweep:
                     pages.append(f"the sweep  {_write_grid(self.job)}")

@@ -13,7 +13,6 @@ from fluxbatch.results.ledger import Ledger
 from fluxbatch.results.writer import Writer
 from fluxbatch.session.generator import Images
 from fluxbatch.shards.progress import Progress
-from fluxbatch.storage.base import Store
 from fluxbatch.types import Batch, Row, Shard
 
 
@@ -24,7 +23,6 @@ class Output:
         self,
         job: Job,
         group: ProcessGroup,
-        store: Store,
         ledger: Ledger,
         names: Mapping[int, str],
         spec: ModelSpec,
@@ -33,7 +31,7 @@ class Output:
     ):
         self._group, self._names, self._progress, self._report = group, names, progress, report
         self._writer = Writer(
-            store, ledger, job, facts=spec.provenance, roofline=spec.roofline_seconds, on_image=self._on_image
+            ledger, job, facts=spec.provenance, roofline=spec.roofline_seconds, on_image=self._on_image
         )
 
     def submit(self, batch: Batch, images: Images) -> None:

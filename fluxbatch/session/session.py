@@ -20,6 +20,7 @@ from fluxbatch.reporting.terminal import Report
 from fluxbatch.results.image_files import EXTENSIONS
 from fluxbatch.results.ledger import Ledger
 from fluxbatch.results.location import LOCK, open_location
+from fluxbatch.results.shard_files import require_package
 from fluxbatch.results.writer import TooManyFailures
 from fluxbatch.session.finalize import Outcome
 from fluxbatch.session.generator import Generator
@@ -77,9 +78,7 @@ class Session:
 
     def writer(self) -> Output:
         """What writes the images; to be used with ``with``, within the generator's."""
-        return Output(
-            self.job, self.group, self.store, self.ledger, self.names, self.spec, self.work.progress, self.report
-        )
+        return Output(self.job, self.group, self.ledger, self.names, self.spec, self.work.progress, self.report)
 
 
 @contextlib.contextmanager
@@ -98,6 +97,7 @@ def open_session(job: Job, kept: KeptPipeline | None = None) -> Iterator[Session
         with report.stage("open"), group.together():
             if programs.error:
                 raise programs.error
+            require_package(job.output.container)
             spec = open_model_spec(job, platform, group=group)
             given, bad_lines = read_rows(job, size_multiple=spec.size_multiple)
             rows = spec.resolve(given)  # each row with its LoRA weights
@@ -107,7 +107,13 @@ def open_session(job: Job, kept: KeptPipeline | None = None) -> Iterator[Session
             with group.first_goes_first():
                 if group.is_first:
                     until_end.enter_context(store.hold(LOCK, shared=replica.count > 1))
-                ledger = Ledger(store, facts, writer_id=f"{start}-{group.index}", overwrite=job.overwrite)
+                ledger = Ledger(
+                    store,
+                    facts,
+                    writer_id=f"{start}-{group.index}",
+                    overwrite=job.overwrite,
+                    container=job.output.container,
+                )
                 todo = ledger.remaining(rows, bad_lines, look=group.is_first)
             cached = job.text_cache_dir is not None and job.text_cache_gigabytes
             alike = chain([replica, job.run_name, facts, cached], ((row.id, ledger.key(row)) for row in rows))

@@ -42,6 +42,12 @@ class Store(Protocol):
     def read(self, name: str) -> bytes:
         """The object's bytes. ``NotFound`` when it is not there."""
 
+    def size(self, name: str) -> int:
+        """Its bytes. ``NotFound`` when it is not there."""
+
+    def read_range(self, name: str, start: int, size: int) -> bytes:
+        """``size`` bytes from ``start`` on, fewer where the object ends. ``NotFound`` when it is not there."""
+
     def write(self, name: str, data: bytes, *, if_absent: bool = False) -> bool:
         """Put the object there, durably and at once. False: ``if_absent`` and the name was taken."""
 

@@ -81,6 +81,19 @@ class GcsStore:
 
         return self._attempt(name, download)
 
+    def size(self, name: str) -> int:
+        blob = self._blob(name)
+        self._attempt(name, lambda: blob.reload(timeout=self._timeout, retry=None))
+        return int(blob.size)
+
+    def read_range(self, name: str, start: int, size: int) -> bytes:
+        def download() -> bytes:
+            blob = self._blob(name)
+            end = start + size - 1
+            return blob.download_as_bytes(start=start, end=end, timeout=self._timeout, checksum=None, retry=None)
+
+        return self._attempt(name, download) if size else b""
+
     def write(self, name: str, data: bytes, *, if_absent: bool = False) -> bool:
         def upload() -> None:
             self._blob(name).upload_from_string(

@@ -48,6 +48,15 @@ class LocalStore:
         with _translated(self._place(name)):
             return self._path(name).read_bytes()
 
+    def size(self, name: str) -> int:
+        with _translated(self._place(name)):
+            return self._path(name).stat().st_size
+
+    def read_range(self, name: str, start: int, size: int) -> bytes:
+        with _translated(self._place(name)), open(self._path(name), "rb") as file:
+            file.seek(start)
+            return file.read(size)
+
     def write(self, name: str, data: bytes, *, if_absent: bool = False) -> bool:
         path = self._path(name)
         temp = path.with_name(f".{uuid.uuid4().hex}.tmp")

@@ -1,0 +1,67 @@
+"""Where a run's images lie: each in a file of its own, or many in one shard. A record's ``file_name`` finds it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Set
+from typing import Any, Protocol
+
+from fluxbatch.results.location import IMAGES, SHEET
+from fluxbatch.storage.base import Store
+from fluxbatch.storage.log import in_parallel
+
+Record = dict[str, Any]
+
+
+class Images(Protocol):
+    """Images by the ``file_name`` of their records. Every method raises StorageError and is safe in threads."""
+
+    def read(self, name: str) -> bytes:
+        """The image's file. ``NotFound`` when it is not there."""
+
+    def write(self, name: str, data: bytes) -> None:
+        """Put it there, durably."""
+
+    def missing(self, names: Set[str]) -> set[str]:
+        """Those of ``names`` that are not there, or are empty."""
+
+    def list(self) -> Iterator[str]:
+        """Names of all images that are there, recorded or not."""
+
+    def release(self, names: Iterable[str]) -> None:
+        """Make images deletable one by one. To be called before their records are dropped."""
+
+    def delete(self, names: Iterable[str]) -> None:
+        """Remove released images, once no record speaks of them."""
+
+    def expect(self, extras: Iterable[Mapping[str, Any]]) -> None:
+        """Hear of the manifest's own fields in every row, which decide a column's type."""
+
+    def located(self, record: Mapping[str, Any]) -> Record:
+        """The record with what says where its image lies, as of the last look."""
+
+
+class Files:
+    """Each image a file of its own."""
+
+    def __init__(self, store: Store):
+        self._store = store
+        self.read = store.read
+        self.missing = store.missing
+
+    def write(self, name: str, data: bytes) -> None:
+        self._store.write(name, data)
+
+    def list(self) -> Iterator[str]:
+        return (name for name in self._store.list() if name.endswith(IMAGES) and name != SHEET)
+
+    def release(self, names: Iterable[str]) -> None:
+        """Nothing: they are."""
+
+    def delete(self, names: Iterable[str]) -> None:
+        in_parallel(self._store.delete, names)
+
+    def expect(self, extras: Iterable[Mapping[str, Any]]) -> None:
+        """Nothing: no columns."""
+
+    def located(self, record: Mapping[str, Any]) -> Record:
+        return dict(record)

@@ -1,0 +1,171 @@
+"""Images in shards. Until a shard is full its images wait, one file each, in a spool beside the ledger.
+
+.fluxbatch/spool/FILE_NAME           an image that lies in no shard yet
+.fluxbatch/shards/shard-000000.json  which images a shard has, and where in it
+shard-000000.tar                     the shard
+
+A recorded image is durable at every instant: in the spool, in a shard, or in both. To pack is to write the index,
+then the shard, then to delete what waited in the spool. So a shard that is there is whole and has an index, and an
+index without its shard is one that a kill left behind, or somebody deleted the shard: it counts for nothing.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from typing import Any
+
+from fluxbatch.config.schema import Container
+from fluxbatch.results.images import Files, Images, Record
+from fluxbatch.results.location import HIDDEN, container_of, read_job
+from fluxbatch.results.shard_files import Item, Place, column_kinds, open_format
+from fluxbatch.storage.base import NotFound, StorageError, Store, join
+from fluxbatch.storage.log import in_parallel
+
+SPOOL = HIDDEN + "spool/"
+INDEX = HIDDEN + "shards/"
+
+
+class Packed:
+    """``Images`` of a run whose container is not ``files``."""
+
+    def __init__(self, store: Store, container: Container):
+        self._store = store
+        self._format = open_format(container)
+        self._kinds: Mapping[str, str] = {}
+        self._lock = threading.Lock()
+        self._places: dict[str, tuple[str, Place]] | None = None  # file name → shard and place, as of the last look
+
+    # ---- one by one
+
+    def read(self, name: str) -> bytes:
+        for look in itertools.count():
+            if found := self._shards().get(name):
+                return self._format.read(self._store, *found)
+            try:
+                return self._store.read(SPOOL + name)
+            except NotFound:
+                if look:  # it may have gone into a shard since the last look
+                    raise
+                self._look()
+        raise AssertionError
+
+    def write(self, name: str, data: bytes) -> None:
+        self._store.write(SPOOL + name, data)
+
+    def missing(self, names: Set[str]) -> set[str]:
+        spooled = names & set(self.spooled())  # before the shards: what goes from here meanwhile, is there then
+        empty = {name.removeprefix(SPOOL) for name in self._store.missing({SPOOL + name for name in spooled})}
+        there = self._look()
+        return {name for name in names if (name not in spooled or name in empty) and name not in there}
+
+    def list(self) -> Iterator[str]:
+        return iter(sorted({*self.spooled(), *self._look()}))
+
+    def located(self, record: Mapping[str, Any]) -> Record:
+        shard, _ = self._shards().get(record["file_name"], ("", None))
+        return {"file_name": record["file_name"], "shard": shard, **{k: v for k, v in record.items() if k != "shard"}}
+
+    def release(self, names: Iterable[str]) -> None:
+        """Back into the spool with all that their shards hold; then these shards are deleted."""
+        there = self._look()
+        for shard in sorted({there[name][0] for name in names if name in there}):
+            inside = {name: place for name, (where, place) in there.items() if where == shard}
+            in_parallel(lambda item: self._unpack(shard, *item), inside.items())  # noqa: B023
+            self._store.delete(shard)
+            self._store.delete(_index_of(shard))
+        self._look()
+
+    def _unpack(self, shard: str, name: str, place: Place) -> None:
+        try:
+            data = self._format.read(self._store, shard, place)
+        except ValueError:  # damaged: the next start makes it again
+            return
+        if data:
+            self._store.write(SPOOL + name, data)
+
+    def delete(self, names: Iterable[str]) -> None:
+        in_parallel(self._store.delete, [SPOOL + name for name in names])
+
+    def expect(self, extras: Iterable[Mapping[str, Any]]) -> None:
+        self._kinds = column_kinds(extras)
+
+    # ---- shards
+
+    def spooled(self) -> Iterator[str]:
+        """The names of the images in the spool."""
+        return (name.removeprefix(SPOOL) for name in self._store.list(SPOOL))
+
+    def from_spool(self, name: str) -> bytes | None:
+        """An image that waits; None: it is gone."""
+        try:
+            return self._store.read(SPOOL + name)
+        except NotFound:
+            return None
+
+    def pack(self, items: Sequence[Item]) -> None:
+        """Move images from the spool into a shard of their own."""
+        data, places = self._format.pack(items, self._kinds)
+        names = [item.record["file_name"] for item in items]
+        index = json.dumps(dict(zip(names, places, strict=True)), ensure_ascii=False).encode() + b"\n"
+        taken = set(self._store.list(INDEX))
+        for number in itertools.count():
+            shard = f"shard-{number:06}{self._format.extension}"
+            if _index_of(shard) in taken or not self._store.write(_index_of(shard), index, if_absent=True):
+                continue
+            if self._store.write(shard, data, if_absent=True):
+                break
+            self._store.delete(_index_of(shard))  # the file is not of this run
+            raise StorageError(
+                f"{join(self._store.url, shard)}: is there already, and no shard of this run", fatal=True
+            )
+        self.delete(names)
+        with self._lock:
+            if self._places is not None:
+                self._places |= {name: (shard, place) for name, place in zip(names, places, strict=True)}
+
+    def recover(self) -> None:
+        """Undo what a kill left half done. Only where nobody else is at work."""
+        there = self._look()
+        shards = {_index_of(shard) for shard, _ in there.values()}
+        in_parallel(self._store.delete, [name for name in self._store.list(INDEX) if name not in shards])
+        self.delete([name for name in self.spooled() if name in there])
+
+    def _shards(self) -> Mapping[str, tuple[str, Place]]:
+        places = self._places
+        return self._look() if places is None else places
+
+    def _look(self) -> Mapping[str, tuple[str, Place]]:
+        """Which images lie in which shards now."""
+        names = list(self._store.list(INDEX))
+        shards = [name.removeprefix(INDEX).removesuffix(".json") + self._format.extension for name in names]
+        gone = self._store.missing(set(shards)) if shards else set()
+        places: dict[str, tuple[str, Place]] = {}
+        for shard, data in zip(shards, in_parallel(self._read_index, names), strict=True):
+            if shard not in gone:
+                places |= {name: (shard, (place[0], place[1])) for name, place in data.items()}
+        with self._lock:
+            self._places = places
+        return places
+
+    def _read_index(self, name: str) -> dict[str, Any]:
+        """Empty: it is gone."""
+        try:
+            index = json.loads(self._store.read(name))
+        except NotFound:
+            return {}
+        except ValueError:
+            raise StorageError(f"{join(self._store.url, name)}: not JSON; is the disk damaged?", fatal=True) from None
+        return index if isinstance(index, dict) else {}
+
+
+def open_images(store: Store, container: Container | None = None) -> Images:
+    """The images of the run there. ``container``: None: as its job.json says."""
+    container = container or container_of(read_job(store))
+    return Files(store) if container is Container.files else Packed(store, container)
+
+
+def _index_of(shard: str) -> str:
+    return f"{INDEX}{shard.rpartition('.')[0]}.json"
