@@ -11,11 +11,15 @@ import random
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from conftest import images, metadata, xla_flags
+
+from fluxbatch.results.image_files import decode, pixel_sha256
 
 ROWS, BATCH = 600, 8  # rows for a second and more: whoever interferes must not come too late
 IN_BUCKET = 200  # where each takes longer
@@ -83,10 +87,12 @@ def check(folder, name, exact=True):
 
 
 def recorded(run):
-    if not (run / ".fluxbatch" / "records").exists():
-        return set()
-    lines = [line for file in (run / ".fluxbatch" / "records").glob("*") for line in file.read_text().splitlines()]
-    return {json.loads(line)["id"] for line in lines}
+    while True:
+        try:
+            files = [*(run / ".fluxbatch" / "records").glob("*.jsonl")]
+            return {json.loads(line)["id"] for file in files for line in file.read_text().splitlines()}
+        except FileNotFoundError:  # compacted meanwhile
+            continue
 
 
 @pytest.mark.parametrize("exact", [True, False], ids=["same batch size", "other batch sizes and devices"])
@@ -112,10 +118,51 @@ def test_sigkill_at_random_instants(place, exact):
     assert landed >= KILLS // 4, "most runs had ended before they were killed"
 
 
+def shard_rows(run):
+    """(id, sha256 of its pixels) of every row in the shards that are there, each of which must be whole."""
+    found = []
+    for path in [*run.glob("*.tar"), *run.glob("*.parquet")]:
+        if path.suffix == ".parquet":
+            found += [(row["id"], row["image"]["bytes"]) for row in pq.read_table(path).to_pylist()]
+            continue
+        with tarfile.open(path) as tar:
+            files = {member.name: tar.extractfile(member).read() for member in tar}
+        found += [(json.loads(files[name])["id"], files[name[:-4] + "png"]) for name in files if name.endswith("json")]
+    return [(id, pixel_sha256(decode(image))) for id, image in found]
+
+
+@pytest.mark.parametrize("container", ["webdataset", "parquet"])
+def test_sigkill_at_random_instants_with_shards(place, container):
+    """No torn shard is ever there, no row in two of them, and in the end every row in one."""
+    rng, landed = random.Random(container), 0
+    whole = {record["id"]: record["sha256"] for record in metadata(place / "whole")}
+    options = {"output": container, "rows_per_shard": 40}
+    for n in range(-(-KILLS // 2)):
+        name = f"{container}-{n}"
+        run = place / name
+        for _ in range(rng.choice([1, 2])):
+            process = start(place, name, **options)
+            goal = len(recorded(run)) + rng.randrange(ROWS)
+            wait_until(process, lambda: len(recorded(run)) >= goal)  # noqa: B023
+            time.sleep(rng.random() * 0.1)
+            process.kill()
+            landed += process.wait() == -signal.SIGKILL
+            found = shard_rows(run)
+            assert len(found) == len(dict(found)) and dict(found).items() <= whole.items()
+        before = recorded(run)
+        made = {p.name: p.stat().st_mtime_ns for p in run.glob("shard-*")}
+        assert start(place, name, **options).wait() == 0
+        assert made.items() <= {p.name: p.stat().st_mtime_ns for p in run.glob("shard-*")}.items()
+        assert before <= recorded(run)
+        assert sorted(shard_rows(run)) == sorted(whole.items())
+        assert {record["shard"] for record in metadata(run)} == {p.name for p in run.glob("shard-*")}
+        assert not [name for name in os.listdir(run / ".fluxbatch/spool") if not name.endswith(".tmp")]
+    assert landed >= KILLS // 4, "most runs had ended before they were killed"
+
+
 @pytest.mark.parametrize("rate", [0.0, 0.1], ids=["a bucket", "a bucket that fails one request in ten"])
 def test_sigkill_on_cloud_storage(place, rate):
     gcs_faults = pytest.importorskip("gcs_faults")
-    from fluxbatch.results.image_files import decode, pixel_sha256
     from fluxbatch.storage.registry import open_store
 
     rows = (place / "rows.jsonl").read_text().splitlines()[:IN_BUCKET]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import struct
 import zlib
 
@@ -14,11 +15,11 @@ from PIL import Image
 
 from fluxbatch.config.schema import MAX_SIDE, SIDES, ImageFormat
 from fluxbatch.manifest.rows import read_rows
-from fluxbatch.results.image_files import decode, encode, is_flat, pixel_sha256
+from fluxbatch.results.image_files import decode, encode, infotext, is_flat, pixel_sha256
 from fluxbatch.types import UserError
 
 OPTIONS = {"png_level": 6, "quality": 90}
-TEXT = {"parameters": json.dumps({"prompt": 'ein <b>Bär</b> 🐻 "x"\n', "seed": 2**64 - 1}, ensure_ascii=False)}
+TEXT = {"fluxbatch": json.dumps({"prompt": 'ein <b>Bär</b> 🐻 "x"\n', "seed": 2**64 - 1}, ensure_ascii=False)}
 
 
 def noise(height=24, width=40):
@@ -35,7 +36,7 @@ def test_png_is_lossless_and_carries_its_parameters():
     np.testing.assert_array_equal(decode(data), noise())
     with Image.open(io.BytesIO(data)) as image:
         assert (image.format, image.size, image.mode) == ("PNG", (40, 24), "RGB")
-        assert json.loads(image.text["parameters"]) == json.loads(TEXT["parameters"])
+        assert json.loads(image.text["fluxbatch"]) == json.loads(TEXT["fluxbatch"])
     assert data == encode(noise(), "png", text=TEXT, **OPTIONS)
     assert len(encode(smooth(), "png", text={}, png_level=9, quality=0)) < len(
         encode(smooth(), "png", text={}, png_level=0, quality=0)
@@ -60,6 +61,37 @@ def test_damage_is_noticed(format):
     for damaged in (b"", b"no image", data[: len(data) // 2], data[:30]):
         with pytest.raises(ValueError, match="not a whole image"):
             decode(damaged)
+
+
+# A1111's own pattern of the last line's parts, and its reader's rule for the lines before (modules/infotext_utils.py)
+PART = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
+
+
+def read_infotext(text):
+    *lines, last = text.strip().split("\n")
+    prompt, negative = [], None
+    for line in lines:
+        if line.startswith("Negative prompt:"):
+            negative = [line[16:].strip()]
+        else:
+            (prompt if negative is None else negative).append(line)
+    settings = {name: json.loads(value) if value[:1] == '"' else value for name, value in PART.findall(last)}
+    return "\n".join(prompt), negative and "\n".join(negative), settings
+
+
+@pytest.mark.parametrize("negative", [None, "blurry,\nugly"])
+@pytest.mark.parametrize("format", ["png", "jpeg", "webp"])
+def test_other_programs_read_the_parameters(format, negative):
+    record = {"prompt": "ein Bär 🐻,\nSteps: none", "num_inference_steps": 28, "guidance_scale": 3.5, "seed": 2**64 - 1}
+    record |= {"width": 1024, "height": 768, "model": "mine, v2: best"} | (
+        {"negative_prompt": negative} if negative else {}
+    )
+    data = encode(noise(), format, text={"parameters": infotext(record)} | TEXT, **OPTIONS)
+    with Image.open(io.BytesIO(data)) as image:
+        comment = None if format == "png" else image.getexif().get_ifd(0x8769)[0x9286]
+        text = image.text["parameters"] if comment is None else comment.removeprefix(b"UNICODE\0").decode("utf-16-be")
+    wanted = {"Steps": "28", "Sampler": "Euler", "CFG scale": "3.5", "Seed": str(2**64 - 1)}
+    assert read_infotext(text) == (record["prompt"], negative, wanted | {"Size": "1024x768", "Model": record["model"]})
 
 
 def test_the_hash_is_of_pixels_and_shape():

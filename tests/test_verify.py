@@ -123,6 +123,8 @@ def test_lossy_images_are_checked_by_what_they_say(tmp_path, format):
         {},
         {"parameters": "5"},
         {"parameters": "no JSON"},
+        {"fluxbatch": "5"},
+        {"fluxbatch": "no JSON"},
         {"Software": "another"},
     ):  # an editor's, or a prompt too long for JPEG
         store.write(f"1{ending}", encode(plain.pixels(ROWS[1]), format, text=text, png_level=0, quality=50))

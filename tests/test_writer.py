@@ -99,8 +99,10 @@ def test_images_and_their_records(tmp_path):
     from PIL import Image
 
     with Image.open(tmp_path / "run" / "flux_3.png") as image:
-        parameters = json.loads(image.text["parameters"])
+        parameters = json.loads(image.text["fluxbatch"])
+        infotext = image.text["parameters"]
     assert (parameters["prompt"], parameters["seed"], parameters["model"]) == ("prompt 3", 45, "flux-mini")
+    assert infotext == "prompt 3\nSteps: 4, Sampler: Euler, CFG scale: 0, Seed: 45, Size: 64x64, Model: flux-mini"
 
 
 def test_fields_that_are_a_records_own_are_not_carried_and_said_to_be_left_out(tmp_path):
@@ -167,7 +169,7 @@ def test_a_record_says_the_share_of_the_peak(tmp_path):
     known, unknown = ledger.records()
     assert known["mfu"] == 0.333 and unknown["mfu"] == 0
     with Image.open(tmp_path / "a.png") as image:
-        assert "mfu" not in json.loads(image.text["parameters"])
+        assert "mfu" not in json.loads(image.text["fluxbatch"])
 
 
 # --- what goes wrong -----------------------------------------------------------------------

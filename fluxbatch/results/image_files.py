@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,15 +18,16 @@ EXTENSIONS = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
 # what was written is read again; by default Pillow takes the larger ones for an attack
 Image.MAX_IMAGE_PIXELS = MAX_SIDE**2
 
-_IMAGE_DESCRIPTION = 0x010E
+OWN, INFOTEXT = "fluxbatch", "parameters"  # what a file says of itself: all of it as JSON; what other programs read
+_IMAGE_DESCRIPTION, _EXIF_IFD, _USER_COMMENT = 0x010E, 0x8769, 0x9286
 _JPEG_SEGMENT = 65_000  # a JPEG segment holds less than 64 KiB, and EXIF must fit into one
 
 
 def encode(pixels: np.ndarray, format: str, *, text: Mapping[str, str], png_level: int, quality: int) -> bytes:
     """``pixels`` (uint8 [H, W, 3]) as the bytes of a file; the same input gives the same bytes.
 
-    ``text`` goes into iTXt chunks (PNG), or as one JSON object into EXIF ImageDescription (JPEG,
-    WebP), where a JPEG too small for it does without: the record has everything anyway.
+    ``text`` goes into iTXt chunks (PNG), or as one JSON object into EXIF ImageDescription and its infotext into
+    UserComment (JPEG, WebP), where a JPEG too small for it does without: the record has everything anyway.
     """
     image = Image.fromarray(_checked(pixels))
     out = io.BytesIO()
@@ -36,7 +38,9 @@ def encode(pixels: np.ndarray, format: str, *, text: Mapping[str, str], png_leve
         image.save(out, "PNG", compress_level=png_level, pnginfo=chunks)
     elif format in ("jpeg", "webp"):
         exif = Image.Exif()
-        exif[_IMAGE_DESCRIPTION] = json.dumps(dict(text))
+        exif[_IMAGE_DESCRIPTION] = json.dumps({key: value for key, value in text.items() if key != INFOTEXT})
+        if INFOTEXT in text:
+            exif.get_ifd(_EXIF_IFD)[_USER_COMMENT] = b"UNICODE\0" + text[INFOTEXT].encode("utf-16-be", "surrogatepass")
         data = exif.tobytes()
         if format == "jpeg" and len(data) > _JPEG_SEGMENT:
             data = b""
@@ -66,10 +70,29 @@ def parameters(data: bytes) -> dict[str, Any]:
     except (OSError, SyntaxError, ValueError, EOFError) as error:
         raise ValueError(f"what it says of itself is damaged: {error}") from None
     try:
-        found = json.loads(json.loads(text)["parameters"])
-    except (TypeError, ValueError, KeyError):  # no such text, or another program's
+        said = json.loads(text)
+        found = json.loads(said.get(OWN) or said[INFOTEXT])  # where our own text was until 0.1.0
+    except (TypeError, ValueError, KeyError, AttributeError):  # no such text, or another program's
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def infotext(record: Mapping[str, Any]) -> str:
+    """A record's parameters as AUTOMATIC1111's web UI writes them under ``parameters``, and many programs read them."""
+    lines = [record["prompt"]]
+    if record.get("negative_prompt"):
+        lines.append(f"Negative prompt: {record['negative_prompt']}")
+    model = record.get("model", "")
+    settings = {
+        "Steps": record["num_inference_steps"],
+        "Sampler": "Euler",
+        "CFG scale": f"{record['guidance_scale']:g}",
+        "Seed": record["seed"],
+        "Size": f"{record['width']}x{record['height']}",
+        "Model": json.dumps(model, ensure_ascii=False) if re.search("[,:\n]", model) else model,
+    }
+    lines.append(", ".join(f"{name}: {value}" for name, value in settings.items() if value != ""))
+    return "\n".join(lines)
 
 
 def pixel_sha256(pixels: np.ndarray) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from fluxbatch.config.schema import Job, Output
-from fluxbatch.results.image_files import encode, is_flat, pixel_sha256
+from fluxbatch.results.image_files import INFOTEXT, OWN, encode, infotext, is_flat, pixel_sha256
 from fluxbatch.results.ledger import Ledger, Record, utc_now
 from fluxbatch.results.packer import Packer
 from fluxbatch.results.resume import parameters, with_extra
@@ -41,7 +41,9 @@ def encoded(record: Record, pixels: np.ndarray, format: str, output: Output) -> 
     """The image's file, which says of itself what decides the pixels and no more: the same image is the same file."""
     unstable = ("file_name", "shard", "index", "seed_text", "seconds", "mfu", "created", "flags", *PROGRAM)
     stable = {key: value for key, value in record.items() if key not in unstable}
-    text = {"parameters": json.dumps(stable, ensure_ascii=False), "Software": "fluxbatch"}
+    names = list(record)
+    own = {name: record[name] for name in names[: names.index("key") + 1]}  # a manifest's other fields decide nothing
+    text = {INFOTEXT: infotext(own), OWN: json.dumps(stable, ensure_ascii=False), "Software": "fluxbatch"}
     return encode(pixels, format, text=text, png_level=output.png_level, quality=output.quality)
 
 
