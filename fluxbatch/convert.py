@@ -15,7 +15,7 @@ from fluxbatch.types import Exit, UserError, at_home
 
 @dataclasses.dataclass
 class Convert(Job):
-    to: str = MISSING  # local directory or gs://bucket/prefix
+    to: str = MISSING  # local directory, gs://bucket/prefix or s3://bucket/prefix
 
 
 def convert(job: Convert) -> int:
@@ -32,8 +32,8 @@ def convert(job: Convert) -> int:
             "is used with any adapter"
         )
     to = at_home("to", job.to)
-    if not to.strip() or "\0" in to or re.match(r"(?!gs://[^/]|file://)\w+://", to):
-        raise UserError(f"to={shown(job.to)}: expected a directory or gs://bucket/prefix")
+    if not to.strip() or "\0" in to or re.match(r"(?!(?:gs|s3)://[^/]|file://)\w+://", to):
+        raise UserError(f"to={shown(job.to)}: expected a directory, gs://bucket/prefix or s3://bucket/prefix")
     checkpoint = open_checkpoint(job.model)
     total = sum(component.plan().nbytes for component in checkpoint.components.values())
     with Report().bar(total, "converting", "B", unit_scale=True) as bar:

@@ -18,12 +18,11 @@ from tqdm import tqdm
 from fluxbatch.config import application
 from fluxbatch.config.schema import Job
 from fluxbatch.results.damage import fault_of
-from fluxbatch.results.ledger import HIDDEN, METADATA, RECORDS, Record, read_records, remove
-from fluxbatch.results.location import LOCK
+from fluxbatch.results.ledger import RECORDS, Record, read_records, remove
+from fluxbatch.results.location import LOCK, runs
 from fluxbatch.results.packed import open_images
 from fluxbatch.storage.base import Store, join
 from fluxbatch.storage.log import Log, in_parallel
-from fluxbatch.storage.registry import open_store
 from fluxbatch.types import Exit, UserError
 
 _AT_ONCE = 64  # images read and decoded before the next are asked for
@@ -49,7 +48,7 @@ class Findings:
 
 def verify(job: VerifyJob) -> int:
     """Checks the run, or every run below ``job.output_dir``, and prints what it finds."""
-    found = [_report(store, job.repair) for store in _runs(job)]
+    found = [_report(store, job.repair) for store in runs(job)]
     return Exit.REJECTED_ROWS if any(found) else Exit.OK
 
 
@@ -93,23 +92,6 @@ def _report(store: Store, repair: bool) -> Findings:
             remove(store, log, lambda record: record["file_name"] in bad, open_images(store))
         print(f"  repaired  {len(bad)} rows are to be made again: start the same job once more")
     return found
-
-
-def _runs(job: Job) -> Iterator[Store]:
-    """The run that is named, or all that lie in the output place."""
-    place = join(job.output_dir, *([job.run_name] if job.run_name else []))
-    names = {run for name in open_store(place).list() if (run := _run_of(name)) is not None}
-    if not names:
-        raise UserError(f"{place}: no run in it; expected output_dir=… (and run_name=…) of a run")
-    return (open_store(join(place, *filter(None, [name]))) for name in sorted(names))
-
-
-def _run_of(name: str) -> str | None:
-    """The directory of the run that a file tells of."""
-    place, _, file = f"/{name}".rpartition("/")
-    if file == METADATA:
-        return place[1:]
-    return f"{place}/".partition(f"/{HIDDEN}")[0][1:] if f"/{HIDDEN}" in f"{place}/" else None
 
 
 def _windows(records: Iterable[Record]) -> Iterator[list[Record]]:

@@ -95,7 +95,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         upstream.request(self.command, self.path, body, passed | {"Content-Length": str(len(body))})
         response = upstream.getresponse()
         data = response.read()
-        dropped = ("content-length", "transfer-encoding", "connection")
+        dropped = ("transfer-encoding", "connection", *(["content-length"] if self.command != "HEAD" else []))
         headers = {k: v for k, v in response.getheaders() if k.lower() not in dropped}
         upstream.close()
         return response.status, headers, data
@@ -104,7 +104,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.send_response(status)
         for key, value in headers.items():
             self.send_header(key, value)
-        self.send_header("Content-Length", str(len(data)))
+        if not any(key.lower() == "content-length" for key in headers):  # of a HEAD, what a GET would bring
+            self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(data if whole else data[: len(data) // 2])

@@ -35,6 +35,7 @@ def job(**changes) -> Job:
         prompt_2=None,
         manifest=None,
         prompt_column=None,
+        prompt_template=None,
         num_images=1,
         seed=42,
         overwrite=False,

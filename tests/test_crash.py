@@ -161,19 +161,20 @@ def test_sigkill_at_random_instants_with_shards(place, container):
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.1], ids=["a bucket", "a bucket that fails one request in ten"])
-def test_sigkill_on_cloud_storage(place, rate):
-    gcs_faults = pytest.importorskip("gcs_faults")
+@pytest.mark.parametrize(("scheme", "server"), [("gs", "gcs_faults"), ("s3", "s3_faults")])
+def test_sigkill_on_cloud_storage(place, scheme, server, rate):
+    server, out = pytest.importorskip(server), f"{scheme}://bucket/out"
     from fluxbatch.storage.registry import open_store
 
     rows = (place / "rows.jsonl").read_text().splitlines()[:IN_BUCKET]
     (place / "few.jsonl").write_text("\n".join(rows) + "\n")
     ids = {json.loads(row)["id"] for row in rows}
     whole = {r["id"]: r["sha256"] for r in metadata(place / "whole") if r["id"] in ids}
-    with gcs_faults.serve(rate=rate):
-        store = open_store("gs://bucket/out/run")
+    with server.serve(rate=rate):
+        store = open_store(f"{out}/run")
         killed = 0
         while True:
-            process = start(place, "run", output_dir="gs://bucket/out", manifest=place / "few.jsonl")
+            process = start(place, "run", output_dir=out, manifest=place / "few.jsonl")
             before = sum(name.endswith(".png") for name in store.list())
             if killed < max(1, KILLS // 5):
                 goal = before + IN_BUCKET // (max(1, KILLS // 5) + 1)

@@ -315,7 +315,7 @@ def test_indices_do_not_depend_on_which_lines_are_bad(manifest):
         (b"prompt,seed\na,7.5\n", "m.csv", 'm.csv:2: seed: got "7.5" (string), expected an integer'),
         (b"prompt,guidance_scale\na,nan\n", "m.csv", "m.csv:2: guidance_scale: got NaN, expected a number from 0"),
         (b"prompt,lora\na,{\n", "m.csv", 'm.csv:2: lora: got "{" (string), expected an object'),
-        (b"[]", "m.json", "m.json: expected a manifest that ends in .jsonl, .txt, .tsv or .csv"),
+        (b"[]", "m.json", "m.json: no rows in it"),
         (
             '{"prompt": "a"}'.encode("utf-16"),
             "m.jsonl",

@@ -136,10 +136,10 @@ TEXT = 'prompt\n{"prompt": "a fox"}\n'
 @pytest.mark.parametrize(
     ("content", "cause"),
     [
-        (gzip.compress(TEXT.encode()), "compressed with gzip"),
-        (bz2.compress(TEXT.encode()), "compressed with bzip2"),
-        (lzma.compress(TEXT.encode()), "compressed with xz"),
-        (b"\x28\xb5\x2f\xfd\x24\x10", "compressed with zstd"),
+        (gzip.compress(gzip.compress(TEXT.encode())), "compressed with gzip"),
+        (bz2.compress(bz2.compress(TEXT.encode())), "compressed with bzip2"),
+        (gzip.compress(lzma.compress(TEXT.encode())), "compressed with xz"),
+        (gzip.compress(b"\x28\xb5\x2f\xfd\x24\x10"), "compressed with zstd"),
         (zipped("xl/workbook.xml"), "a zip archive or a spreadsheet"),
         (b"PAR1\x15\x04\x15\x10", "a Parquet file"),
         (TEXT.encode("utf-16"), "UTF-16"),
@@ -164,8 +164,18 @@ def test_json_of_another_shape_is_named(manifest):
     assert manifest('[{"prompt": "a"}]\n')[0].endswith("; of an array, jq -c '.[]' makes them")
     assert "an object a line is expected" in manifest(json.dumps([{"prompt": "a"}], indent=1))[0]
     assert "an object a line is expected" in manifest(json.dumps({"prompt": "a"}, indent=1))[0]
-    (line,) = manifest("[]", "m.json")
-    assert line.endswith("ends in .jsonl, .txt, .tsv or .csv (of a JSON array, jq -c '.[]' makes JSONL)")
+    assert manifest("[]", "m.json") == ["m.json: no rows in it"]
+    for text, said in (
+        ('{"prompt": "a"}', "m.json: expected an array of objects; an object a line is called .jsonl"),
+        ('[\n{"prompt": "a"}\n{"prompt": "b"}]', "m.json:3: not JSON: expected a comma or the array's end at column 1"),
+        ('[{"prompt": "a"},\n', "m.json:2: not JSON: Expecting value at column 1"),
+        ('[{"prompt": "a"}', "m.json:1: not JSON: expected a comma or the array's end at column 17"),
+        ('[{"prompt": "a"},\n{"prompt" "b"}]', "m.json:2: not JSON: Expecting ':' delimiter at column 11"),
+        ('[{"prompt": "a"}] 7', 'm.json: "7" after the array\'s end'),
+        ('[{"prompt": "a"}, 7,\n {"prompt": "b", "prompt": "c"}]', "m.json:1: got 7 (number), expected an object"),
+        ("[" * 100_000, "m.json:1: not JSON: cannot be read at column 2"),
+    ):
+        assert manifest(text, "m.json")[0].startswith(said)
 
 
 def test_latin_1_is_guessed(manifest):

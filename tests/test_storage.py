@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 import gcs_faults
 import plain
 import pytest
+import s3_faults
 
 from fluxbatch.manifest.rows import read_rows
 from fluxbatch.storage import local
@@ -33,12 +34,20 @@ def gcs():
         yield proxy
 
 
-@pytest.fixture(params=["local", "gcs"])
+@pytest.fixture(scope="module")
+def s3():
+    pytest.importorskip("moto.server")
+    with s3_faults.serve() as proxy:
+        yield proxy
+
+
+@pytest.fixture(params=["local", "gcs", "s3"])
 def store(request, tmp_path):
     if request.param == "local":
         return open_store(str(tmp_path / "run"))
-    request.getfixturevalue("gcs")
-    return open_store(f"gs://bucket/{os.urandom(4).hex()}/run")
+    request.getfixturevalue(request.param)
+    scheme = {"gcs": "gs"}.get(request.param, request.param)
+    return open_store(f"{scheme}://bucket/{os.urandom(4).hex()}/run")
 
 
 def test_what_is_written_is_read(store):
@@ -99,8 +108,8 @@ def test_join():
 
 
 def test_other_schemes_are_refused():
-    for url in ("s3://bucket/x", "http://host/x"):
-        with pytest.raises(UserError, match=r"expected a local path or gs://"):
+    for url in ("az://bucket/x", "http://host/x"):
+        with pytest.raises(UserError, match=r"expected a local path, gs://bucket/prefix or s3://"):
             open_store(url)
 
 

@@ -198,7 +198,9 @@ class _HydraTask:
         if problems := [*overrides.misplaced(job, self.schema)]:
             raise UserError(*problems)
         for key in ("output_dir", "manifest", "jax_cache_dir", "text_cache_dir"):
-            if (path := getattr(job, key)) is not None:
+            if isinstance(path := getattr(job, key), list):
+                setattr(job, key, [at_home(key, each) if isinstance(each, str) else each for each in path])
+            elif isinstance(path, str):
                 setattr(job, key, at_home(key, path))
         hydra = HydraConfig.get()
         if hydra.mode == RunMode.MULTIRUN:

@@ -9,7 +9,16 @@ import string
 from collections.abc import Iterator
 from typing import Any
 
-from fluxbatch.config.schema import FLASH_BLOCKS, FLASH_BLOCKS_BACKWARD, MAX_STEPS, OFFLOAD, Job, shown
+from fluxbatch.config.schema import (
+    FLASH_BLOCKS,
+    FLASH_BLOCKS_BACKWARD,
+    MAX_STEPS,
+    OFFLOAD,
+    STANDARD_INPUT,
+    Job,
+    manifests,
+    shown,
+)
 from fluxbatch.types import UserError
 
 _MOST = {"max_sequence_length": 4096, "per_device_batch_size": 4096, "replica_count": 100_000}
@@ -117,10 +126,9 @@ def _offenders(job: Job, rows: bool) -> Iterator[tuple[str, Any, str]]:  # noqa:
     if output.container.name != "files" and not re.fullmatch(r"[\w-]*\{i:0\d+\}[\w-]*", output.filename):
         wanted = f"{{i:09}}, as container={output.container.name} has keys of one width"
         yield "output.filename", output.filename, wanted
-    for key in ("output_dir", "manifest"):
-        value = getattr(job, key)
-        if value is not None and (not value.strip() or "\0" in value):
-            yield key, value, "a path"
+    if not job.output_dir.strip() or "\0" in job.output_dir:
+        yield "output_dir", job.output_dir, "a path"
+    yield from _manifest_offenders(job)
     for key, value in _paths(job):
         if lost_slash(value):
             yield key, value, value.replace(":/", "://", 1)
@@ -128,6 +136,45 @@ def _offenders(job: Job, rows: bool) -> Iterator[tuple[str, Any, str]]:  # noqa:
         yield "run_name", job.run_name, f"a name, or {_PLAIN}{'' if COLONS else ', and without colons'}"
 
     yield from _lora_offenders(job)
+
+
+def _manifest_offenders(job: Job) -> Iterator[tuple[str, Any, str]]:
+    if job.manifest is not None:
+        is_one = isinstance(job.manifest, str)
+        paths = [job.manifest] if is_one else job.manifest
+        if not isinstance(paths, list) or not paths or not all(isinstance(p, str) for p in paths):
+            yield "manifest", job.manifest, "a path, a pattern like prompts/*.jsonl, or a list of those"
+        elif any(not path.strip() or "\0" in path for path in paths):
+            yield "manifest", job.manifest, "a path"
+        elif STANDARD_INPUT in paths:
+            if not is_one:
+                yield "manifest", job.manifest, f"{STANDARD_INPUT} alone, or files"
+            if job.run_name is None:
+                yield "run_name", None, "a name, as standard input has none"
+            if job.sweep:
+                yield "manifest", STANDARD_INPUT, "a file: standard input can be read once, and a sweep has many jobs"
+    if job.prompt_template is not None:
+        if not any(name for _, name in template_parts(job.prompt_template)):
+            wanted = "names of fields in braces, as in 'a photo of {object}'; a brace that is text is doubled"
+            yield "prompt_template", job.prompt_template, wanted
+        if job.prompt_column is not None:
+            yield "prompt_column", job.prompt_column, "null beside prompt_template, which makes the prompts"
+
+
+def template_parts(template: str) -> list[tuple[str, str]]:
+    """A prompt's template as (text, name of the field after it); none where it is not well-formed."""
+    parts, text, position = [], "", 0
+    while position < len(template):
+        token = re.compile(r"\{\{|\}\}|\{([^{}!:]+)\}|[^{}]+").match(template, position)
+        if token is None:
+            return []
+        position = token.end()
+        if token[1] is None:
+            text += token[0][0] if token[0] in ("{{", "}}") else token[0]
+        else:
+            parts.append((text, token[1].strip()))
+            text = ""
+    return [*parts, (text, "")]
 
 
 def sigmas_wanted(given: Any) -> str | None:
@@ -147,10 +194,8 @@ def sigmas_wanted(given: Any) -> str | None:
 def _paths(job: Job) -> Iterator[tuple[str, str]]:
     """Every key that may hold an address, and its value."""
     # to: convert's
-    yield from (
-        (key, getattr(job, key, None) or "")
-        for key in ("output_dir", "manifest", "jax_cache_dir", "text_cache_dir", "to")
-    )
+    yield from ((key, getattr(job, key, None) or "") for key in ("output_dir", "jax_cache_dir", "text_cache_dir", "to"))
+    yield from (("manifest", path) for path in manifests(job) if isinstance(path, str))
     yield from (
         (f"model.{key}", value or "") for key, value in vars(job.model).items() if key.endswith("_name_or_path")
     )

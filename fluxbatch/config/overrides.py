@@ -28,7 +28,7 @@ from fluxbatch.types import UserError
 
 # The headings under which the parameters are documented are accepted as groups of bare names.
 HEADINGS = ("generation", "flow_matching", "performance", "parallelism", "system")
-PROMPTS = ("prompt", "prompt_2")  # a comma or a ${ in these is text
+PROMPTS = ("prompt", "prompt_2", "prompt_template")  # a comma or a ${ in these is text
 # What Hydra's authors publish besides
 PLUGINS = {"sweeper": ("optuna", "ax", "nevergrad"), "launcher": ("joblib", "submitit", "ray", "rq")}
 # What keys are called elsewhere, by hand and in other tools
@@ -302,6 +302,8 @@ class _Vocabulary:
             raise UserError(f"{shown(word)}: there is no key {typed}{self._nearest(typed)}")
         if not prefix and re.match(r"hardware\.flash_block_sizes\b", key):
             prefix = "++"  # an open table
+        if key == "manifest" and not value.startswith("["):  # a list is Hydra's
+            kind, optional = str, True
         if kind is str and equals and not (optional and value == "null"):
             value = _text(value, key in PROMPTS, multirun)
         elif value.startswith(("{", "[")):

@@ -21,7 +21,7 @@ from fluxbatch.config.schema import Job
 # A wheel carries conf/ inside the package, a checkout beside it.
 CONF = next(d for d in (Path(__file__).parents[1] / "conf", Path(__file__).parents[2] / "conf") if d.is_dir())
 
-COMMANDS = ("plan", "verify", "replay", "convert")  # those with keys of their own
+COMMANDS = ("plan", "verify", "replay", "convert", "status")  # those with keys of their own
 KEY = re.compile(r"( *)([a-z]\w*):(?: +([^#]+?))?(?: +# (.*))?")
 
 

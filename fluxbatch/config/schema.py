@@ -164,8 +164,9 @@ class Job:
     lora_config: LoraConfig = field(default_factory=LoraConfig)
     prompt: str | None = MISSING
     prompt_2: str | None = MISSING
-    manifest: str | None = MISSING
+    manifest: Any = MISSING  # a path or a pattern, a list of those, - for standard input, or None
     prompt_column: str | None = MISSING  # of a TSV/CSV or JSONL; None: found, or prompt
+    prompt_template: str | None = MISSING  # over the fields of a row
     num_images: int = MISSING  # per row that does not say
     seed: int = MISSING
     output_dir: str = MISSING
@@ -187,6 +188,8 @@ class Job:
 
 
 MAX_STEPS = 1_000
+STANDARD_INPUT = "-"  # as a manifest
+PACKED = r"(?i)\.(?:gz|zst|bz2|xz)$"  # how the name of a compressed manifest ends
 OFFLOAD = (True, False, "host", "free")
 
 # The forward kernel's block sizes; the others, pasted along from training set-ups, change nothing.
@@ -199,13 +202,22 @@ def default_run_name(job: Job) -> str:
     so the same command finds its finished work again, and another manifest or seed has another directory.
     """
     if job.manifest is not None:
-        stem = PurePosixPath(job.manifest.replace("\\", "/")).stem
-        return f"{slug(stem, 'manifest')}-{digest(whereabouts(job.manifest))}"
+        paths = manifests(job)
+        place = PurePosixPath(re.sub(PACKED, "", paths[0].replace("\\", "/")))
+        stem = place.parent.name if "*" in place.name else place.stem
+        places = [*map(whereabouts, paths)]
+        return f"{slug(stem, 'manifest')}-{digest(places[0] if len(places) == 1 else places)}"
     dtypes = (job.hardware.weights_dtype, job.hardware.activations_dtype)
     text = (job.prompt, job.prompt_2, job.seed, job.num_images)
     groups: tuple[Any, ...] = (job.model, job.sampler, job.output, job.lora_config, *job.lora.values())
     parts = [*(dataclasses.asdict(group) for group in groups), list(job.lora), text, dtypes]
     return f"{slug(job.prompt or '', 'prompt')}-{digest(parts)}"
+
+
+def manifests(job: Job) -> list[str]:
+    """What ``job.manifest`` names: paths and patterns, as they were given."""
+    given = job.manifest
+    return given if isinstance(given, list) else [] if given is None else [given]
 
 
 def whereabouts(path: str) -> str:

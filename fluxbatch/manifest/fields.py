@@ -28,9 +28,8 @@ _FIELDS = frozenset(FIELDS)
 class Resolver:
     """Named values of one line → its rows, with the job's settings where the line is silent."""
 
-    def __init__(self, job: Job, size_multiple: int, empty: bool):
+    def __init__(self, job: Job, size_multiple: int):
         sampler = job.sampler
-        self._empty = empty  # whether an empty prompt is meant, as it is where it is written out
         self._size_multiple = size_multiple
         self._format = job.output.format.name
         self._seed = job.seed
@@ -56,13 +55,15 @@ class Resolver:
             named = (problem.partition(":") for problem in problems)
             raise UserError(*dict.fromkeys(f"{homes.get(key, key)}:{rest}" for key, _, rest in named))
 
-    def __call__(self, fields: dict[str, Any] | BadLine, index: int, where: str) -> list[Row]:
-        """Raises BadLine with everything that is wrong with the line."""
+    def __call__(self, fields: dict[str, Any] | BadLine, index: int, where: str, empty: bool = False) -> list[Row]:
+        """``empty``: whether an empty prompt is meant, as it is where it is written out.
+
+        Raises BadLine with everything that is wrong with the line."""
         if isinstance(fields, BadLine):
             raise fields
         given = {key: value for key, value in fields.items() if value is not None}
         problems: list[str] = []
-        prompt = _text(given, "prompt", problems, empty=self._empty)
+        prompt = _text(given, "prompt", problems, empty=empty)
         if "prompt" not in given:
             texts = [shown(key) for key, value in given.items() if key not in FIELDS and isinstance(value, str)]
             hint = f" (prompt_column=… takes another field for it, of {', '.join(texts)})" if texts else ""

@@ -31,7 +31,7 @@ _KINDS = {
     rb"\x28\xb5\x2f\xfd": "compressed with zstd; unpack it (unzstd)",
     rb"PK\x03\x04": "a zip archive or a spreadsheet (.xlsx, .ods); unpack it, or save it as CSV",
     rb"\xd0\xcf\x11\xe0": "an old spreadsheet (.xls); save it as CSV",
-    rb"PAR1": "a Parquet file; write it as JSONL (pandas: to_json(…, orient='records', lines=True))",
+    rb"PAR1": "a Parquet file; let its name end in .parquet",
     rb"ARROW1": "an Arrow file; write it as JSONL",
     rb"SQLite format 3\0": "a SQLite database; write it as JSONL or CSV",
     rb"\x93NUMPY": "a NumPy array; write it as JSONL",
@@ -199,6 +199,47 @@ def _explained(error: str, delimiter: str) -> BadLine:
     return BadLine(f"not {'TSV' if delimiter == TAB else 'CSV'}: {error}")
 
 
+def json_array(stream: BinaryIO, name: str) -> Iterator[Line]:
+    """The objects of one array, each with the number of the line that it begins on. ``name``: the file.
+
+    Raises UserError where the array itself is broken: what follows cannot be told apart any more.
+    """
+    try:
+        text = stream.read().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{name}:{line}: not UTF-8: byte 0x{error.object[error.start]:02x}") from None
+    number, counted, position = 1, 0, _past_blanks(text, 0)
+    if text[position : position + 1] != "[":
+        raise UserError(f"{name}: expected an array of objects; an object a line is called .jsonl")
+    wanted: str | None = "]"  # an array may be empty
+    position = _past_blanks(text, position + 1)
+    while text[position : position + 1] != wanted:
+        number, counted = number + text.count("\n", counted, position), position
+        try:
+            _, end = _PLAIN_DECODER.raw_decode(text, position)
+        except (ValueError, RecursionError) as error:
+            at, what = getattr(error, "pos", position), getattr(error, "msg", "cannot be read")
+            line, column = text.count("\n", 0, at) + 1, at - text.rfind("\n", 0, at)
+            raise UserError(f"{name}:{line}: not JSON: {what} at column {column}") from None
+        yield Line(number, _object(text[position:end]))
+        position = _past_blanks(text, end)
+        if text[position : position + 1] == ",":
+            position, wanted = _past_blanks(text, position + 1), None
+        elif text[position : position + 1] == "]":
+            wanted = "]"
+        else:
+            line, column = text.count("\n", 0, position) + 1, position - text.rfind("\n", 0, position)
+            raise UserError(f"{name}:{line}: not JSON: expected a comma or the array's end at column {column}")
+    if rest := text[position + 1 :].strip(whitespace):
+        raise UserError(f"{name}: {shown(rest[:20])} after the array's end")
+
+
+def _past_blanks(text: str, position: int) -> int:
+    blanks = _BLANKS.match(text, position)
+    return blanks.end() if blanks else position
+
+
 def _object(text: str) -> dict[str, Any] | BadLine:
     try:
         value = _DECODER.decode(text)
@@ -206,7 +247,7 @@ def _object(text: str) -> dict[str, Any] | BadLine:
             json.dumps(value, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         over_lines = text.strip() in ("[", "{", "[{")
-        hint = "; an object a line is expected (jq -c '.[]' of an array, jq -c . of objects)" if over_lines else ""
+        hint = "; an object a line is expected (an array of objects is called .json)" if over_lines else ""
         return BadLine(f"not JSON: {error.msg} at column {error.colno}{hint}")
     except UnicodeEncodeError:
         return BadLine("half of a surrogate pair (\\ud800 to \\udfff), which is no character")
@@ -241,6 +282,8 @@ def _no_constant(name: str) -> Any:
     raise BadLine(f"{name} is not a JSON number")
 
 
+_PLAIN_DECODER = json.JSONDecoder(parse_int=str, parse_float=str)  # to find where a value ends
+_BLANKS = re.compile(r"[ \t\r\n]*")
 _DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_float=_finite, parse_constant=_no_constant)
 
 

@@ -6,67 +6,81 @@ import contextlib
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
-from fluxbatch.config.schema import Job
-from fluxbatch.manifest import formats
+from fluxbatch.config.checks import template_parts
+from fluxbatch.config.schema import STANDARD_INPUT, Job, manifests
+from fluxbatch.manifest import files, formats
 from fluxbatch.manifest.fields import FIELDS, INTEGERS, SURROGATES, Resolver
-from fluxbatch.manifest.formats import TAB, BadLine, Line
+from fluxbatch.manifest.formats import TAB, BadLine, Line, described
+from fluxbatch.manifest.parquet import parquet_rows
 from fluxbatch.storage.base import StorageError
 from fluxbatch.storage.registry import open_stream
 from fluxbatch.types import Reject, Row, UserError
 
 _SHOWN = 50  # bad lines in one message
 _PROMPT_COLUMNS = ("prompt", "caption", "text")
-_JSON = ("jsonl", "ndjson")
+_JSON = ("jsonl", "ndjson", "json")
+
+
+class _Read(NamedTuple):
+    """A line of a manifest, whatever its format, with the prompt under ``prompt``."""
+
+    where: str  # file:line
+    fields: dict[str, Any] | BadLine
+    empty: bool = False  # whether an empty prompt is meant, as it is where it is written out
 
 
 def read_rows(job: Job, *, size_multiple: int = 16) -> tuple[list[Row], list[Reject]]:
-    """The job's rows, from ``job.manifest`` (.jsonl, .txt, .tsv, .csv) or ``job.prompt``.
+    """The job's rows, from the files of ``job.manifest`` or from ``job.prompt``.
 
-    ``multiple``: what heights and widths must divide by (the model's latent grid).
+    ``size_multiple``: what heights and widths must divide by (the model's latent grid).
     A row's index counts a bad line as one row, so no row's index or seed depends on which other
     lines are good. Bad lines come back as Rejects with ``manifest_errors=quarantine``.
 
     Raises UserError naming every bad line otherwise; also when there is no row at all.
     """
-    extension = (job.manifest or "").rpartition(".")[2].lower()
-    resolve = Resolver(job, size_multiple, empty=extension in _JSON)
+    resolve = Resolver(job, size_multiple)
     if job.manifest is None:
         if job.prompt is None:
             raise UserError("nothing to do: give manifest=FILE or prompt=TEXT")
-        return _collect(iter([Line(0, {"prompt": job.prompt})]), resolve, lambda number: "prompt=", quarantine=False)
+        prompt = _combined(iter([Line(0, {"prompt": job.prompt})]), job.prompt_template, ())
+        return _collect((_Read("prompt=", fields) for _, fields in prompt), resolve, quarantine=False)
     if job.prompt is not None:
         raise UserError("manifest and prompt are both given: expected one of them")
-    quarantine = job.manifest_errors.name == "quarantine"
-    name = job.manifest.encode("utf-8", "backslashreplace").decode()  # a path may be no UTF-8, and rejects.jsonl is
     try:
-        with open_stream(job.manifest) as stream:
-            parsed = _parsed(stream, name, extension, job.prompt_column)
-            rows, rejects = _collect(parsed, resolve, lambda n: f"{name}:{n}", quarantine)
+        rows, rejects = _collect(_read(job), resolve, job.manifest_errors.name == "quarantine")
     except StorageError as error:
         mistake = UserError(f"manifest: {error}")
         mistake.code = error.code  # a server that stays away is none
         raise mistake from None
     if not rows and not rejects:
-        raise UserError(f"{job.manifest}: no rows in it")
+        raise UserError(f"{', '.join(manifests(job))}: no rows in it")
     return rows, rejects
 
 
-def _collect(
-    parsed: Iterator[Line], resolve: Resolver, where: Callable[[int], str], quarantine: bool
-) -> tuple[list[Row], list[Reject]]:
+def _read(job: Job) -> Iterator[_Read]:
+    for path in files.find(job):
+        # a path may be no UTF-8, and rejects.jsonl is
+        name = "stdin" if path == STANDARD_INPUT else path.encode("utf-8", "backslashreplace").decode()
+        kind = files.format_of(path)
+        with open_stream(path) if kind == "parquet" else files.open_unpacked(path) as stream:
+            for number, fields in _parsed(stream, name, kind, job.prompt_column, job.prompt_template):
+                yield _Read(f"{name}:{number}", fields, empty=kind in _JSON)
+
+
+def _collect(read: Iterable[_Read], resolve: Resolver, quarantine: bool) -> tuple[list[Row], list[Reject]]:
     rows: list[Row] = []
     rejects: list[Reject] = []
     index = 0
-    for number, fields in parsed:
+    for where, fields, empty in read:
         try:
-            made = resolve(fields, index, where(number))
+            made = resolve(fields, index, where, empty)
             rows += made
             index += len(made)
         except BadLine as error:
-            rejects.append(Reject(where(number), str(error), index=index, prompt=_prompt_of(fields)))
+            rejects.append(Reject(where, str(error), index=index, prompt=_prompt_of(fields)))
             index += 1
     if rejects and not quarantine:
         more = len(rejects) - _SHOWN
@@ -81,41 +95,88 @@ def _prompt_of(fields: dict[str, Any] | BadLine) -> str | None:
     return prompt if isinstance(prompt, str) and not SURROGATES.search(prompt) else None
 
 
-def _parsed(stream: Any, name: str, extension: str, prompt_column: str | None) -> Iterator[Line]:
-    """The file's lines, whatever its format, with the prompt under ``prompt``."""
-    if kind := formats.kind(stream):
-        raise UserError(f"{name}: the file is {kind}")
-    if extension in _JSON:
-        return _renamed(formats.json_lines(stream), {prompt_column or "prompt": "prompt"})
-    if extension == "txt":
-        return formats.prompt_lines(stream)
-    if extension in ("tsv", "csv"):
-        has_prompt = lambda columns: _prompt_column(columns, prompt_column) is not None  # noqa: E731
-        columns, parsed = formats.table_lines(stream, TAB if extension == "tsv" else ",", name, has_prompt)
-        known = {column: column.lower() for column in columns if column.lower() in FIELDS}
-        for column, other in itertools.combinations(known, 2):
-            if known[column] == known[other]:
-                raise UserError(
-                    f"{name}:1: columns {json.dumps(column)} and {json.dumps(other)} differ only in case, expected "
-                    "one of them"
-                )
-        prompt = _prompt_column(columns, prompt_column)
-        if prompt is None:
-            found = "prompt, caption or text (or name it: prompt_column=…)"
-            wanted = found if prompt_column is None else json.dumps(prompt_column)
-            raise UserError(f"{name}:1: got the columns {', '.join(map(json.dumps, columns))}, expected {wanted}")
-        known = {column: field for column, field in known.items() if field != "prompt"}
-        return map(_converted, _renamed(parsed, {**known, prompt: "prompt"}))
-    hint = " (of a JSON array, jq -c '.[]' makes JSONL)" if extension == "json" else ""
-    raise UserError(f"{name}: expected a manifest that ends in .jsonl, .txt, .tsv or .csv{hint}")
+def _parsed(stream: Any, name: str, kind: str, prompt_column: str | None, template: str | None) -> Iterator[Line]:
+    """The file's lines, whatever its format, with the prompt under ``prompt``. ``kind``: how its name ends."""
+    if kind == "parquet":
+        columns, parsed = parquet_rows(stream, name)
+        names = _names(columns, name, prompt_column, template)
+        return map(_from_text, _renamed(_combined(parsed, template, columns), names))
+    if what := formats.kind(stream):
+        raise UserError(f"{name}: the file is {what}")
+    if kind in _JSON:
+        parsed = formats.json_array(stream, name) if kind == "json" else formats.json_lines(stream)
+        return _renamed(_combined(parsed, template, ()), {prompt_column or "prompt": "prompt"})
+    if kind == "txt":
+        return _combined(formats.prompt_lines(stream), template, ())
+    if kind in ("tsv", "csv"):
+        fields = [field for _, field in template_parts(template or "") if field]
+
+        def is_wanted(columns: list[str]) -> bool:
+            if fields:
+                return all(_column(columns, field) for field in fields)
+            return _prompt_column(columns, prompt_column) is not None
+
+        columns, parsed = formats.table_lines(stream, TAB if kind == "tsv" else ",", name, is_wanted)
+        names = _names(columns, f"{name}:1", prompt_column, template)
+        return map(_converted, _renamed(_combined(parsed, template, columns), names))
+    raise UserError(f"{name}: expected a manifest that ends in .jsonl, .json, .txt, .tsv, .csv or .parquet")
+
+
+def _names(columns: list[str], where: str, prompt_column: str | None, template: str | None) -> dict[str, str]:
+    """Column → field, of the columns of a table that are fields. UserError where it has no column for the prompt."""
+    known = {column: column.lower() for column in columns if column.lower() in FIELDS}
+    for column, other in itertools.combinations(known, 2):
+        if known[column] == known[other]:
+            raise UserError(
+                f"{where}: columns {json.dumps(column)} and {json.dumps(other)} differ only in case, expected "
+                "one of them"
+            )
+    known = {column: field for column, field in known.items() if field != "prompt"}
+    if template is not None:
+        missing = [field for _, field in template_parts(template) if field and not _column(columns, field)]
+        if missing:
+            wanted = f"{', '.join(map(json.dumps, missing))} of prompt_template"
+            raise UserError(f"{where}: got the columns {', '.join(map(json.dumps, columns))}, expected {wanted}")
+        return known
+    prompt = _prompt_column(columns, prompt_column)
+    if prompt is None:
+        found = "prompt, caption or text (or name it: prompt_column=…)"
+        wanted = found if prompt_column is None else json.dumps(prompt_column)
+        raise UserError(f"{where}: got the columns {', '.join(map(json.dumps, columns))}, expected {wanted}")
+    return {**{column: field for column, field in known.items() if column != prompt}, prompt: "prompt"}
+
+
+def _column(columns: Iterable[str], wanted: str) -> str | None:
+    """The column that is called so, else one that differs in case."""
+    by_lower = {column.lower(): column for column in reversed([*columns])}
+    return wanted if wanted in by_lower.values() else by_lower.get(wanted.lower())
+
+
+def _combined(parsed: Iterator[Line], template: str | None, columns: Collection[str]) -> Iterator[Line]:
+    """The lines, with the prompt that ``template`` makes of their fields. ``columns``: a table's, as it spells them."""
+    if template is None:
+        return parsed
+    parts = [(text, _column(columns, field) or field) for text, field in template_parts(template)]
+
+    def combine(fields: Any) -> Any:
+        if isinstance(fields, BadLine):
+            return fields
+        problems, prompt = [], ""
+        for text, field in parts:
+            value = fields.get(field, "") if field else None
+            if field and (value is None or (isinstance(value, str) and not value.strip())):
+                problems.append(f"prompt_template: {json.dumps(field)} is missing")
+            elif field and type(value) not in (str, int, float):
+                problems.append(f"prompt_template: {json.dumps(field)}: got {described(value)}, expected text")
+            prompt += text + ("" if value is None else str(value))
+        return BadLine("; ".join(problems)) if problems else {**fields, "prompt": prompt}
+
+    return (Line(number, combine(fields)) for number, fields in parsed)
 
 
 def _prompt_column(columns: list[str], wanted: str | None) -> str | None:
-    by_lower = {column.lower(): column for column in reversed(columns)}
-    for candidate in _PROMPT_COLUMNS if wanted is None else (wanted,):
-        if candidate in columns or candidate.lower() in by_lower:
-            return candidate if candidate in columns else by_lower[candidate.lower()]
-    return None
+    candidates = _PROMPT_COLUMNS if wanted is None else (wanted,)
+    return next(filter(None, (_column(columns, candidate) for candidate in candidates)), None)
 
 
 def _renamed(parsed: Iterator[Line], names: Mapping[str, str]) -> Iterator[Line]:
@@ -147,7 +208,14 @@ def _converted(line: Line) -> Line:
         fields["id"] = whole[1]
     with contextlib.suppress(KeyError, ValueError):
         fields["guidance_scale"] = float(fields["guidance_scale"])
-    for key in ("lora", "sigmas"):
-        with contextlib.suppress(KeyError, ValueError, RecursionError):
-            fields[key] = json.loads(fields[key])
-    return Line(line.number, fields)
+    return _from_text(Line(line.number, fields))
+
+
+def _from_text(line: Line) -> Line:
+    """Objects and lists that a cell holds as text."""
+    if isinstance(line.fields, dict):
+        for key in ("lora", "sigmas"):
+            if isinstance(text := line.fields.get(key), str):
+                with contextlib.suppress(ValueError, RecursionError):
+                    line.fields[key] = json.loads(text)
+    return line

@@ -64,7 +64,7 @@ __all__ = [
     "write_status",
 ]
 
-RECORDS = HIDDEN + "records/"
+RECORDS, REJECTED = HIDDEN + "records/", HIDDEN + "rejects/"
 # what a record is read for
 _NEEDS = frozenset({"id", "key", "index", "file_name", "seed", "height", "width", "sha256"})
 _CHUNK = 10_000  # records in one object after the merge
@@ -110,7 +110,7 @@ class Ledger:
         self._facts_digest = digest(self._facts)
         self._overwrite = overwrite
         self._records = Log(store, RECORDS, writer_id, _NEEDS)
-        self._rejects = Log(store, HIDDEN + "rejects/", writer_id, {"where", "reason", "id", "index", "created"})
+        self._rejects = Log(store, REJECTED, writer_id, {"where", "reason", "id", "index", "created"})
         self._lock = threading.Lock()
         self._batches: dict[str, Sequence[Record]] = {}  # object → records, since the last compaction
         self._rows: dict[str, Row] = {}  # id → row of the manifest

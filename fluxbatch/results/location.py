@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from fluxbatch.config.schema import Container, Job
+from fluxbatch.config.schema import Container, Job, manifests
 from fluxbatch.storage.base import NotFound, Store, join
-from fluxbatch.storage.registry import open_store
+from fluxbatch.storage.registry import find_files, open_store
 from fluxbatch.types import UserError
 
 METADATA, REJECTS, STATUS, CONFIG = "metadata.jsonl", "rejects.jsonl", "status.json", "config.yaml"
@@ -20,6 +20,7 @@ HIDDEN = ".fluxbatch/"  # Hugging Face's ImageFolder passes over what begins wit
 SHEET = HIDDEN + "contact_sheet.png"  # of the pictures in sight each has a record, or no ImageFolder loads
 JOB = HIDDEN + "job.json"  # no start writes anything before it but the lock
 FORMAT = 2  # of all that lies in the hidden folder and of the records; job.json says it
+REPLICAS = HIDDEN + "replicas/"  # the sign of life of each, where there are several
 LOCK = HIDDEN + "lock"  # held by the start that is at work
 WAY_OUT = "give another run_name=…, or overwrite=true to replace what differs"
 
@@ -28,11 +29,11 @@ def open_location(job: Job) -> Store:
     """The job's store. UserError where a run would write over its own manifest or over somebody's files."""
     assert job.run_name is not None
     store = open_store(join(job.output_dir, job.run_name))
+    paths = [path for given in manifests(job) for path in find_files(given)]
     for name in RESERVED:
-        if job.manifest is not None and _is_one(job.manifest, join(store.url, name)):
+        if own := next((path for path in paths if _is_one(path, join(store.url, name))), None):
             raise UserError(
-                f"manifest={job.manifest}: the run would write its {name} there; give another run_name=… or "
-                "output_dir=…"
+                f"manifest={own}: the run would write its {name} there; give another run_name=… or output_dir=…"
             )
     if not job.overwrite:
         refuse_foreign(store)
@@ -89,3 +90,20 @@ def _refuse_foreign_page(root: Store) -> None:
 def _is_one(path: str, other: str) -> bool:
     """Whether two addresses are of one file."""
     return path == other or (os.path.exists(path) and os.path.exists(other) and os.path.samefile(path, other))
+
+
+def runs(job: Job) -> Iterator[Store]:
+    """The run that is named, or all that lie in the output place."""
+    place = join(job.output_dir, *([job.run_name] if job.run_name else []))
+    names = {run for name in open_store(place).list() if (run := _run_of(name)) is not None}
+    if not names:
+        raise UserError(f"{place}: no run in it; expected output_dir=… (and run_name=…) of a run")
+    return (open_store(join(place, *filter(None, [name]))) for name in sorted(names))
+
+
+def _run_of(name: str) -> str | None:
+    """The directory of the run that a file tells of."""
+    place, _, file = f"/{name}".rpartition("/")
+    if file == METADATA:
+        return place[1:]
+    return f"{place}/".partition(f"/{HIDDEN}")[0][1:] if f"/{HIDDEN}" in f"{place}/" else None

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 
-from fluxbatch.config.schema import Job
+from fluxbatch.config.schema import STANDARD_INPUT, Job, manifests
 from fluxbatch.distributed import backend
 from fluxbatch.distributed.process_group import ProcessGroup
 from fluxbatch.distributed.shutdown import Drain, drain_on_signals
@@ -29,7 +29,7 @@ from fluxbatch.shards import assignment
 from fluxbatch.shards.assignment import Work
 from fluxbatch.storage import cache
 from fluxbatch.storage.base import StorageError, Store
-from fluxbatch.types import Batch, Exit, Row, Shard
+from fluxbatch.types import Batch, Exit, Row, Shard, UserError
 
 
 @dataclasses.dataclass
@@ -97,6 +97,10 @@ def open_session(job: Job, kept: KeptPipeline | None = None) -> Iterator[Session
         with report.stage("open"), group.together():
             if programs.error:
                 raise programs.error
+            if STANDARD_INPUT in manifests(job) and (group.count > 1 or replica.count > 1):
+                raise UserError(
+                    f"manifest={STANDARD_INPUT}: expected a file: several processes cannot share standard input"
+                )
             require_package(job.output.container)
             spec = open_model_spec(job, platform, group=group)
             given, bad_lines = read_rows(job, size_multiple=spec.size_multiple)

@@ -23,8 +23,9 @@ from fluxbatch.distributed.process_group import ProcessGroup
 from fluxbatch.distributed.replica import Replica, counted_by, find
 from fluxbatch.distributed.shutdown import Drain
 from fluxbatch.results.ledger import Ledger, utc_now, write_status
+from fluxbatch.results.location import REPLICAS
 from fluxbatch.shards import batching, progress
-from fluxbatch.shards.claims import REPLICAS, Claims, Heartbeat, Holder
+from fluxbatch.shards.claims import Claims, Heartbeat, Holder
 from fluxbatch.shards.progress import Progress
 from fluxbatch.storage.base import StorageError, Store
 from fluxbatch.types import Exit, Row, Shard, UserError
@@ -90,7 +91,7 @@ class Work(Protocol):
 
 
 class LocalShards:
-    """The work of the only replica. From its first shard to its end a thread renews the status, whatever devices do."""
+    """The work of the only replica. From its start to its end a thread renews the status, whatever devices do."""
 
     alone = merges = True
 
@@ -104,8 +105,6 @@ class LocalShards:
         )
 
     def shards(self, drain: Drain) -> Iterator[Shard]:
-        if self._group.is_first:
-            self._thread.start()
         return iter(self._shards)
 
     def ends_with(self, shard: Shard) -> bool:
@@ -113,6 +112,7 @@ class LocalShards:
 
     def started(self) -> None:
         write_status(self._store, None, running(), self.progress.counts)
+        self._thread.start()
 
     def _report(self, counts: Mapping[str, int], speed: Mapping[str, float]) -> None:
         self._speed = speed

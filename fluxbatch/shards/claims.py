@@ -23,10 +23,11 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from fluxbatch.results.ledger import HIDDEN, utc_now
+from fluxbatch.results.location import REPLICAS
 from fluxbatch.storage.base import NotFound, StorageError, Store
 from fluxbatch.storage.log import in_parallel
 
-_CLAIMS, REPLICAS = HIDDEN + "claims/", HIDDEN + "replicas/"
+_CLAIMS = HIDDEN + "claims/"
 _FINISHED, _DONE = "finished", "done"
 
 

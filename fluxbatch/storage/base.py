@@ -1,4 +1,5 @@
-"""One small interface over the places that hold a run: a local directory or ``gs://bucket/prefix``.
+"""One small interface over the places that hold a run: a local directory, ``gs://bucket/prefix`` or
+``s3://bucket/prefix``.
 
 A write is durable and whole when it returns, or it did not happen. Names are relative, with ``/``
 between their parts; a name that would leave the store is refused.
@@ -71,7 +72,7 @@ class Store(Protocol):
 
 
 def join(url: str, *names: str) -> str:
-    """``url/name/…`` for local paths and ``gs://`` addresses alike."""
+    """``url/name/…`` for local paths and addresses alike."""
     return "/".join([url.rstrip("/"), *names]) if names else url
 
 

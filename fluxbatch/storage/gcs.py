@@ -24,6 +24,7 @@ from google.cloud.storage.exceptions import DataCorruption
 from requests.adapters import HTTPAdapter
 
 from fluxbatch.storage.base import NotFound, StorageError, check_name, join
+from fluxbatch.storage.objects import PieceReader, content_type
 from fluxbatch.types import UserError
 
 _CONNECTIONS = 64  # at once; requests' own 10 would throw away connections of the parallel writers
@@ -98,7 +99,7 @@ class GcsStore:
         def upload() -> None:
             self._blob(name).upload_from_string(
                 data,
-                content_type=_content_type(name),
+                content_type=content_type(name),
                 if_generation_match=0 if if_absent else None,
                 timeout=self._timeout,
                 checksum="crc32c",
@@ -175,7 +176,7 @@ class GcsStore:
                 raise ConnectionError("answer cut short")
             return data
 
-        reader = _PieceReader(blob.size, lambda start: self._attempt(name, lambda: piece(start)))
+        reader = PieceReader(blob.size, lambda start: self._attempt(name, lambda: piece(start)))
         stream = io.BufferedReader(reader, _PIECE)
         return cast(BinaryIO, gzip.GzipFile(fileobj=stream)) if encoding == "gzip" else stream
 
@@ -186,6 +187,13 @@ class GcsStore:
     def _attempt(self, name: str, action: Callable[[], T], missing: str = "") -> T:
         with _translated(join(self.url, name), missing):
             return self._retry(action)()
+
+
+def open_bucket(url: str) -> GcsStore:
+    """The store, which is there and may be used."""
+    store = GcsStore(url)
+    store.check()
+    return store
 
 
 @contextlib.contextmanager
@@ -199,27 +207,6 @@ def open_object(url: str) -> Iterator[BinaryIO]:
             yield stream
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise StorageError(f"{url}: stored with Content-Encoding: gzip, but cannot be unpacked: {error}") from None
-
-
-class _PieceReader(io.RawIOBase):
-    """``size`` bytes, of which ``piece(start)`` brings some that begin at ``start``."""
-
-    def __init__(self, size: int, piece: Callable[[int], bytes]):
-        self._size = size
-        self._piece = piece
-        self._position = 0
-        self._held = b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:  # a memoryview: BufferedReader's
-        if not self._held and self._position < self._size:
-            self._held = self._piece(self._position)
-            self._position += len(self._held)
-        given, self._held = self._held[: len(buffer)], self._held[len(buffer) :]
-        buffer[: len(given)] = given
-        return len(given)
 
 
 class _Taken(StorageError):
@@ -260,9 +247,3 @@ def _reason(error: BaseException) -> str:
         return str(response.json()["error"]["message"]).splitlines()[0][:200]
     code = getattr(error, "code", None)
     return f"the server answered {int(code)}" if code else f"no connection ({type(error).__name__})"
-
-
-def _content_type(name: str) -> str:
-    types = {"png": "image/png", "jpg": "image/jpeg", "webp": "image/webp", "html": "text/html; charset=utf-8"}
-    types |= {"json": "application/json", "jsonl": "application/x-ndjson", "yaml": "application/yaml"}
-    return types.get(name.rpartition(".")[2], "application/octet-stream")

@@ -90,7 +90,7 @@ def _own_dtype(pieces: list[Piece]) -> np.dtype:
 
 
 def convert(checkpoint: Checkpoint, to: str, dtype: np.dtype | None, progress: load.Progress = lambda _: None) -> bool:
-    """Writes the checkpoint to directory ``to`` (local or ``gs://``); False if it is there already.
+    """Writes the checkpoint to directory ``to`` (local, ``gs://`` or ``s3://``); False if it is there already.
 
     Files that an earlier, interrupted conversion of the same checkpoint has written are kept. Raises
     UserError when ``to`` holds anything else, and for what cannot be read or written.

@@ -47,8 +47,8 @@ def find(
     if name.lower().endswith(GGUF) and not os.path.isdir(path):
         raise UserError(f"{key}: {name!r}: a GGUF file, a quantization that is not read: {INSTEAD}")
     if "://" in name:
-        if not re.fullmatch(r"(gs|https?)://[^/]+(/.*)?", name):
-            raise UserError(f"{key}: {name!r}: expected gs://bucket/prefix or http(s)://host/path")
+        if not re.fullmatch(r"(gs|s3|https?)://[^/]+(/.*)?", name):
+            raise UserError(f"{key}: {name!r}: expected gs://bucket/prefix, s3://bucket/prefix or http(s)://host/path")
         if name.startswith("http") and re.search("[?#]", name):
             raise UserError(
                 f"{key}: {name!r}: expected an address without '?' and '#', of a public file or directory: http(s)://host/path"
@@ -75,8 +75,8 @@ def find(
     ):
         if path and (reason := broken_link(path)):
             raise UserError(f"{key}: {reason}")
-        raise UserError(f"{key}: {name!r} is not there: expected a directory, a {SUFFIX} file, gs://bucket/prefix, "
-                        "http(s)://… or a Hugging Face repo id")  # fmt: skip
+        raise UserError(f"{key}: {name!r} is not there: expected a directory, a {SUFFIX} file, "
+                        "gs:// or s3://bucket/prefix, http(s)://… or a Hugging Face repo id")  # fmt: skip
     folder = snapshot(f"{owner}/{repo}", key, revision, (file, *beside) if file else patterns)
     if file:
         return os.path.join(folder, file), os.path.basename(folder)

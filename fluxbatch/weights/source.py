@@ -1,8 +1,8 @@
 """Bytes of a checkpoint, wherever it lies: small files, ranged reads.
 
-TensorStore reads every byte, so a local directory, ``gs://`` and ``http(s)://`` are one path, and a range of rows is
-one contiguous read. What TensorStore lets pass in silence (a missing object, an object that changes between two reads)
-is an error here. Local files are not mapped into memory: a read error would be SIGBUS, not an exception.
+TensorStore reads every byte, so a local directory, ``gs://``, ``s3://`` and ``http(s)://`` are one path, and a range
+of rows is one contiguous read. What TensorStore lets pass in silence (a missing object, an object that changes between
+two reads) is an error here. Local files are not mapped into memory: a read error would be SIGBUS, not an exception.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Tensor:
 
 
 class Source:
-    """A directory of a checkpoint: local, ``gs://bucket/prefix`` or ``http(s)://host/path``."""
+    """A directory of a checkpoint: local, ``gs://bucket/prefix``, ``s3://bucket/prefix`` or ``http(s)://host/path``."""
 
     def __init__(self, url: str):
         self.url = url.removeprefix("file://").rstrip("/")
@@ -80,7 +80,7 @@ class Source:
         self.piece = 4 << 20 if self.local else 8 << 20
         self.pool = ThreadPoolExecutor(READERS if self.local else REQUESTS, "weights")  # starts no thread before a read
         self.url = os.path.abspath(self.url) if self.local else self.url
-        context = {f"{name}_request_retries": RETRIES for name in ("gcs", "http")}
+        context = {f"{name}_request_retries": RETRIES for name in ("gcs", "http", "s3")}
         try:
             self._kv = ts.KvStore.open(store_spec(self.url), context=ts.Context(context)).result()
         except (ValueError, OSError) as error:
@@ -198,6 +198,15 @@ def store_spec(url: str) -> dict[str, Any]:
     if url.startswith("gs://"):
         bucket, _, prefix = url[5:].partition("/")
         return {"driver": "gcs", "bucket": bucket, "path": f"{prefix}/" if prefix else ""}
+    if url.startswith("s3://"):
+        bucket, _, prefix = url[5:].partition("/")
+        spec: dict[str, Any] = {"driver": "s3", "bucket": bucket, "path": f"{prefix}/" if prefix else ""}
+        # what AWS's own tools read; keys and roles TensorStore finds by itself
+        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+        region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+        if os.environ.get("AWS_ACCESS_KEY_ID"):  # else it looks through files and roles, and says so
+            spec["aws_credentials"] = {"type": "environment"}
+        return spec | ({"endpoint": endpoint} if endpoint else {}) | ({"aws_region": region} if region else {})
     if "://" in url:
         parts = urlsplit(url)
         return {"driver": "http", "base_url": f"{parts.scheme}://{parts.netloc}", "path": f"{parts.path}/"}

@@ -1,0 +1,224 @@
+"""S3, and what speaks its language, behind the ``Store`` interface. Credentials, region and endpoint are those of AWS's
+own environment variables (``AWS_ACCESS_KEY_ID``, ``AWS_REGION``, ``AWS_ENDPOINT_URL`` …) or of the machine's role.
+
+Every operation is tried again with growing pauses until its deadline. All of them may be
+repeated: objects are written whole, so a doubled write leaves what a single one does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import io
+import os
+import re
+from collections.abc import Callable, Iterator, Set
+from typing import Any, BinaryIO, TypeVar, cast
+
+from google.api_core import exceptions as api
+from google.api_core.retry import Retry
+
+from fluxbatch.storage.base import NotFound, StorageError, check_name, join
+from fluxbatch.storage.objects import PieceReader, content_type
+from fluxbatch.types import UserError
+
+try:
+    import obstore
+    from obstore import exceptions
+    from obstore.store import S3Store as Client
+except ImportError:
+    missing = 's3://… needs obstore, which is not installed: pip install "fluxbatch[s3]"'
+    raise UserError(missing) from None
+
+_TIMEOUT = (10.0, 60.0)  # seconds to connect, and for one request
+_DEADLINE = 300.0  # seconds for one operation with all its attempts
+_PIECE = 8 << 20  # bytes of a stream read at once
+_LARGE = 64 << 20  # bytes from which an object goes up in parts, to be whole when the last has arrived
+_PAGE = 1000  # names listed at once
+
+T = TypeVar("T")
+
+
+def _may_pass(error: BaseException) -> bool:
+    if not isinstance(error, exceptions.GenericError) or "169.254.169.254" in str(error):
+        return False
+    code = _code(error)
+    return code is None or code in (408, 409, 429) or code >= 500
+
+
+class S3Store:
+    """``s3://bucket/prefix``. ``timeout``: seconds to connect, and for one request. ``deadline``: seconds for one
+    operation with all its attempts."""
+
+    def __init__(self, url: str, *, timeout: tuple[float, float] = _TIMEOUT, deadline: float = _DEADLINE):
+        self.url = url.rstrip("/")
+        bucket, _, prefix = self.url.removeprefix("s3://").partition("/")
+        if not re.fullmatch(r"[a-z0-9][a-z0-9._-]*[a-z0-9]", bucket):
+            raise UserError(f"{url}: expected s3://bucket/prefix")
+        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+        connect, request = (datetime.timedelta(seconds=seconds) for seconds in timeout)
+        with _translated(self.url):
+            self._client = Client(
+                bucket,
+                prefix=prefix or None,
+                config={"endpoint": endpoint} if endpoint else {},
+                client_options={
+                    "connect_timeout": connect,
+                    "timeout": request,
+                    "allow_http": bool(endpoint and endpoint.startswith("http://")),
+                },
+                retry_config={"max_retries": 0, "retry_timeout": datetime.timedelta(seconds=deadline)},  # it is ours
+            )
+        self._retry = Retry(predicate=_may_pass, initial=0.2, maximum=20.0, multiplier=2.0, timeout=deadline)
+
+    def check(self) -> None:
+        """Raises StorageError when the bucket is not there or may not be used: now, not in an hour."""
+        next(self.list(), None)
+
+    def read(self, name: str) -> bytes:
+        check_name(name)
+        return self._attempt(name, lambda: bytes(obstore.get(self._client, name).bytes()))
+
+    def write(self, name: str, data: bytes, *, if_absent: bool = False) -> bool:
+        check_name(name)
+
+        def upload() -> None:
+            obstore.put(
+                self._client,
+                name,
+                data,
+                mode="create" if if_absent else "overwrite",
+                use_multipart=len(data) > _LARGE and not if_absent,
+                attributes={"Content-Type": content_type(name)},
+            )
+
+        try:
+            self._attempt(name, upload, missing="the bucket does not exist")
+        except _Taken:
+            # perhaps by an earlier attempt of ours, whose answer was lost
+            with contextlib.suppress(NotFound):  # and was deleted meanwhile, as claims are at the end of all
+                return self.read(name) == data
+            return False
+        return True
+
+    def list(self, prefix: str = "") -> Iterator[str]:
+        return (name for name, _ in self._objects(prefix))
+
+    def missing(self, names: Set[str]) -> set[str]:
+        return set(names).difference(name for name, size in self._objects("") if size)
+
+    def _objects(self, prefix: str) -> Iterator[tuple[str, int]]:
+        """(name, size); whole folders are listed, a page at a time and each from where the last one ended."""
+        folder, last = prefix.rpartition("/")[0], None
+        while True:
+            page = self._attempt("", lambda: self._page(folder, last))  # noqa: B023 (called at once)
+            for each in page:
+                if each["path"].startswith(prefix):
+                    yield each["path"], each["size"]
+            if len(page) < _PAGE:
+                return
+            last = page[-1]["path"]
+
+    def _page(self, folder: str, last: str | None) -> Any:
+        return next(iter(obstore.list(self._client, folder or None, offset=last, chunk_size=_PAGE)), [])
+
+    def delete(self, name: str) -> None:
+        check_name(name)
+        with contextlib.suppress(NotFound):
+            self._attempt(name, lambda: obstore.delete(self._client, name))
+
+    def exists(self, name: str) -> bool:
+        check_name(name)
+        try:
+            self._attempt(name, lambda: obstore.head(self._client, name))
+        except NotFound:
+            return False
+        return True
+
+    def sweep(self) -> None:
+        """Nothing: an upload that is cut off leaves no object."""
+
+    def hold(self, name: str, *, shared: bool) -> contextlib.AbstractContextManager[None]:
+        """Nothing: a lock on an object would outlive a killed process."""
+        return contextlib.nullcontext()
+
+    def stream(self, name: str) -> BinaryIO:
+        """The object as a buffered stream, always of the version that was there at the start."""
+        check_name(name)
+        meta = self._attempt(name, lambda: obstore.head(self._client, name))
+        size, version = meta["size"], meta["e_tag"]
+
+        def piece(start: int) -> bytes:
+            options: Any = {"range": (start, min(start + _PIECE, size)), "if_match": version}
+            return bytes(obstore.get(self._client, name, options=options).bytes())
+
+        reader = PieceReader(size, lambda start: self._attempt(name, lambda: piece(start)))
+        return cast(BinaryIO, io.BufferedReader(reader, _PIECE))
+
+    def _attempt(self, name: str, action: Callable[[], T], missing: str = "") -> T:
+        with _translated(join(self.url, name) if name else self.url, missing):
+            return self._retry(action)()
+
+
+def open_bucket(url: str) -> S3Store:
+    """The store, which is there and may be used."""
+    store = S3Store(url)
+    store.check()
+    return store
+
+
+@contextlib.contextmanager
+def open_object(url: str) -> Iterator[BinaryIO]:
+    """The object at an ``s3://`` address as a stream. Raises StorageError."""
+    place, _, name = url.rpartition("/")
+    if place == "s3:/" or not name:
+        raise UserError(f"{url}: expected s3://bucket/name")
+    with S3Store(place).stream(name) as stream:
+        yield stream
+
+
+class _Taken(StorageError):
+    """``if_absent``, and the name was taken."""
+
+
+@contextlib.contextmanager
+def _translated(place: str, missing: str = "") -> Iterator[None]:
+    """Turns what the client library raises into one line, of which no part is a credential."""
+    try:
+        yield
+    except api.RetryError as error:
+        reason = _reason(error.cause) if error.cause else "no answer"
+        raise StorageError(f"{place}: gave up after many attempts: {reason}", unforeseen=True) from None
+    except exceptions.AlreadyExistsError:
+        raise _Taken(f"{place}: is there already") from None
+    except (exceptions.PreconditionError, exceptions.NotModifiedError):
+        raise StorageError(f"{place}: changed while it was being read") from None
+    except (FileNotFoundError, exceptions.GenericError) as error:
+        text = str(error)
+        if "NoSuchBucket" in text or (missing and isinstance(error, FileNotFoundError)):
+            raise StorageError(f"{place}: {missing or 'the bucket does not exist'}", fatal=True) from None
+        if isinstance(error, FileNotFoundError):
+            raise NotFound(f"{place}: no such object") from None
+        if "169.254.169.254" in text:  # where a machine's role would be found
+            advice = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give the machine a role"
+            raise StorageError(f"{place}: no usable AWS credentials; {advice}", fatal=True) from None
+        raise StorageError(f"{place}: {_reason(error)}", fatal=(_code(error) or 500) < 500) from None
+    except exceptions.UnauthenticatedError:
+        raise StorageError(f"{place}: the AWS credentials were refused", fatal=True) from None
+    except (PermissionError, exceptions.PermissionDeniedError) as error:
+        raise StorageError(f"{place}: permission denied: {_reason(error)}", fatal=True) from None
+    except exceptions.BaseError as error:
+        raise StorageError(f"{place}: {_reason(error)}") from None
+
+
+def _code(error: BaseException) -> int | None:
+    """The status of the server's answer, if there was one."""
+    code = re.search(r"status code: (\d{3})", str(error))
+    return int(code[1]) if code else None
+
+
+def _reason(error: BaseException) -> str:
+    """The server's own words where there are any: the library's contain whole URLs."""
+    if message := re.search(r"<Message>(.*?)</Message>", str(error), re.DOTALL):
+        return " ".join(message[1].split())[:200]
+    return f"the server answered {code}" if (code := _code(error)) else "no connection"

@@ -1,0 +1,181 @@
+"""S3: what a bucket's server does or fails to do, outlasted or said in one line; manifests and weights from there."""
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import gcs_faults
+import plain
+import pytest
+from conftest import GOLDEN
+from test_manifest_files import ROWS, parquet
+from test_storage import FirstKind, s3  # noqa: F401 (a fixture)
+
+from fluxbatch.manifest.rows import read_rows
+from fluxbatch.storage.base import NotFound, StorageError
+from fluxbatch.storage.registry import open_store, open_stream, read_bytes
+from fluxbatch.types import UserError
+from fluxbatch.weights.source import Source
+
+
+@pytest.fixture
+def server(s3):  # noqa: F811
+    chance = s3.random
+    yield s3
+    s3.rate, s3.random = 0.0, chance
+    s3.faults.clear()
+
+
+def bucket(place="s3://bucket/faults", **options):
+    from fluxbatch.storage.s3 import S3Store
+
+    return S3Store(place, **{"timeout": (1.0, 1.0), "deadline": 60.0, **options})
+
+
+SLOW = [kind for kind in gcs_faults.KINDS if kind != "lost answer"]
+
+
+@pytest.mark.parametrize("fault", ["lost answer", *(pytest.param(k, marks=pytest.mark.slow) for k in SLOW)])
+def test_a_fault_is_outlasted(server, fault):
+    server.stall = 1.5
+    store = bucket()
+    for action, expected in (
+        (lambda: store.write("x", b"data" * 1000), True),
+        (lambda: store.write(f"new {fault}", b"data", if_absent=True), True),
+        (lambda: store.read("x"), b"data" * 1000),
+        (lambda: store.exists("x"), True),
+        (lambda: "x" in list(store.list()), True),
+        (lambda: read_bytes("s3://bucket/faults/x"), b"data" * 1000),
+        (lambda: store.delete("x"), None),
+    ):
+        server.faults.extend([fault, fault] if fault != "stall" else [fault])
+        met = server.met[fault]
+        assert action() == expected
+        assert server.met[fault] > met and not server.faults
+    assert not store.exists("x")
+
+
+@pytest.mark.slow
+def test_parallel_writes_with_a_tenth_of_the_requests_failing(server):
+    server.stall, server.rate = 1.5, 0.1
+    store = bucket("s3://bucket/parallel")
+    with ThreadPoolExecutor(16) as pool:
+        names = [f"{k}.png" for k in range(300)]
+        assert all(pool.map(lambda name: store.write(name, name.encode() * 500), names))
+        assert list(pool.map(store.read, names)) == [name.encode() * 500 for name in names]
+    assert sorted(store.list()) == sorted(names)
+
+
+def test_long_lists_go_on_where_a_page_ended(server, monkeypatch):
+    monkeypatch.setattr("fluxbatch.storage.s3._PAGE", 4)
+    store = bucket("s3://bucket/lists")
+    names = [f"d/{k:02}.png" for k in range(9)] + [f"é #%?{{{k}}}~.png" for k in range(8)]
+    for name in names:
+        store.write(name, name.encode())
+    store.write("empty", b"")
+    server.faults.extend(["none", "reset", "none", "503"])
+    assert list(store.list()) == sorted([*names, "empty"])
+    assert list(store.list("d/0")) == names[:9] and list(store.list("d/00.")) == names[:1]
+    assert store.missing({"d/01.png", "empty", "no"}) == {"empty", "no"}
+    assert store.read(names[-1]) == names[-1].encode()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["none", "reset", "503"])
+def test_a_large_object_is_whole_or_not_there(server, fault):
+    server.stall = 1.5
+    store, data = bucket(timeout=(5.0, 30.0)), os.urandom(70 << 20)
+    server.faults.extend(["none", "none", fault])
+    assert store.write("large", data) and store.read("large") == data
+    with open_stream("s3://bucket/faults/large") as stream:
+        stream.seek(50 << 20)
+        assert stream.read(100) == data[50 << 20 :][:100]
+
+
+def test_a_server_that_stays_away_ends_in_one_line(server):
+    store = bucket(deadline=1.0)
+    server.rate, server.random = 1.0, FirstKind()
+    with pytest.raises(
+        StorageError, match=r"^s3://bucket/faults/x: gave up after many attempts: the server answered 503"
+    ):
+        store.write("x", b"data")
+    with pytest.raises(StorageError, match=r"^s3://bucket/faults: gave up") as error:
+        list(store.list())
+    assert not error.value.fatal and error.value.code == 1
+
+
+def test_what_cannot_be_is_one_line(server, monkeypatch):
+    for action in (lambda: open_store("s3://no-bucket/x"), lambda: bucket("s3://no-bucket/x").write("a", b"")):
+        with pytest.raises(StorageError, match=r"^s3://no-bucket/x.*: the bucket does not exist$") as error:
+            action()
+        assert error.value.fatal
+    for url in ("s3://", "s3:///x", "s3://Bucket/x"):
+        with pytest.raises(UserError, match=r"expected s3://bucket"):
+            open_store(url)
+    with pytest.raises(UserError, match=r"expected s3://bucket/name"):
+        read_bytes("s3://bucket")
+    with pytest.raises(NotFound, match=r"^s3://bucket/m.jsonl: no such object$"):
+        read_bytes("s3://bucket/m.jsonl")
+    store = bucket()
+    body = b"<Error><Code>X</Code><Message>in\njected</Message></Error>"
+    for status, line in (
+        (401, "credentials were refused"),
+        (403, "permission denied: in jected"),
+        (400, "x: in jected"),
+    ):
+        monkeypatch.setattr(gcs_faults._Handler, "_forward", lambda self, _, status=status: (status, {}, body))
+        for action in (lambda: store.write("x", b"data"), lambda: store.read("x")):
+            with pytest.raises(StorageError, match=line) as error:
+                action()
+            assert error.value.fatal and "\n" not in str(error.value)
+
+
+def test_credentials_that_are_missing_are_asked_for(monkeypatch):
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setattr("fluxbatch.storage.s3.obstore.list", no_role)
+    with pytest.raises(StorageError, match="no usable AWS credentials; set AWS_ACCESS_KEY_ID") as error:
+        open_store("s3://bucket/x")
+    assert error.value.fatal
+
+
+def no_role(*_, **__):
+    from obstore.exceptions import GenericError
+
+    raise GenericError("Generic S3 error: Error performing PUT http://169.254.169.254/latest/api/token in 1s")
+
+
+def test_the_library_is_named_with_its_extra():
+    script = (
+        "import sys\nsys.modules['obstore'] = None\nfrom fluxbatch.storage.registry import open_store\n"
+        "try:\n    open_store('s3://bucket/x')\nexcept Exception as error:\n    print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout == 's3://… needs obstore, which is not installed: pip install "fluxbatch[s3]"\n', done.stderr
+
+
+def test_manifests_are_read_from_there(server, tmp_path):
+    store = bucket("s3://bucket/manifests")
+    store.write("a.parquet", parquet(tmp_path / "a.parquet", ROWS, row_group_size=7).read_bytes())
+    store.write("b/c.jsonl", b'{"prompt": "c"}\n')
+    rows, _ = read_rows(plain.job(manifest="s3://bucket/manifests/**/*"))
+    assert [row.prompt for row in rows] == [row["prompt"] for row in ROWS] + ["c"]
+    assert rows[-1].where == "s3://bucket/manifests/b/c.jsonl:1"
+
+
+@pytest.mark.slow
+def test_weights_are_read_from_there(server, cli, tmp_path):
+    """A converted copy is written to the bucket and used from it: the pixels are those of the local checkpoint."""
+    server.rate = 0.02
+    given = [f"pretrained_model_name_or_path={GOLDEN / 'schnell'}", "max_sequence_length=24", "hardware=cpu"]
+    assert cli(*given, "to=s3://bucket/weights", entry="convert")[0] == 0
+    out = [f"output_dir={tmp_path}", "prompt=a fox", "resolution=16", "num_inference_steps=1", "seed=3"]
+    assert cli(*given, *out, "run_name=local")[0] == 0
+    assert cli(*given[1:], *out, "run_name=there", "pretrained_model_name_or_path=s3://bucket/weights")[0] == 0
+    local, there = (json.loads((tmp_path / n / "metadata.jsonl").read_text()) for n in ("local", "there"))
+    assert local["sha256"] == there["sha256"]
+    source = Source("s3://bucket/weights")
+    with pytest.raises(UserError, match="^s3://bucket/weights/nothing: not found$"):
+        source.read("nothing")
