@@ -420,9 +420,8 @@ def test_a_manifest_that_is_stored_packed_is_read(gcs):
     for name, text in (("packed.jsonl", '{"prompt": "a fox"}\n'), ("packed.csv", "prompt\na fox\n")):
         _put(gcs, name, gzip.compress(text.encode()), "gzip")
         assert [row.prompt for row in read_rows(plain.job(manifest=f"gs://bucket/{name}"))[0]] == ["a fox"]
-    _put(gcs, "twice.jsonl", gzip.compress(gzip.compress(b"{}\n")), "gzip")
-    with pytest.raises(UserError, match="twice.jsonl: the file is compressed with gzip"):
-        read_rows(plain.job(manifest="gs://bucket/twice.jsonl"))
+    _put(gcs, "twice.jsonl.gz", gzip.compress(gzip.compress(b'{"prompt": "a fox"}\n')), "gzip")
+    assert [row.prompt for row in read_rows(plain.job(manifest="gs://bucket/twice.jsonl.gz"))[0]] == ["a fox"]
 
 
 def test_an_object_that_cannot_be_unpacked_is_one_line_at_once(gcs):

@@ -23,7 +23,7 @@ from google.cloud import storage
 from google.cloud.storage.exceptions import DataCorruption
 from requests.adapters import HTTPAdapter
 
-from fluxbatch.storage.base import NotFound, StorageError, check_name, join
+from fluxbatch.storage.base import NotFound, StorageError, Store, check_name, join
 from fluxbatch.storage.objects import PieceReader, content_type
 from fluxbatch.types import UserError
 
@@ -189,7 +189,7 @@ class GcsStore:
             return self._retry(action)()
 
 
-def open_bucket(url: str) -> GcsStore:
+def open_bucket(url: str) -> Store:
     """The store, which is there and may be used."""
     store = GcsStore(url)
     store.check()

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, TypeVar, cast
 from google.api_core import exceptions as api
 from google.api_core.retry import Retry
 
-from fluxbatch.storage.base import NotFound, StorageError, check_name, join
+from fluxbatch.storage.base import NotFound, StorageError, Store, check_name, join
 from fluxbatch.storage.objects import PieceReader, content_type
 from fluxbatch.types import UserError
 
@@ -34,6 +34,7 @@ _TIMEOUT = (10.0, 60.0)  # seconds to connect, and for one request
 _DEADLINE = 300.0  # seconds for one operation with all its attempts
 _PIECE = 8 << 20  # bytes of a stream read at once
 _LARGE = 64 << 20  # bytes from which an object goes up in parts, to be whole when the last has arrived
+_LONG = 3600.0  # seconds for the one request of a large object that must not replace another
 _PAGE = 1000  # names listed at once
 
 T = TypeVar("T")
@@ -56,19 +57,20 @@ class S3Store:
         if not re.fullmatch(r"[a-z0-9][a-z0-9._-]*[a-z0-9]", bucket):
             raise UserError(f"{url}: expected s3://bucket/prefix")
         endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-        connect, request = (datetime.timedelta(seconds=seconds) for seconds in timeout)
-        with _translated(self.url):
-            self._client = Client(
+
+        def client(seconds: float) -> Client:
+            connect, request = (datetime.timedelta(seconds=each) for each in (timeout[0], seconds))
+            is_http = bool(endpoint and endpoint.startswith("http://"))
+            return Client(
                 bucket,
                 prefix=prefix or None,
                 config={"endpoint": endpoint} if endpoint else {},
-                client_options={
-                    "connect_timeout": connect,
-                    "timeout": request,
-                    "allow_http": bool(endpoint and endpoint.startswith("http://")),
-                },
+                client_options={"connect_timeout": connect, "timeout": request, "allow_http": is_http},
                 retry_config={"max_retries": 0, "retry_timeout": datetime.timedelta(seconds=deadline)},  # it is ours
             )
+
+        with _translated(self.url):
+            self._client, self._patient = client(timeout[1]), client(_LONG)
         self._retry = Retry(predicate=_may_pass, initial=0.2, maximum=20.0, multiplier=2.0, timeout=deadline)
 
     def check(self) -> None:
@@ -79,16 +81,30 @@ class S3Store:
         check_name(name)
         return self._attempt(name, lambda: bytes(obstore.get(self._client, name).bytes()))
 
+    def size(self, name: str) -> int:
+        check_name(name)
+        return int(self._attempt(name, lambda: obstore.head(self._client, name))["size"])
+
+    def read_range(self, name: str, start: int, size: int) -> bytes:
+        check_name(name)
+
+        def download() -> bytes:
+            return bytes(obstore.get_range(self._client, name, start=start, length=size))
+
+        return self._attempt(name, download) if size else b""
+
     def write(self, name: str, data: bytes, *, if_absent: bool = False) -> bool:
         check_name(name)
 
+        is_large = len(data) > _LARGE
+
         def upload() -> None:
             obstore.put(
-                self._client,
+                self._patient if is_large and if_absent else self._client,
                 name,
                 data,
                 mode="create" if if_absent else "overwrite",
-                use_multipart=len(data) > _LARGE and not if_absent,
+                use_multipart=is_large and not if_absent,
                 attributes={"Content-Type": content_type(name)},
             )
 
@@ -160,7 +176,7 @@ class S3Store:
             return self._retry(action)()
 
 
-def open_bucket(url: str) -> S3Store:
+def open_bucket(url: str) -> Store:
     """The store, which is there and may be used."""
     store = S3Store(url)
     store.check()
