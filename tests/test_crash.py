@@ -137,7 +137,7 @@ def test_sigkill_at_random_instants_with_shards(place, container):
     rng, landed = random.Random(container), 0
     whole = {record["id"]: record["sha256"] for record in metadata(place / "whole")}
     options = {"output": container, "rows_per_shard": 40}
-    for n in range(-(-KILLS // 2)):
+    for n in range(-(-KILLS // 4)):
         name = f"{container}-{n}"
         run = place / name
         for _ in range(rng.choice([1, 2])):

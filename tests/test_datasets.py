@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 import subprocess
@@ -11,10 +12,16 @@ import plain
 import pytest
 from conftest import metadata
 from test_metadata import LARGE, runs  # noqa: F401 (a fixture)
+from test_packed import job
+from test_packed import start as start_packed
 from test_writer import start
 
+from fluxbatch.config.schema import Container
+from fluxbatch.results.card import write_card
 from fluxbatch.results.gallery import write_contact_sheet
+from fluxbatch.results.image_files import pixel_sha256
 from fluxbatch.results.images import Files
+from fluxbatch.results.packed import open_images
 from fluxbatch.storage.registry import open_store
 
 FOLDERS = pathlib.Path(__file__).parents[1] / ".venv"
@@ -33,6 +40,27 @@ for folder in sys.argv[1:]:
 """
 
 
+LOAD_SHARDS = """
+import glob, hashlib, json, sys
+import datasets, numpy
+datasets.disable_progress_bars()
+for folder in sys.argv[1:]:
+    loads = [lambda: datasets.load_dataset(folder, split="train")]
+    for kind, ending in ("webdataset", "tar"), ("parquet", "parquet"):
+        if files := sorted(glob.glob(f"{folder}/*.{ending}")):
+            loads.append(lambda: datasets.load_dataset(kind, data_files=files, split="train"))
+            break
+    for load in loads:
+        found = []
+        for row in load():
+            said = row.get("json", row)
+            pixels = numpy.asarray(row.get("image", row.get("png")).convert("RGB"))
+            digest = hashlib.sha256("x".join(map(str, pixels.shape)).encode() + pixels.tobytes()).hexdigest()
+            found.append([said["id"], said["prompt"], said["seed_text"], said["note"], digest])
+        print(json.dumps(found))
+"""
+
+
 @pytest.fixture(params=["2.21.0", "newest"])
 def load(request, tmp_path):
     """Loads folders in an environment of that version, made once: a list of types and rows."""
@@ -46,9 +74,9 @@ def load(request, tmp_path):
             pytest.skip(f"pip does not install {wanted} here: {pip.stderr.strip().splitlines()[-1]}")
         (folder / "made").touch()
 
-    def call(*folders):
+    def call(*folders, script=LOAD):
         env = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "PATH": ""}
-        run = subprocess.run([python, "-c", LOAD, *folders], capture_output=True, text=True, env=env)
+        run = subprocess.run([python, "-c", script, *folders], capture_output=True, text=True, env=env)
         assert run.returncode == 0, run.stderr[-3000:]
         return [json.loads(line) for line in run.stdout.splitlines()]
 
@@ -85,3 +113,20 @@ def test_runs_and_folders_of_runs_load(runs, tmp_path, load):  # noqa: F811
     assert [row["lora"] for row in in_order(long)] == ["{}"] * 115 + ['{"ink": 1.0}'] * 5
     assert all(row["pixels"] == row["sha256"] for row in long["rows"])
     assert long["types"]["lora"] == long["types"]["flags"] == "string" and long["types"]["seed"] == "int64"
+
+
+@pytest.mark.slow
+def test_every_output_loads_as_it_lies_with_each_row_once_and_its_pixels(tmp_path, load):
+    rows = [plain.row(k, extra={"note": f"n{k}"}, id=f"r{k}") for k in range(7)]
+    wanted = [[row.id, row.prompt, str(row.seed), row.extra["note"], pixel_sha256(plain.pixels(row))] for row in rows]
+    folders = []
+    for container in Container:
+        folders.append(tmp_path / container.name)
+        store = open_store(str(folders[-1]))
+        one = dataclasses.replace(job(container), run_name="demo")
+        start_packed(store, rows, one)
+        store.write("rejects.jsonl", b'{"where": "x", "reason": "none"}\n')
+        write_contact_sheet(store, open_images(store), metadata(folders[-1]))
+        write_card(store, one, {"images": 7, "rejected": 1}, "apache-2.0")
+    found = load(*folders, script=LOAD_SHARDS)
+    assert len(found) == 5 and all(sorted(each) == wanted for each in found)

@@ -15,16 +15,19 @@ import numpy as np
 import plain
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from test_ledger import Killed, MemoryStore
 
 from fluxbatch.config.schema import Container, ImageFormat
 from fluxbatch.results import packer
+from fluxbatch.results.card import write_card
 from fluxbatch.results.image_files import EXTENSIONS, decode, pixel_sha256
 from fluxbatch.results.ledger import Ledger, read_records
 from fluxbatch.results.packed import open_images
 from fluxbatch.results.writer import Writer
 from fluxbatch.storage.registry import open_store
 from fluxbatch.types import UserError
+from fluxbatch.weights.published import license_of
 
 FACTS = {"model": "flux-mini"}
 STEP = 1 if "FLUXBATCH_SOAK" in os.environ else 4  # kill at each instant, or at some
@@ -256,3 +259,35 @@ def test_writers_side_by_side(container):
     packer.finish(ledgers[0].images, ledgers[0].records, one.output)
     ledgers[0].merge()
     check(store, rows)
+
+
+def test_webdataset_reads_its_own(tmp_path):
+    import webdataset
+
+    rows = [plain.row(k, id=f"r{k}") for k in range(7)]
+    start(open_store(str(tmp_path)), rows, job(Container.webdataset))
+    shards = webdataset.WebDataset(str(tmp_path / "shard-{000000..000002}.tar"), shardshuffle=False)
+    found = [(sample["json"], sample["txt"], pixel_sha256(sample["png"])) for sample in shards.decode("rgb8")]
+    assert [(record["id"], prompt) for record, prompt, _ in found] == [(row.id, row.prompt) for row in rows]
+    assert [digest for *_, digest in found] == [pixel_sha256(plain.pixels(row)) for row in rows]
+
+
+def test_a_card_that_somebody_made_theirs_stays(tmp_path):
+    store = open_store(str(tmp_path))
+    one = dataclasses.replace(job(Container.parquet), run_name="a|b")
+    write_card(store, one, {"images": 1000, "rejected": 2}, "apache-2.0")
+    text = (tmp_path / "README.md").read_text()
+    head = yaml.safe_load(text.split("---")[1])
+    assert head["size_categories"] == "1K<n<10K" and "license" not in head  # the images' is not the model's
+    assert "# a\\|b\n" in text and "| the model's license | apache-2.0 |" in text
+    write_card(store, one, {"images": 1001, "rejected": 2}, None)
+    assert "1,001" in (tmp_path / "README.md").read_text()
+    (tmp_path / "README.md").write_text("mine")
+    write_card(store, one, {"images": 1002, "rejected": 2}, None)
+    assert (tmp_path / "README.md").read_text() == "mine"
+
+
+def test_licenses_are_those_of_the_models_pages():
+    assert license_of("flux-mini") == license_of("black-forest-labs/FLUX.1-schnell") == "apache-2.0"
+    assert license_of("black-forest-labs/FLUX.1-dev") == "flux-1-dev-non-commercial-license"
+    assert license_of("somebody/model") is license_of("README.md") is None

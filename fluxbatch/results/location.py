@@ -13,7 +13,8 @@ from fluxbatch.storage.registry import find_files, open_store
 from fluxbatch.types import UserError
 
 METADATA, REJECTS, STATUS, CONFIG = "metadata.jsonl", "rejects.jsonl", "status.json", "config.yaml"
-RESERVED = (METADATA, REJECTS, STATUS, CONFIG, "index.html")
+CARD = "README.md"
+RESERVED = (METADATA, REJECTS, STATUS, CONFIG, CARD, "index.html")
 SHARDS = (".tar", ".parquet")
 IMAGES = (".png", ".jpg", ".jpeg", ".webp")
 HIDDEN = ".fluxbatch/"  # Hugging Face's ImageFolder passes over what begins with a dot

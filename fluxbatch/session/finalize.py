@@ -16,6 +16,7 @@ from fluxbatch.distributed.process_group import LOST, ProcessGroup
 from fluxbatch.generation.model_spec import ModelSpec
 from fluxbatch.reporting.terminal import Report
 from fluxbatch.results import packer
+from fluxbatch.results.card import write_card
 from fluxbatch.results.gallery import write_contact_sheet, write_gallery, write_grid
 from fluxbatch.results.ledger import Ledger, Tally
 from fluxbatch.results.location import CONFIG, JOB, METADATA, REJECTS, SHEET
@@ -23,6 +24,7 @@ from fluxbatch.shards.assignment import Work
 from fluxbatch.storage.base import StorageError, Store, join
 from fluxbatch.storage.registry import open_store
 from fluxbatch.types import Exit, UserError
+from fluxbatch.weights.published import license_of
 
 REASONS = {
     Exit.OK: "every row has its image",
@@ -131,6 +133,9 @@ class Outcome:
                 pages.append(f"look at    {join(self.store.url, 'index.html')} or {join(self.store.url, SHEET)}")
                 if self.job.sweep:
                     pages.append(f"the sweep  {_write_grid(self.job)}")
+        if tally.done and cut is None:
+            license = license_of(self.job.model.pretrained_model_name_or_path)
+            write_card(self.store, self.job, {"images": tally.done, "rejected": len(tally.rejects)}, license)
         self.work.ended(code, REASONS[code], counts, **self.report.measured())
         self.report.summary(counts, join(self.store.url, METADATA), own)
         for line in pages:

@@ -81,6 +81,14 @@ def published() -> dict[str, Known]:
     return {known["repository"].lower(): known for known in read}
 
 
+def license_of(name: str) -> str | None:
+    """What a model may be used under, as its page names it; None where that is not known."""
+    card = EMBEDDED / name / "README.md" if name in {path.name for path in EMBEDDED.iterdir()} else None
+    if card and card.is_file():
+        return huggingface_hub.ModelCard(card.read_text("utf-8")).data.get("license")
+    return known[0].get("license") if (known := _named(name)) else None
+
+
 def family_of(known: Known) -> type[Family]:
     """UserError is nobody's: the file comes with the package."""
     family = by_pipeline(known["pipeline"])
