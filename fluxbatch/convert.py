@@ -9,7 +9,7 @@ from typing import NoReturn
 from omegaconf import MISSING
 
 from fluxbatch.config import application
-from fluxbatch.config.schema import Job, shown
+from fluxbatch.config.schema import DType, Job, shown
 from fluxbatch.types import Exit, UserError, at_home
 
 
@@ -24,12 +24,18 @@ def convert(job: Convert) -> int:
     from fluxbatch.reporting.terminal import Report
     from fluxbatch.weights import convert as weights
     from fluxbatch.weights.checkpoint import open_checkpoint
+    from fluxbatch.weights.precision import EIGHT_BITS
     from fluxbatch.weights.zarr import dtype_of
 
     if adapters := specs(job):
         raise UserError(
             f"{adapters[0].key}: {adapters[0].path!r}: expected no adapter: a copy is of the checkpoint alone, and "
             "is used with any adapter"
+        )
+    if (name := job.hardware.weights_dtype.name) in EIGHT_BITS:
+        dtypes = ", ".join(kind.name for kind in DType)
+        raise UserError(
+            f"hardware.weights_dtype={name}: expected one of {dtypes}: any copy is quantized as it is loaded"
         )
     to = at_home("to", job.to)
     if not to.strip() or "\0" in to or re.match(r"(?!(?:gs|s3)://[^/]|file://)\w+://", to):

@@ -18,7 +18,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import MISSING, OmegaConf
 
 from fluxbatch.config import application
-from fluxbatch.config.schema import DType, Job, shown
+from fluxbatch.config.schema import DType, Job, WeightsDType, shown
 from fluxbatch.results.resume import levels, mix
 from fluxbatch.storage.base import Store
 from fluxbatch.storage.registry import open_store
@@ -178,8 +178,8 @@ def _recorded(
         config.sharding.per_device_batch_size = record["per_device_batch_size"]
     recorded = OmegaConf.to_object(config)
     assert isinstance(recorded, Job)
-    for key in ("weights_dtype", "activations_dtype"):  # they may have been this machine's choice
-        setattr(recorded.hardware, key, DType[facts[key]])
+    for key, kind in (("weights_dtype", WeightsDType), ("activations_dtype", DType)):  # perhaps this machine's choice
+        setattr(recorded.hardware, key, kind[facts[key]])
     return recorded
 
 

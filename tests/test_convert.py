@@ -132,6 +132,8 @@ def test_the_command(golden, tmp_path, monkeypatch, capsys):
     assert set(load_marker(tmp_path / "out")) == {"bfloat16"}
     code, said = call(base)
     assert code == 2 and "to" in said.err
+    code, said = call(base, f"to={tmp_path / 'eight'}", "weights_dtype=int8")
+    assert code == 2 and "weights_dtype=int8: expected one of auto, float32" in said.err
     code, said = call(base, f"to={tmp_path}")
     assert code == 2 and "something else" in said.err and "Traceback" not in said.err
 

@@ -26,6 +26,15 @@ class DType(Enum):
     float16 = "float16"
 
 
+class WeightsDType(Enum):
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    int8 = "int8"
+    float8_e4m3fn = "float8_e4m3fn"
+
+
 class Attention(Enum):
     auto = "auto"
     dot_product = "dot_product"
@@ -107,7 +116,7 @@ class Sharding:
 @dataclass
 class Hardware:
     platform: Platform = MISSING
-    weights_dtype: DType = MISSING
+    weights_dtype: WeightsDType = MISSING
     activations_dtype: DType = MISSING
     attention: Attention = MISSING
     split_head_dim: bool = MISSING

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from fluxbatch import __version__
 from fluxbatch.config.schema import Job, Model
@@ -33,6 +34,7 @@ from fluxbatch.weights import device_weights, load
 from fluxbatch.weights.block_streaming import StreamedWeights
 from fluxbatch.weights.checkpoint import Checkpoint, open_checkpoint
 from fluxbatch.weights.device_weights import DeviceWeights
+from fluxbatch.weights.precision import Precision
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +67,10 @@ class ModelSpec:
     @property
     def family(self) -> Family:
         return self.checkpoint.family
+
+    def precision(self, part: str) -> Precision:
+        """What a component is held as."""
+        return _precision(self.family, part, self.weights_dtype, self.activations_dtype)
 
     @property
     def size_multiple(self) -> int:
@@ -172,13 +178,17 @@ class ModelSpec:
         return {tuple(each.text(row) for each in self.inputs) for row in rows}
 
     def _network(self, part: str, edits: load.Edits, beside: Loras | None) -> DeviceWeights:
-        plan, dtype = self.plans[part], jnp.dtype(self.weights_dtype)
+        plan, dtype = self.plans[part], self.precision(part)
         if self.stream and part == self.family.denoiser:
             hold = device_weights.pinned(self.mesh) and device_weights.room(
                 load.held(plan, self.mesh, dtype), self.group
             )
             return StreamedWeights(plan, self.mesh, dtype, edits, hold)
-        attach = (lambda module: beside.attach(part, module, plan, self.mesh, dtype)) if beside else lambda module: None
+
+        def attach(module: nnx.Module) -> None:
+            if beside is not None:
+                beside.attach(part, module, plan, self.mesh, dtype.rest)
+
         away = (
             self.encoder_offload
             if part in self.family.encoders
@@ -199,7 +209,7 @@ def open_model_spec(
     hardware, sampler, sharding = job.hardware, job.sampler, job.sharding
     default = "float32" if platform == "cpu" else "bfloat16"
     weights, activations = (
-        default if d.name == "auto" else d.name for d in (hardware.weights_dtype, hardware.activations_dtype)
+        default if name == "auto" else name for name in (hardware.weights_dtype.name, hardware.activations_dtype.name)
     )
     try:
         inner = (
@@ -257,7 +267,7 @@ def open_model_spec(
     adapters = apply.read(job, plans, family)
     if adapters.adapters:
         facts["lora"] = adapters.fingerprint
-    held = {part: load.held(plan, mesh, weights) for part, plan in plans.items()}
+    held = {part: load.held(plan, mesh, _precision(family, part, weights, activations)) for part, plan in plans.items()}
     text = sum(held[part] for part in family.encoders)
     away, turns = device_weights.offload_policy(hardware.offload_encoders, mesh, text, group), "keep"
     if away != "keep" and not hardware.stream_blocks:
@@ -311,6 +321,12 @@ def open_model_spec(
         bool(job.sweep),
         group,
     )
+
+
+def _precision(family: Family, part: str, weights: str, activations: str) -> Precision:
+    """Eight bits are for the denoiser and the text encoders alone."""
+    own = Precision.named(weights, activations)
+    return own if part in (*family.encoders, family.denoiser) else Precision(own.rest)
 
 
 def _name(given: str) -> str:

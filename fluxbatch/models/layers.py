@@ -78,7 +78,11 @@ def set_rows(model: nnx.Module, scales: Array) -> nnx.Module:
 
 
 class Linear(nnx.Module):
-    """``y = x Wᵀ + b``: ``[..., in]`` → ``[..., out]``, or ``[B, L, in]`` → ``[B, H, L, K]``."""
+    """``y = x Wᵀ + b``: ``[..., in]`` → ``[..., out]``, or ``[B, L, in]`` → ``[B, H, L, K]``.
+
+    A kernel in eight bits has a ``scale`` ``[out]`` beside it, put there by ``weights/load.py``: the product is of the
+    numbers as they are, cast to the activations' dtype, and each output is multiplied by its scale.
+    """
 
     def __init__(
         self, d_in: int, d_out: int, axes: tuple[Axis, Axis], *, bias: bool = True, rngs: nnx.Rngs | None,
@@ -86,11 +90,13 @@ class Linear(nnx.Module):
     ):  # fmt: skip
         self.kernel = param(rngs, (d_out, d_in), axes, init)
         self.bias = param(rngs, (d_out,), axes[:1], zeros) if bias else None
+        self.scale: nnx.Param[Any] | None = nnx.data(None)
         self.lora: LowRank | None = nnx.data(None)
 
     def __call__(self, x: Array) -> Array:
-        y = jax.lax.dot_general(x, self.kernel[...].astype(x.dtype), (((x.ndim - 1,), (1,)), ((), ())))
-        y = y if self.bias is None else _biased(y, self.bias[...])
+        kernel, wide = self.kernel[...].astype(x.dtype), self._wide
+        y = jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=wide)
+        y = self._finished(y, x.dtype, (-1,))
         return y if self.lora is None else y + self.lora(x)
 
     def to_heads(self, x: Array, heads: int, split_head_dim: bool = True) -> Array:
@@ -99,16 +105,26 @@ class Linear(nnx.Module):
         if not split_head_dim:
             return split_heads(self(x), heads)
         kernel = self.kernel[...].astype(x.dtype).reshape(heads, -1, x.shape[-1])
-        y = jnp.einsum("bld,hkd->bhlk", x, kernel)
-        if self.bias is not None:
-            y = _biased(y, self.bias[...].reshape(heads, 1, -1))
+        y = jnp.einsum("bld,hkd->bhlk", x, kernel, preferred_element_type=self._wide)
+        y = self._finished(y, x.dtype, (heads, 1, -1))
         return y if self.lora is None else y + split_heads(self.lora(x), heads)
 
+    @property
+    def _wide(self) -> Any:
+        """The dtype of products: of integers they would leave float16, and be rounded twice in bfloat16."""
+        return None if self.scale is None else jnp.float32
 
-def _biased(y: Array, bias: Array) -> Array:
-    """The sum in float32. In bfloat16 XLA:GPU would have cuBLAS add the bias, and then copy each layer's weights out of
-    their stack, 35 GB a step of FLUX.1, where a plain product reads them in place."""
-    return (y.astype(jnp.float32) + bias.astype(jnp.float32)).astype(y.dtype)
+    def _finished(self, y: Array, dtype: Any, shape: tuple[int, ...]) -> Array:
+        """The product scaled, if it is to be, and with its bias, in float32; ``shape``: of outputs beside ``y``.
+
+        In bfloat16 XLA:GPU would have cuBLAS add the bias, and then copy each layer's weights out of their stack, 35 GB
+        a step of FLUX.1, where a plain product reads them in place.
+        """
+        if self.scale is not None:
+            y = y * self.scale[...].reshape(shape)
+        if self.bias is not None:
+            y = y.astype(jnp.float32) + self.bias[...].astype(jnp.float32).reshape(shape)
+        return y.astype(dtype)
 
 
 def split_heads(x: Array, heads: int) -> Array:

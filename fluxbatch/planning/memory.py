@@ -103,7 +103,10 @@ class Situation:
         """Of the largest image."""
         spec = self.spec
         height, width = max(self.sizes, key=math.prod)
-        activation, weight = (jnp.dtype(name).itemsize for name in (spec.activations_dtype, spec.weights_dtype))
+        activation, precision = jnp.dtype(spec.activations_dtype).itemsize, spec.precision(spec.family.denoiser)
+        weight = (precision.kernels or precision.rest).itemsize
+        if precision.kernels and self.platform == "cpu":
+            weight += activation  # the layer that is cut from its stack, and the same cast
         at_once = together(self.images, height, width, pixels_at_once(self.platform))
         mesh = dict(spec.mesh.shape)
         return Footprint(
@@ -147,7 +150,7 @@ def parameters(spec: ModelSpec, part: str) -> int:
 def adapters(spec: ModelSpec) -> int:
     """Bytes of all adapters beside the weights, as if no device shared them."""
     numbers = sum(part.parameters for adapter in spec.lora.adapters for part in adapter.parts)
-    return numbers * jnp.dtype(spec.weights_dtype).itemsize
+    return numbers * spec.precision(spec.family.denoiser).rest.itemsize
 
 
 def encoders(spec: ModelSpec) -> int:
@@ -157,25 +160,25 @@ def encoders(spec: ModelSpec) -> int:
 
 def on_a_device(spec: ModelSpec, part: str) -> int:
     """Bytes of a component's weights."""
-    return load.held(spec.plans[part], spec.mesh, spec.weights_dtype) // spec.mesh.size
+    return load.held(spec.plans[part], spec.mesh, spec.precision(part)) // spec.mesh.size
 
 
 def gathered(spec: ModelSpec, part: str) -> int:
     """Bytes of a component's weights, made whole on a device where FSDP has divided them."""
-    return parameters(spec, part) * jnp.dtype(spec.weights_dtype).itemsize if spec.mesh.shape["fsdp"] > 1 else 0
+    return parameters(spec, part) * spec.precision(part).rest.itemsize if spec.mesh.shape["fsdp"] > 1 else 0
 
 
 def streamed(spec: ModelSpec) -> int:
     """What is on a device when the denoiser's blocks pass through it: two of them without their step layers, which have
     passed before, and what lies in none."""
-    plan = spec.plans[spec.family.denoiser]
+    plan, precision = spec.plans[spec.family.denoiser], spec.precision(spec.family.denoiser)
     stream = nnx.merge(plan.graph, plan.state).stream()
     layers = [f"{layer}." for each in stream.step_layers.values() for layer in each]
     rest, blocks = 0, {stack: 0 for stack, _ in stream.blocks}
-    for path, (_, shape) in plan.shapes.items():
-        stack, numbers = path.partition(".")[0], math.prod(shape)
+    for path, size in load.sizes(plan, precision).items():
+        stack = path.partition(".")[0]
         if stack not in blocks:
-            rest += numbers
+            rest += size
         elif not path.startswith(tuple(layers)):
-            blocks[stack] += numbers
-    return (rest + 2 * max(blocks.values())) * jnp.dtype(spec.weights_dtype).itemsize
+            blocks[stack] += size // dict(stream.blocks)[stack]
+    return rest + 2 * max(blocks.values())

@@ -10,6 +10,7 @@ of a 12B transformer in bfloat16) are on the devices, and in the host's memory i
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterator
@@ -45,6 +46,7 @@ class StreamedWeights(DeviceWeights):
         graph, state = _abstract(self._stream.rest)
         pieces = {path: plan.pieces[path] for path in _paths(state)}
         super().__init__(load.Plan(plan.source, graph, state, pieces), mesh, dtype, edits)
+        self._block_dtype = dataclasses.replace(self.dtype, block=True)
 
     def __len__(self) -> int:
         return len(self._names)
@@ -78,9 +80,8 @@ class StreamedWeights(DeviceWeights):
         pieces = {path: [self._whole.pieces[f"{stack}.{path}"][layer]] for path in _paths(state)}
         edits = {(path, 0): edit for path in pieces if (edit := self.edits.get((f"{stack}.{path}", layer)))}
         with reading() as progress:
-            part = nnx.split(
-                load.load(load.Plan(self._whole.source, graph, state, pieces), self.mesh, self.dtype, progress, edits)
-            )
+            plan = load.Plan(self._whole.source, graph, state, pieces)
+            part = nnx.split(load.load(plan, self.mesh, self._block_dtype, progress, edits))
             jax.block_until_ready(part)
         if self._hold:
             self._held[name] = part[0], jax.block_until_ready(moved(part[1], "pinned_host"))

@@ -9,12 +9,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 from flax import nnx
 
 from fluxbatch.distributed.process_group import ProcessGroup
 from fluxbatch.weights import load
 from fluxbatch.weights.load import Edits
+from fluxbatch.weights.precision import Precision
 
 PROC, CGROUPS = pathlib.Path("/proc"), pathlib.Path("/sys/fs/cgroup")
 OFFLOAD_POLICIES = ("keep", "host", "free")  # of weights that are not needed: stay, to pinned host memory, delete
@@ -27,9 +27,9 @@ class DeviceWeights:
         self, plan: load.Plan, mesh: jax.sharding.Mesh, dtype: Any, edits: load.Edits, policy: str = "keep",
         attach: Callable[[nnx.Module], None] = lambda module: None,
     ):  # fmt: skip
-        """``policy``: one of OFFLOAD_POLICIES. ``attach`` puts beside the weights what does not come from the
-        checkpoint."""
-        self.plan, self.mesh, self.dtype, self.edits, self.policy = plan, mesh, np.dtype(dtype), edits, policy
+        """``dtype``: one for all, or a Precision. ``policy``: one of OFFLOAD_POLICIES. ``attach`` puts beside the
+        weights what does not come from the checkpoint."""
+        self.plan, self.mesh, self.dtype, self.edits, self.policy = plan, mesh, Precision.of(dtype), edits, policy
         self._attach = attach
         self._graph: Any = None
         self._state: Any = None  # on the devices
@@ -69,7 +69,7 @@ class DeviceWeights:
 
     def abstract(self) -> tuple[Any, Any]:
         """What ``parts`` will be once loaded: shapes, dtypes and shardings. (Adapters beside the weights are there.)"""
-        module = nnx.merge(self.plan.graph, load.abstract(self.plan, self.mesh, self.dtype))
+        module = load.abstract(self.plan, self.mesh, self.dtype)
         self._attach(module)
         return nnx.split(module)
 

@@ -24,8 +24,17 @@ from fluxbatch.models.key_tables import Table
 from fluxbatch.types import UserError
 from fluxbatch.weights import cast
 from fluxbatch.weights.matching import Piece, assign
+from fluxbatch.weights.precision import SCALE, Precision
 from fluxbatch.weights.source import Source, Tensor
-from fluxbatch.weights.staging import IN_FLIGHT, DeviceBuffer, HostBuffer, Index, StagingBuffer, local_parts
+from fluxbatch.weights.staging import (
+    IN_FLIGHT,
+    DeviceBuffer,
+    HostBuffer,
+    Index,
+    QuantizingBuffer,
+    StagingBuffer,
+    local_parts,
+)
 
 SMALL = 256 << 10  # a tensor up to this size is read whole, not part by part
 
@@ -79,14 +88,23 @@ def plan(
 def load(
     plan: Plan, mesh: jax.sharding.Mesh, dtype: Any, progress: Progress = lambda _: None, edits: Edits | None = None
 ) -> nnx.Module:
-    """Streams the weights onto ``mesh`` as ``dtype`` and returns the module.
+    """Streams the weights onto ``mesh`` as ``dtype``, which may be a Precision, and returns the module.
 
     Layers with an edit are read whole on every host and changed in float32 on the way, so the result does
     not depend on the sharding. Raises UserError, naming file and tensor, when bytes are missing, cut
     short, damaged (where the format has checksums) or changed since the plan was made.
     """
     leaves = list(nnx.to_flat_state(plan.state))
-    return nnx.merge(plan.graph, nnx.from_flat_state(_stream(plan, leaves, mesh, dtype, progress, edits or {})))
+    return _module(plan, _stream(plan, leaves, mesh, dtype, progress, edits or {}))
+
+
+def _module(plan: Plan, leaves: list[tuple[Any, Any]]) -> nnx.Module:
+    """The module with these parameters; scales, of which its plan knows nothing, go beside their kernels."""
+    module = nnx.merge(plan.graph, nnx.from_flat_state([(k, leaf) for k, leaf in leaves if path_of(k) in plan.shapes]))
+    for keys, leaf in leaves:
+        if path_of(keys) not in plan.shapes:
+            setattr(functools.reduce(getattr, keys[:-1], module), keys[-1], leaf)
+    return module
 
 
 def to_read(
@@ -114,21 +132,44 @@ def to_read(
 def held(plan: Plan, mesh: jax.sharding.Mesh, dtype: Any) -> int:
     """Bytes that the parameters take on this process's devices, all together."""
     total = 0
-    for _, leaf in nnx.to_flat_state(plan.state):
-        shape, axes = leaf.get_value().shape, leaf.get_metadata()["axes"]
+    for shape, axes, own, _ in _arrays(plan, Precision.of(dtype)):
         for index, devices in local_parts(shape, Placement.of(mesh, shape, axes).final).items():
-            total += len(devices) * math.prod(b - a for a, b in index)
-    return total * np.dtype(dtype).itemsize
+            total += len(devices) * math.prod(b - a for a, b in index) * own.itemsize
+    return total
 
 
-def abstract(plan: Plan, mesh: jax.sharding.Mesh, dtype: Any) -> Any:
-    """The parameters as ``load`` would place them, without their values."""
+def sizes(plan: Plan, dtype: Any) -> dict[str, int]:
+    """Bytes of each parameter, by path; scales are counted by their own."""
+    return {path: math.prod(shape) * own.itemsize for shape, _, own, path in _arrays(plan, Precision.of(dtype))}
 
-    def placed(leaf: Any) -> jax.ShapeDtypeStruct:
-        shape = leaf.get_value().shape
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=Placement.of(mesh, shape, leaf.get_metadata()["axes"]).final)
 
-    return nnx.from_flat_state([(keys, leaf.replace(placed(leaf))) for keys, leaf in nnx.to_flat_state(plan.state)])
+def _arrays(plan: Plan, precision: Precision) -> Iterator[tuple[tuple[int, ...], Any, np.dtype, str]]:
+    """Shape, logical axes, dtype and path of every array that ``load`` makes."""
+    for keys, leaf in nnx.to_flat_state(plan.state):
+        shape, axes, path = leaf.get_value().shape, leaf.get_metadata()["axes"], path_of(keys)
+        yield shape, axes, precision.dtype(path, shape, axes), path
+        if precision.quantizes(path, shape, axes):
+            yield shape[:-1], axes[:1], SCALE, path_of((*keys[:-1], "scale"))
+
+
+def abstract(plan: Plan, mesh: jax.sharding.Mesh, dtype: Any) -> nnx.Module:
+    """What ``load`` would return, without values."""
+    leaves, precision = [], Precision.of(dtype)
+
+    def placed(shape: tuple[int, ...], axes: Any, dtype: np.dtype) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=Placement.of(mesh, shape, axes).final)
+
+    for keys, leaf in nnx.to_flat_state(plan.state):
+        shape, axes, path = leaf.get_value().shape, leaf.get_metadata()["axes"], path_of(keys)
+        leaves.append((keys, leaf.replace(placed(shape, axes, precision.dtype(path, shape, axes)))))
+        if precision.quantizes(path, shape, axes):
+            leaves.append(_scale(keys, placed(shape[:-1], axes[:1], SCALE), axes))
+    return _module(plan, leaves)
+
+
+def _scale(keys: tuple[Any, ...], value: Any, axes: Any) -> tuple[tuple[Any, ...], nnx.Param[Any]]:
+    """The parameter beside a kernel."""
+    return (*keys[:-1], "scale"), nnx.Param(value, axes=axes[:1])
 
 
 def reload(
@@ -141,7 +182,7 @@ def reload(
     for keys, leaf in nnx.to_flat_state(plan.state):
         if path_of(keys) in paths:
             fresh[keys].get_value().delete()
-            [(_, fresh[keys])] = _stream(plan, [(keys, leaf)], mesh, dtype, progress, edits or {})
+            fresh |= _stream(plan, [(keys, leaf)], mesh, dtype, progress, edits or {})
     return nnx.from_flat_state(list(fresh.items()))
 
 
@@ -150,16 +191,27 @@ def _stream(
 ) -> list[tuple[Any, Any]]:
     reader = Reader(plan.source, progress)
     scales = read_scales([piece for keys, _ in leaves for piece in plan.pieces[path_of(keys)]], reader)
-    make = HostBuffer if on_host(mesh) else functools.partial(DeviceBuffer, copies=collections.deque())
+    copies: collections.deque[tuple[jax.Array, int]] = collections.deque()
+    precision = Precision.of(dtype)
     loaded = []
     for keys, leaf in leaves:
         shape, axes, path = leaf.get_value().shape, leaf.get_metadata()["axes"], path_of(keys)
-        buffer = make(shape, len(shape) > len(axes), Placement.of(mesh, shape, axes), np.dtype(dtype))
+        given = shape, len(shape) > len(axes), Placement.of(mesh, shape, axes), precision.dtype(path, shape, axes)
+        buffer: StagingBuffer
+        if precision.quantizes(path, shape, axes):
+            buffer = QuantizingBuffer(*given, axes, copies)
+        else:
+            buffer = HostBuffer(*given) if on_host(mesh) else DeviceBuffer(*given, copies=copies)
         for layer, piece in enumerate(plan.pieces[path]):
             fill(buffer, layer, piece, scales.get(id(piece.tensor)), reader, edits.get((path, layer)))
         loaded.append((keys, leaf, buffer))
     reader.drain()
-    return [(keys, leaf.replace(buffer.array())) for keys, leaf, buffer in loaded]
+    found = []
+    for keys, leaf, buffer in loaded:
+        found.append((keys, leaf.replace(buffer.array())))
+        if isinstance(buffer, QuantizingBuffer):
+            found.append(_scale(keys, buffer.scales(), leaf.get_metadata()["axes"]))
+    return found
 
 
 def on_host(mesh: jax.sharding.Mesh) -> bool:

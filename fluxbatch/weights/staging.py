@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import abc
 import collections
+import dataclasses
 import functools
 import math
+import mmap
 from collections.abc import Callable, Collection
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from fluxbatch.distributed.mesh import Placement
+from fluxbatch.distributed.mesh import Axis, Placement, replicated
+from fluxbatch.weights.precision import SCALE, quantized
 
 IN_FLIGHT = 64 << 20  # bytes of reads under way, and of copies to devices: more was no faster
 
@@ -113,7 +116,7 @@ class DeviceBuffer(StagingBuffer):
 
     def open(self, layer: int, dtype: np.dtype) -> list[tuple[Index, np.ndarray]]:
         at = 1 if self.stacked else 0
-        self._staged[layer] = {i: np.empty([b - a for a, b in i[at:]], dtype) for i in self.devices}
+        self._staged[layer] = {i: _returned([b - a for a, b in i[at:]], dtype) for i in self.devices}
         return [(index[at:], buffer) for index, buffer in self._staged[layer].items()]
 
     def scale(self, scale: np.ndarray | None) -> None:
@@ -129,12 +132,55 @@ class DeviceBuffer(StagingBuffer):
                 self._array = jnp.zeros(self.shape, self.dtype, device=self.placement.final)
             self._array = _placed(self.placement)(self._array, staged, scale, layer)
         self._copies.append((staged, sum(buffer.nbytes for buffer in parts.values())))
+        self._bound()
+
+    def _bound(self) -> None:
         while sum(size for _, size in self._copies) > IN_FLIGHT:
             self._copies.popleft()[0].block_until_ready()
 
     def array(self) -> jax.Array:
         assert self._array is not None
         return self._array
+
+
+class QuantizingBuffer(DeviceBuffer):
+    """A kernel that is held in eight bits, of any devices: a layer is staged as the file has it, and quantized on the
+    devices, each output by itself."""
+
+    def __init__(
+        self, shape: tuple[int, ...], stacked: bool, placement: Placement, dtype: np.dtype, axes: tuple[Axis, ...],
+        copies: collections.deque[tuple[jax.Array, int]],
+    ):  # fmt: skip
+        mesh = cast(Mesh, placement.read.mesh)
+        if len(placement.read.spec) == len(shape) and placement.read.spec[-1] is not None:
+            placement = dataclasses.replace(placement, read=replicated(mesh))  # a scale is of all inputs of an output
+        super().__init__(shape, stacked, placement, dtype, copies=copies)
+        self.axes = axes[:1]  # of the scales
+        self._scale_placement = Placement.of(mesh, shape[:-1], self.axes)
+        self._scales: jax.Array | None = None
+
+    def close(self, layer: int, scale: np.ndarray | None) -> None:
+        parts = self._staged.pop(layer)
+        staged = self._on_devices(parts, self.shape[1:] if self.stacked else self.shape, self._layer_sharding)
+        places = self.placement, self._scale_placement
+        if not self.stacked:
+            self._array, self._scales, done = _quantized(*places, self.dtype)(staged, scale)
+        else:
+            if self._array is None:
+                self._array = jnp.zeros(self.shape, self.dtype, device=self.placement.final)
+                self._scales = jnp.zeros(self.shape[:-1], SCALE, device=self._scale_placement.final)
+            self._array, self._scales, done = _placed_quantized(*places)(
+                self._array, self._scales, staged, scale, layer
+            )
+        if next(iter(staged.devices())).platform == "cpu":  # a staged layer is there until it is quantized
+            done.block_until_ready()
+        self._copies.append((done, sum(buffer.nbytes for buffer in parts.values())))
+        self._bound()
+
+    def scales(self) -> jax.Array:
+        """Of each output, once every layer is closed."""
+        assert self._scales is not None
+        return self._scales
 
 
 @functools.lru_cache
@@ -152,8 +198,36 @@ def _placed(placement: Placement) -> Callable[..., jax.Array]:
     return jax.jit(put, donate_argnums=0, out_shardings=placement.final)
 
 
+@functools.lru_cache
+def _quantized(placement: Placement, scale_placement: Placement, dtype: np.dtype) -> Callable[..., Any]:
+    def quantize(values: jax.Array, scale: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array]:
+        kernel, scales = quantized(values, scale, dtype)
+        return placement.arranged(kernel), scale_placement.arranged(scales), scales[0]
+
+    return jax.jit(quantize, out_shardings=(placement.final, scale_placement.final, None))
+
+
+@functools.lru_cache
+def _placed_quantized(placement: Placement, scale_placement: Placement) -> Callable[..., Any]:
+    def put(
+        stack: jax.Array, scales: jax.Array, values: jax.Array, scale: jax.Array | None, at: int
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        kernel, own = quantized(values, scale, np.dtype(stack.dtype))
+        kernel, own = placement.arranged(kernel), scale_placement.arranged(own)
+        put = jax.lax.dynamic_update_index_in_dim
+        return put(stack, kernel, at, 0), put(scales, own, at, 0), own[0]
+
+    return jax.jit(put, donate_argnums=(0, 1), out_shardings=(placement.final, scale_placement.final, None))
+
+
 def _scaled(dtype: Any, values: jax.Array, scale: jax.Array | None) -> jax.Array:
     return (values if scale is None else values.astype(jnp.float32) * scale).astype(dtype)
+
+
+def _returned(shape: list[int], dtype: np.dtype) -> np.ndarray:
+    """An empty array whose memory goes back to the system at once; malloc would keep hundreds of megabytes of such."""
+    raw = np.frombuffer(mmap.mmap(-1, max(1, math.prod(shape) * dtype.itemsize)), np.uint8)
+    return raw[: math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
 
 
 def aligned(shape: list[int], dtype: np.dtype) -> np.ndarray:

@@ -123,11 +123,12 @@ def fluxbatch(path: str, mesh: tuple[int, int], dtype: str) -> tuple[Callable[[]
 
     from fluxbatch.distributed.mesh import make_mesh
     from fluxbatch.weights import load
+    from fluxbatch.weights.precision import Precision
 
     plan = planned(path)
-    devices = make_mesh(mesh)
+    devices, held = make_mesh(mesh), Precision.named(dtype, "bfloat16")
     return lambda: jax.block_until_ready(
-        jax.tree.leaves(nnx.state(load.load(plan, devices, dtype), nnx.Param))
+        jax.tree.leaves(nnx.state(load.load(plan, devices, held), nnx.Param))
     ), plan.nbytes
 
 
