@@ -86,7 +86,7 @@ def test_images_and_their_records(tmp_path):
     assert list(lines[3]) == [
         *("file_name", "id", "index", "prompt", "prompt_2", "seed", "height", "width"),
         *("num_inference_steps", "guidance_scale", "sigmas", "lora", "seed_text", *FACTS),
-        *("sha256", "seconds", "mfu", "created", "flags", "key", "category"),
+        *("sha256", "computed_steps", "seconds", "mfu", "created", "flags", "key", "category"),
     ]
     assert {key: lines[3][key] for key in FACTS} == FACTS
     assert (lines[3]["id"], lines[3]["index"], lines[3]["seed"], lines[3]["category"]) == ("3", 3, 45, "cats")

@@ -79,6 +79,12 @@ def _offenders(job: Job, rows: bool) -> Iterator[tuple[str, Any, str]]:  # noqa:
         yield "sampler.guidance_scale", sampler.guidance_scale, "a number from 0 (dev: 3 to 5)"
     if sampler.sigmas is not None and (wanted := sigmas_wanted(sampler.sigmas)):
         yield "sampler.sigmas", sampler.sigmas, wanted
+    if not 0 <= sampler.step_cache_threshold <= 10:
+        yield (
+            "sampler.step_cache_threshold",
+            sampler.step_cache_threshold,
+            "a number from 0 to 10 (0.05 to 0.15 are usual)",
+        )
     for key in ("base_shift", "max_shift"):
         value = getattr(sampler, key)
         if value is not None and not abs(value) <= 20:

@@ -35,6 +35,10 @@ class WeightsDType(Enum):
     float8_e4m3fn = "float8_e4m3fn"
 
 
+class StepCaching(Enum):
+    first_block = "first_block"
+
+
 class Attention(Enum):
     auto = "auto"
     dot_product = "dot_product"
@@ -96,6 +100,8 @@ class Sampler:
     width: int | None = MISSING
     max_sequence_length: int = MISSING
     sigmas: list[float] | None = MISSING  # None: evenly spaced
+    step_cache: StepCaching | None = MISSING
+    step_cache_threshold: float = MISSING
     # None: what the checkpoint's scheduler_config.json says
     time_shift: bool | None = MISSING
     base_shift: float | None = MISSING

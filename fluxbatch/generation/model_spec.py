@@ -48,6 +48,7 @@ class ModelSpec:
     mesh: jax.sharding.Mesh
     weights_dtype: str
     activations_dtype: str
+    cache_threshold: float | None  # of the step cache, if there is one
     stream: bool  # whether the transformer's blocks pass through the devices one at a time
     encoder_offload: str  # where the text encoders are while images are made
     denoiser_offload: str  # where the transformer is while text is encoded, which it is kept for if both fit
@@ -127,13 +128,21 @@ class ModelSpec:
         tag = None if beside else tuple((self.lora.fingerprint[name], scale) for name, scale in lora_weights[0])
         kept = kept or KeptPipeline()
         if (pipeline := kept.take(identity)) is not None:
-            pipeline.reuse(self.scheduler, observer)
+            pipeline.reuse(self.scheduler, observer, self.cache_threshold)
             for name, network in pipeline.networks.items() if kept.tag != tag else ():
                 network.merge(edits[name])
         else:
             networks = {name: self._network(name, edits[name], beside) for name in self.plans}
             pipeline = Pipeline(
-                self.family, networks, self.mesh, self.activations_dtype, self.scheduler, observer, beside, self.group
+                self.family,
+                networks,
+                self.mesh,
+                self.activations_dtype,
+                self.scheduler,
+                observer,
+                beside,
+                self.group,
+                self.cache_threshold,
             )
         if self.keep:
             kept.put(identity, pipeline, tag)
@@ -244,6 +253,14 @@ def open_model_spec(
     }
     inputs = family.text_inputs(tokenizers, sampler.max_sequence_length)
     scheduler = family.scheduler(checkpoint.scheduler, sampler.time_shift, sampler.base_shift, sampler.max_shift)
+    cache = sampler.step_cache and sampler.step_cache.name
+    if cache and cache not in family.step_caches:
+        raise UserError(f"sampler.step_cache={cache}: expected null: this model, of {family.name}, has no such cache")
+    if cache and hardware.stream_blocks:
+        raise UserError(
+            f"sampler.step_cache={cache}: expected null with hardware.stream_blocks=true, which reads the next blocks "
+            "before it is known whether they are needed"
+        )
     facts = {
         "model_digest": checkpoint.digest(),
         "weights_dtype": weights,
@@ -252,11 +269,15 @@ def open_model_spec(
         "schedule": dict(scheduler.facts()),
         **family.index(),
     }
+    caching = {"step_cache": cache or "", "step_cache_threshold": sampler.step_cache_threshold if cache else 0.0}
+    facts |= caching if cache else {}  # nor did facts know of it before there was any
     record = {"model": public(_name(job.model.pretrained_model_name_or_path)), "model_digest": facts["model_digest"]}
     record |= {"model_revision": checkpoint.revision or ""}
-    record |= {
-        key: facts[key] for key in ("max_sequence_length", "weights_dtype", "activations_dtype")
-    } | family.index()
+    record |= (
+        {key: facts[key] for key in ("max_sequence_length", "weights_dtype", "activations_dtype")}
+        | caching
+        | family.index()
+    )
     record |= {
         "fluxbatch_version": __version__,
         "jax_version": jax.__version__,
@@ -293,6 +314,7 @@ def open_model_spec(
         away,
         turns,
         hardware.stream_blocks,
+        cache,
     )
     identity = (
         tuple(plan.source.url for plan in plans.values()),
@@ -310,6 +332,7 @@ def open_model_spec(
         mesh,
         weights,
         activations,
+        sampler.step_cache_threshold if cache else None,
         hardware.stream_blocks,
         away,
         turns,

@@ -67,9 +67,10 @@ class Pipeline:
         observer: ProgressObserver,
         lora: Loras | None = None,
         group: ProcessGroup = ProcessGroup(),
+        cache_threshold: float | None = None,
     ):
         """``networks``: one for each component. ``lora``: the adapters that stand beside the weights, mixed row by
-        row."""
+        row. ``cache_threshold``: of the step cache, if there is to be one."""
         self.family, self.networks, self.group = family, networks, group
         self.mesh, self.dtype, self.scheduler, self.observer, self._lora = (
             mesh,
@@ -79,6 +80,9 @@ class Pipeline:
             lora,
         )
         self._compiled: dict[Hashable, Future[list[Future[Any]]]] = {}
+        self._threshold = cache_threshold
+        self.computed: jax.Array | None = None
+        """[B] int32, how many steps of the last batch's rows were computed; None where all are, without a cache."""
         self._since: float | None = None  # when the devices got the first program of those under way
         self._pictures: Any = None  # the last ones, perhaps still to be drawn
 
@@ -90,6 +94,13 @@ class Pipeline:
         self._step_inputs = jit(programs.step_inputs, static_argnames=("graph", "dtype"))
         self._denoise = jit(
             programs.denoise, scheduler.step, static_argnames=("graph", "dtype"), donate_argnames="latents"
+        )
+        self._fresh_cache = jit(programs.fresh_cache, static_argnames=("graph", "dtype"))
+        self._denoise_cached = jit(
+            programs.denoise_cached,
+            scheduler.step,
+            static_argnames=("graph", "dtype"),
+            donate_argnames=("latents", "cache"),
         )
         self._step_vector = jit(programs.step_vector, static_argnames=("graph", "dtype"))
         self._step_layer = jit(programs.step_layer, static_argnames="graph")
@@ -103,10 +114,10 @@ class Pipeline:
             compiler_options=programs.decoder_options(platform, family.decoder_width),
         )
 
-    def reuse(self, scheduler: Scheduler, observer: ProgressObserver) -> None:
-        """For another job of a sweep, whose scheduler is of the same class: its noise levels are data to the
-        programs."""
-        self.scheduler, self.observer = scheduler, observer
+    def reuse(self, scheduler: Scheduler, observer: ProgressObserver, cache_threshold: float | None) -> None:
+        """For another job of a sweep, whose scheduler is of the same class and which has a step cache if this has one:
+        noise levels and threshold are data to the programs."""
+        self.scheduler, self.observer, self._threshold = scheduler, observer, cache_threshold
 
     @property
     def _denoiser(self) -> DeviceWeights:
@@ -198,8 +209,18 @@ class Pipeline:
         lowered = self._run(self._step_inputs.lower, graph, self.dtype, state, conditioning, sigmas, guidance, *scales)
         yield "step_inputs", lowered
         steps = jax.tree.map(lambda x: self._shape(x.dtype, *x.shape), lowered.out_info)
-        arguments = state, latents, self.family.in_steps(conditioning), steps, sigmas, left, turns, positions
-        yield "denoise", self._run(self._denoise.lower, graph, self.dtype, *arguments, *scales)
+        arguments = (self.family.in_steps(conditioning), steps, sigmas, left, turns, positions)
+        if self._threshold is None:
+            yield "denoise", self._run(self._denoise.lower, graph, self.dtype, state, latents, *arguments, *scales)
+            return
+        fresh = self._run(self._fresh_cache.lower, graph, self.dtype, state, latents)
+        yield "fresh_cache", fresh
+        cache = jax.tree.map(lambda x: self._shape(x.dtype, *x.shape), fresh.out_info)
+        more = everywhere(np.array(0, np.float32)), *scales
+        yield (
+            "denoise",
+            self._run(self._denoise_cached.lower, graph, self.dtype, state, latents, cache, *arguments, *more),
+        )
 
     def _lower_decode(self, batch: int, height: int, width: int) -> Iterator[tuple[str, jax.stages.Lowered]]:
         graph, state = self.networks[self.family.decoder].abstract()
@@ -251,12 +272,22 @@ class Pipeline:
                 self._denoise_streamed(self._denoiser, latents, conditioning, sigmas, counts, guidance, positions)
             )
         latents, conditioning, guidance, *scales = self._put((latents, conditioning, guidance, *self._scales(rows)))
+        cache = None
+        if self._threshold is not None:
+            cache = self._launch(self._fresh_cache, graph, self.dtype, state, latents)
+            threshold = put(np.array(self._threshold, np.float32), replicated(self.mesh))
         for first in range(0, counts.max(), STEPS):
             levels, left = self._put((sigmas[:, first : first + STEPS + 1], counts - first))
             turns = put(np.array(min(counts.max() - first, STEPS), np.int32), replicated(self.mesh))
             inputs = self._launch(self._step_inputs, graph, self.dtype, state, conditioning, levels, guidance, *scales)
-            arguments = state, latents, self.family.in_steps(conditioning), inputs, levels, left, turns, positions
-            latents = self._launch(self._denoise, graph, self.dtype, *arguments, *scales)
+            arguments = self.family.in_steps(conditioning), inputs, levels, left, turns, positions
+            if cache is None:
+                latents = self._launch(self._denoise, graph, self.dtype, state, latents, *arguments, *scales)
+            else:
+                latents, cache = self._launch(
+                    self._denoise_cached, graph, self.dtype, state, latents, cache, *arguments, threshold, *scales
+                )
+        self.computed = cache and cache.computed
         return self._told(latents)  # by now: decoding may have to wait for its program
 
     def _levels(self, row: Row, tokens: int) -> np.ndarray:

@@ -16,8 +16,17 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fluxbatch.distributed.mesh import data_parallel_size_of
-from fluxbatch.models.family import Conditioning, Denoiser, Family, Positions, StepInputs, StreamedDenoiser
+from fluxbatch.models.family import (
+    CachedDenoiser,
+    Conditioning,
+    Denoiser,
+    Family,
+    Positions,
+    StepInputs,
+    StreamedDenoiser,
+)
 from fluxbatch.models.layers import gathered, set_rows
+from fluxbatch.models.step_cache import StepCache
 
 Array = jax.Array
 Graph = nnx.GraphDef[Any]
@@ -79,6 +88,32 @@ def denoise(
         return _step(scheduler_step, x, velocity, i, sigmas, left)
 
     return jax.lax.fori_loop(0, turns, body, latents)
+
+
+def fresh_cache(graph: Graph, dtype: Any, state: State, latents: Array) -> StepCache:
+    """What ``denoise_cached`` begins with."""
+    model: CachedDenoiser = nnx.merge(graph, state)
+    return model.fresh_cache(latents, dtype)
+
+
+def denoise_cached(
+    scheduler_step: SchedulerStep, graph: Graph, dtype: Any, state: State, latents: Array, cache: StepCache,
+    conditioning: Conditioning, inputs: StepInputs, sigmas: Array, left: Array, turns: Array, positions: Positions,
+    threshold: Array, scales: Array | None = None,
+) -> tuple[Array, StepCache]:  # fmt: skip
+    """``denoise`` with a step cache, which goes on from call to call."""
+    model: CachedDenoiser = _model(graph, state, scales)
+    model.drop_step_layers()
+    embedded = model.embed(conditioning, dtype)
+
+    def body(i: Array, carry: tuple[Array, StepCache]) -> tuple[Array, StepCache]:
+        x, cache = carry
+        velocity, cache = model.cached_velocity(
+            x.astype(dtype), embedded, _at(inputs, i), positions, cache, threshold, i < left
+        )
+        return _step(scheduler_step, x, velocity, i, sigmas, left), cache
+
+    return jax.lax.fori_loop(0, turns, body, (latents, cache))
 
 
 def _at(inputs: StepInputs, i: Array) -> StepInputs:

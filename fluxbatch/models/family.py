@@ -19,6 +19,7 @@ from flax import nnx
 from fluxbatch.distributed.mesh import Layout
 from fluxbatch.models.key_tables import Naming, Rule, Table
 from fluxbatch.models.schedulers import Scheduler
+from fluxbatch.models.step_cache import StepCache
 from fluxbatch.types import Row, UserError
 
 Config = Any  # a component's frozen dataclass with ``from_json``
@@ -131,6 +132,25 @@ class Denoiser(Protocol):
 
     def velocity(self, latents: jax.Array, embedded: Any, step: StepInputs, positions: Positions) -> jax.Array:
         """``[B, L, C]`` of ``latents`` ``[B, L, C]``; ``step``: of one step, without the axis S."""
+
+
+class CachedDenoiser(Denoiser, Protocol):
+    """One that can skip most of a step: ``step_caches`` of its family."""
+
+    def fresh_cache(self, latents: jax.Array, dtype: Any) -> StepCache:
+        """Before the first step of ``latents`` ``[B, L, C]``."""
+
+    def cached_velocity(
+        self,
+        latents: jax.Array,
+        embedded: Any,
+        step: StepInputs,
+        positions: Positions,
+        cache: StepCache,
+        threshold: jax.Array,
+        live: jax.Array,
+    ) -> tuple[jax.Array, StepCache]:
+        """``velocity``, and the cache of the next step; ``live`` ``[B]``: rows that have this step."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,6 +278,11 @@ class Family(abc.ABC):
     @abc.abstractmethod
     def guided(self) -> bool:
         """Whether the checkpoint reads ``guidance_scale``."""
+
+    @property
+    def step_caches(self) -> tuple[str, ...]:
+        """Those of ``sampler.step_cache`` that the checkpoint's denoiser has."""
+        return ()
 
     def warnings(self, flux_name: str) -> tuple[str, ...]:
         """What of ``model.flux_name`` does not go with the checkpoint."""

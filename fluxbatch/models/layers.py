@@ -309,18 +309,29 @@ def stack(count: int, make: Callable[[nnx.Rngs | None], nnx.Module], rngs: nnx.R
     return nnx.split_rngs(splits=count)(build)(rngs)
 
 
-def scan(layers: nnx.Module | None, call: Callable[..., Any], carry: Any, layout: Layout, beside: Any = None) -> Any:
-    """Folds ``carry = call(layer, carry, part)`` over the layers of a ``stack``, each with its part of the
-    arrays ``beside`` ``[layers, …]``; without them ``call(layer, carry)``."""
+def scan(
+    layers: nnx.Module | None, call: Callable[..., Any], carry: Any, layout: Layout, beside: Any = None,
+    part: slice = slice(None),
+) -> Any:  # fmt: skip
+    """Folds ``carry = call(layer, carry, own)`` over the layers of a ``stack``, each with its own of the
+    arrays ``beside`` ``[layers, …]``; without them ``call(layer, carry)``. ``part``: of the layers."""
     if layers is None:
         return carry
     graph, state = nnx.split(layers)
 
     def body(carry: Any, both: tuple[Any, Any]) -> tuple[Any, None]:
-        layer, part = both
-        return call(nnx.merge(graph, gathered(layer, layout)), carry, *([] if beside is None else [part])), None
+        layer, own = both
+        return call(nnx.merge(graph, gathered(layer, layout)), carry, *([] if beside is None else [own])), None
 
-    return jax.lax.scan(body, carry, (state, beside))[0]
+    count = len(jax.tree.leaves(state)[0])
+    if (places := range(count)[part]) == range(count):
+        return jax.lax.scan(body, carry, (state, beside))[0]
+
+    def turn(i: Array, carry: Any) -> Any:  # a scan would be over a copy of these layers
+        at = lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False)  # noqa: E731
+        return body(carry, jax.tree.map(at, (state, beside)))[0]
+
+    return jax.lax.fori_loop(places.start, places.stop, turn, carry)
 
 
 def each(layers: nnx.Module, call: Callable[..., Array], layout: Layout) -> Array:

@@ -16,7 +16,7 @@ RecordId = tuple[str, str]  # id, key
 
 _SHOWN = 20  # changed rows in one message
 # What a record says besides its row's parameters and the model
-_OWN = ("file_name", "index", "seed_text", "sha256", "seconds", "mfu", "created", "flags", "key")
+_OWN = ("file_name", "index", "seed_text", "sha256", "computed_steps", "seconds", "mfu", "created", "flags", "key")
 
 
 def row_key(row: Row, job_facts: Mapping[str, Any]) -> str:

@@ -8,6 +8,7 @@ bounded, and a kill costs no more than what was not yet recorded of that one.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import threading
@@ -29,6 +30,9 @@ from fluxbatch.types import Reject, Row
 # By what a picture was made, in its record: decides how it is rounded, and no more
 PROGRAM = ("fluxbatch_version", "jax_version", "device_kind", "device_count", "per_device_batch_size")
 
+# What else in a record does not decide the pixels
+_UNSTABLE = ("file_name", "shard", "index", "seed_text", "computed_steps", "seconds", "mfu", "created", "flags")
+
 _ATTEMPTS = 3
 _BACKOFF = 0.5  # seconds before the second attempt, doubled before the third
 
@@ -39,7 +43,7 @@ class TooManyFailures(Exception):
 
 def encoded(record: Record, pixels: np.ndarray, format: str, output: Output) -> bytes:
     """The image's file, which says of itself what decides the pixels and no more: the same image is the same file."""
-    unstable = ("file_name", "shard", "index", "seed_text", "seconds", "mfu", "created", "flags", *PROGRAM)
+    unstable = (*_UNSTABLE, *PROGRAM)
     stable = {key: value for key, value in record.items() if key not in unstable}
     names = list(record)
     own = {name: record[name] for name in names[: names.index("key") + 1]}  # a manifest's other fields decide nothing
@@ -96,13 +100,15 @@ class Writer:
         pixels: Any,
         finite: Any,
         seconds: Callable[[], float] | None = None,
+        computed: Any = None,
     ) -> None:
         """Hands over one batch, once the one before it is recorded.
 
         ``pixels`` uint8 [B, H, W, 3] and ``finite`` bool [B], arrays that NumPy can copy back,
         B ≥ len(rows): what is beyond the rows is padding. ``names``: file name by row index.
         ``seconds``: the devices' time for the batch, asked for when its pixels are there; None: measured from batch to
-        batch. Raises what went wrong with an earlier batch, if that ends the job.
+        batch. ``computed`` [B]: how many of its steps each row computed; None: all. Raises what went wrong with an
+        earlier batch, if that ends the job.
         """
         called = time.monotonic()
         self._room.acquire()
@@ -111,7 +117,7 @@ class Writer:
             self._room.release()
             raise self._error
         self._begun = self._begun or called
-        self._submit(self._write_batch, tuple(rows), names, pixels, finite, seconds).add_done_callback(
+        self._submit(self._write_batch, tuple(rows), names, pixels, finite, seconds, computed).add_done_callback(
             lambda _: self._room.release()
         )
 
@@ -158,18 +164,23 @@ class Writer:
         pixels: Any,
         finite: Any,
         seconds: Callable[[], float] | None,
+        computed: Any,
     ) -> None:
         pixels = np.asarray(pixels)[: len(rows)]  # waits for the device
         finite = np.asarray(finite)[: len(rows)]
         now = time.monotonic()
+        steps = [row.num_inference_steps for row in rows] if computed is None else np.asarray(computed)[: len(rows)]
         share = (seconds() if seconds else now - self._begun) / len(rows)
         self._begun = now
         outcomes = list(
             self._images.map(
-                lambda row, image, good: self._write_image(row, names[row.index], image, bool(good), share),
+                lambda row, image, good, count: self._write_image(
+                    row, names[row.index], image, bool(good), share, int(count)
+                ),
                 rows,
                 pixels,
                 finite,
+                steps,
             )
         )
         records = [outcome for outcome in outcomes if isinstance(outcome, dict)]
@@ -190,7 +201,7 @@ class Writer:
             self._packer.then(self._ledger.compact)  # what that makes known as done, others need not pack
 
     def _write_image(
-        self, row: Row, name: str, pixels: np.ndarray, finite: bool, seconds: float
+        self, row: Row, name: str, pixels: np.ndarray, finite: bool, seconds: float, steps: int
     ) -> Record | Reject | StorageError:
         """The row's record, its reject, or the error that ends the job."""
         try:
@@ -199,7 +210,7 @@ class Writer:
                     pixels, finite = self._retry(row)
             if not finite:
                 return self._reject(row, "the image is not finite (NaN or infinity)")
-            record = self._record(row, name, np.ascontiguousarray(pixels), seconds)
+            record = self._record(row, name, np.ascontiguousarray(pixels), seconds, steps)
             self._attempt(self._encode_and_write, record, pixels)
             return record
         except StorageError as error:
@@ -214,8 +225,8 @@ class Writer:
             self._sizes[record["file_name"]] = len(data)
             self.bytes += len(data)
 
-    def _record(self, row: Row, name: str, pixels: np.ndarray, seconds: float) -> Record:
-        roofline = self._roofline(row)
+    def _record(self, row: Row, name: str, pixels: np.ndarray, seconds: float, steps: int) -> Record:
+        roofline = self._roofline(dataclasses.replace(row, num_inference_steps=steps))
         record = {
             "file_name": name,
             "id": row.id,
@@ -223,6 +234,7 @@ class Writer:
             **parameters(row),
             **self._facts,
             "sha256": pixel_sha256(pixels),
+            "computed_steps": steps,
             "seconds": round(seconds, 4),
             "mfu": float(f"{roofline / seconds:.3g}")
             if roofline and seconds

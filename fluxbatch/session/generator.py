@@ -26,6 +26,7 @@ class Images(NamedTuple):
 
     pixels: jax.Array  # [B, H, W, 3] uint8
     finite: jax.Array  # [B]
+    computed: jax.Array | None  # [B], steps that were computed; None: all
     seconds: Callable[[], float]  # the devices' time for it, once it is there
 
 
@@ -66,11 +67,12 @@ class Generator:
 
     def decode(self, batch: Batch, latents: jax.Array) -> Images:
         """Their pixels, likewise."""
-        pixels, finite = self._begun().decode(latents, *batch.shape)
+        pipeline = self._begun()
+        pixels, finite = pipeline.decode(latents, *batch.shape)
         flops = sum(self._spec.flops(*batch.shape, row.num_inference_steps) for row in batch.rows)
         took = self._report.drawing(len(batch.rows), flops)
         self._trace.batch(pixels)
-        return Images(pixels, finite, took.result)
+        return Images(pixels, finite, pipeline.computed, took.result)
 
     def _begun(self) -> Pipeline:
         if self._pipeline is None:

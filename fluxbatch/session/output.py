@@ -36,10 +36,11 @@ class Output:
 
     def submit(self, batch: Batch, images: Images) -> None:
         """Hand over a batch, once the one before it is recorded. Raises what went wrong with an earlier one."""
-        own, (pixels, finite) = self._group.own(batch.rows, images.pixels, images.finite)
+        counts = [] if images.computed is None else [images.computed]
+        own, (pixels, finite, *computed) = self._group.own(batch.rows, images.pixels, images.finite, *counts)
         if own:
             self._progress.beside(own[-1], len(batch.rows) - len(own))
-            self._writer.put(own, self._names, pixels, finite, images.seconds)
+            self._writer.put(own, self._names, pixels, finite, images.seconds, *computed)
 
     def commit(self, shard: Shard) -> None:
         """The records of a shard become one object, behind the devices."""

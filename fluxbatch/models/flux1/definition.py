@@ -155,6 +155,11 @@ class Flux1(Family):
     def guided(self) -> bool:
         return self.transformer.guidance_embeds
 
+    @property
+    def step_caches(self) -> tuple[str, ...]:
+        cfg = self.transformer
+        return ("first_block",) if cfg.num_layers and cfg.num_layers + cfg.num_single_layers > 1 else ()
+
     def warnings(self, flux_name: str) -> tuple[str, ...]:
         """A dev model under schnell's settings, or the other way round."""
         for kind, expected in (("schnell", False), ("dev", True)):

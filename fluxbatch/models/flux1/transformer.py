@@ -21,6 +21,7 @@ from fluxbatch.models import attention as attn
 from fluxbatch.models.dit import QKV, TIME_CHANNELS, MLPEmbedder, gated, modulate, rotate, timestep_embedding
 from fluxbatch.models.family import StreamParts
 from fluxbatch.models.layers import Linear, each, from_heads, gelu_tanh, scan, stack
+from fluxbatch.models.step_cache import StepCache, cached, fresh
 
 Array = jax.Array
 Block = TypeVar("Block", "DoubleBlock", "SingleBlock")
@@ -154,6 +155,10 @@ def without_modulators(block: Block) -> Block:
     return block
 
 
+def _by_layer(mods: Any) -> Any:
+    return jax.tree.map(lambda x: x.swapaxes(0, 1), mods)
+
+
 class Flux(nnx.Module):
     """Velocity ``[B, L, C]`` of packed latents ``[B, L, C]`` at times ``[B]``.
 
@@ -209,26 +214,29 @@ class Flux(nnx.Module):
 
     def velocity(self, img: Array, txt: Array, mod: Modulation, rope: tuple[Array, Array]) -> Array:
         """Of packed latents ``[B, L, C]``, embedded text ``[B, T, D]`` and the modulation of one step."""
-        sizes = txt.shape[1], img.shape[1]
-        cos, sin = (self.layout.join((table[: sizes[0]], table[sizes[0] :]), 0, "tokens") for table in rope)
-        rope = cos, sin
+        rope = self._joined(rope, txt.shape[1])
+        x = self._double((self._embed_image(img), txt), mod, rope, slice(None))
+        return self._velocity_of(self._single(x, mod, rope), mod.final)
 
-        def by_layer(mods: Any) -> Any:
-            return jax.tree.map(lambda x: x.swapaxes(0, 1), mods)
+    # With a step cache: CachedDenoiser
 
-        x = self._embed_image(img), txt
-        x = scan(
-            self.double_blocks,
-            lambda block, x, mods: block(x, mods, rope, self),
-            x,
-            self.layout,
-            by_layer((mod.img, mod.txt)),
-        )
-        both = self.layout.join(x[::-1], 1, "tokens")
-        both = scan(
-            self.single_blocks, lambda block, x, mod: block(x, mod, rope, self), both, self.layout, by_layer(mod.single)
-        )
-        return self._velocity_of(self.layout.split(both, sizes, 1, "tokens")[1], mod.final)
+    def fresh_cache(self, img: Array, dtype: Any) -> StepCache:
+        return fresh(img.shape[0], img.shape[1], self.cfg.width, dtype)
+
+    def cached_velocity(
+        self, img: Array, txt: Array, mod: Modulation, rope: tuple[Array, Array], cache: StepCache, threshold: Array,
+        live: Array,
+    ) -> tuple[Array, StepCache]:  # fmt: skip
+        """As ``velocity``, of the first block alone where all rows skip the others."""
+        rope = self._joined(rope, txt.shape[1])
+        before = self._embed_image(img)
+        after = self._double((before, txt), mod, rope, slice(0, 1))
+
+        def rest() -> Array:
+            return self._single(self._double(after, mod, rope, slice(1, None)), mod, rope)
+
+        out, cache = cached(before, after[0], cache, threshold, live, rest)
+        return self._velocity_of(out, mod.final), cache
 
     # The same for blocks that come one at a time: StreamedDenoiser
 
@@ -302,6 +310,26 @@ class Flux(nnx.Module):
         single = cast(SingleBlock | None, self.single_blocks)
         img, txt = (of(double.img.mod), of(double.txt.mod)) if double else (None, None)
         return jax.tree.map(self._whole, Modulation(img, txt, of(single.mod) if single else None, self.final_mod(vec)))
+
+    def _joined(self, rope: tuple[Array, Array], text: int) -> tuple[Array, Array]:
+        """The angles in the order of both kinds of tokens, joined."""
+        cos, sin = (self.layout.join((table[:text], table[text:]), 0, "tokens") for table in rope)
+        return cos, sin
+
+    def _double(
+        self, x: tuple[Array, Array], mod: Modulation, rope: tuple[Array, Array], part: slice
+    ) -> tuple[Array, Array]:
+        """Image and text after these of the double blocks."""
+        call = lambda block, x, mods: block(x, mods, rope, self)  # noqa: E731
+        return scan(self.double_blocks, call, x, self.layout, _by_layer((mod.img, mod.txt)), part)
+
+    def _single(self, x: tuple[Array, Array], mod: Modulation, rope: tuple[Array, Array]) -> Array:
+        """The image after the single blocks, of image and text."""
+        img, txt = x
+        both = self.layout.join((txt, img), 1, "tokens")
+        call = lambda block, x, mod: block(x, mod, rope, self)  # noqa: E731
+        both = scan(self.single_blocks, call, both, self.layout, _by_layer(mod.single))
+        return self.layout.split(both, (txt.shape[1], img.shape[1]), 1, "tokens")[1]
 
     def _embed_image(self, img: Array) -> Array:
         """``[B, L, C]`` → ``[B, L, D]``."""
