@@ -8,6 +8,9 @@ import importlib
 import io
 import json
 import os
+import pathlib
+import subprocess
+import sys
 import tarfile
 import threading
 
@@ -19,16 +22,18 @@ import yaml
 from test_ledger import Killed, MemoryStore
 
 from fluxbatch.config.schema import Container, ImageFormat
-from fluxbatch.results import packer
+from fluxbatch.results import gallery, packer
 from fluxbatch.results.card import write_card
 from fluxbatch.results.image_files import EXTENSIONS, decode, pixel_sha256
 from fluxbatch.results.ledger import Ledger, read_records
 from fluxbatch.results.packed import open_images
+from fluxbatch.results.shard_files import require_package
 from fluxbatch.results.writer import Writer
 from fluxbatch.storage.registry import open_store
 from fluxbatch.types import UserError
 from fluxbatch.weights.published import license_of
 
+ROOT = pathlib.Path(__file__).parents[1]
 FACTS = {"model": "flux-mini"}
 STEP = 1 if "FLUXBATCH_SOAK" in os.environ else 4  # kill at each instant, or at some
 _starts = iter(range(10**9))
@@ -53,6 +58,7 @@ def start(store, rows, job, batch_size=2, batches=None, finish=True, overwrite=F
         store, FACTS, writer_id=f"start-{next(_starts)}", container=job.output.container, overwrite=overwrite
     )
     todo = ledger.remaining(rows, look=True)
+    ledger.images.recover()
     names = ledger.names(todo, job.output.filename, EXTENSIONS[job.output.format.name])
     with Writer(ledger, job, facts=FACTS, on_image=lambda row, ok: made.append(row.id)) as writer:
         for begin in range(0, len(todo), batch_size)[:batches]:
@@ -104,6 +110,7 @@ def check(store, rows):
     lines = [json.loads(line) for line in store.read("metadata.jsonl").splitlines()]
     assert {line["id"]: line["sha256"] for line in lines} == expected
     assert {line["shard"] for line in lines} == set(shards(store))
+    assert [name.partition(".")[0] for name in shards(store)] == [f"shard-{n:06}" for n in range(len(shards(store)))]
     assert not list(store.list(".fluxbatch/spool/"))
     assert len(list(store.list(".fluxbatch/shards/"))) == len(shards(store))
 
@@ -291,3 +298,24 @@ def test_licenses_are_those_of_the_models_pages():
     assert license_of("flux-mini") == license_of("black-forest-labs/FLUX.1-schnell") == "apache-2.0"
     assert license_of("black-forest-labs/FLUX.1-dev") == "flux-1-dev-non-commercial-license"
     assert license_of("somebody/model") is license_of("README.md") is None
+
+
+def test_writing_needs_no_torch_and_says_what_it_needs(monkeypatch):
+    script = "from fluxbatch.results.shard_files import *; require_package(Container.webdataset); import sys; "
+    script += "assert 'torch' not in sys.modules and 'webdataset' in sys.modules"
+    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT).returncode == 0
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"container=parquet: needs the package pyarrow, .*fluxbatch\[datasets\]"):
+        require_package(Container.parquet)
+
+
+def test_pages_carry_small_copies_of_images_in_shards(tmp_path, container):
+    rows = [plain.row(k) for k in range(4)]
+    for name in ("0", "1"):
+        start(open_store(str(tmp_path / name)), rows, job(container))
+    store = open_store(str(tmp_path / "0"))
+    lines = [json.loads(line) for line in store.read("metadata.jsonl").splitlines()]
+    gallery.write_gallery(store, lines, [], "demo", {}, open_images(store))
+    assert (tmp_path / "0/index.html").read_text().count("data:image/jpeg;base64,") == 4
+    gallery.write_grid(open_store(str(tmp_path)), {"0": {"seed": 0}, "1": {"seed": 1}})
+    assert (tmp_path / "index.html").read_text().count("data:image/jpeg;base64,") == 8

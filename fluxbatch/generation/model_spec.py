@@ -35,6 +35,7 @@ from fluxbatch.weights.block_streaming import StreamedWeights
 from fluxbatch.weights.checkpoint import Checkpoint, open_checkpoint
 from fluxbatch.weights.device_weights import DeviceWeights
 from fluxbatch.weights.precision import Precision
+from fluxbatch.weights.published import license_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +84,11 @@ class ModelSpec:
         """Dense bfloat16 FLOP/s of all devices together; None where it is not known, or does not apply."""
         chip = chips.of_kind(self.mesh.devices.flat[0].device_kind)
         return chip.peak * 1e12 * self.mesh.size if chip and self.activations_dtype != "float32" else None
+
+    @staticmethod
+    def license(model: Model) -> str | None:
+        """What the model may be used under, as its page names it; None where that is not known."""
+        return license_of(model.pretrained_model_name_or_path)
 
     def flops(self, height: int, width: int, steps: int) -> int:
         """Floating-point operations from noise to picture."""

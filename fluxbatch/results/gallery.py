@@ -26,8 +26,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 from fluxbatch.results.images import Images
 from fluxbatch.results.location import SHEET
+from fluxbatch.results.packed import open_images
 from fluxbatch.results.resume import mix
-from fluxbatch.storage.base import StorageError, Store
+from fluxbatch.storage.base import StorageError, Store, join
+from fluxbatch.storage.registry import open_store
 
 MAX_ROWS = 100_000  # of one page
 MAX_THUMBNAILS = 400  # of one page, which carries them where images lie in shards: some 10 kB each
@@ -56,7 +58,7 @@ def write_gallery(
     chosen, made = thin(records, MAX_THUMBNAILS if images else MAX_ROWS)
     failures, failed = thin(rejects, MAX_ROWS)
     if images:
-        chosen = _with_thumbnails(images, chosen)
+        chosen = _with_thumbnails((images, record) for record in chosen)
     rows = sorted([*chosen, *map(_failure, failures)], key=_order)
     store.write("index.html", _page(title, summary, rows, left_out=made + failed - len(rows)))
 
@@ -87,7 +89,9 @@ def write_grid(store: Store, jobs: Mapping[str, Mapping[str, Any]], title: str =
             rows = range(len(manifest.rows)) or [manifest.index({"id": "no row known"})]
             placed += [(row, job, {**manifest.rows[row], "reason": reason}) for row in rows]
 
-    kept = set(thin(range(len(manifest.rows)), max(1, MAX_ROWS // len(jobs)))[0]) if jobs else set()
+    in_shards = {job for job, record in cells if "shard" in record}
+    most = MAX_THUMBNAILS if in_shards else MAX_ROWS
+    kept = set(thin(range(len(manifest.rows)), max(1, most // len(jobs)))[0]) if jobs else set()
     shown = [cell for cell in placed if cell[0] in kept]
     images = sum("file_name" in record for *_, record in placed)
     fixed = {key: values[key][0] for key in keys if key not in axes}
@@ -100,7 +104,8 @@ def write_grid(store: Store, jobs: Mapping[str, Mapping[str, Any]], title: str =
         "at": [[row, *place[job]] for row, job, _ in shown],
     }
     summary = {"jobs": len(jobs), "images": images, "failed": len(placed) - images, **fixed}
-    records = [record for *_, record in shown]
+    images_of = {job: open_images(open_store(join(store.url, job))) for job in in_shards}
+    records = _with_thumbnails((images_of.get(job), record) for _, job, record in shown)
     store.write("index.html", _page(title, summary, records, left_out=len(placed) - len(shown), sweep=sweep))
 
 
@@ -314,18 +319,19 @@ def _thumbnail(images: Images, record: Record, side: int) -> Image.Image | None:
         return None
 
 
-def _with_thumbnails(images: Images, records: Sequence[Record]) -> list[Record]:
-    def address(record: Record) -> str | None:
-        if (thumbnail := _thumbnail(images, record, 256)) is None:
-            return None
+def _with_thumbnails(cells: Iterable[tuple[Images | None, Record]]) -> list[Record]:
+    """Records with a small copy of their image, as an address that holds it; None: the page can show the file."""
+
+    def told(cell: tuple[Images | None, Record]) -> Record:
+        images, record = cell
+        if images is None or "file_name" not in record or (thumbnail := _thumbnail(images, record, 256)) is None:
+            return record
         out = io.BytesIO()
         thumbnail.save(out, "JPEG", quality=80)
-        return f"data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode()}"
+        return {**record, "thumbnail": f"data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode()}"}
 
     with ThreadPoolExecutor(8) as pool:
-        return [
-            {**record, "thumbnail": found} for record, found in zip(records, pool.map(address, records), strict=True)
-        ]
+        return list(pool.map(told, cells))
 
 
 def _caption(record: Record) -> str:

@@ -33,6 +33,9 @@ class Images(Protocol):
     def delete(self, names: Iterable[str]) -> None:
         """Remove released images, once no record speaks of them."""
 
+    def recover(self) -> None:
+        """Undo what a kill left half done. Only where nobody else is at work."""
+
     def expect(self, extras: Iterable[Mapping[str, Any]]) -> None:
         """Hear of the manifest's own fields in every row, which decide a column's type."""
 
@@ -59,6 +62,9 @@ class Files:
 
     def delete(self, names: Iterable[str]) -> None:
         in_parallel(self._store.delete, names)
+
+    def recover(self) -> None:
+        """Nothing: a file is whole or not there."""
 
     def expect(self, extras: Iterable[Mapping[str, Any]]) -> None:
         """Nothing: no columns."""

@@ -116,7 +116,10 @@ class Packed:
             if _index_of(shard) in taken or not self._store.write(_index_of(shard), index, if_absent=True):
                 continue
             if self._store.write(shard, data, if_absent=True):
-                break
+                if self._store.exists(_index_of(shard)):
+                    break
+                self._store.delete(shard)  # a start that thought itself alone has taken it for a killed one's
+                raise StorageError(f"{join(self._store.url, shard)}: another start packs there as well", fatal=True)
             self._store.delete(_index_of(shard))  # the file is not of this run
             raise StorageError(
                 f"{join(self._store.url, shard)}: is there already, and no shard of this run", fatal=True
@@ -127,7 +130,6 @@ class Packed:
                 self._places |= {name: (shard, place) for name, place in zip(names, places, strict=True)}
 
     def recover(self) -> None:
-        """Undo what a kill left half done. Only where nobody else is at work."""
         there = self._look()
         shards = {_index_of(shard) for shard, _ in there.values()}
         in_parallel(self._store.delete, [name for name in self._store.list(INDEX) if name not in shards])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import sys
 import tarfile
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -32,6 +33,9 @@ class Format(Protocol):
     extension: str
     package: str  # that writes it
 
+    def writer(self) -> Any:
+        """The package's own, imported when it is first asked for."""
+
     def pack(self, items: Sequence[Item], kinds: Mapping[str, str]) -> tuple[bytes, list[Place]]:
         """The shard's bytes, and the place of each image in it. ``kinds``: as ``column_kinds`` has them."""
 
@@ -45,10 +49,8 @@ class Tar:
     extension, package = ".tar", "webdataset"
 
     def pack(self, items: Sequence[Item], kinds: Mapping[str, str]) -> tuple[bytes, list[Place]]:
-        from webdataset.writer import TarWriter  # it imports torch where that is installed
-
         out = io.BytesIO()
-        with TarWriter(out, encoder=False, mtime=0) as tar:
+        with self.writer()(out, encoder=False, mtime=0) as tar:
             for record, image in items:
                 key, _, extension = record["file_name"].rpartition(".")
                 said = json.dumps(record, ensure_ascii=False).encode("utf-8", "surrogatepass")
@@ -58,6 +60,19 @@ class Tar:
         with tarfile.open(fileobj=out) as written:
             places = {member.name: (member.offset_data, member.size) for member in written}
         return out.getvalue(), [places[item.record["file_name"]] for item in items]
+
+    def writer(self) -> Any:
+        """webdataset's, without torch: webdataset imports it where it is installed, which takes seconds, and writing
+        needs nothing of it."""
+        hide = "torch" not in sys.modules
+        if hide:
+            sys.modules["torch"] = None  # type: ignore[assignment]
+        try:
+            from webdataset.writer import TarWriter
+        finally:
+            if hide:
+                del sys.modules["torch"]
+        return TarWriter
 
     def read(self, store: Store, shard: str, place: Place) -> bytes:
         return store.read_range(shard, *place)
@@ -72,9 +87,13 @@ class Parquet:
         self._lock = threading.Lock()
         self._last: tuple[tuple[str, int], list[bytes]] | None = None  # the row group that was read last
 
+    def writer(self) -> Any:
+        from pyarrow.parquet import ParquetWriter
+
+        return ParquetWriter
+
     def pack(self, items: Sequence[Item], kinds: Mapping[str, str]) -> tuple[bytes, list[Place]]:
         import pyarrow as pa  # takes its time, and only shards need it
-        import pyarrow.parquet as pq
 
         kinds = {**_own_kinds(items[0].record), **kinds}
         fields = [pa.field(name, getattr(pa, _ARROW.get(kind, kind))()) for name, kind in kinds.items()]
@@ -90,7 +109,7 @@ class Parquet:
 
         out = io.BytesIO()
         places: list[Place] = []
-        with pq.ParquetWriter(out, schema, compression=compression, use_dictionary=[*kinds]) as writer:
+        with self.writer()(out, schema, compression=compression, use_dictionary=[*kinds]) as writer:
             for number, group in enumerate(_groups(items)):
                 places += [(number, row) for row in range(len(group))]
                 rows = [{name: _value(item.record.get(name), kind) for name, kind in kinds.items()} for item in group]
@@ -206,12 +225,13 @@ def open_format(container: Container) -> Format:
 
 
 def require_package(container: Container) -> None:
-    """UserError where what writes the format is not installed."""
+    """Import what writes the format, before devices and threads are at work. UserError where it is not installed."""
     if container is Container.files:
         return
-    package = _FORMATS[container].package
-    if importlib.util.find_spec(package) is None:
+    format = open_format(container)
+    if importlib.util.find_spec(format.package) is None:
         raise UserError(
-            f"output.container={container.name}: needs the package {package}, found none: pip install "
+            f"output.container={container.name}: needs the package {format.package}, found none: pip install "
             '"fluxbatch[datasets]"'
         )
+    format.writer()

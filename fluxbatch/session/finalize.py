@@ -24,7 +24,6 @@ from fluxbatch.shards.assignment import Work
 from fluxbatch.storage.base import StorageError, Store, join
 from fluxbatch.storage.registry import open_store
 from fluxbatch.types import Exit, UserError
-from fluxbatch.weights.published import license_of
 
 REASONS = {
     Exit.OK: "every row has its image",
@@ -134,7 +133,7 @@ class Outcome:
                 if self.job.sweep:
                     pages.append(f"the sweep  {_write_grid(self.job)}")
         if tally.done and cut is None:
-            license = license_of(self.job.model.pretrained_model_name_or_path)
+            license = self.spec.license(self.job.model)
             write_card(self.store, self.job, {"images": tally.done, "rejected": len(tally.rejects)}, license)
         self.work.ended(code, REASONS[code], counts, **self.report.measured())
         self.report.summary(counts, join(self.store.url, METADATA), own)

@@ -119,6 +119,8 @@ def open_session(job: Job, kept: KeptPipeline | None = None) -> Iterator[Session
                     container=job.output.container,
                 )
                 todo = ledger.remaining(rows, bad_lines, look=group.is_first)
+                if group.is_first and replica.count == 1:
+                    ledger.images.recover()
             cached = job.text_cache_dir is not None and job.text_cache_gigabytes
             alike = chain([replica, job.run_name, facts, cached], ((row.id, ledger.key(row)) for row in rows))
             group.agree("manifest or configuration", alike)
