@@ -198,8 +198,10 @@ def bfl(own):
         "double_stream_modulation_txt.linear": "double_stream_modulation_txt.lin",
         "time_guidance_embed.timestep_embedder.linear_1": "time_in.in_layer",
         "time_guidance_embed.timestep_embedder.linear_2": "time_in.out_layer",
+        "time_guidance_embed.guidance_embedder.linear_1": "guidance_in.in_layer",
+        "time_guidance_embed.guidance_embedder.linear_2": "guidance_in.out_layer",
     }
-    found = {f"{new}.weight": own[f"{old}.weight"] for old, new in plain.items()}
+    found = {f"{new}.weight": own[f"{old}.weight"] for old, new in plain.items() if f"{old}.weight" in own}
     found["final_layer.adaLN_modulation.1.weight"] = np.concatenate(
         np.split(own["norm_out.linear.weight"], 2)[::-1]
     )  # shift before scale
@@ -284,6 +286,7 @@ def fused(own):
 FORMATS = {  # the names that its modules have, what is before them, and how it is written
     "diffusers": ("diffusers", "transformer.", lambda m, shapes: m.peft(shapes)),
     "PEFT": ("diffusers", "base_model.model.", lambda m, shapes: m.peft(shapes)),
+    "fal": ("bfl", "base_model.model.", lambda m, shapes: m.peft(shapes)),
     "AI-toolkit": ("bfl", "diffusion_model.", lambda m, shapes: m.peft(shapes, alpha=True)),
     "ComfyUI": ("bfl", "diffusion_model.", lambda m, shapes: m.lora(shapes)),
     "bare": ("bfl", "", lambda m, shapes: m.peft(shapes)),

@@ -1,12 +1,13 @@
-"""One denoising step of FLUX.1 on hardware that is not here, as its compiler has it, or the decoder. Nothing runs.
+"""One denoising step on hardware that is not here, as its compiler has it, or the decoder. Nothing runs.
 
-    python jobs/bench/static.py v6e-4 --sharding ddp fsdp     # needs fluxbatch[tpu]; a minute and two
+    python jobs/bench/static.py v6e-4 --sharding ddp fsdp     # FLUX.1-dev; needs fluxbatch[tpu]; a minute and two
     python jobs/bench/static.py v6e-4 --part decode           # three minutes
+    python jobs/bench/static.py v5e-1 --model flux2-klein-4b  # any of conf/model that fluxbatch knows the sizes of
     python jobs/bench/static.py h100 --images 1 8             # needs jax[cuda12]; 15 seconds
 
 TPU: milliseconds are the sum of the cycles that libtpu writes beside each instruction, an estimate. It writes none
 beside Splash, whose FLOPs are counted at half the peak, and none beside waits for collectives. Synchronous collectives
-are those that nothing is computed beside.
+are those that nothing is computed beside. The share of the peak is of the FLOPs that a step needs.
 
 GPU: XLA times no kernel that it cannot run, so this is the memory traffic of those that are neither products nor
 attention, which a step pays for beside them, and how long it takes at the memory's full speed.
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import math
 import os
 import re
@@ -30,30 +32,19 @@ from fluxbatch.planning import aot
 os.environ.update(aot.ENVIRONMENT)
 
 import jax
-from flax import nnx
-from omegaconf import OmegaConf
 
+from fluxbatch.config import application
+from fluxbatch.config.schema import Job
 from fluxbatch.distributed import chips
 from fluxbatch.distributed.backend import set_compiler_flags
-from fluxbatch.distributed.mesh import AXES, Layout, open_mesh
-from fluxbatch.generation.pipeline import Pipeline, ProgressObserver
-from fluxbatch.models import attention
-from fluxbatch.models.autoencoder import TPU_BANDS, Decoder, VaeConfig
-from fluxbatch.models.family import TextInput
-from fluxbatch.models.flux1 import cost
-from fluxbatch.models.flux1.definition import Flux1
-from fluxbatch.models.flux1.transformer import Flux, FluxConfig
-from fluxbatch.models.schedulers import FlowMatchEuler
+from fluxbatch.generation.model_spec import ModelSpec, open_model_spec
 from fluxbatch.types import UserError
-from fluxbatch.weights.device_weights import DeviceWeights
-from fluxbatch.weights.load import Plan
+from fluxbatch.weights.published import open_or_known
 
 jax.config.update("jax_platforms", "cpu")  # what is not here must not be looked for
-CONF = Path(__file__).parents[2] / "conf"
-DEV = FluxConfig(64, 64, 19, 38, 24, 128, 4096, 768, True, (16, 56, 56))
-VAE = VaeConfig(16, (128, 256, 512, 512), 2, 32, 0.3611, 0.1159, True, False, False)
 MXU = {"v4": 262144, "v5e": 131072, "v5p": 262144, "v6e": 524288}  # FLOPs of a cycle
 COLLECTIVE = r"all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
+SPLASH = "Splash"
 SIZES = {"bf16": 2, "f32": 4, "s32": 4, "u32": 4, "pred": 1, "u8": 1, "s8": 1}
 BANDWIDTH = 3.35e12  # bytes a second of the H100's memory
 # What XLA must know of a GPU to compile for it
@@ -85,33 +76,20 @@ def devices(target: chips.Target) -> list[jax.Device]:
     )
 
 
-def compiled(
-    target: chips.Target, sharding: str, side: int, text: int, images: int, part: str
-) -> tuple[jax.stages.Compiled, int]:
+def job_of(model: str, target: chips.Target, sharding: str, text: int) -> Job:
+    """The job that a run would have."""
+    found: list[Job] = []
+    words = f"model={model}", f"hardware={target.platform}", f"sharding={sharding}", f"max_sequence_length={text}"
+    with contextlib.suppress(SystemExit):
+        application.main(lambda job: found.append(job) or 0, argv=[*words, "prompt=x"])
+    return found[0] if found else sys.exit(2)  # it has said why
+
+
+def compiled(spec: ModelSpec, side: int, images: int, part: str) -> tuple[jax.stages.Compiled, int]:
     """The program that denoises or decodes, of a run with ``images`` on each chip, and the bytes of its temporaries."""
-    found = devices(target)
-    choice = OmegaConf.load(CONF / "sharding" / f"{sharding}.yaml")
-    choice = choice.get("sharding", choice)
-    axes = [choice.get(f"ici_{axis}_parallelism", 1) for axis in AXES]
-    mesh = open_mesh(axes, (1, 1), found)
-    layout = Layout(mesh if mesh.size > 1 else None)
-    attend = attention.by_name("auto", target.platform, "bfloat16", None, found[0].device_kind)
-
-    def network(module: nnx.Module) -> DeviceWeights:
-        graph, state = nnx.split(module)
-        return DeviceWeights(Plan(None, graph, state, {}), mesh, "bfloat16", {})
-
-    bands = TPU_BANDS if target.platform == "tpu" else 1
-    networks = {
-        "transformer": network(Flux(DEV, rngs=None, attention=layout.attention(attend), layout=layout)),
-        "vae": network(Decoder(VAE, rngs=None, layout=layout, bands=bands)),
-    }
-    family = Flux1({"transformer": DEV, "text_encoder": None, "text_encoder_2": None, "vae": VAE})
-    pipeline = Pipeline(family, networks, mesh, "bfloat16", FlowMatchEuler, ProgressObserver())
-    ways = math.prod(mesh.shape[axis] for axis in ("data", "fsdp"))
-    inputs = TextInput("CLIP", None, 77, "prompt"), TextInput("T5", None, text, "prompt_2")
-    programs = pipeline.programs(images * ways, inputs, side, side, (part,))
-    return aot.compile_counted(next(lowered for name, lowered in programs if name == part), target.platform)
+    programs = spec.pipeline().programs(images * spec.data_parallel_size, spec.inputs, side, side, (part,))
+    lowered = next(lowered for name, lowered in programs if name == part)
+    return aot.compile_counted(lowered, spec.mesh.devices.flat[0].platform)
 
 
 def bytes_of(shape: str) -> int:
@@ -145,8 +123,8 @@ def called(line: str, what: str) -> str:
 
 
 def one_step(hlo: str) -> tuple[int, collections.Counter[str]]:
-    """TPU: cycles of one turn of the loop over steps, and bytes by kind of collective; of a program without that loop,
-    of all but what depends on a condition."""
+    """TPU: cycles of one turn of the loop over steps, and by kind of collective its bytes, by ``SPLASH`` its FLOPs; of
+    a program without that loop, of all but what depends on a condition."""
     bodies, entry = computations(hlo)
 
     def cost(name: str) -> tuple[int, collections.Counter[str]]:
@@ -190,6 +168,9 @@ def one_step(hlo: str) -> tuple[int, collections.Counter[str]]:
                     moved[f"{kind[0]}, {'asynchronous' if start else 'synchronous'}"] += bytes_of(shape) // (
                         2 if start else 1
                     )
+            elif op == "custom-call" and own.startswith("splash"):
+                heads, tokens, width = re.findall(r"\[([\d,]+),(\d+),(\d+)\]", shape)[-1]
+                moved[SPLASH] += 4 * math.prod(map(int, heads.split(","))) * int(tokens) ** 2 * int(width)
             elif own.startswith("async-collective-done"):  # in parts, each fused with some computation
                 moved["all-gather, asynchronous"] += bytes_of(shape)
         return cycles, moved
@@ -232,26 +213,30 @@ def traffic(hlo: str) -> collections.Counter[str]:
 
 
 def report(
-    target: chips.Target, program: jax.stages.Compiled, side: int, text: int, images: int, part: str
+    target: chips.Target, program: jax.stages.Compiled, needed: float, images: int, part: str
 ) -> tuple[str, list[str]]:
-    """The step, or the decoder, in a few words, and lines below it."""
+    """The step, or the decoder, in a few words, and lines below it. ``needed``: FLOPs of an image's step."""
+    hlo = program.as_text()
     if target.platform == "gpu":
-        moved = traffic(program.as_text())
+        moved = traffic(hlo)
         beside = moved["weights copied"] + moved["others"]
         return f"{beside / 1e9:.0f} GB moved beside products and attention ({beside / BANDWIDTH * 1e3:.0f} ms)", [
             f"{kind}: {moved[kind] / 1e9:.1f} GB" for kind in ("weights copied", "others")]  # fmt: skip
-    cycles, collectives = one_step(program.as_text())
-    hertz = target.chip.peak * 1e12 / MXU[target.chip.name]
-    lines = [f"{kind}: {size / 2**30:.2f} GiB" for kind, size in sorted(collectives.items())]
+    cycles, counted = one_step(hlo)
+    peak = target.chip.peak * 1e12
+    seconds, attending = cycles * MXU[target.chip.name] / peak, 2 * counted.pop(SPLASH, 0) / peak
+    lines = [f"{kind}: {size / 2**30:.2f} GiB" for kind, size in sorted(counted.items())]
     if part == "decode":
-        return f"{cycles / hertz * 1e3:.0f} ms to decode", lines
-    splash = 2 * images * cost.flux_attention(DEV, (side // 16) ** 2, text) / target.chip.peak / 1e12
-    return f"{(cycles / hertz + splash) * 1e3:.0f} ms a step ({splash * 1e3:.0f} of them Splash)", lines
+        return f"{seconds * 1e3:.0f} ms to decode", lines
+    share = images * needed / (seconds + attending) / peak
+    said = f"{attending * 1e3:.0f} of them Splash, {share:.0%} of the peak"
+    return f"{(seconds + attending) * 1e3:.0f} ms a step ({said})", lines
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("target")
+    parser.add_argument("--model", default="flux-dev", help="of conf/model")
     parser.add_argument("--sharding", nargs="+", default=["ddp"])
     parser.add_argument("--side", type=int, default=1024)
     parser.add_argument("--text", type=int, default=512)
@@ -265,19 +250,26 @@ def main() -> None:
         sys.exit(f"static.py: {error}")
     if args.part == "decode" and target.platform != "tpu":
         sys.exit(f"static.py: --part decode: expected a TPU slice, got {target.name}")
-    hardware = OmegaConf.load(CONF / "hardware/auto.yaml")
-    set_compiler_flags(hardware.xla_flags, hardware.libtpu_init_args)
-    for sharding in args.sharding:
+    jobs = {sharding: job_of(args.model, target, sharding, args.text) for sharding in args.sharding}
+    hardware = jobs[args.sharding[0]].hardware
+    set_compiler_flags(hardware.xla_flags, hardware.libtpu_init_args)  # which libtpu reads as it starts
+    found = devices(target)
+    for sharding, job in jobs.items():
+        spec = open_model_spec(job, target.platform, found, target.hosts, open_or_known)
+        needed = spec.family.step_flops(args.side, args.side, spec.inputs) / (
+            spec.mesh.shape["tensor"] * spec.mesh.shape["context"]
+        )
         for images in args.images:
             start = time.monotonic()
-            program, temporaries = compiled(target, sharding, args.side, args.text, images, args.part)
+            program, temporaries = compiled(spec, args.side, images, args.part)
             if args.save:
-                Path(args.save, f"{target.name}-{args.part}-{sharding}-{images}.txt").write_text(program.as_text())
-            found, seconds = program.memory_analysis(), time.monotonic() - start
-            said, lines = report(target, program, args.side, args.text, images, args.part)
+                name = f"{args.model}-{target.name}-{args.part}-{sharding}-{images}.txt"
+                Path(args.save, name).write_text(program.as_text())
+            held, seconds = program.memory_analysis(), time.monotonic() - start
+            said, lines = report(target, program, needed, images, args.part)
             print(
-                f"{target.name} {sharding}, {images} at once a chip: {said}, "
-                f"{found.argument_size_in_bytes / 2**30:.2f} GiB of arguments, "
+                f"{args.model} on {target.name} {sharding}, {images} at once a chip: {said}, "
+                f"{held.argument_size_in_bytes / 2**30:.2f} GiB of arguments, "
                 f"{temporaries / 2**30:.2f} GiB temporary; compiled in {seconds:.0f} s",
                 *lines,
                 sep="\n    ",

@@ -6,6 +6,8 @@ shift, as the checkpoints whose names they use; the key tables tell them apart.
 
 from __future__ import annotations
 
+import dataclasses
+
 from fluxbatch.models.family import LoraKeys
 from fluxbatch.models.flux2 import keys
 from fluxbatch.models.key_tables import Rule
@@ -33,9 +35,16 @@ FUSED = (
     *_thirds(r"transformer_blocks\.(\d+)\.attn\.to_qkv", "double_blocks[{0}].img.qkv"),
     *_thirds(r"transformer_blocks\.(\d+)\.attn\.to_added_qkv", "double_blocks[{0}].txt.qkv"),
 )
+DIFFUSERS = (*keys.transformer_diffusers().rules, *FUSED)
+# of some exports that took "tran" for a part of the prefix
+CLIPPED = tuple(
+    dataclasses.replace(rule, pattern=rule.pattern.removeprefix("tran"))
+    for rule in DIFFUSERS
+    if rule.pattern.startswith("transformer_blocks")
+)
 
 LORA = LoraKeys(
     PREFIXES,
-    {"transformer": {"diffusers": (*keys.transformer_diffusers().rules, *FUSED), "BFL": keys.transformer_bfl().rules}},
+    {"transformer": {"diffusers": (*DIFFUSERS, *CLIPPED), "BFL": keys.transformer_bfl().rules}},
     split_stacks=("double_blocks",),
 )
