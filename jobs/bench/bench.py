@@ -1,6 +1,6 @@
 """fluxbatch against diffusers on this machine: whole processes, taking turns, and one table.
 
-    python jobs/bench/bench.py                         # CPU: flux-mini and middle; GPU: dev and schnell
+    python jobs/bench/bench.py                         # CPU: flux-mini and middle; GPU: schnell, dev and klein-4b
     python jobs/bench/bench.py --models dev --batches 1 4 --rounds 2
     python jobs/bench/bench.py --models dev --ways fluxbatch --batches 1 --images 4 --rounds 1 --work /scratch  # and
     again
@@ -42,7 +42,7 @@ class Case:
     side: int
     steps: int
     guidance: float
-    text: int  # T5 tokens
+    text: int  # tokens of a prompt
     batches: tuple[int, ...]
     checkpoint: str  # as random_flux.py calls it
 
@@ -55,6 +55,9 @@ CASES = {
         48, 1024, 4, 3.5, 256, (1, 4, 8), "dev"
     ),  # with dev's guidance, which is no work worth naming: 34 GB less
     "dev": Case(16, 1024, 28, 3.5, 512, (1, 4, 8), "dev"),
+    "klein-tiny": Case(4, 64, 2, 1.0, 128, (2,), "klein-tiny"),
+    "klein-4b": Case(48, 1024, 4, 1.0, 512, (1, 4, 8), "klein-4b"),
+    "flux2-dev": Case(8, 1024, 50, 4.0, 512, (1, 4), "flux2-dev"),  # 112 GB of disk, and a GPU of 80 GB and more
 }
 
 
@@ -182,16 +185,24 @@ def _lines(path: str) -> list[str]:
 
 def flops(checkpoint: pathlib.Path, case: Case) -> int:
     """Of one image, from noise to picture."""
-    from fluxbatch.models import autoencoder_cost
-    from fluxbatch.models.autoencoder import VaeConfig
-    from fluxbatch.models.flux1 import cost
-    from fluxbatch.models.flux1.transformer import FluxConfig
+    import jax
 
-    configs = (json.loads((checkpoint / part / "config.json").read_text()) for part in ("transformer", "vae"))
-    flux, vae = (kind.from_json(config) for kind, config in zip((FluxConfig, VaeConfig), configs, strict=True))
-    return case.steps * cost.flux_step(
-        flux, (case.side // (2 * vae.scale)) ** 2, case.text
-    ) + autoencoder_cost.decode_flops(vae, case.side, case.side)
+    from fluxbatch.config import application
+    from fluxbatch.generation.model_spec import open_model_spec
+
+    jax.config.update("jax_platforms", "cpu")  # a GPU's memory is for those who race
+    jobs = []
+    words = (
+        f"pretrained_model_name_or_path={checkpoint}",
+        f"max_sequence_length={case.text}",
+        "hardware=cpu",
+        "prompt=x",
+    )
+    with contextlib.suppress(SystemExit):
+        application.main(lambda job: jobs.append(job) or 0, argv=words)
+    spec = open_model_spec(jobs[0], "cpu", jax.devices()[:1])
+    step = spec.family.step_flops(case.side, case.side, spec.inputs)
+    return case.steps * step + spec.family.decode_flops(case.side, case.side)
 
 
 def compare(model: str, case: Case, ways: Sequence[str], rounds: int, kept: pathlib.Path, peak: float) -> None:
@@ -285,7 +296,7 @@ def main() -> None:
         "them"
     )
     with contextlib.nullcontext(args.work) if args.work else tempfile.TemporaryDirectory() as folder:
-        for model in args.models or (["flux-mini", "middle"] if kind == "cpu" else ["schnell", "dev"]):
+        for model in args.models or (["flux-mini", "middle"] if kind == "cpu" else ["schnell", "dev", "klein-4b"]):
             case = CASES[model]
             case = dataclasses.replace(
                 case, batches=tuple(args.batches or case.batches), images=args.images or case.images

@@ -13,10 +13,10 @@ import time
 def main(checkpoint: str, manifest: str, out: str, batch: int, way: str) -> None:
     start = time.perf_counter()
     import torch
-    from diffusers import FluxPipeline
+    from diffusers import DiffusionPipeline
 
     gpu = torch.cuda.is_available()
-    pipe = FluxPipeline.from_pretrained(checkpoint, torch_dtype=torch.bfloat16 if gpu else torch.float32).to(
+    pipe = DiffusionPipeline.from_pretrained(checkpoint, torch_dtype=torch.bfloat16 if gpu else torch.float32).to(
         "cuda" if gpu else "cpu"
     )
     pipe.set_progress_bar_config(disable=True)

@@ -1,20 +1,44 @@
-"""Writes FLUX pipelines of random weights in diffusers' layout, with flux-mini's tokenizers; by diffusers itself.
+"""Writes FLUX pipelines of random weights in diffusers' layout, by diffusers itself; FLUX.1's with flux-mini's
+tokenizers, FLUX.2's with one token a byte.
 
 python jobs/bench/random_flux.py DIR middle      # 0.3 G parameters, float32: for a CPU
 python jobs/bench/random_flux.py DIR dev         # FLUX.1's sizes, 12 G + T5-XXL, bfloat16: 34 GB, made on the GPU
+python jobs/bench/random_flux.py DIR klein-4b    # FLUX.2 klein's, 4 G + Qwen3-4B: 16 GB
+python jobs/bench/random_flux.py DIR flux2-dev   # 32 G + Mistral Small 3: 112 GB
 """
 
 from __future__ import annotations
 
+import importlib.util
 import pathlib
 import shutil
 import sys
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
-from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+import yaml
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLFlux2,
+    FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Pipeline,
+    Flux2Transformer2DModel,
+    FluxTransformer2DModel,
+)
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    T5Config,
+    T5EncoderModel,
+)
 
-MINI = pathlib.Path(__file__).parents[2] / "fluxbatch/checkpoints/flux-mini"
+ROOT = pathlib.Path(__file__).parents[2]
+MINI = ROOT / "fluxbatch/checkpoints/flux-mini"
+FLUX2 = {"klein-tiny": "FLUX.2-klein-4B", "klein-4b": "FLUX.2-klein-4B", "flux2-dev": "FLUX.2-dev"}  # sizes by file
 SIZES = {  # double, single, heads; T5's blocks, width and hidden width; VAE's channels; guidance
     "tiny": (1, 1, 1, 1, 64, 128, (32, 32, 32, 32), False),  # to try the bench
     "middle": (4, 8, 9, 2, 512, 1024, (64, 128, 256, 256), False),
@@ -75,7 +99,47 @@ def write(folder: pathlib.Path, name: str) -> int:
     return sum(p.numel() for p in flux.parameters())
 
 
+def write_flux2(folder: pathlib.Path, name: str) -> int:
+    """FLUX.2 by the sizes that come with fluxbatch, ``klein-tiny`` with few and narrow layers of everything; returns
+    the transformer's parameters."""
+    known = yaml.safe_load((ROOT / "fluxbatch/checkpoints" / f"{FLUX2[name]}.yaml").read_text())
+    flux, words, vae = (dict(known["components"][part]) for part in ("transformer", "text_encoder", "vae"))
+    if small := name == "klein-tiny":
+        flux |= dict(num_attention_heads=1, num_layers=1, num_single_layers=1, joint_attention_dim=3 * 64)
+        words |= dict(hidden_size=64, intermediate_size=128, num_attention_heads=1, num_key_value_heads=1)
+        vae |= dict(block_out_channels=[32] * 4)
+    klein = known["pipeline"] == "Flux2KleinPipeline"
+    spec = importlib.util.spec_from_file_location("generate_flux2", ROOT / "tests/golden/generate_flux2.py")
+    golden = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(golden)
+    rope = {"rope_type": "default", "rope_theta": float(words.pop("rope_theta"))}
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float32 if small else torch.bfloat16)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        transformer = Flux2Transformer2DModel(**flux)
+        levels = len(vae["block_out_channels"])
+        autoencoder = AutoencoderKLFlux2(
+            down_block_types=["DownEncoderBlock2D"] * levels, up_block_types=["UpDecoderBlock2D"] * levels, **vae
+        )
+        if klein:
+            encoder = Qwen3ForCausalLM(Qwen3Config(**words, rope_parameters=rope, tie_word_embeddings=True))
+        else:
+            text = words | dict(model_type="mistral", rope_parameters=rope)
+            encoder = Mistral3ForConditionalGeneration(Mistral3Config(text_config=text))
+    parts = dict(
+        transformer=transformer,
+        text_encoder=encoder,
+        vae=autoencoder,
+        tokenizer=golden.tokenizer("distilled" if klein else "dev"),
+        scheduler=FlowMatchEulerDiscreteScheduler(**known["scheduler"]),
+    )
+    pipe = Flux2KleinPipeline(**parts, is_distilled=True) if klein else Flux2Pipeline(**parts)
+    pipe.save_pretrained(folder)
+    return sum(p.numel() for p in transformer.parameters())
+
+
 if __name__ == "__main__":
-    if len(sys.argv) != 3 or sys.argv[2] not in SIZES:
+    if len(sys.argv) != 3 or sys.argv[2] not in (*SIZES, *FLUX2):
         sys.exit(__doc__)
-    print(f"{write(pathlib.Path(sys.argv[1]), sys.argv[2]):,} parameters in the transformer")
+    maker = write_flux2 if sys.argv[2] in FLUX2 else write
+    print(f"{maker(pathlib.Path(sys.argv[1]), sys.argv[2]):,} parameters in the transformer")
