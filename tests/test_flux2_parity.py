@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import test_flux2
+import test_flux2_run
 from conftest import GOLDEN, images, psnr
 from flax import nnx
 from flux2_pipeline import Pipeline, opened, transformer_table
@@ -318,6 +319,14 @@ def test_many_tokens(generate, cli, tmp_path):
     )
     assert code == 0, err
     assert psnr(images(tmp_path / "x")[row["id"]], generate.render(pipe, row, length)) >= 50
+
+
+def test_mixed_rows_of_dev(generate, cli, tmp_path):
+    """23 of them at any batch size on any mesh: with diffusers' tests, as the golden has no Mistral."""
+    _, length, _ = made(generate, "flux2-dev", 3, tmp_path / "model")
+    draw = functools.partial(test_flux2_run.drawn, cli, tmp_path)
+    meshes = ["ddp 2", "fsdp 8", "tensor 2"]
+    test_flux2_run.check_mixed_rows(draw, tmp_path / "model", meshes, f"max_sequence_length={length}", "hardware=cpu")
 
 
 @pytest.mark.parametrize("variant,seed", SEEDS[1:3])

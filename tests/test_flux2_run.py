@@ -38,25 +38,24 @@ def model(tmp_path):
     return make
 
 
+def drawn(cli, tmp_path, folder, rows, run, *words):
+    """A run of ``rows``: pictures by row id."""
+    manifest = tmp_path / "rows.jsonl"
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, err = cli(
+        f"pretrained_model_name_or_path={folder}",
+        f"manifest={manifest}",
+        f"output_dir={tmp_path}",
+        f"run_name={run}",
+        *words,
+    )
+    assert code == 0, err
+    return images(tmp_path / run)
+
+
 @pytest.fixture
 def draw(cli, tmp_path):
-    """A run of ``rows``: pictures by row id."""
-
-    def call(folder, rows, run, *words):
-        manifest = tmp_path / "rows.jsonl"
-        manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        code, err = cli(
-            f"pretrained_model_name_or_path={folder}",
-            f"manifest={manifest}",
-            f"output_dir={tmp_path}",
-            f"run_name={run}",
-            *WORDS,
-            *words,
-        )
-        assert code == 0, err
-        return images(tmp_path / run)
-
-    return call
+    return lambda folder, rows, run, *words: drawn(cli, tmp_path, folder, rows, run, *WORDS, *words)
 
 
 def golden_rows():
@@ -120,18 +119,26 @@ MESHES = {
 }
 
 
-@pytest.mark.slow
-def test_mixed_rows(model, draw):
-    """The same pictures at any batch size on any mesh."""
-    folder = model(False)
-    expected = draw(folder, mixed(), "one")
+def check_mixed_rows(draw, folder, meshes, *words):
+    """The same pictures at any batch size on any mesh, to one of 255 levels."""
+    expected = draw(folder, mixed(), "one", *words)
     assert len(expected) == 23 and psnr(expected["r0"], expected["r1"]) < 30
     plans = [(f"batch {size}", [f"per_device_batch_size={size}"]) for size in (3, 4)]
-    plans += [(name, [*words, f"per_device_batch_size={1 + i % 3}"]) for i, (name, words) in enumerate(MESHES.items())]
-    for name, words in plans:
-        drawn = draw(folder, mixed(), name.replace(" ", "-"), *words)
-        worst = max(np.abs(drawn[key].astype(int) - picture).max() for key, picture in expected.items())
-        assert drawn.keys() == expected.keys() and worst <= 1, name
+    plans += [(name, [*MESHES[name], f"per_device_batch_size={(1, 3, 4)[i % 3]}"]) for i, name in enumerate(meshes)]
+    for name, more in plans:
+        got = draw(folder, mixed(), name.replace(" ", "-"), *words, *more)
+        worst = max(np.abs(got[key].astype(int) - picture).max() for key, picture in expected.items())
+        assert got.keys() == expected.keys() and worst <= 1, name
+
+
+@pytest.mark.slow
+def test_mixed_rows(model, draw):
+    check_mixed_rows(draw, model(False), MESHES)
+
+
+@pytest.mark.slow
+def test_mixed_rows_of_a_distilled_model(model, draw):
+    check_mixed_rows(draw, model(True), ["ddp 2", "fsdp 8", "tensor 2"])
 
 
 @pytest.mark.slow
