@@ -86,9 +86,9 @@ def _todo(job: PlanJob, spec: ModelSpec, rows: Sequence[Row]) -> Sequence[Row]:
         lost = open_images(store).missing({record["file_name"] for record in read_records(store)})
         for line in startup_warnings.lost(sorted(lost)):
             print(f"fluxbatch: {line}", file=sys.stderr)
-        places = {(r["id"], r["key"]): r["index"] for r in read_records(store) if r["file_name"] not in lost}
+        done = {(r["id"], r["key"]) for r in read_records(store) if r["file_name"] not in lost}
         return match(
-            rows, functools.partial(key_under, facts_digest=digest(own)), places, lambda: read_records(store)
+            rows, functools.partial(key_under, facts_digest=digest(own)), done, lambda: read_records(store)
         ).todo
     except NotFound:  # no start has been there
         return rows

@@ -8,11 +8,12 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import json
 import sys
 import threading
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from hashlib import blake2b
 from typing import Any
 
 from fluxbatch.config.schema import Container
@@ -25,12 +26,13 @@ from fluxbatch.results.location import (
     JOB,
     METADATA,
     REJECTS,
-    STATUS,
     WAY_OUT,
     container_facts,
     container_of,
     read_job,
     refuse_foreign,
+    utc_now,
+    write_status,
 )
 from fluxbatch.results.packed import open_images
 from fluxbatch.results.resume import (
@@ -45,6 +47,7 @@ from fluxbatch.results.resume import (
     row_key,
     with_extra,
 )
+from fluxbatch.results.sorted_lines import SortedLines
 from fluxbatch.storage.base import Store, join
 from fluxbatch.storage.log import Log, json_line, object_of
 from fluxbatch.types import Reject, Row, UserError
@@ -115,8 +118,8 @@ class Ledger:
         self._batches: dict[str, Sequence[Record]] = {}  # object → records, since the last compaction
         self._rows: dict[str, Row] = {}  # id → row of the manifest
         self._bad_lines: tuple[Reject, ...] = ()
-        self._row_of: dict[RecordId, Row] = {}  # record → the row that it makes done
-        self._files: dict[RecordId, str] = {}  # as ``remaining`` saw them
+        self._moved: dict[RecordId, Row] = {}  # record → the row that it makes done, under another id or key
+        self._files: tuple[list[str | None], list[str]] = [], []  # ids of rows and the names of their images
         self.unlisted = 0  # records that belong to no row of the manifest, as ``remaining`` saw them
         self.lost: list[str] = []  # images that were recorded and are not there, as ``remaining`` saw them
         self.compactions = 0  # calls of ``compact`` that are through
@@ -142,45 +145,53 @@ class Ledger:
 
     def remaining(self, rows: Sequence[Row], bad_lines: Sequence[Reject] = (), *, look: bool = False) -> list[Row]:
         """The first half of ``assign``. ``look`` whether every recorded image is there: one process of each start."""
-        files: dict[RecordId, str] = {}
-        places: dict[RecordId, int] = {}
-        names, scanned = NamesSeen(), set()
+        identities: list[RecordId] = []
+        files: list[str] = []
+        left: set[RecordId] = set()
+        names, also, scanned = NamesSeen(), set[str](), set()
         for name, _, record in self._records.scan():
             scanned.add(name)
-            files.setdefault(_id(record), record["file_name"])
-            places.setdefault(_id(record), record["index"])
+            if (identity := _id(record)) not in left:
+                left.add(identity)
+                identities.append(identity)
+                files.append(record["file_name"])
+            else:  # the same, or what another start made of the row
+                also.add(record["file_name"])
             names.saw(record)
-        if names.twice:
-            self._remove(lambda record: record["file_name"] in names.twice)
+        if twice := names.twice(self._all_lines):
+            self._remove(lambda record: record["file_name"] in twice)
             return self.remaining(rows, bad_lines, look=look)
         # asked after the scan: an image is there before its record
-        if look and names.all and (lost := self.images.missing(names.all)):
+        if look and files and (lost := self.images.missing(also.union(files))):
             # another replica may have made some again, and recorded them in an object of its own
             self._records.drop(lambda record: record["file_name"] in lost, scanned)
             self.lost = sorted(lost)
             return self.remaining(rows, bad_lines)
-        self._row_of, todo, changed = match(rows, self.key, places, self.records)
+        self._moved, todo, changed = match(rows, self.key, left, self.records)
         if changed and not self._overwrite:
             raise UserError(*describe(changed), WAY_OUT)
         gone = {_id(record) for _, record in changed}
-        unlisted = places.keys() - self._row_of.keys() - gone
+        unlisted = left - self._moved.keys() - gone
         self.unlisted = len(unlisted)
         if self._overwrite and not bad_lines:  # a bad line may be that of a row which has its image
             gone |= unlisted
         if gone:
             self._remove(lambda record: _id(record) in gone)
-            files = {key: file for key, file in files.items() if key not in gone}
         self._rows = {row.id: row for row in rows}
         self.images.expect(row.extra for row in rows)
         self._bad_lines = tuple(bad_lines)
-        self._files = files
+        self._files = [], []
+        for identity, file in zip(identities, files, strict=True):
+            if identity not in gone:
+                row = self._moved.get(identity) or (None if identity in left else self._rows[identity[0]])
+                self._files[0].append(None if row is None else row.id)
+                self._files[1].append(file)
         return todo
 
     def names(self, todo: Sequence[Row], template: str, extension: str) -> dict[int, str]:
         """The second half: the names do not depend on records of ``todo`` that came meanwhile, from others."""
         todo_ids = {row.id for row in todo}
-        made = self._row_of
-        taken = [file for key, file in self._files.items() if key not in made or made[key].id not in todo_ids]
+        taken = [file for id, file in zip(*self._files, strict=True) if id is None or id not in todo_ids]
         encoding = "utf-8" if "://" in self._store.url else sys.getfilesystemencoding()
         return Namer(template, extension, encoding).assign(todo, taken)
 
@@ -193,6 +204,10 @@ class Ledger:
     def records(self) -> Iterator[Record]:
         """Every record once, in no particular order."""
         return _once(self._records)
+
+    def _all_lines(self) -> Iterator[Record]:
+        """Every record, some of them doubled."""
+        return (record for _, _, record in self._records.scan())
 
     def commit(self, records: Sequence[Record]) -> None:
         """Makes rows done, all of them at once. Only when their images are durable."""
@@ -223,41 +238,47 @@ class Ledger:
         Any process that called ``assign`` may merge, at any time and while others commit or
         merge: whoever writes last has read everything that was committed before.
         """
+        twice: set[str] = set()  # names of images
         while True:
-            lines: dict[RecordId, tuple[int, bytes]] = {}  # as metadata.jsonl has them
-            objects: dict[str, list[bytes]] = {}
-            done: set[str] = set()
-            files: dict[RecordId, str] = {}
-            names = NamesSeen()
-            for name, line, said in self._records.scan():
-                record = said
-                objects.setdefault(name, [])
-                names.saw(record)
-                if _id(record) in lines:
+            with SortedLines() as lines:
+                objects: dict[str, array[int]] = {}  # the lines that each is the first to have
+                seen: set[bytes] = set()
+                done: set[str] = set()
+                names = NamesSeen()
+                for name, line, said in self._records.scan():
+                    first = objects.setdefault(name, array("q"))
+                    names.saw(said)
+                    identity = blake2b("\0".join(_id(said)).encode("utf-8", "surrogatepass"), digest_size=16).digest()
+                    if identity in seen or said["file_name"] in twice:  # these are to be made again
+                        continue
+                    seen.add(identity)
+                    index, today = self._as_of_today(said, done)
+                    if today == said:
+                        first.append(lines.add(index, line))
+                    else:  # it stands elsewhere now, or says more
+                        first.append(lines.add(-1, line))
+                        lines.add(index, json_line(today))
+                del seen
+                if not (found := names.twice(self._all_lines)) <= twice:
+                    twice |= found
                     continue
-                objects[name].append(line)
-                index = record["index"]
-                if row := self._row_made_by(record):
-                    done.add(row.id)
-                    index = row.index
-                    record = with_extra({**record, "id": row.id, "index": index}, row)
-                today = self.images.located(record)
-                if today != said:  # it stands elsewhere now, or says more
-                    line = json_line(today)
-                lines[_id(record)] = index, line
-                files[_id(record)] = record["file_name"]
-            for key in [key for key, file in files.items() if file in names.twice]:
-                del lines[key]  # to be made again
-                if row := self._row_of.get(key):
-                    done.discard(row.id)
-            self._store.write(METADATA, b"".join(line for _, line in sorted(lines.values())))
-            rejects, reject_objects = self._merge_rejects(done)
-            unseen = {*self._records.names(), *self._rejects.names()} - objects.keys() - reject_objects
-            if not unseen:
-                break
-        if not names.twice:  # else the next start is to see every record
-            self._compact_all(objects)
-        return Tally(len(self._rows) + len(self._bad_lines), len(done), rejects)
+                lines.write_to(self._store, METADATA)
+                rejects, reject_objects = self._merge_rejects(done)
+                unseen = {*self._records.names(), *self._rejects.names()} - objects.keys() - reject_objects
+                if unseen:
+                    continue
+                if not twice:  # else the next start is to see every record
+                    self._compact_all(objects, lines)
+                return Tally(len(self._rows) + len(self._bad_lines), len(done), rejects)
+
+    def _as_of_today(self, record: Record, done: set[str]) -> tuple[int, Record]:
+        """The index and the record as metadata.jsonl has them; its row is ``done``."""
+        index = record["index"]
+        if row := self._row_made_by(record):
+            done.add(row.id)
+            index = row.index
+            record = with_extra({**record, "id": row.id, "index": index}, row)
+        return index, self.images.located(record)
 
     def _merge_rejects(self, done: set[str]) -> tuple[tuple[Reject, ...], set[str]]:
         """Writes rejects.jsonl: what stands against rows of this manifest that are not done."""
@@ -282,25 +303,23 @@ class Ledger:
         prompt = row.prompt if row else reject.prompt
         return {**line, **({"prompt": prompt} if prompt is not None else {}), "reason": reject.reason}
 
-    def _compact_all(self, objects: Mapping[str, list[bytes]]) -> None:
+    def _compact_all(self, objects: Mapping[str, array[int]], lines: SortedLines) -> None:
         """Small objects into large ones, so that a million rows end in about a hundred."""
         with self._lock:
             self._batches = {}
-        small = [name for name, lines in objects.items() if len(lines) < _CHUNK // 2]
+        small = [name for name, first in objects.items() if len(first) < _CHUNK // 2]
         if len(small) < 2:
             return
-        lines = [line for name in small for line in objects[name]]
-        for start in range(0, len(lines), _CHUNK):
-            self._records.append(lines[start : start + _CHUNK])
+        places = [place for name in small for place in objects[name]]
+        for start in range(0, len(places), _CHUNK):
+            self._records.append(map(lines.line, places[start : start + _CHUNK]))
         self._records.delete(small)
 
     def _row_made_by(self, record: Record) -> Row | None:
-        if _id(record) not in self._row_of:  # committed since ``assign``, or of a row that is gone
-            row = self._rows.get(record["id"])
-            if row is None or self.key(row) != record["key"]:
-                return None
-            self._row_of[_id(record)] = row
-        return self._row_of[_id(record)]
+        if moved := self._moved.get(_id(record)):
+            return moved
+        row = self._rows.get(record["id"])
+        return row if row is not None and self.key(row) == record["key"] else None
 
     def _remove(self, unwanted: Callable[[Record], bool]) -> None:
         remove(self._store, self._records, unwanted, self.images)
@@ -369,22 +388,3 @@ def remove(store: Store, log: Log, unwanted: Callable[[Record], bool], images: I
 
 def _id(record: Record) -> RecordId:
     return record["id"], record["key"]
-
-
-def utc_now() -> str:
-    """The time in ISO format, UTC, with microseconds: as text it sorts by time."""
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds")
-
-
-def write_status(
-    store: Store, exit_code: int | None, reason: str, counts: Mapping[str, int], **figures: Mapping[str, float]
-) -> None:
-    """status.json: what the exit code says, for launchers that lose it; None while the run goes on."""
-    status = {
-        "exit_code": None if exit_code is None else int(exit_code),
-        "reason": reason,
-        "counts": dict(counts),
-        **figures,
-        "time": utc_now(),
-    }
-    store.write(STATUS, json.dumps(status, indent=2).encode() + b"\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -108,3 +109,22 @@ def _run_of(name: str) -> str | None:
     if file == METADATA:
         return place[1:]
     return f"{place}/".partition(f"/{HIDDEN}")[0][1:] if f"/{HIDDEN}" in f"{place}/" else None
+
+
+def utc_now() -> str:
+    """The time in ISO format, UTC, with microseconds: as text it sorts by time."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds")
+
+
+def write_status(
+    store: Store, exit_code: int | None, reason: str, counts: Mapping[str, int], **figures: Mapping[str, float]
+) -> None:
+    """status.json: what the exit code says, for launchers that lose it; None while the run goes on."""
+    status = {
+        "exit_code": None if exit_code is None else int(exit_code),
+        "reason": reason,
+        "counts": dict(counts),
+        **figures,
+        "time": utc_now(),
+    }
+    store.write(STATUS, json.dumps(status, indent=2).encode() + b"\n")

@@ -5,9 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from array import array
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from fluxbatch.types import Row
 
@@ -108,10 +111,10 @@ def digest(value: Any) -> str:
 
 
 class Match(NamedTuple):
-    """``row_of``: record → the row it makes done. ``todo``: rows that no record makes done;
-    those that did change since their record was made are in ``changed`` as well."""
+    """``moved``: record → the row it makes done, where that has another id or key by now. ``todo``: rows that no
+    record makes done; those that did change since their record was made are in ``changed`` as well."""
 
-    row_of: dict[RecordId, Row]
+    moved: dict[RecordId, Row]
     todo: list[Row]
     changed: list[tuple[Row, Record]]
 
@@ -119,24 +122,23 @@ class Match(NamedTuple):
 def match(
     rows: Sequence[Row],
     key: Callable[[Row], str],
-    places: Mapping[RecordId, int],
+    left: set[RecordId],
     records: Callable[[], Iterable[Record]],
 ) -> Match:
     """Rows and records by id and key; what is left, by what tells a moved row from a changed one.
 
-    ``places``: the index in every record. ``records``: all of them again, and in full; called
-    only when some rows may have moved or changed.
+    ``left``: all records; those that a row's own id and key find are taken out. ``records``: all of them again, and in
+    full; called only when some rows may have moved or changed.
     """
     row_of: dict[RecordId, Row] = {}
     todo: dict[str, tuple[Row, str]] = {}  # by id
     for row in rows:
         record_id = row.id, key(row)
-        if record_id in places:
-            row_of[record_id] = row
+        if record_id in left:
+            left.discard(record_id)
         else:
             todo[row.id] = row, record_id[1]
 
-    left = {record_id for record_id in places if record_id not in row_of}
     ids = {known for id, _ in left for known in (id, f"{id}-0")}
     if not left or not any(id in ids or not row.named for id, (row, _) in todo.items()):
         return Match(row_of, [row for row, _ in todo.values()], [])
@@ -182,20 +184,30 @@ def match(
 
 
 class NamesSeen:
-    """Names of images in a ledger's records. Those in ``twice`` are recorded for different pixels: two starts at once,
-    as a bucket lets them, wrote over each other's images, and nobody knows whose are there."""
+    """Names of images in a ledger's records, as 16 bytes for each."""
 
     def __init__(self) -> None:
-        self._keys: dict[str, str] = {}
-        self.twice: set[str] = set()
-
-    @property
-    def all(self) -> Set[str]:
-        return self._keys.keys()
+        self._names, self._keys = array("q"), array("q")
 
     def saw(self, record: Record) -> None:
-        if self._keys.setdefault(record["file_name"], record["key"]) != record["key"]:
-            self.twice.add(record["file_name"])
+        self._names.append(hash(record["file_name"]))
+        self._keys.append(hash(record["key"]))
+
+    def twice(self, records: Callable[[], Iterable[Record]]) -> set[str]:
+        """Those that are recorded for different pixels: two starts at once, as a bucket lets them, wrote over each
+        other's images, and nobody knows whose are there. ``records``: all of them again, only called where some
+        names seem to be."""
+        if not self._names:
+            return set()
+        names, keys = np.frombuffer(self._names, np.int64), np.frombuffer(self._keys, np.int64)
+        order = np.argsort(names)
+        again = (np.diff(names[order]) == 0) & (np.diff(keys[order]) != 0)
+        doubtful = {int(name) for name in names[order][1:][again]}
+        if not doubtful:
+            return set()
+        known: dict[str, str] = {}
+        found = (r for r in records() if hash(r["file_name"]) in doubtful)
+        return {r["file_name"] for r in found if known.setdefault(r["file_name"], r["key"]) != r["key"]}
 
 
 def describe(changed: Sequence[tuple[Row, Record]]) -> Iterator[str]:

@@ -22,7 +22,7 @@ from fluxbatch.results.ledger import Ledger, Tally
 from fluxbatch.results.location import CONFIG, JOB, METADATA, REJECTS, SHEET
 from fluxbatch.shards.assignment import Work
 from fluxbatch.storage.base import StorageError, Store, join
-from fluxbatch.storage.registry import open_store
+from fluxbatch.storage.registry import open_store, open_stream
 from fluxbatch.types import Exit, UserError
 
 REASONS = {
@@ -176,7 +176,8 @@ class Outcome:
         }
 
     def _lines(self, name: str) -> Iterator[dict[str, Any]]:
-        return (json.loads(line) for line in self.store.read(name).splitlines())
+        with open_stream(join(self.store.url, name)) as stream:
+            yield from map(json.loads, stream)
 
     def _config(self) -> bytes:
         """The resolved configuration, and what the checkpoint made of it."""

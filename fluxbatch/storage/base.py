@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Set
-from typing import Protocol
+from typing import IO, Protocol
 
 from fluxbatch.types import UserError
 
@@ -51,6 +51,9 @@ class Store(Protocol):
 
     def write(self, name: str, data: bytes, *, if_absent: bool = False) -> bool:
         """Put the object there, durably and at once. False: ``if_absent`` and the name was taken."""
+
+    def write_file(self, name: str, file: IO[bytes]) -> None:
+        """The same with the bytes of an open file, from its start, which memory need not hold."""
 
     def list(self, prefix: str = "") -> Iterator[str]:
         """Names that begin with ``prefix``, sorted."""

@@ -12,7 +12,7 @@ import io
 import re
 import zlib
 from collections.abc import Callable, Iterator, Set
-from typing import Any, BinaryIO, TypeVar, cast
+from typing import IO, Any, BinaryIO, TypeVar, cast
 
 import requests
 import urllib3
@@ -115,6 +115,19 @@ class GcsStore:
                 return self.read(name) == data
             return False
         return True
+
+    def write_file(self, name: str, file: IO[bytes]) -> None:
+        def upload() -> None:
+            self._blob(name).upload_from_file(
+                file,
+                rewind=True,
+                content_type=content_type(name),
+                timeout=self._timeout,
+                checksum="crc32c",
+                retry=self._retry,  # of pieces
+            )
+
+        self._attempt(name, upload, missing="the bucket does not exist")
 
     def list(self, prefix: str = "") -> Iterator[str]:
         return (blob.name.removeprefix(self._prefix) for blob in self._blobs(prefix, "name"))

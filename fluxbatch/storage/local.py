@@ -7,12 +7,13 @@ import errno
 import hashlib
 import os
 import re
+import shutil
 import socket
 import time
 import uuid
-from collections.abc import Iterator, Set
+from collections.abc import Callable, Iterator, Set
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 from fluxbatch.storage.base import NotFound, StorageError, check_name, join
 from fluxbatch.types import Exit
@@ -58,13 +59,20 @@ class LocalStore:
             return file.read(size)
 
     def write(self, name: str, data: bytes, *, if_absent: bool = False) -> bool:
+        return self._put(name, lambda file: file.write(data), if_absent)
+
+    def write_file(self, name: str, file: IO[bytes]) -> None:
+        file.seek(0)
+        self._put(name, lambda target: shutil.copyfileobj(file, target, 1 << 20))
+
+    def _put(self, name: str, fill: Callable[[IO[bytes]], object], if_absent: bool = False) -> bool:
         path = self._path(name)
         temp = path.with_name(f".{uuid.uuid4().hex}.tmp")
         with _translated(self._place(name)):
             _make_directory(path.parent)
             try:
                 with open(temp, "xb") as file:
-                    file.write(data)
+                    fill(file)
                     file.flush()
                     os.fsync(file.fileno())
                 if not if_absent:

@@ -13,7 +13,7 @@ import io
 import os
 import re
 from collections.abc import Callable, Iterator, Set
-from typing import Any, BinaryIO, TypeVar, cast
+from typing import IO, Any, BinaryIO, TypeVar, cast
 
 from google.api_core import exceptions as api
 from google.api_core.retry import Retry
@@ -116,6 +116,16 @@ class S3Store:
                 return self.read(name) == data
             return False
         return True
+
+    def write_file(self, name: str, file: IO[bytes]) -> None:
+        check_name(name)
+
+        def upload() -> None:
+            file.seek(0)
+            attributes: Any = {"Content-Type": content_type(name)}
+            obstore.put(self._client, name, cast(BinaryIO, file), use_multipart=True, attributes=attributes)
+
+        self._attempt(name, upload, missing="the bucket does not exist")
 
     def list(self, prefix: str = "") -> Iterator[str]:
         return (name for name, _ in self._objects(prefix))
