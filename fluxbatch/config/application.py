@@ -218,10 +218,9 @@ def _swept(cfg: DictConfig, words: Sequence[str], fixed: frozenset[str]) -> dict
     for override in OverridesParser.create().parse_overrides(list(words)):
         if (key := overrides.full_key(override)) not in fixed:
             value = OmegaConf.select(cfg, override.key_or_group)
-            if isinstance(
-                value, DictConfig | ListConfig | None
-            ):  # None: of a group whose files are about the whole job, as experiment
-                value = override.value()  # a group's choice, or a list as it was given
+            # a group's choice (None: its files are about the whole job), or a list as it was given
+            if isinstance(value, DictConfig | ListConfig | None):
+                value = override.value()
             swept[key] = value.name if isinstance(value, Enum) else value
     return swept
 
@@ -304,15 +303,11 @@ def _explain(error: BaseException, schema: type[Job]) -> str:
     if isinstance(error, MissingMandatoryValue):
         text = "a value is missing"
     if "BasicSweeper does not support" in text:
-        text = (
-            "interval(…) is for sweepers that propose values, as hydra/sweeper=optuna does; else give values or "
-            "range(…)"
-        )
+        text = "interval(…) is for sweepers that propose values, as hydra/sweeper=optuna does; else use range(…)"
     if key and key[1].startswith("hydra.sweeper.params.") and "KeyValidationError" in text:
         text += '; a value with commas is quoted within braces: params: {seed: "1,2"}'
-    if key is None and (
-        merged := re.search(r"Merge error: \w+ is not a subclass of (\w+)\. value: (.*)", text)
-    ):  # which has no key
+    merged = re.search(r"Merge error: \w+ is not a subclass of (\w+)\. value: (.*)", text)
+    if key is None and merged:
         kinds = typing.get_type_hints(schema)
         group = next(name for name, kind in kinds.items() if getattr(kind, "__name__", "") == merged[1])
         wanted = overrides.expected(*overrides.kind_of(schema, group))

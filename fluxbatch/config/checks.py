@@ -29,7 +29,7 @@ COLONS = os.name != "nt"  # whether a directory's name may have them, as a time 
 def check(job: Job, rows: bool = True) -> None:
     """Raise one `UserError` with a line for everything in ``job`` that cannot be.
 
-    ``rows``: whether the command makes pictures, and so needs a manifest or a prompt.
+    ``rows``: whether the command makes images, and so needs a manifest or a prompt.
     """
     problems = [f"{key}={shown(value)}: expected {wanted}" for key, value, wanted in _offenders(job, rows)]
     if problems:
@@ -53,11 +53,8 @@ def _offenders(job: Job, rows: bool) -> Iterator[tuple[str, Any, str]]:  # noqa:
         for name in names.split():
             value = getattr(getattr(job, group) if group else job, name)
             if value is not None and not 1 <= value <= _MOST.get(name, value):
-                yield (
-                    f"{group}.{name}".lstrip("."),
-                    value,
-                    "a whole number from 1" + (f" to {_MOST[name]:,}" if name in _MOST else ""),
-                )
+                most = f" to {_MOST[name]:,}" if name in _MOST else ""
+                yield f"{group}.{name}".lstrip("."), value, f"a whole number from 1{most}"
     for key, value in {"seed": job.seed, "max_failures": job.max_failures, "replica_index": job.replica_index}.items():
         if value is not None and value < 0:
             yield key, value, "a whole number from 0"
@@ -199,17 +196,16 @@ def sigmas_wanted(given: Any) -> str | None:
 
 def _paths(job: Job) -> Iterator[tuple[str, str]]:
     """Every key that may hold an address, and its value."""
-    # to: convert's
-    yield from ((key, getattr(job, key, None) or "") for key in ("output_dir", "jax_cache_dir", "text_cache_dir", "to"))
+    for key in ("output_dir", "jax_cache_dir", "text_cache_dir", "to"):  # to: convert's
+        yield key, getattr(job, key, None) or ""
     yield from (("manifest", path) for path in manifests(job) if isinstance(path, str))
-    yield from (
-        (f"model.{key}", value or "") for key, value in vars(job.model).items() if key.endswith("_name_or_path")
-    )
-    yield from ((f"lora.{name}.path", adapter.path) for name, adapter in job.lora.items())
-    yield from (
-        (f"lora_config.lora_model_name_or_path[{i}]", path)
-        for i, path in enumerate(job.lora_config.lora_model_name_or_path)
-    )
+    for key, value in vars(job.model).items():
+        if key.endswith("_name_or_path"):
+            yield f"model.{key}", value or ""
+    for name, adapter in job.lora.items():
+        yield f"lora.{name}.path", adapter.path
+    for i, path in enumerate(job.lora_config.lora_model_name_or_path):
+        yield f"lora_config.lora_model_name_or_path[{i}]", path
 
 
 def lost_slash(path: str) -> bool:
@@ -221,11 +217,8 @@ def _lora_offenders(job: Job) -> Iterator[tuple[str, Any, str]]:
     arrays = {k: v for k, v in vars(job.lora_config).items() if isinstance(v, list)}
     if len({len(values) for values in arrays.values()}) > 1:
         lengths = ", ".join(f"{key} {len(values)}" for key, values in arrays.items())
-        yield (
-            "lora_config.lora_model_name_or_path",
-            arrays["lora_model_name_or_path"],
-            (f"arrays of equal length, one entry per adapter; got {lengths}"),
-        )
+        wanted = f"arrays of equal length, one entry per adapter; got {lengths}"
+        yield "lora_config.lora_model_name_or_path", arrays["lora_model_name_or_path"], wanted
     names = job.lora_config.adapter_name
     scales = [(f"lora.{name}.scale", adapter.scale) for name, adapter in job.lora.items()]
     scales += [(f"lora_config.scale[{i}]", scale) for i, scale in enumerate(job.lora_config.scale)]
@@ -246,9 +239,8 @@ def _template_fault(template: str) -> str | None:
     try:
         parts = [part for part in string.Formatter().parse(template) if part[1] is not None]
         fields = {name for _, name, _, _ in parts}
-        if fields - {"i", "thousand", "id", "seed"} or any(
-            conv or (name == "id" and spec) for _, name, spec, conv in parts
-        ):
+        unknown = fields - {"i", "thousand", "id", "seed"}
+        if unknown or any(conv or (name == "id" and spec) for _, name, spec, conv in parts):
             return wanted
         example = template.format(i=0, thousand=0, id="x", seed=0)
     except (ValueError, KeyError, IndexError):

@@ -128,9 +128,8 @@ def _try(scratch: DictConfig, schema: type, override: Override, parser: Override
         if (is_group or typing.get_origin(kind) is dict) and not OmegaConf.select(scratch, part):
             OmegaConf.update(scratch, part, kind() if is_group else {})
     for value in _values(override, parser):
-        if (
-            kind_of(schema, key)[0] is bool and type(value) is int and value not in (0, 1)
-        ):  # OmegaConf takes any for true
+        # OmegaConf takes any number for true
+        if kind_of(schema, key)[0] is bool and type(value) is int and value not in (0, 1):
             raise UserError(f"{key}={value}: expected {expected(*kind_of(schema, key))}")
         OmegaConf.update(scratch, key, value, merge=isinstance(value, dict))
 
@@ -166,15 +165,11 @@ def group_of(word: str) -> str:
 def _values(override: Override, parser: OverridesParser) -> list[Any]:
     """The value of an override, or all that it sweeps over; of an interval, its ends."""
     value = override.value()
-    if isinstance(
-        value, IntervalSweep
-    ):  # Hydra makes floats of the ends, and a sweeper may make whole numbers of those
+    if isinstance(value, IntervalSweep):  # Hydra makes floats of the ends, a sweeper whole numbers again
         ends = (float(cast(float, end)) for end in (value.start, value.end))
         return [int(end) if end.is_integer() else end for end in ends]
     if isinstance(value, Glob):
-        raise UserError(
-            f"{override.input_line}: glob(…) is for the choices of a group, which {full_key(override)} is not"
-        )
+        raise UserError(f"{override.input_line}: glob(…) is for the choices of a group, not for a key")
     swept = override.sweep_string_iterator() if override.is_discrete_sweep() else [override.get_value_element_as_str()]
     return [parser.parse_override(f"x={text}").value() for text in swept]
 

@@ -28,22 +28,16 @@ KEY = re.compile(r"( *)([a-z]\w*):(?: +([^#]+?))?(?: +# (.*))?")
 def page(words: Sequence[str] = ()) -> Iterator[str]:
     """The lines of the reference: all keys, or those in whose name or text one of the words is."""
     for title, entries in _parts():
-        found = [
-            (key, text)
-            for key, text in entries
-            if not words or any(word.lower() in f"{key} {text}".lower() for word in words)
-        ]
-        if found:
-            yield from (title, *(f"  {key:38} {text}".rstrip() for key, text in found), "")
+        lines = [f"  {key:38} {text}".rstrip() for key, text in entries]
+        if found := [line for line in lines if not words or any(word.lower() in line.lower() for word in words)]:
+            yield from (title, *found, "")
 
 
 def markdown() -> Iterator[str]:
     """All of it as lines of a Markdown page."""
     yield from ("# Every key", "")
-    yield from (
-        "Written by `python -m fluxbatch.keys --markdown` from the comments in [conf/](../../conf); do not edit.",
-        "",
-    )
+    yield "Written by `python -m fluxbatch.keys --markdown` from the comments in [conf/](../../conf); do not edit."
+    yield ""
     yield "A key goes by its full name or by its last part: `sampler.resolution=512` or `resolution=512`."
     yield "A group's choice sets several keys at once; what the command line says of a key wins."
     yield "`python -m fluxbatch.keys cache` prints those about caches."
@@ -60,16 +54,12 @@ def _parts() -> Iterator[tuple[str, list[tuple[str, str]]]]:
     yield "Keys", _keys(CONF / "config.yaml")
     for folder in sorted(path for path in CONF.iterdir() if path.is_dir()):
         files = sorted(folder.glob("*.yaml"))
-        yield (
-            f"Group {folder.name}: files that set several keys",
-            [(f"{folder.name}={path.stem}", _about(path)) for path in files],
-        )
+        choices = [(f"{folder.name}={path.stem}", _about(path)) for path in files]
+        yield f"Group {folder.name}: files that set several keys", choices
         if folder.name in Job.__dataclass_fields__ and folder.name != "lora":  # whose keys are the adapters' names
             base = max(files, key=lambda path: len(_keys(path)))  # the others only say what differs
-            yield (
-                f"Keys of {folder.name}, as {folder.name}={base.stem} has them",
-                [(f"{folder.name}.{key}", text) for key, text in _keys(base)],
-            )
+            keys = [(f"{folder.name}.{key}", text) for key, text in _keys(base)]
+            yield f"Keys of {folder.name}, as {folder.name}={base.stem} has them", keys
     for command in COMMANDS:
         module = importlib.import_module(f"fluxbatch.{command}")
         [schema] = (
@@ -108,12 +98,8 @@ def own(schema: type[Job]) -> list[tuple[str, str]]:
         default = field.default.name if isinstance(field.default, Enum) else config.shown(field.default)
         word = "…" if default == MISSING else default.lower() if isinstance(field.default, bool) else default
         comment = re.search(rf"^    {field.name}: .*?  # (.*)$", inspect.getsource(schema), re.MULTILINE)
-        found.append(
-            (
-                f"{field.name}={word}",
-                comment[1] if comment else overrides.expected(*overrides.kind_of(schema, field.name)),
-            )
-        )
+        about = comment[1] if comment else overrides.expected(*overrides.kind_of(schema, field.name))
+        found.append((f"{field.name}={word}", about))
     return found
 
 
@@ -123,10 +109,6 @@ def header(about: str, task: Callable[..., int], schema: type[Job]) -> str:
     command = f"-m {module.name}" if module else sys.argv[0]  # else a script's
     lines = [about, "", f"Usage: python {command} [option] [key=value …] [group=name …]"]
     if keys := own(schema):
-        lines += [
-            "",
-            "Keys of its own, besides all of fluxbatch.run's:",
-            "",
-            *(f"  {key:25} {text}" for key, text in keys),
-        ]
+        lines += ["", "Keys of its own, besides all of fluxbatch.run's:", ""]
+        lines += [f"  {key:25} {text}" for key, text in keys]
     return "\n".join(lines)

@@ -213,7 +213,7 @@ FLASH_BLOCKS_BACKWARD = ("block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute", 
 
 
 def default_run_name(job: Job) -> str:
-    """The manifest's stem and a digest of its place; a prompt's slug and a digest of all that decides the picture:
+    """The manifest's stem and a digest of its place; a prompt's slug and a digest of all that decides the image:
     so the same command finds its finished work again, and another manifest or seed has another directory.
     """
     if job.manifest is not None:

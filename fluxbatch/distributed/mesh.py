@@ -177,13 +177,10 @@ class Placement:
         spec: list[tuple[str, ...]] = [()] * len(shape)
         parts: tuple[int, ...] = ()
         for i, axis in enumerate(axes, layers):
-            logical = (
-                [name for name, _ in axis]
-                if isinstance(axis, tuple)
-                else [axis.name if isinstance(axis, Pairs) else axis]
+            side_by_side = (
+                axis if isinstance(axis, tuple) else ((axis.name if isinstance(axis, Pairs) else axis, shape[i]),)
             )
-            names = {RULES.get(name) for name in logical}
-            sizes = tuple(size for _, size in axis) if isinstance(axis, tuple) else (shape[i],)
+            names, sizes = {RULES.get(name) for name, _ in side_by_side}, tuple(size for _, size in side_by_side)
             (name,) = names  # parts that stand side by side lie on one mesh axis
             if name and _groups(mesh, name, sizes) > 1:
                 if (name,) in spec:
@@ -289,12 +286,8 @@ class Layout:
 
         def divided(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
             names = ("batch", "heads", "tokens")
-            own = P(
-                *(
-                    RULES[name] if self._divides(name, size) else None
-                    for name, size in zip(names, q.shape, strict=False)
-                )
-            )
+            sizes = zip(names, q.shape, strict=False)
+            own = P(*(RULES[name] if self._divides(name, size) else None for name, size in sizes))
             return jax.shard_map(
                 attend, mesh=self.mesh, in_specs=(own, P(*own[:2]), P(*own[:2])), out_specs=own, check_vma=False
             )(q, k, v)

@@ -77,9 +77,8 @@ def refuse_unknown_peers(env: Mapping[str, str] = os.environ) -> None:
         count, index = (int(value) if value.isdecimal() else 0 for value in values)
         if count < 2 or not values[1]:
             continue
-        if found and (
-            names[0] != "PMI_SIZE" or count == found.count
-        ):  # srun sets these as well, mpiexec others within it
+        # srun sets these as well, mpiexec others within it
+        if found and (names[0] != "PMI_SIZE" or count == found.count):
             continue
         raise UserError(
             f"{names[0]}={count}, {names[1]}={values[1]}: processes that would each do all of the work: expected "

@@ -21,7 +21,7 @@ from fluxbatch.distributed.peers import ALONE
 from fluxbatch.types import Exit, Row, UserError
 
 LOST = "another process of this replica was lost: run the same command again"
-_FAILED = 2**32 - 256  # from here on: the word of a process that fails, with its exit code
+_FAILED = 2**32 - 256  # from here on: what a process that fails sends, with its exit code
 
 
 class KnownToAll(UserError):
@@ -34,12 +34,10 @@ class ProcessGroup:
     Every process makes the same calls in the same order. In a run that is:
 
     1. ``together`` around all that opens it. Within: ``all_say`` as memory is divided, ``start_id``,
-    ``first_goes_first``
-       around the ledger, ``agree`` on configuration and manifest, ``as_first_sees`` on what is left to do, ``agree`` on
-       file names, ``all_say`` on the text cache.
+       ``first_goes_first`` around the ledger, ``agree`` on configuration and manifest, ``as_first_sees`` on what is
+       left to do, ``agree`` on file names, ``all_say`` on the text cache.
     2. For each shard: ``least`` and ``first_has`` where replicas claim shards, ``all_have`` of the text cache,
-    ``whole``
-       of each batch of prompts; before each batch the drain's own point of meeting (``shutdown.Drain``).
+       ``whole`` of each batch of prompts. Before each batch ``shutdown.Drain`` synchronizes.
     3. ``meet`` once all is recorded, ``first_says`` for the exit code.
     """
 
@@ -59,7 +57,7 @@ class ProcessGroup:
         return jax.process_index() == 0
 
     def start_id(self) -> str:
-        """Another word for every start, the same in all processes of the replica."""
+        """An id of this start, the same in all processes of the replica."""
         self.meet()  # whoever has failed so far
         word = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(4)}"
         return bytes(self.first_has(np.frombuffer(word.encode(), np.uint8))).decode()
@@ -99,11 +97,9 @@ class ProcessGroup:
             whole.update(repr(value).encode("utf-8", "surrogatepass"))
         words = self._exchange(int.from_bytes(whole.digest()[:4]) % _FAILED)
         if odd := [i for i, other in enumerate(words) if other != words[0]]:
-            line = (
-                f"process {odd[0]} of this replica sees another {what} than process 0: the same files and settings "
-                "are needed"
-            )
-            raise KnownToAll(f"{line}; processes with a job of their own each are started with {ALONE} set")
+            line = f"process {odd[0]} of this replica sees another {what} than process 0"
+            own = f"processes with a job of their own each are started with {ALONE} set"
+            raise KnownToAll(f"{line}: the same files and settings are needed; {own}")
 
     def as_first_sees(self, todo: Sequence[Row], rows: Sequence[Row]) -> list[Row]:
         """The first process's ``todo``, on all of them: other replicas may record rows between one look and the
@@ -170,21 +166,20 @@ class ProcessGroup:
 
     def is_loss(self, error: BaseException) -> bool:
         """Whether ``error`` says that a peer is gone, and not that this process's own device is full."""
-        return (
-            self.count > 1 and isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error)
-        )
+        of_jax = isinstance(error, jax.errors.JaxRuntimeError)
+        return self.count > 1 and of_jax and "RESOURCE_EXHAUSTED" not in str(error)
 
-    def _exchange(self, word: int) -> list[int]:
-        """Every process's word. One that fails meets the others wherever they are, as all meet by this one program."""
+    def _exchange(self, value: int) -> list[int]:
+        """Every process's value. One that fails meets the others wherever they are, as all meet by this one program."""
         if self.count == 1:
-            return [word]
-        words = np.asarray(multihost_utils.process_allgather(np.array([word], np.uint32))).reshape(-1).tolist()
-        if word < _FAILED <= max(words):
-            who = next(i for i, other in enumerate(words) if other >= _FAILED)
+            return [value]
+        values = np.asarray(multihost_utils.process_allgather(np.array([value], np.uint32))).reshape(-1).tolist()
+        if value < _FAILED <= max(values):
+            who = next(i for i, other in enumerate(values) if other >= _FAILED)
             known = KnownToAll(f"process {who} of this replica has failed, and says why")
-            known.code = words[who] - _FAILED
+            known.code = values[who] - _FAILED
             raise known
-        return words
+        return values
 
 
 def _starts(array: jax.Array) -> dict[int, jax.Array]:

@@ -49,14 +49,12 @@ def find(index: int | None, count: int | None, env: Mapping[str, str] = os.envir
         given[0] = f"replica_index={index} ({', '.join(f'{name}={env[name]}' for name in _INDICES if name in env)})"
     if index is None:
         if count > 1:
-            raise UserError(
-                f"replica_count={count}: expected replica_index as well; no scheduler says which replica this is"
-            )
+            unknown = "no scheduler says which replica this is"
+            raise UserError(f"replica_count={count}: expected replica_index as well; {unknown}")
         index = 0
     if not 0 <= index < count:
-        raise UserError(
-            f"{', '.join(given)}: expected an index from 0 to {count - 1}; replica_count=1 for a job by itself"
-        )
+        wanted = f"an index from 0 to {count - 1}; replica_count=1 for a job by itself"
+        raise UserError(f"{', '.join(given)}: expected {wanted}")
     return Replica(index, count)
 
 
@@ -69,12 +67,10 @@ def _scheduled(env: Mapping[str, str]) -> tuple[int | None, int | None]:
     """The index and the count that a scheduler has left in the environment."""
 
     def number(name: str) -> int | None:
-        value = env.get(name) or None  # templates leave empty what they have no value for
-        if value is not None and not value.isdecimal():
-            raise UserError(
-                f"{name}={value}: expected a whole number; replica_index and replica_count may be given instead"
-            )
-        return None if value is None else int(value)
+        value = env.get(name)
+        if value and not value.isdecimal():
+            raise UserError(f"{name}={value}: expected a whole number, or replica_index and replica_count")
+        return int(value) if value else None  # templates leave empty what they have no value for
 
     if "SUBMITIT_EXECUTOR" not in env and (task := number("SLURM_ARRAY_TASK_ID")) is not None:
         first, last, count = (number(f"SLURM_ARRAY_TASK_{word}") for word in ("MIN", "MAX", "COUNT"))

@@ -61,7 +61,7 @@ def drain_on_signals() -> Iterator[Drain]:
     drain = Drain()
     alone = jax.process_count() == 1
     handlers = (
-        {signal.SIGTERM: drain._handle, signal.SIGINT: drain._handle} if alone else {signal.SIGINT: drain._pass_on}
+        dict.fromkeys((signal.SIGTERM, signal.SIGINT), drain._handle) if alone else {signal.SIGINT: drain._pass_on}
     )
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:

@@ -138,9 +138,8 @@ def read_adapter(spec: Spec, plans: Mapping[str, Plan], keys: LoraKeys, strict: 
                 problems.append(f"{key}: dtype {tensor.dtype}, expected one of {', '.join(FLOATS)}")
                 continue
             value = value_of(tensor)
-            groups[at][site.role] = (
-                value.reshape(value.shape[:2]) if value.ndim == 4 and value.shape[2:] == (1, 1) else value
-            )
+            is_1x1 = value.ndim == 4 and value.shape[2:] == (1, 1)
+            groups[at][site.role] = value.reshape(value.shape[:2]) if is_1x1 else value
             sites[at] = site
             if site.role in KINDS:
                 kinds[f"{KINDS[site.role]} as {site.writer} names it"] = None
@@ -239,10 +238,8 @@ class _Reader:
                 yield "bias", Whole(pop("up_bias"), scale), alpha
         elif {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"} <= tensors.keys():
             w1, w2 = (_matrices(pop(f"hada_{w}_a"), pop(f"hada_{w}_b")) for w in ("w1", "w2"))
-            if any(a.shape[1] != len(b) for a, b in (w1, w2)) or (len(w1[0]), w1[1].shape[1]) != (
-                len(w2[0]),
-                w2[1].shape[1],
-            ):
+            shapes = {(len(a), b.shape[1]) for a, b in (w1, w2)}
+            if any(a.shape[1] != len(b) for a, b in (w1, w2)) or len(shapes) > 1:
                 raise ValueError("the Hadamard factors' shapes disagree")
             scale, alpha = self._scale(site, len(w1[1]), alpha)
             delta = Hadamard((w1[0], w1[1]), (w2[0], w2[1]), scale)

@@ -66,13 +66,10 @@ class Loras:
             stuck = [a for a in self.adapters if a.name in used and a.merged_only]
             if stuck:
                 first = next(row for row in rows if _effective(row.lora) != distinct[0])
-                raise UserError(
-                    *(
-                        f"{a.spec.key}: {a.name}: {a.merged_only}, so all rows of a job must have the same LoRA weights"
-                        for a in stuck
-                    ),
-                    f"{first.where}: lora is {dict(first.lora or ())}, rows before it have {dict(distinct[0])}",
-                )
+                must = "so all rows of a job must have the same LoRA weights"
+                lines = [f"{a.spec.key}: {a.name}: {a.merged_only}, {must}" for a in stuck]
+                differ = f"lora is {dict(first.lora or ())}, rows before it have {dict(distinct[0])}"
+                raise UserError(*lines, f"{first.where}: {differ}")
         return rows
 
     def distinct(self, rows: Iterable[Row]) -> list[LoraWeights]:
@@ -121,11 +118,10 @@ class Loras:
 
         Zeros where an adapter leaves a layer out or has a smaller rank there.
         """
-        blocks = []
-        for changes in self._beside(component):
-            blocks.append(
-                {layer: changes[path, layer].factors() for layer in range(layers) if (path, layer) in changes}
-            )
+        blocks = [
+            {layer: changes[path, layer].factors() for layer in range(layers) if (path, layer) in changes}
+            for changes in self._beside(component)
+        ]
         ranks = tuple(max((len(a) for a, _ in block.values()), default=0) for block in blocks)
         a, b = next(pair for block in blocks for pair in block.values())
         all_a = np.zeros((layers, sum(ranks), a.shape[1]), np.float32)

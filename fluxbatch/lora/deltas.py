@@ -57,12 +57,8 @@ class Delta(abc.ABC):
 
     def factors(self) -> tuple[np.ndarray, np.ndarray]:
         """A ``[R, in]`` and B ``[out, R]`` whose product B A is exactly this; R at most ``min(out, in)``."""
-        out, width = self.shape
-        return (
-            (np.eye(width, dtype=np.float32), self.full())
-            if width <= out
-            else (self.full(), np.eye(out, dtype=np.float32))
-        )
+        b, a = _as_product([self.full()])
+        return a, b
 
     def norm2(self) -> float:
         """The square of its Frobenius norm."""

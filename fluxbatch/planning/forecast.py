@@ -96,9 +96,8 @@ def lines(
     work = Work.of(job, spec, todo)
     yield from _rows(job, spec, rows, rejects)
     if len(todo) < len(rows):
-        yield _line(
-            "done", f"{len(rows) - len(todo):,} of them have their image; what follows is of the {len(todo):,} to make"
-        )
+        done = len(rows) - len(todo)
+        yield _line("done", f"{done:,} of them have their image; what follows is of the {len(todo):,} to make")
     yield from _model(job, spec, target, rows)
     if todo:
         yield from _batches(work)
@@ -115,11 +114,8 @@ def _rows(job: Job, spec: ModelSpec, rows: Sequence[Row], rejects: Sequence[Reje
     distinct = len(spec.distinct(rows))
     yield _line("rows", f"{len(rows):,} of {shown(job.manifest or job.prompt)}, {distinct:,} distinct prompts")
     if rejects:
-        yield _line(
-            "rejects",
-            f"{len(rejects):,} bad lines are set aside: "
-            f"{startup_warnings.some([reject.where.rpartition('/')[2] for reject in rejects])}",
-        )
+        where = startup_warnings.some([reject.where.rpartition("/")[2] for reject in rejects])
+        yield _line("rejects", f"{len(rejects):,} bad lines are set aside: {where}")
     if fields := startup_warnings.unread(rows):
         yield _line("warning", fields)
     yield from (_line("warning", warning) for warning in startup_warnings.odd(rows))
@@ -129,11 +125,8 @@ def _model(job: Job, spec: ModelSpec, target: Target, rows: Sequence[Row]) -> It
     counts = ", ".join(
         f"{part} {_scaled(memory.parameters(spec, part), 1000, ('', 'k', 'M', 'G'))}" for part in spec.plans
     )
-    yield _line(
-        "model",
-        f"{job.model.flux_name}: {shown(job.model.pretrained_model_name_or_path)}; parameters: {counts}; "
-        f"{spec.weights_dtype}",
-    )
+    name = f"{job.model.flux_name}: {shown(job.model.pretrained_model_name_or_path)}"
+    yield _line("model", f"{name}; parameters: {counts}; {spec.weights_dtype}")
     mesh = " × ".join(f"{axis} {size}" for axis, size in spec.mesh.shape.items() if size > 1) or "one device"
     if (idle := target.chips - spec.mesh.size) > 0:
         mesh += f", {idle} idle (sharding=ddp or fsdp takes all)"
@@ -154,19 +147,13 @@ def _batches(work: Work) -> Iterator[str]:
         steps = sorted({row.num_inference_steps for batch in batches for row in batch.rows})
         waste = 1 - work.asked(batches) / work.generated(batches)
         span = f"{steps[0]}–{steps[-1]}" if len(steps) > 1 else str(steps[0])
-        yield _line(
-            name,
-            f"{height}×{width}, {span} steps: {count:,} rows in {len(batches):,} batches of {work.size}, "
-            f"{waste:.1%} padding",
-        )
+        rows = f"{count:,} rows in {len(batches):,} batches of {work.size}, {waste:.1%} padding"
+        yield _line(name, f"{height}×{width}, {span} steps: {rows}")
         name = ""
     # of images, and of token sequences
-    sizes, lengths = (len(work.buckets), len({height * width for height, width in work.buckets}))
-    yield _line(
-        "programs",
-        f"{2 + lengths + sizes} to compile: text, modulation, {lengths} × denoising, {sizes} × decoding; "
-        f"{len(work.shards):,} shards",
-    )
+    sizes, lengths = len(work.buckets), len({height * width for height, width in work.buckets})
+    kinds = f"text, modulation, {lengths} × denoising, {sizes} × decoding"
+    yield _line("programs", f"{2 + lengths + sizes} to compile: {kinds}; {len(work.shards):,} shards")
 
 
 def _text(spec: ModelSpec, rows: Sequence[Row]) -> Iterator[str]:
@@ -187,11 +174,8 @@ def _memory(job: Job, spec: ModelSpec, target: Target, work: Work) -> Iterator[s
         situation = dataclasses.replace(situation, beside=memory.adapters(spec))
     phases = situation.phases()
     for i, phase in enumerate(phases):
-        yield _line(
-            "" if i else "memory",
-            f"{phase.name:8} {_bytes(phase.weights)} weights + about {_bytes(phase.activations)} = "
-            f"{_bytes(phase.total)} a device",
-        )
+        terms = f"{_bytes(phase.weights)} weights + about {_bytes(phase.activations)}"
+        yield _line("" if i else "memory", f"{phase.name:8} {terms} = {_bytes(phase.total)} a device")
     worst = max(phases, key=lambda phase: phase.total)
     verdict = f"{_bytes(limit)} a device: {'fits' if worst.total <= limit else f'{worst.name} does not fit'} (estimate)"
     if target.platform == "gpu":
@@ -201,12 +185,8 @@ def _memory(job: Job, spec: ModelSpec, target: Target, work: Work) -> Iterator[s
     yield _line("", verdict)
     if worst.total > limit:
         settings = situation.remedy(limit)
-        yield _line(
-            "",
-            f"fits with {' '.join(settings)}"
-            if settings
-            else "nothing here makes it fit: smaller images, or more or larger devices",
-        )
+        nothing = "nothing here makes it fit: smaller images, or more or larger devices"
+        yield _line("", f"fits with {' '.join(settings)}" if settings else nothing)
 
 
 def _compiled(job: Job, spec: ModelSpec, target: Target, work: Work) -> Iterator[str]:
@@ -217,15 +197,9 @@ def _compiled(job: Job, spec: ModelSpec, target: Target, work: Work) -> Iterator
     else:
         needs = aot.needs(spec, work.size, height, width, ("denoise", "decode"))
     for need in needs:
-        words = (
-            f"{_bytes(need.held)} weights + {_bytes(need.more)}, of it temporary {_bytes(need.temporaries)}"
-            if not need.fault
-            else need.fault
-        )
-        yield _line(
-            "compiled" if need.name == "denoise" else "",
-            f"{need.name:8} {words}; {_time(need.seconds)} for {height}×{width}",
-        )
+        terms = f"{_bytes(need.held)} weights + {_bytes(need.more)}, of it temporary {_bytes(need.temporaries)}"
+        text = f"{need.name:8} {need.fault or terms}; {_time(need.seconds)} for {height}×{width}"
+        yield _line("compiled" if need.name == "denoise" else "", text)
 
 
 def _reads(job: Job, spec: ModelSpec, target: Target, work: Work) -> Iterator[str]:
@@ -238,26 +212,20 @@ def _reads(job: Job, spec: ModelSpec, target: Target, work: Work) -> Iterator[st
         read[part] = max(load.to_read(plan, spec.mesh, edits, devices=devices) for devices in hosts)
     again = ""
     if job.hardware.offload_encoders == "free" and len(work.shards) > 1:
-        again = (
-            f", and {_bytes(sum(read[part] for part in spec.family.encoders))} of text encoders again for each of "
-            f"{len(work.shards):,} shards"
-        )
+        encoders = _bytes(sum(read[part] for part in spec.family.encoders))
+        again = f", and {encoders} of text encoders again for each of {len(work.shards):,} shards"
     if spec.stream:
         steps = sum(max(row.num_inference_steps for row in batch.rows) for batch in work.batches)
         again += f", and the transformer's blocks for each of {steps:,} steps (from memory as long as it holds them)"
-    yield _line(
-        "reads", f"{_bytes(sum(read.values()))} of weights {'a host' if target.hosts > 1 else ''}".rstrip() + again
-    )
+    a_host = " a host" if target.hosts > 1 else ""
+    yield _line("reads", f"{_bytes(sum(read.values()))} of weights{a_host}{again}")
 
 
 def _cost(job: Job, spec: ModelSpec, target: Target, work: Work, price: float | None) -> Iterator[str]:
     images, replicas = sum(len(batch.rows) for batch in work.batches), job.replica_count or 1
     total = work.generated(work.batches) + work.encoded() * work.prompt()
-    yield _line(
-        "work",
-        f"{_flops(total)}, {_flops(total / images)} an image; {_flops(work.asked(work.batches) / images)} of it for "
-        "the image alone",
-    )
+    alone = f"{_flops(work.asked(work.batches) / images)} of it for the image alone"
+    yield _line("work", f"{_flops(total)}, {_flops(total / images)} an image; {alone}")
     peak, reached, source = _speed(spec, target)
     if peak is None:
         yield _line("time", f"no estimate: {source}")
@@ -265,18 +233,11 @@ def _cost(job: Job, spec: ModelSpec, target: Target, work: Work, price: float | 
     chips, rented = (size * replicas for size in (spec.mesh.size, max(spec.mesh.size, target.chips)))
     roofline = total / (peak * TERA * chips)
     expected = roofline / reached
-    yield _line(
-        "time",
-        f"{_time(roofline)} at least ({source}); about {_time(expected)} at {reached:.0%} of it, "
-        f"{images / expected:.3g} images/s, "
-        "besides loading and compiling (estimate)",
-    )
+    about = f"about {_time(expected)} at {reached:.0%} of it, {images / expected:.3g} images/s"
+    yield _line("time", f"{_time(roofline)} at least ({source}); {about}, besides loading and compiling (estimate)")
     if price is not None:
-        yield _line(
-            "cost",
-            f"about {rented * expected / 3600 * price:,.2f}: {rented} × {expected / 3600:,.2f} h × {price:g} "
-            "(estimate)",
-        )
+        hours = expected / 3600
+        yield _line("cost", f"about {rented * hours * price:,.2f}: {rented} × {hours:,.2f} h × {price:g} (estimate)")
 
 
 def _speed(spec: ModelSpec, target: Target) -> tuple[float | None, float, str]:
@@ -314,11 +275,8 @@ def _flops(number: float) -> str:
 
 def _scaled(number: float, base: int, units: Sequence[str]) -> str:
     power = min(int(math.log(max(number, 1), base)), len(units) - 1)
-    return (
-        f"{number / base**power:.3g} {units[power]}"
-        if number < 1000 * base**power
-        else f"{number / base**power:,.0f} {units[power]}"
-    )
+    scaled = number / base**power
+    return f"{scaled:.3g} {units[power]}" if scaled < 1000 else f"{scaled:,.0f} {units[power]}"
 
 
 def _time(seconds: float) -> str:

@@ -67,10 +67,8 @@ class Situation:
     ) -> Situation:
         offload = job.hardware.offload_encoders
         stay = offload is False or (platform == "cpu" and offload != "free")  # a CPU has no other memory
-        scores = (
-            platform != "cpu"
-            and attention.chosen(job.hardware.attention.name, platform, spec.activations_dtype) == "dot_product"
-        )
+        kernel = attention.chosen(job.hardware.attention.name, platform, spec.activations_dtype)
+        scores = platform != "cpu" and kernel == "dot_product"
         images = job.sharding.per_device_batch_size
         return cls(spec, platform, sizes, images, stay, again, scores, limit, devices or list(spec.mesh.devices.flat))
 
@@ -126,8 +124,7 @@ class Situation:
         whole = all(spec.mesh.shape[axis] == 1 for axis in ("fsdp", "context", "tensor"))
         if whole and len(self.devices) > 1:
             mesh = make_mesh((1, len(self.devices)), devices=self.devices)
-            # as it has it, unless it is told otherwise
-            options["sharding=fsdp"] = {"spec": replace(spec, mesh=mesh), "stay": True}
+            options["sharding=fsdp"] = {"spec": replace(spec, mesh=mesh), "stay": True}  # as its file says
         if whole and not spec.stream:
             options["stream_blocks=true"] = {"spec": replace(spec, stream=True)}
         tried = [names for count in range(1, len(options) + 1) for names in itertools.combinations(options, count)]

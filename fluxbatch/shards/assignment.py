@@ -91,7 +91,7 @@ class Work(Protocol):
 
 
 class LocalShards:
-    """The work of the only replica. From its start to its end a thread renews the status, whatever devices do."""
+    """The work of the only replica. A thread renews the status, whatever the devices do."""
 
     alone = merges = True
 
@@ -160,13 +160,8 @@ class ClaimedShards:
         rows = sum(map(len, work_units))
         self.progress, self._lacking = Progress(rows - len(todo), None, self._report), len(todo)
         self._speed: Mapping[str, float] = {}
-        self._replica, self._store, self._ledger, self._batch_size, self._patience = (
-            replica,
-            store,
-            ledger,
-            batch_size,
-            expiry / 4,
-        )
+        self._replica, self._store, self._ledger = replica, store, ledger
+        self._batch_size, self._patience = batch_size, expiry / 4
         lacking = {row.id for row in todo}
         self._left = [[row for row in work_unit if row.id in lacking] for work_unit in work_units]
         self._costs = [sum(map(batching.cost, left)) for left in self._left]
@@ -216,7 +211,7 @@ class ClaimedShards:
         pause = _PAUSE
         while True:
             recorded = self._group.least(self._ledger.compactions)
-            message = np.zeros(1 + longest, np.int32)  # the work_unit's number, and which of its rows are left
+            message = np.zeros(1 + longest, np.int32)  # the work unit's number, and which of its rows are left
             if self._group.is_first:
                 message[0], left = self._next(recorded)
                 message[1 : 1 + len(left)] = left
@@ -239,16 +234,14 @@ class ClaimedShards:
             yield Shard(number, tuple(batching.batches(rows, self._batch_size)))
 
     def _next(self, recorded: int) -> tuple[int, list[bool]]:
-        """The next work_unit and which of its rows are left, or why there is none. Only in the first process."""
+        """The next work unit and which of its rows are left, or why there is none. Only in the first process."""
         try:
             for number in self._given[self._reported : recorded]:
                 self._claims.done(str(number))
             self._reported = max(self._reported, recorded)
             if self._heartbeat.replaced:
-                raise StorageError(
-                    f"{self._store.url}: another start of replica_index={self._replica.index} has taken this one's "
-                    "place"
-                )
+                again = f"another start of replica_index={self._replica.index}"
+                raise StorageError(f"{self._store.url}: {again} has taken this one's place")
             if (other := self._heartbeat.conflicting) is not None:
                 raise StorageError(
                     f"{self._store.url}: replica_index={other} works there at the same time with another manifest, "
@@ -263,10 +256,8 @@ class ClaimedShards:
                 if survey.finished:
                     return _END, []
                 not_done = [n for n, cost in enumerate(self._costs) if cost and str(n) not in survey.done]
-                self._queue, self._assigned = (
-                    self._in_turn([n for n in not_done if str(n) not in survey.claimed]),
-                    False,
-                )
+                self._queue = self._in_turn([n for n in not_done if str(n) not in survey.claimed])
+                self._assigned = False
                 if not self._queue:
                     return self._from_the_lost(not_done, survey.claimed)
         except StorageError as error:
@@ -278,10 +269,8 @@ class ClaimedShards:
             number = self._queue.pop(0)
             if self._claims.take(str(number)):
                 return number
-            if (
-                not self._assigned or self._claims.finished
-            ):  # someone else is at these as well, or was: better look again
-                self._queue.clear()
+            if not self._assigned or self._claims.finished:
+                self._queue.clear()  # another replica claims these too, or has: look again
         return None
 
     def _in_turn(self, free: list[int]) -> list[int]:
@@ -303,9 +292,10 @@ class ClaimedShards:
         if not_done:
             return _WAIT, []
         generation = claimed.get(_MERGE)
-        self.merges = (
-            self._claims.take(_MERGE) if generation is None else self._claims.take_over(_MERGE, generation) is not None
-        )
+        if generation is None:
+            self.merges = self._claims.take(_MERGE)
+        else:
+            self.merges = self._claims.take_over(_MERGE, generation) is not None
         return (_END if self.merges else _WAIT), []
 
 

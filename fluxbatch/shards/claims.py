@@ -8,7 +8,7 @@
 
 A claim is created if absent, so one replica gets it. It is good as long as its holder lives: until its
 heartbeat says that it ended or was started anew, or until that has stood still for ``expiry`` seconds by the
-clock of whoever looks, so clocks need not agree. Then the next generation is up for claiming. A holder
+clock of who looks, so clocks need not agree. Then the next generation is up for claiming. A holder
 that is alive all the same (frozen, cut off) costs a row generated twice; it is recorded under one key and counts once.
 """
 
@@ -35,7 +35,7 @@ class Holder(NamedTuple):
     """One start of one replica."""
 
     replica: int
-    start: str  # another word for every start
+    start: str  # an id of the start
 
 
 class Heartbeat:
@@ -126,7 +126,7 @@ class Survey:
 
 
 class Claims:
-    """The claims on the tasks of one plan. ``plan``: a word that replicas with the same tasks agree on.
+    """The claims on the tasks of one plan. ``plan``: an id that replicas with the same tasks agree on.
 
     ``expiry``: seconds without a new heartbeat after which a holder is taken for lost.
     """
@@ -185,7 +185,7 @@ class Claims:
         name = f"{self._folder}{task}.{generation}"
         if not self._store.write(name, json.dumps(self._holder._asdict()).encode() + b"\n", if_absent=True):
             return False
-        # Whoever wakes up after the end finds no claims either: they went after that was said.
+        # Who wakes up after the end finds no claims: they are deleted after it is written.
         self.finished = self._store.exists(self._folder + _FINISHED)
         if self.finished:
             self._store.delete(name)

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from fluxbatch.types import Row
 
-EVERY = 30.0  # seconds from one word in the status to the next
+EVERY = 30.0  # seconds from one report in the status to the next
 # A line at each step, at the least so many seconds after the last one, and each minute
 MINUTE, STEP, LEAST = 60.0, 0.05, 5.0
 Report = Callable[[Mapping[str, int], Mapping[str, float]], None]  # counts, and the speed since the last time
@@ -65,7 +65,7 @@ class Lines:
 
     def __init__(self, total: int | None, what: str, unit: str, unit_scale: bool = False):
         self._total, self.desc, self._unit, self._scale = total, what, unit, unit_scale
-        self._count = self._said = 0
+        self._count = self._printed = 0
         self._begun = self._at = self._worked_at = time.monotonic()
         self._worked = 0.0  # seconds, without the time that ``unpause`` leaves out
         self._lock = threading.RLock()
@@ -78,9 +78,9 @@ class Lines:
             self._worked, self._worked_at = self._worked + now - self._worked_at, now
             self._count += count
             total = self._total
-            goes_on = total is not None and self._count < total and self._count - self._said >= STEP * total
+            goes_on = total is not None and self._count < total and self._count - self._printed >= STEP * total
             if goes_on and now - self._at >= LEAST:
-                self._say()
+                self._print()
 
     def set_description_str(self, what: str) -> None:
         """What the next lines say is going on."""
@@ -98,17 +98,17 @@ class Lines:
     def __exit__(self, *_: object) -> None:
         self._over.set()
         self._thread.join()
-        self._say()
+        self._print()
 
     def _each_minute(self) -> None:
         while not self._over.wait(max(0.1, MINUTE - (time.monotonic() - self._at))):
             with self._lock:
                 if time.monotonic() - self._at >= MINUTE:
-                    self._say()
+                    self._print()
 
-    def _say(self) -> None:
+    def _print(self) -> None:
         with self._lock:
-            self._at, self._said = time.monotonic(), self._count
+            self._at, self._printed = time.monotonic(), self._count
             rate = self._count / self._worked if self._worked else None
             line = tqdm.format_meter(
                 self._count, cast(float, self._total), self._at - self._begun,  # tqdm takes None too

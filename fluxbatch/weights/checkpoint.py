@@ -201,18 +201,13 @@ def check_homes(family: type[Family], model: Model) -> None:
 def _wanted(model: Model) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """What to fetch of the base model's repository; and with a denoiser that is a file of it. No weights of what
     the configuration names apart."""
-    all_of = [
-        (name, component, name == family.denoiser)
-        for family in families()
-        for name, component in family.components.items()
-    ]
-    apart = {name for name, component, _ in all_of if component.home and getattr(model, component.home)}
-    names = [name for name in dict.fromkeys(name for name, *_ in all_of) if name not in apart]
-    denoisers = {name for name, _, is_denoiser in all_of if is_denoiser}
-    single = [
-        file for family in families() if family.decoder not in apart for file in family.components[family.decoder].files
-    ]
-    beside = [f"{name}/*" for name in names if name not in denoisers] + single
+    every = [(name, component) for family in families() for name, component in family.components.items()]
+    apart = {name for name, component in every if component.home and getattr(model, component.home)}
+    names = dict.fromkeys(name for name, _ in every if name not in apart)
+    denoisers = {family.denoiser for family in families()}
+    decoders = [family.components[family.decoder] for family in families() if family.decoder not in apart]
+    beside = [f"{name}/*" for name in names if name not in denoisers]
+    beside += [file for decoder in decoders for file in decoder.files]
     return (*SMALL, *(f"{name}/*" for name in names)), (*SMALL, *dict.fromkeys(beside))
 
 
@@ -228,12 +223,8 @@ def open_component(
     """A component, and the directory of one that the configuration names apart."""
     component = family.components[name]
     if component.home and (given := getattr(model, component.home)):
-        stems = (
-            f"{folder}{stem}{end}"
-            for folder in ("", f"{name}/")
-            for stem in component.stems
-            for end in (SUFFIX, f"-*{SUFFIX}")
-        )
+        ends = [f"{stem}{end}" for stem in component.stems for end in (SUFFIX, f"-*{SUFFIX}")]
+        stems = *ends, *(f"{name}/{end}" for end in ends)
         path, other = split(find(given, f"model.{component.home}", None, (*stems, *SMALL), SMALL)[0])
         home = Source(path)
         if other:
@@ -262,18 +253,10 @@ def _only_file(root: Source) -> str | None:
     if any(weights_file(root / family.denoiser, family.components[family.denoiser].stems) for family in families()):
         return None
     patterns = {pattern for family in families() for pattern in family.file_patterns}
-    others = {
-        name
-        for family in families()
-        for part, of in family.components.items()
-        if part != family.denoiser
-        for name in of.files
-    }
-    files = [
-        name
-        for name in root.top()
-        if name.endswith(SUFFIXES) and name not in others and any(fnmatch.fnmatchcase(name, p) for p in patterns)
-    ]
+    parts = [(part == family.denoiser, of) for family in families() for part, of in family.components.items()]
+    others = {name for is_denoiser, of in parts if not is_denoiser for name in of.files}
+    names = [name for name in root.top() if name.endswith(SUFFIXES) and name not in others]
+    files = [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
     if len(files) > 1:
         raise UserError(f"{root.url}: holds {', '.join(files)}: name one of them")
     return files[0] if files else None
@@ -296,10 +279,7 @@ def _from_file(name: str, component: Component, source: Source, file: str, whole
         if line := quantized.in_tensors(tensors, where):
             raise UserError(line)
         config = component.sizes(*shapes_of(tensors, table))
-        beside = next(
-            (json for path in (f"{name}/config.json", "config.json") if (json := _declared(component, source, path))),
-            None,
-        )
+        beside = _declared(component, source, f"{name}/config.json") or _declared(component, source, "config.json")
         config = (beside.get("text_config", beside) if beside else component.constants(config)) | config
         return Opened(component, source, _parsed(component, config), tensors, table, where)
     except KeyError as error:

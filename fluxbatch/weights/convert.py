@@ -96,17 +96,11 @@ def convert(checkpoint: Checkpoint, to: str, dtype: np.dtype | None, progress: l
     UserError when ``to`` holds anything else, and for what cannot be read or written.
     """
     todo = arrays(checkpoint, dtype)
-    origin = checkpoint.digest()
-    exact = all(
-        p.tensor.scale is None and np.promote_types(p.tensor.dtype, a.dtype) == a.dtype for a in todo for p in a.pieces
-    )
-    header = {
-        "format": zarr.FORMAT,
-        "digest": origin
-        if exact
-        else hashlib.sha256(f"{origin} {sorted({a.dtype.name for a in todo})}".encode()).hexdigest()[:16],
-        "revision": checkpoint.revision,
-    }
+    digest = origin = checkpoint.digest()
+    tensors = [(a.dtype, p.tensor) for a in todo for p in a.pieces]
+    if any(tensor.scale is not None or np.promote_types(tensor.dtype, to) != to for to, tensor in tensors):  # rounded
+        digest = hashlib.sha256(f"{origin} {sorted({a.dtype.name for a in todo})}".encode()).hexdigest()[:16]
+    header = {"format": zarr.FORMAT, "digest": digest, "revision": checkpoint.revision}
     root = Source(to)
     written = _written(root, header)
     if written is None:

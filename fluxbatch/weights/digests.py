@@ -25,10 +25,8 @@ def verify(files: list[tuple[Source, str, int]]) -> None:
 def _problem(source: Source, file: str, size: int) -> str | None:
     expected = known(source, file)
     if expected is None:
-        return (
-            f"{source.path(file)}: no digest to verify it with: expected a file of the Hugging Face cache, or "
-            f"{file}.sha256 beside it"
-        )
+        wanted = f"a file of the Hugging Face cache, or {file}.sha256 beside it"
+        return f"{source.path(file)}: no digest to verify it with: expected {wanted}"
     digest = hashlib.sha256()
     for start in range(0, size, BLOCK):
         digest.update(source.read(file, start, min(start + BLOCK, size)))

@@ -50,9 +50,8 @@ def find(
         if not re.fullmatch(r"(gs|s3|https?)://[^/]+(/.*)?", name):
             raise UserError(f"{key}: {name!r}: expected gs://bucket/prefix, s3://bucket/prefix or http(s)://host/path")
         if name.startswith("http") and re.search("[?#]", name):
-            raise UserError(
-                f"{key}: {name!r}: expected an address without '?' and '#', of a public file or directory: http(s)://host/path"
-            )
+            wanted = "an address without '?' and '#', of a public file or directory: http(s)://host/path"
+            raise UserError(f"{key}: {name!r}: expected {wanted}")
         return name.rstrip("/"), None
     if os.path.isdir(path):
         return path, None
@@ -60,19 +59,13 @@ def find(
         if not path.endswith(SUFFIXES):
             raise UserError(f"{key}: {name!r}: expected a {SUFFIX} file or a directory")
         return path, None
-    if "/" not in name and os.path.isfile(
-        EMBEDDED / name / "model_index.json"
-    ):  # pathlib's own raises where a name is too long
+    # pathlib's own raises where a name is too long
+    if "/" not in name and os.path.isfile(EMBEDDED / name / "model_index.json"):
         return str(EMBEDDED / name), None
     owner, _, rest = name.partition("/")
     repo, _, file = rest.partition("/")
-    if (
-        not repo
-        or name.startswith((".", "/", "~"))
-        or name.endswith("/")
-        or (file and not file.endswith(SUFFIXES))
-        or repo.endswith(SUFFIXES)
-    ):
+    is_path = name.startswith((".", "/", "~")) or name.endswith("/")
+    if not repo or is_path or (file and not file.endswith(SUFFIXES)) or repo.endswith(SUFFIXES):
         if path and (reason := broken_link(path)):
             raise UserError(f"{key}: {reason}")
         raise UserError(f"{key}: {name!r} is not there: expected a directory, a {SUFFIX} file, "

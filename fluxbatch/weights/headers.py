@@ -52,9 +52,8 @@ def read_header(source: Source, file: str) -> dict[str, Tensor]:
         except KeyError as error:
             known = ", ".join(DTYPES)
             if entry.get("dtype") in DTYPES:
-                raise UserError(
-                    f"{where}: {name}: unsound header entry {str(entry)[:200]}: {error} is missing"
-                ) from error
+                line = f"{where}: {name}: unsound header entry {str(entry)[:200]}: {error} is missing"
+                raise UserError(line) from error
             if what := quantized.DTYPES.get(entry.get("dtype")):
                 raise UserError(quantized.line(where, what, f"tensor {name} of dtype {entry['dtype']}")) from error
             raise UserError(f"{where}: {name}: dtype {entry.get('dtype')!r}, expected one of {known}") from error
@@ -65,9 +64,8 @@ def read_header(source: Source, file: str) -> dict[str, Tensor]:
     end = 8 + length
     for tensor in sorted(tensors.values(), key=lambda t: (t.start, t.stop)):
         if tensor.start != end:
-            raise UserError(
-                f"{where}: {tensor.name} starts at byte {tensor.start:,}, expected {end:,}: tensors must tile the file"
-            )
+            starts = f"{tensor.name} starts at byte {tensor.start:,}, expected {end:,}"
+            raise UserError(f"{where}: {starts}: tensors must tile the file")
         end = tensor.stop
     if size is not None and size != end:
         state = "truncated" if size < end else "longer than its header says"
@@ -183,12 +181,8 @@ def with_scales(tensors: dict[str, Tensor], where: str) -> dict[str, Tensor]:
             of = f"{match[1]}weight"
             weight = whole.get(of)
             count = math.prod(scale.shape)  # one for each column, [1, N], is none for each row
-            if (
-                weight is None
-                or count not in (1, weight.shape[0])
-                or scale.shape[:1] not in ((), (count,))
-                or scale.dtype not in FLOATS.values()
-            ):
+            fits = scale.shape[:1] in ((), (count,)) and scale.dtype in FLOATS.values()
+            if weight is None or count not in (1, weight.shape[0]) or not fits:
                 if line := quantized.in_tensors(tensors, where):
                     raise UserError(line)
                 shape = None if weight is None else list(weight.shape)

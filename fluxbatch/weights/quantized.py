@@ -107,11 +107,8 @@ def _described(given: Any) -> str:
     """The method of a ``quantization_config``, and the kind of number if it has one."""
     if not isinstance(given, Mapping):
         return ""
-    kind = (
-        "int8"
-        if given.get("load_in_8bit")
-        else given.get("bnb_4bit_quant_type") or given.get("weights_dtype") or given.get("quant_type")
-    )
+    kinds = ("bnb_4bit_quant_type", "weights_dtype", "quant_type")
+    kind = "int8" if given.get("load_in_8bit") else next(filter(None, map(given.get, kinds)), None)
     return " ".join(word for word in (given.get("quant_method"), kind) if isinstance(word, str))
 
 

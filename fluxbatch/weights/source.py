@@ -32,18 +32,8 @@ FLOATS = {
     "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
 }
 # Never weights here: buffers that tables ignore by name, or a quantization that is not read.
-OTHERS = {
-    "BOOL": np.bool_,
-    "U8": np.uint8,
-    "I8": np.int8,
-    "I16": np.int16,
-    "U16": np.uint16,
-    "I32": np.int32,
-    "U32": np.uint32,
-    "I64": np.int64,
-    "U64": np.uint64,
-}
-DTYPES = FLOATS | {name: np.dtype(kind) for name, kind in OTHERS.items()}
+OTHERS = {f"{kind}{bits}": np.dtype(f"{kind}{bits // 8}".lower()) for kind in "IU" for bits in (8, 16, 32, 64)}
+DTYPES = FLOATS | OTHERS | {"BOOL": np.dtype(np.bool_)}
 # Transient failures are tried again for about 20 s (TensorStore's own default is a quarter of an hour);
 # a read that has not moved for STALLED seconds is given up.
 RETRIES = {"max_retries": 7, "initial_delay": "200ms", "max_delay": "5s"}
@@ -102,9 +92,8 @@ class Source:
             raise UserError((broken_link(self.path(name)) if self.local else None) or f"{self.path(name)}: not found")
         value = result.value  # a copy, each time it is asked for
         if start is not None and stop is not None and len(value) != stop - start:
-            raise UserError(
-                f"{self.path(name)}: read {len(value)} bytes, expected {stop - start}: the file is truncated"
-            )
+            got = f"read {len(value)} bytes, expected {stop - start}"
+            raise UserError(f"{self.path(name)}: {got}: the file is truncated")
         generation = result.stamp.generation
         if self._generations.setdefault(name, generation) != generation:
             raise UserError(f"{self.path(name)}: changed while it was being read")

@@ -56,11 +56,8 @@ def grid(shape: tuple[int, ...], stacked: bool, itemsize: int) -> tuple[tuple[in
     while file_rows * row_bytes > SHARD and file_rows % (2 * chunk_rows) == 0:
         file_rows //= 2
     file_layers = max(1, min(layers, SHARD // (rows * row_bytes)))
-    return (
-        ((file_layers, file_rows, *rest), (1, chunk_rows, *rest))
-        if stacked
-        else ((file_rows, *rest), (chunk_rows, *rest))
-    )
+    file, chunk = (file_rows, *rest), (chunk_rows, *rest)
+    return ((file_layers, *file), (1, *chunk)) if stacked else (file, chunk)
 
 
 def spec(url: str, shape: tuple[int, ...], dtype: np.dtype, stacked: bool) -> dict[str, Any]:
@@ -95,9 +92,8 @@ def read_marker(root: Source) -> dict[str, Any] | None:
         return None
     marker = root.json(MARKER)
     if marker.get("format") != FORMAT:
-        raise UserError(
-            f"{root.path(MARKER)}: format {marker.get('format')!r}, expected {FORMAT}: convert the checkpoint again"
-        )
+        got = f"format {marker.get('format')!r}, expected {FORMAT}"
+        raise UserError(f"{root.path(MARKER)}: {got}: convert the checkpoint again")
     return marker
 
 
@@ -113,9 +109,8 @@ def tensors(marker: Mapping[str, Any], component: str, arrays: Arrays) -> dict[s
             for name in layer_names(path, shape[0]) if stacked else [path]:
                 found[name] = Tensor(name, path, dtype, own, 0, math.prod(own) * dtype.itemsize, chunk=chunk)
     except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise UserError(
-            f"{arrays.url}/../{MARKER}: {component}: unsound entry: {type(error).__name__} {error}"
-        ) from error
+        line = f"{arrays.url}/../{MARKER}: {component}: unsound entry: {type(error).__name__} {error}"
+        raise UserError(line) from error
     return found
 
 
