@@ -127,25 +127,25 @@ def test_the_command(golden, tmp_path, monkeypatch, capsys):
         return stop.value.code, capsys.readouterr()
 
     base = f"pretrained_model_name_or_path={golden / 'dev'}"
-    code, said = call(base, f"to={tmp_path / 'out'}", "weights_dtype=bfloat16")
-    assert code == 0 and f"written: {tmp_path / 'out'}" in said.out
+    code, output = call(base, f"to={tmp_path / 'out'}", "weights_dtype=bfloat16")
+    assert code == 0 and f"written: {tmp_path / 'out'}" in output.out
     assert set(load_marker(tmp_path / "out")) == {"bfloat16"}
-    code, said = call(base)
-    assert code == 2 and "to" in said.err
-    code, said = call(base, f"to={tmp_path / 'eight'}", "weights_dtype=int8")
-    assert code == 2 and "weights_dtype=int8: expected one of auto, float32" in said.err
-    code, said = call(base, f"to={tmp_path}")
-    assert code == 2 and "something else" in said.err and "Traceback" not in said.err
+    code, output = call(base)
+    assert code == 2 and "to" in output.err
+    code, output = call(base, f"to={tmp_path / 'eight'}", "weights_dtype=int8")
+    assert code == 2 and "weights_dtype=int8: expected one of auto, float32" in output.err
+    code, output = call(base, f"to={tmp_path}")
+    assert code == 2 and "something else" in output.err and "Traceback" not in output.err
 
     # where it cannot go, and what cannot go with it
     monkeypatch.chdir(tmp_path)
-    for place in ("''", "' '", "http://host/flux", "https://host/flux", "s3://bucket/flux", "gs:///flux"):
-        code, said = call(base, f"to={place}")
+    for location in ("''", "' '", "http://host/flux", "https://host/flux", "s3://bucket/flux", "gs:///flux"):
+        code, output = call(base, f"to={location}")
         assert (
             code == 2
-            and "to=" in said.err
-            and "expected a directory or gs://bucket/prefix" in said.err
-            and len(said.err.splitlines()) == 1
+            and "to=" in output.err
+            and "expected a directory or gs://bucket/prefix" in output.err
+            and len(output.err.splitlines()) == 1
         )
     one = {
         "lora_model_name_or_path": "a.safetensors",
@@ -154,11 +154,11 @@ def test_the_command(golden, tmp_path, monkeypatch, capsys):
         "scale": 1.0,
         "from_pt": "true",
     }
-    code, said = call(base, "to=new", *(f"lora_config.{key}=[{value}]" for key, value in one.items()))
-    assert code == 2 and "lora_config.lora_model_name_or_path[0]: 'a.safetensors': expected no adapter" in said.err
+    code, output = call(base, "to=new", *(f"lora_config.{key}=[{value}]" for key, value in one.items()))
+    assert code == 2 and "lora_config.lora_model_name_or_path[0]: 'a.safetensors': expected no adapter" in output.err
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    code, said = call(base, "to=~/out")
+    code, output = call(base, "to=~/out")
     assert code == 0 and load_marker(tmp_path / "home/out")
 
 

@@ -236,7 +236,8 @@ def test_what_is_left_out_changes_nothing(tmp_path):
     }
     assert adapter.changes["transformer"].keys() == plain.keys()
     assert all(
-        np.array_equal(delta.full(), plain[place].full()) for place, delta in adapter.changes["transformer"].items()
+        np.array_equal(delta.full(), plain[location].full())
+        for location, delta in adapter.changes["transformer"].items()
     )
 
 
@@ -340,10 +341,10 @@ def test_orientation_dtypes_and_defaults(tmp_path):
     half = read(files.save(tmp_path / "c.safetensors", {k: v.astype(np.float32) for k, v in tensors.items()}))
     doubled = {k.replace("lora_down.weight", "alpha"): np.float32(8).reshape(()) for k in tensors if "down" in k}
     twice = read(files.save(tmp_path / "d.safetensors", tensors | doubled))
-    for place, delta in plain.changes["transformer"].items():
+    for location, delta in plain.changes["transformer"].items():
         for other in (turned, half):
-            assert np.array_equal(delta.full(), other.changes["transformer"][place].full())
-        assert np.allclose(2 * delta.full(), twice.changes["transformer"][place].full(), atol=1e-6)
+            assert np.array_equal(delta.full(), other.changes["transformer"][location].full())
+        assert np.allclose(2 * delta.full(), twice.changes["transformer"][location].full(), atol=1e-6)
     assert len({adapter.digest for adapter in (plain, turned, half, twice)}) == 4
     with pytest.raises(UserError, match="rank|shape"):
         read(tmp_path / "a.safetensors", from_pt=False)
@@ -492,8 +493,15 @@ def states(pipeline):
 def test_eight_rows_of_eight_mixes(opened, adapters):
     """One batch, one compilation; each row as it comes out of a run of its own, where its mix is merged."""
     rows = [
-        {"prompt": f"prompt {i % 2}", "seed": 1, "height": 32, "width": 32, "num_inference_steps": 2, "lora": mix}
-        for i, mix in enumerate(MIXES)
+        {
+            "prompt": f"prompt {i % 2}",
+            "seed": 1,
+            "height": 32,
+            "width": 32,
+            "num_inference_steps": 2,
+            "lora": lora_weights,
+        }
+        for i, lora_weights in enumerate(MIXES)
     ]
     engine, rows = opened(rows, *arrays(adapters))
     pipeline = engine.pipeline(rows)
@@ -511,8 +519,8 @@ def test_eight_rows_of_eight_mixes(opened, adapters):
 def test_mixes_do_not_depend_on_the_sharding(opened, adapters):
     """Beside the weights, whose rows and columns are divided."""
     rows = [
-        {"prompt": "x", "seed": 1, "height": 32, "width": 32, "num_inference_steps": 1, "lora": mix}
-        for mix in MIXES[:4]
+        {"prompt": "x", "seed": 1, "height": 32, "width": 32, "num_inference_steps": 1, "lora": lora_weights}
+        for lora_weights in MIXES[:4]
     ]
     drawn = []
     for sizes in ((), ("ici_fsdp_parallelism=2", "ici_tensor_parallelism=2")):
@@ -524,17 +532,17 @@ def test_mixes_do_not_depend_on_the_sharding(opened, adapters):
 def test_a_hundred_swaps_leave_no_trace(opened, adapters):
     engine, _ = opened([{"prompt": "x"}], *arrays(adapters))
     row = Row(0, "0", "x", "x", 0, 32, 32, 1, 1.0)
-    mixes = [tuple(sorted(mix.items())) for mix in MIXES[1:]]
+    all_lora_weights = [tuple(sorted(lora_weights.items())) for lora_weights in MIXES[1:]]
     kept = KeptPipeline()
-    load = lambda mix: engine.pipeline([dataclasses.replace(row, lora=mix)], kept=kept)  # noqa: E731
+    load = lambda lora_weights: engine.pipeline([dataclasses.replace(row, lora=lora_weights)], kept=kept)  # noqa: E731
     weights = lambda: {name: jax.tree.map(np.array, state) for name, state in states(pipeline).items()}  # noqa: E731
     pipeline = load(())
     fresh, arrays_before = weights(), jax.tree.leaves(states(pipeline)["transformer"])
     seen = []
     for i in range(100):
-        assert load(mixes[i % len(mixes)]) is pipeline
+        assert load(all_lora_weights[i % len(all_lora_weights)]) is pipeline
         seen.append(hash(b"".join(leaf.tobytes() for leaf in jax.tree.leaves(weights()["transformer"]))))
-    assert len(set(seen)) == len(mixes)
+    assert len(set(seen)) == len(all_lora_weights)
     assert load(()) is pipeline
     for name, state in weights().items():
         assert all(jax.tree.leaves(jax.tree.map(lambda a, b: a.tobytes() == b.tobytes(), state, fresh[name])))
@@ -569,8 +577,8 @@ def test_an_adapter_that_no_row_uses_may_be_of_any_kind(opened, adapters, tmp_pa
     one = "lora_unet_single_blocks_0_linear2"
     files.save(tmp_path / "biases.safetensors", {f"{one}.diff_b": files.Maker(0).normal(SMALL.width)})
     rows = [
-        {"prompt": "x", "seed": 1, "height": 32, "width": 32, "num_inference_steps": 1, "lora": mix}
-        for mix in ({"peft": 1.0}, {"peft": 0.5})
+        {"prompt": "x", "seed": 1, "height": 32, "width": 32, "num_inference_steps": 1, "lora": lora_weights}
+        for lora_weights in ({"peft": 1.0}, {"peft": 0.5})
     ]
     drawn = []
     for named in ({"peft": adapters["peft"]}, {"biases": tmp_path / "biases.safetensors", "peft": adapters["peft"]}):
@@ -608,8 +616,8 @@ def test_a_run_says_which_adapters_it_used(cli, golden, tmp_path, adapters):
     )
     assert f"fluxbatch: {warned}" in err and warned in cli(*common, "run_name=a", *arrays(two, 0.5), entry="plan")[1]
     for row in "012":
-        code, said = cli(f"output_dir={tmp_path}", "run_name=a", f"id={row}", entry="replay")
-        assert code == 0, said
+        code, output = cli(f"output_dir={tmp_path}", "run_name=a", f"id={row}", entry="replay")
+        assert code == 0, output
 
     for text in (
         '{"prompt": "x"}\n',

@@ -98,21 +98,23 @@ def pipe(model, monkeypatch):
     return pipe
 
 
-def theirs(pipe, mix, seed=0) -> np.ndarray:
-    if mix:
-        pipe.set_adapters(list(mix), list(mix.values()))
+def theirs(pipe, lora_weights, seed=0) -> np.ndarray:
+    if lora_weights:
+        pipe.set_adapters(list(lora_weights), list(lora_weights.values()))
     else:
         pipe.disable_lora()
     image = generate.render(pipe, ROW | {"seed": seed}, 24)
-    if not mix:
+    if not lora_weights:
         pipe.enable_lora()
     return image
 
 
-def ours(model, tmp_path, monkeypatch, adapters, mixes, **options) -> list[np.ndarray]:
+def ours(model, tmp_path, monkeypatch, adapters, all_lora_weights, **options) -> list[np.ndarray]:
     """Pictures of rows that differ in their mixes."""
     manifest = tmp_path / "rows.jsonl"
-    manifest.write_text("".join(json.dumps(ROW | {"seed": 0, "lora": mix}) + "\n" for mix in mixes))
+    manifest.write_text(
+        "".join(json.dumps(ROW | {"seed": 0, "lora": lora_weights}) + "\n" for lora_weights in all_lora_weights)
+    )
     names = list(adapters)
     arrays = {
         "lora_model_name_or_path": [str(adapters[name]) for name in names],
@@ -130,7 +132,7 @@ def ours(model, tmp_path, monkeypatch, adapters, mixes, **options) -> list[np.nd
     monkeypatch.setattr("sys.argv", ["fluxbatch.run", *args])
     with pytest.raises(SystemExit):
         application.main(lambda job: jobs.append(job) or 0)
-    jobs[0].sweep = {"lora": mixes}  # so that weights stay and only what adapters touch is loaded anew
+    jobs[0].sweep = {"lora": all_lora_weights}  # so that weights stay and only what adapters touch is loaded anew
     engine = open_model_spec(jobs[0], backend.start("cpu", CACHE))
     rows = engine.resolve(read_rows(jobs[0], size_multiple=engine.size_multiple)[0])
     pipeline = engine.pipeline(rows)
@@ -178,19 +180,21 @@ def test_as_diffusers_does(pipe, model, tmp_path, monkeypatch, name):
                 )
         adapters[adapter] = files.save(tmp_path / f"{adapter}.safetensors", tensors)
         pipe.load_lora_weights(str(adapters[adapter]), adapter_name=adapter)
-    mixes = [{"a": 1.0}] if name == "BFL control" else [{"a": 1.0}, {"b": 0.7}, {"a": 0.4, "b": -0.6}, {}]
-    expected = [theirs(pipe, mix) for mix in mixes]
+    all_lora_weights = [{"a": 1.0}] if name == "BFL control" else [{"a": 1.0}, {"b": 0.7}, {"a": 0.4, "b": -0.6}, {}]
+    expected = [theirs(pipe, lora_weights) for lora_weights in all_lora_weights]
     assert all(
-        psnr(picture, base) < 30 for mix, picture in zip(mixes, expected, strict=True) if mix
+        psnr(picture, base) < 30
+        for lora_weights, picture in zip(all_lora_weights, expected, strict=True)
+        if lora_weights
     )  # the adapters do something
-    merged = [ours(model, tmp_path, monkeypatch, adapters, [mix])[0] for mix in mixes]
-    for mix, picture, wanted in zip(mixes, merged, expected, strict=True):
-        assert psnr(picture, wanted) >= 50, ("merged", mix)
+    merged = [ours(model, tmp_path, monkeypatch, adapters, [lora_weights])[0] for lora_weights in all_lora_weights]
+    for lora_weights, picture, wanted in zip(all_lora_weights, merged, expected, strict=True):
+        assert psnr(picture, wanted) >= 50, ("merged", lora_weights)
     if name != "BFL control":
-        for mix, picture, wanted in zip(
-            mixes, ours(model, tmp_path, monkeypatch, adapters, mixes), expected, strict=True
+        for lora_weights, picture, wanted in zip(
+            all_lora_weights, ours(model, tmp_path, monkeypatch, adapters, all_lora_weights), expected, strict=True
         ):
-            assert psnr(picture, wanted) >= 50, ("row by row", mix)
+            assert psnr(picture, wanted) >= 50, ("row by row", lora_weights)
 
 
 def rows_of(weight: np.ndarray, rows) -> np.ndarray:
@@ -207,15 +211,15 @@ def agree(file, base: dict[str, np.ndarray], wanted: dict[str, np.ndarray], scal
     changed = 0
     for name, old in base.items():
         (target,) = read_key(f"transformer.{name}.lora_A.weight", LORA).targets
-        place = f"{target.path}.kernel", target.layer
+        location = f"{target.path}.kernel", target.layer
         old, new = (rows_of(weight, target.rows) for weight in (old, wanted[name]))
-        if place not in edits:
+        if location not in edits:
             assert np.array_equal(old, new), name
             continue
         changed += 1
         assert np.abs(new - old).max() > 0.01
-        assert np.abs(edits[place](old) - new).max() < 2e-5 * max(1, np.abs(new).max()), name
-        delta = adapter.changes["transformer"][place]
+        assert np.abs(edits[location](old) - new).max() < 2e-5 * max(1, np.abs(new).max()), name
+        delta = adapter.changes["transformer"][location]
         if not delta.merged_only:
             a, b = delta.factors()
             assert np.abs(old + scale * (b @ a) - new).max() < 2e-5 * max(1, np.abs(new).max()), name

@@ -265,8 +265,8 @@ def test_spellings_of_the_text_encoders(golden, tmp_path, component, prefixes, m
         )
     for one in adapters:
         assert one.changes.keys() == {component}
-        (place, delta), (first, other) = (next(iter(each.changes[component].items())) for each in (one, adapters[0]))
-        assert place == first and np.array_equal(delta.full(), other.full())
+        (location, delta), (first, other) = (next(iter(each.changes[component].items())) for each in (one, adapters[0]))
+        assert location == first and np.array_equal(delta.full(), other.full())
     check(golden, tmp_path, None, {name: weight + SCALE * b @ a}, component, adapter=adapters[0])
 
 

@@ -26,8 +26,8 @@ def leaves(net):
     return jax.tree.leaves(net.parts()[1])
 
 
-def t5(place, where, mesh=(1, 1)):
-    return device_weights.DeviceWeights(plans(place)["text_encoder_2"], make_mesh(mesh), np.float32, {}, where)
+def t5(location, where, mesh=(1, 1)):
+    return device_weights.DeviceWeights(plans(location)["text_encoder_2"], make_mesh(mesh), np.float32, {}, where)
 
 
 @pytest.mark.parametrize("where", ["keep", "host", "free"])
@@ -131,16 +131,16 @@ def test_adapters_on_encoders_that_come_and_go(opened, adapters, monkeypatch, wh
     """A sweep over mixes that change the text encoders, which are out of the way in between."""
     monkeypatch.setattr(device_weights, "offload_policy", lambda *_: where)
 
-    def weights(mix, sweep=True):
-        engine, rows = opened([ROW | {"lora": mix}], *arrays(adapters), sweep=sweep)
-        pipeline = engine.pipeline(rows, kept=kept)
+    def weights(lora_weights, sweep=True):
+        spec, rows = opened([ROW | {"lora": lora_weights}], *arrays(adapters), sweep=sweep)
+        pipeline = spec.pipeline(rows, kept=kept)
         values = {name: [np.array(x) for x in jax.tree.leaves(state)] for name, state in states(pipeline).items()}
         pipeline.encoders_out(again=True)
         return pipeline, values
 
     kept = KeptPipeline()
     one, two = {"kohya": 0.8}, {"kohya": 0.4, "lokr": 1.0}
-    swept = [weights(mix) for mix in (one, {}, two, one)]
+    swept = [weights(lora_weights) for lora_weights in (one, {}, two, one)]
     assert len({id(pipeline) for pipeline, _ in swept}) == 1
     for (_, values), (_, same) in ((swept[0], swept[3]), (swept[2], weights(two, sweep=False))):
         assert all(np.array_equal(a, b) for name in values for a, b in zip(values[name], same[name], strict=True))
@@ -153,15 +153,15 @@ def test_adapters_on_encoders_that_come_and_go(opened, adapters, monkeypatch, wh
 def test_encoders_return_once_the_pictures_are_drawn(opened, monkeypatch, where):  # noqa: F811
     """They may need that memory; where they never left, the next texts are encoded behind the pictures."""
     monkeypatch.setattr(device_weights, "offload_policy", lambda *_: where)
-    engine, rows = opened([ROW])
-    pipeline = engine.pipeline(rows)
-    states = prompts.encode(rows, engine.inputs, pipeline, 1)
+    spec, rows = opened([ROW])
+    pipeline = spec.pipeline(rows)
+    states = prompts.encode(rows, spec.inputs, pipeline, 1)
     waited, wait = [], jax.block_until_ready
     monkeypatch.setattr("fluxbatch.generation.pipeline.jax.block_until_ready", lambda x: waited.append(x) or wait(x))
     pipeline.encoders_out(again=True)
     pictures = pipeline.decode(pipeline.denoise(rows, states.batch(rows)), 32, 32)
     del waited[:]
-    prompts.encode(rows, engine.inputs, pipeline, 1)
+    prompts.encode(rows, spec.inputs, pipeline, 1)
     assert any(x is pictures for x in waited) == (where == "free")
 
 
@@ -171,10 +171,10 @@ def test_transformer_and_encoders_take_turns_where_both_do_not_fit(opened, monke
     rows = [ROW | {"prompt": f"prompt {i}", "seed": i} for i in range(2)]
 
     def drawn():
-        engine, resolved = opened(rows, sweep=False)
-        pipeline, made, here = engine.pipeline(resolved), [], []
+        spec, resolved = opened(rows, sweep=False)
+        pipeline, made, here = spec.pipeline(resolved), [], []
         for row in resolved:
-            states = prompts.encode([row], engine.inputs, pipeline, 1)
+            states = prompts.encode([row], spec.inputs, pipeline, 1)
             here.append([pipeline.networks[name].here for name in ("text_encoder_2", "transformer")])
             pipeline.encoders_out(again=True)
             made.append(np.asarray(pipeline.decode(pipeline.denoise([row], states.batch([row])), 32, 32)[0]))

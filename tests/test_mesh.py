@@ -51,8 +51,8 @@ def velocity(shape, *args):
     graph, _ = nnx.split(nnx.eval_shape(make))
     placed = []
     for keys, leaf, value in weights()[1]:
-        place = Placement.of(mesh, value.shape, leaf.get_metadata()["axes"])
-        placed.append((keys, leaf.replace(put(np.asarray(place.arranged(value)), place.final))))
+        placement = Placement.of(mesh, value.shape, leaf.get_metadata()["axes"])
+        placed.append((keys, leaf.replace(put(np.asarray(placement.arranged(value)), placement.final))))
     batch, rope = arguments(*args)
     (img, txt, pooled, t, guidance), rope = (
         [put(x, batch_sharding(mesh)) for x in batch],
@@ -169,8 +169,8 @@ def test_slow_parts_of_an_axis_lie_over_slices():
     ((8, 4), ("mlp", "embed"), (1, 1, 4), P(None, None), P(None, None)),
 ])  # fmt: skip
 def test_where_parameters_lie(shape, axes, mesh, read, final):
-    place = Placement.of(make_mesh(mesh), shape, axes)
-    assert (place.read.spec, place.final.spec) == (read, final)
+    placement = Placement.of(make_mesh(mesh), shape, axes)
+    assert (placement.read.spec, placement.final.spec) == (read, final)
 
 
 def test_axes_that_collide_are_refused():
@@ -178,9 +178,9 @@ def test_axes_that_collide_are_refused():
         Placement.of(make_mesh((1, 1, 1, 2)), (4, 4), ("heads", "mlp"))
 
 
-def test_parts_that_stand_side_by_side_are_dealt_each_by_itself():
-    place = Placement.of(make_mesh((1, 1, 1, 2)), (1, 6), (None, (("heads", 2), ("mlp", 4))))
-    assert place.arranged(np.array([[10, 11, 20, 21, 22, 23]])).tolist() == [[10, 20, 21, 11, 22, 23]]
+def test_parts_that_stand_side_by_side_are_divided_each_by_itself():
+    placement = Placement.of(make_mesh((1, 1, 1, 2)), (1, 6), (None, (("heads", 2), ("mlp", 4))))
+    assert placement.arranged(np.array([[10, 11, 20, 21, 22, 23]])).tolist() == [[10, 20, 21, 11, 22, 23]]
     layout = Layout(make_mesh((1, 1, 2)))
     joined = layout.join((np.arange(2), np.arange(10, 14)), 0, "tokens")
     assert joined.tolist() == [0, 10, 11, 1, 12, 13]
@@ -193,8 +193,8 @@ def test_pairs_become_halves():
     assert pairs.halved(np.arange(12)[None], -1).tolist() == [[0, 2, 4, 1, 3, 5, 6, 8, 10, 7, 9, 11]]
     rows = np.arange(24).reshape(2, 6, 2)
     assert np.array_equal(pairs.paired(pairs.halved(rows, -2), -2), rows)
-    place = Placement.of(make_mesh((1, 1, 1, 2)), (5, 12, 4), (pairs, "embed"))
-    assert place.final.spec == P(None, "tensor", None) and place.pairs == ((-2, pairs),)
+    placement = Placement.of(make_mesh((1, 1, 1, 2)), (5, 12, 4), (pairs, "embed"))
+    assert placement.final.spec == P(None, "tensor", None) and placement.pairs == ((-2, pairs),)
 
 
 ALL = {"ici_fsdp_parallelism": 2, "ici_context_parallelism": 2, "ici_tensor_parallelism": -1}

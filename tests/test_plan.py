@@ -404,21 +404,21 @@ def test_what_makes_it_fit_on_what_is_there(golden):
     def enough(need, **changes):
         return max(phase.total for phase in dataclasses.replace(need, **changes).phases())
 
-    def way(need, **changes):
+    def remedy_of(need, **changes):
         return need.remedy(enough(need, **changes))
 
     need = memory.Situation.of(job, engine, "tpu", [(64, 64)], again=False, devices=jax.devices()[:4])
     divided = dataclasses.replace(engine, mesh=make_mesh((1, 4), devices=jax.devices()[:4]))
-    assert way(need, spec=divided, stay=True) == ("sharding=fsdp",)
-    assert set(way(need, spec=divided, stay=False)) == {"sharding=fsdp", "offload_encoders=true"}
+    assert remedy_of(need, spec=divided, stay=True) == ("sharding=fsdp",)
+    assert set(remedy_of(need, spec=divided, stay=False)) == {"sharding=fsdp", "offload_encoders=true"}
     streaming = dataclasses.replace(engine, stream=True)
-    assert way(dataclasses.replace(need, devices=jax.devices()[:1]), spec=streaming) == ("stream_blocks=true",)
+    assert remedy_of(dataclasses.replace(need, devices=jax.devices()[:1]), spec=streaming) == ("stream_blocks=true",)
     for_both = max(enough(need, spec=streaming), enough(need, spec=divided, stay=False))
     assert set(need.remedy(for_both)) <= {"sharding=fsdp", "offload_encoders=true"} and need.remedy(for_both)
     on_cpu = dataclasses.replace(memory.Situation.of(job, engine, "cpu", [(64, 64)], again=False), stay=True)
-    assert way(on_cpu, stay=False) == ("offload_encoders=free",)
+    assert remedy_of(on_cpu, stay=False) == ("offload_encoders=free",)
     writing = dataclasses.replace(memory.Situation.of(job, engine, "tpu", [(256, 256)], again=False), scores=True)
-    assert way(writing, scores=False) == ("attention=auto",)
+    assert remedy_of(writing, scores=False) == ("attention=auto",)
     scores = 4 * engine.checkpoint.components["transformer"].config.num_attention_heads * (256 // 16) ** 4
     assert (
         writing.phases()[1].activations - dataclasses.replace(writing, scores=False).phases()[1].activations >= scores
@@ -488,6 +488,6 @@ def test_a_place_that_is_not_this_jobs_is_planned_whole(planned, tmp_path):
         ("[]", "what is done cannot be read: "),
     ):
         (tmp_path / "rows/.fluxbatch/job.json").write_text(text)
-        said = planned([{"prompt": "x"}], "target=h100", "run_name=rows")
-        assert f"fluxbatch: every row is planned, as {why}" in said and "rows      1 of" in said
-        assert ('format: "webp" → "png"' in said) == ("webp" in text)
+        output = planned([{"prompt": "x"}], "target=h100", "run_name=rows")
+        assert f"fluxbatch: every row is planned, as {why}" in output and "rows      1 of" in output
+        assert ('format: "webp" → "png"' in output) == ("webp" in text)

@@ -1,4 +1,4 @@
-"""Replicas that share only the output place: dealt evenly, claimed once, taken over, every row once."""
+"""Replicas that share only the output directory: assigned evenly, claimed once, taken over, every row once."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_images_that_were_written_over_are_made_again_by_the_next_start(cli, gol
 
     def beside_another(self, records):
         commit(self, records)
-        other = dict(records[0], id="stranger", key="0" * 32)
+        other = dict(records[0], id="other", key="0" * 32)
         (tmp_path / "run/.fluxbatch/records/other-000001.jsonl").write_text(json.dumps(other) + "\n")
 
     monkeypatch.setattr(Ledger, "commit", beside_another)
@@ -143,10 +143,10 @@ def mixed_rows(count):
 
 
 def imbalance(costs, count):
-    """How much the costliest hand is above the mean; every work_unit is dealt once."""
-    hands = batching.assign_units(costs, count)
-    assert sorted(n for hand in hands for n in hand) == [n for n, cost in enumerate(costs) if cost]
-    loads = [sum(costs[n] for n in hand) for hand in hands]
+    """How much the costliest assignment is above the mean; every work unit is assigned once."""
+    assigned = batching.assign_units(costs, count)
+    assert sorted(n for units in assigned for n in units) == [n for n, cost in enumerate(costs) if cost]
+    loads = [sum(costs[n] for n in units) for units in assigned]
     return max(loads) / (sum(loads) / count) - 1
 
 
@@ -178,8 +178,8 @@ def test_hands_cost_the_same(count):
 
 def test_a_replica_compiles_few_sizes():
     cut = batching.work_units(mixed_rows(30_000), 4, 256)
-    hands = batching.assign_units([sum(map(batching.cost, work_unit)) for work_unit in cut], 16)
-    sizes = [len({(cut[n][0].height, cut[n][0].width) for n in hand}) for hand in hands]
+    assigned = batching.assign_units([sum(map(batching.cost, work_unit)) for work_unit in cut], 16)
+    sizes = [len({(cut[n][0].height, cut[n][0].width) for n in units}) for units in assigned]
     assert sum(sizes) / 16 < 5 < len({(work_unit[0].height, work_unit[0].width) for work_unit in cut})
 
 
@@ -189,15 +189,15 @@ def test_a_million_rows_for_512_replicas(capsys):
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
     cut = batching.work_units(rows, 8, 256)
     costs = [sum(map(batching.cost, work_unit)) for work_unit in cut]
-    dealt, worst = (
+    assigned_at, worst = (
         time.monotonic(),
         max(imbalance(costs, count) for count in (1, 2, 3, 5, 8, 13, 64, 100, 255, 256, 511, 512)),
     )
     now = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with capsys.disabled():
         print(
-            f"\n1,000,000 rows: {len(cut):,} work_units in {dealt - start:.1f} s, 12 deals in "
-            f"{time.monotonic() - dealt:.1f} s,"
+            f"\n1,000,000 rows: {len(cut):,} work units in {assigned_at - start:.1f} s, 12 assignments in "
+            f"{time.monotonic() - assigned_at:.1f} s,"
             f" imbalance at most {worst:.2%}, {(now - before) >> 10} MiB above the rows' own, {now >> 10} MiB in all"
         )
     assert worst <= 0.01
@@ -216,20 +216,20 @@ class Clock:
 
 def party(store, replica, clock=None, start=None, expiry=10.0):
     holder = Holder(replica, start or f"start-{replica}")
-    life = Heartbeat(store, holder, 4e6, "plan")  # it beats when told to
-    life.begin()
-    return life, Claims(store, "plan", holder, expiry, clock or Clock())
+    heartbeat = Heartbeat(store, holder, 4e6, "plan")  # it beats when told to
+    heartbeat.begin()
+    return heartbeat, Claims(store, "plan", holder, expiry, clock or Clock())
 
 
 def test_a_task_is_claimed_once_and_taken_over_when_its_holder_falls_silent():
     store, clock = MemoryStore(), Clock()
-    life, first = party(store, 0)
+    heartbeat, first = party(store, 0)
     _, second = party(store, 1, clock)
     assert first.take("7") and not second.take("7")
     assert second.survey().claimed == {"7": 1}
     for _ in range(5):  # it lives: its sign changes
         assert second.take_over("7", 1) is None
-        life._write(int(clock.now))
+        heartbeat._write(int(clock.now))
         clock.now += 9
     assert second.take_over("7", 1) is None
     clock.now += 10.5
@@ -243,10 +243,10 @@ def test_a_task_is_claimed_once_and_taken_over_when_its_holder_falls_silent():
 
 def test_who_has_ended_or_was_started_anew_is_not_waited_for():
     store = MemoryStore()
-    life, first = party(store, 0)
+    heartbeat, first = party(store, 0)
     _, second = party(store, 1)
     assert first.take("1") and second.take_over("1", 1) is None
-    life.end(75, "drained", {})
+    heartbeat.end(75, "drained", {})
     assert second.take_over("1", 1) == ["start-0"]
     assert json.loads(store.objects[".fluxbatch/replicas/0.json"])["exit_code"] == 75
     assert second.take("2")
@@ -279,8 +279,8 @@ def test_a_replica_of_another_plan_is_met_if_it_lives():
     """Nor one that was killed, one that ended, and one of the same plan are."""
     store = MemoryStore()
     others = {n: Heartbeat(store, Holder(n, f"start-{n}"), 4e6, "plan" if n == 3 else "other plan") for n in (1, 2, 3)}
-    for life in others.values():
-        life.begin()
+    for heartbeat in others.values():
+        heartbeat.begin()
     mine = Heartbeat(store, Holder(0, "start-0"), 0.04, "plan")
     mine.begin()
     others[1].end(75, "drained", {})
@@ -366,7 +366,7 @@ def work_through(store, index, count, rows, pause, dies_after=None, expiry=0.8, 
 
 
 def test_who_wakes_up_after_the_end_draws_nothing_again():
-    """Of its hand, which nobody claims any more as the claims are cleared away."""
+    """Of its queue, which nobody claims any more as the claims are cleared away."""
     store, rows, made = MemoryStore(), mixed_rows(100), []
     ledger = Ledger(store, FACTS, writer_id="asleep-0")
     asleep = assignment.ClaimedShards(
@@ -418,7 +418,7 @@ def test_every_row_once_whoever_dies(seed):
         sorted(set(map(int, made))) == list(range(300)) and len(made) == 300
     )  # nothing that was recorded is drawn again
     status = json.loads(store.objects["status.json"])
-    assert (status["exit_code"], status["counts"]) == (0, {"made": 300}) and "speed" not in status  # of the place
+    assert (status["exit_code"], status["counts"]) == (0, {"made": 300}) and "speed" not in status  # of the run
     signs = {n: json.loads(store.objects[f".fluxbatch/replicas/{n}.json"]) for n in range(5)}
     assert all(signs[n]["speed"] == {"images_per_second": n} for n in ended)
     counts = [signs[n]["counts"] for n in ended]  # who comes late may find all done
@@ -428,7 +428,7 @@ def test_every_row_once_whoever_dies(seed):
 
 
 def test_a_replica_that_works_says_how_far_it_is(monkeypatch):
-    """With its sign of life, which is written anyway, and at once when the first batch is through."""
+    """With its heartbeat, which is written anyway, and at once when the first batch is through."""
     monkeypatch.setattr(progress, "EVERY", 0.0)
     store, rows = MemoryStore(), mixed_rows(40)
     ledger = Ledger(store, FACTS, writer_id="start-0")
@@ -517,7 +517,7 @@ def test_every_row_once_in_a_bucket_that_fails():
     "change", [{"seed": 1}, {"rows": 39}, {"facts": {**FACTS, "weights_dtype": "bfloat16"}}, {"batch_size": 4}], ids=str
 )
 def test_replicas_that_were_not_started_alike_do_not_go_on(change):
-    """Another manifest, configuration or batch under one output place: the later one stops with a line."""
+    """Another manifest, configuration or batch in one output directory: the later one stops with a line."""
 
     def open_(index, seed=0, rows=40, facts=FACTS, batch_size=2):
         rows = [dataclasses.replace(row, seed=row.seed + seed) for row in mixed_rows(rows)]

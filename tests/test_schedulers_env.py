@@ -245,9 +245,9 @@ def tasks_of_two(*indices):
         words = [sys.executable, "-c", MEETING]
         both = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         tasks.append(subprocess.Popen(words, cwd=ROOT, env=env, text=True, **both))
-    said = [task.communicate(timeout=120)[0] for task in tasks]
+    output = [task.communicate(timeout=120)[0] for task in tasks]
     held.close()
-    return [(task.returncode, text) for task, text in zip(tasks, said, strict=True)]
+    return [(task.returncode, text) for task, text in zip(tasks, output, strict=True)]
 
 
 def test_the_tasks_of_a_step_meet():

@@ -214,10 +214,10 @@ def test_a_server_that_is_not_there(monkeypatch):
         plans("http://127.0.0.1:9/flux")
 
 
-@pytest.mark.parametrize("place", ["gs://b/flux", "http://", "gs://", "s3://bucket/flux"])
-def test_no_place_at_all(place):
-    with pytest.raises(UserError, match=f"{place.rstrip('/')}.*: "):
-        plans(place)
+@pytest.mark.parametrize("location", ["gs://b/flux", "http://", "gs://", "s3://bucket/flux"])
+def test_what_is_no_address(location):
+    with pytest.raises(UserError, match=f"{location.rstrip('/')}.*: "):
+        plans(location)
 
 
 # The same damage where files have no local path.
@@ -239,7 +239,7 @@ def absent(data):
 
 @pytest.fixture(params=["file", pytest.param("gs", marks=pytest.mark.slow), "http"])
 def elsewhere(request, golden, made, tmp_path):
-    """Url of a place that holds the checkpoint as ``dev`` and as its ``copy``, and the store to change it there."""
+    """URL of a directory that holds the checkpoint as ``dev`` and as its ``copy``, and the store to change it there."""
     origins = {"dev": golden / "dev", "copy": made}
     if request.param == "gs":
         request.getfixturevalue("gcs")
@@ -272,14 +272,14 @@ def test_damage_elsewhere(elsewhere, made):
 
     chunk = f"copy/{chunks(made)[0].relative_to(made).as_posix()}"
     good, other = store.read(chunk), chunks(made, "transformer/img_in.kernel")[0].read_bytes()
-    told = {
+    expected = {
         None: "is missing",
         flipped: "Digest mismatch",
         absent: "is missing",
         cut: "Digest mismatch|truncated|OUT_OF_RANGE|FAILED_PRECONDITION",
         (lambda _: other): "",
     }
-    for damage, words in told.items():
+    for damage, words in expected.items():
         store.delete(chunk) if damage is None else store.write(chunk, damage(good))
         text = complaint(plans(f"{url}/copy")["transformer"])
         assert text.startswith(f"{name}/copy/{KERNEL}: ") and "(tensor double_blocks[" in text, text

@@ -206,10 +206,10 @@ def test_the_same_parameters(golden, tmp_path, expected, layout, variant):
 
 
 def test_the_same_pictures(golden, tmp_path, cli):
-    places = {"diffusers": golden / "dev"} | {make.__name__: make(golden / "dev", tmp_path / make.__name__)["path"]
+    locations = {"diffusers": golden / "dev"} | {make.__name__: make(golden / "dev", tmp_path / make.__name__)["path"]
                                               for make in (black_forest_labs, converted)}  # fmt: skip
     pictures = []
-    for name, path in places.items():
+    for name, path in locations.items():
         code, err = cli(
             f"pretrained_model_name_or_path={path}",
             f"run_name={name}",
@@ -487,7 +487,7 @@ def test_the_suffix_of_the_first_single_files(golden, tmp_path, expected):
         ]
 
 
-def test_what_is_there_instead_is_said(golden, tmp_path):
+def test_what_is_there_instead_is_named(golden, tmp_path):
     """ComfyUI's folders and files under other names: they are named."""
     comfyui(golden / "dev", tmp_path / "ui")
     (tmp_path / "flat").mkdir()
@@ -636,10 +636,10 @@ def gcs():
 def test_in_a_bucket(golden, gcs, expected):
     """Converted into a bucket, with requests failing, and read from there."""
     gcs.faults.extend(["503", "reset", "429"])
-    place = "gs://bucket/models/dev"
-    converted(golden / "dev", place)
+    location = "gs://bucket/models/dev"
+    converted(golden / "dev", location)
     gcs.faults.extend(["503", "reset"])
-    assert_equal({"vae": expected["dev"]["vae"]}, parameters(place, (1, 4), only="vae"))
-    assert open_checkpoint(model(place)).digest() == open_checkpoint(model(golden / "dev")).digest()
+    assert_equal({"vae": expected["dev"]["vae"]}, parameters(location, (1, 4), only="vae"))
+    assert open_checkpoint(model(location)).digest() == open_checkpoint(model(golden / "dev")).digest()
     with pytest.raises(UserError, match="gs://no-such-bucket/x"):
         plans("gs://no-such-bucket/x")

@@ -109,7 +109,7 @@ def test_wrapped_weights(copy, tmp_path, expected, change):
 def test_two_names_of_one_tensor(copy):
     tensors = load_file(copy / FLUX)
     save_file(tensors | {"_orig_mod.x_embedder.weight": tensors["x_embedder.weight"] + 1}, copy / FLUX)
-    assert "_orig_mod.x_embedder.weight" in (said := complaint(copy)) and "are one tensor of the model" in said
+    assert "_orig_mod.x_embedder.weight" in (output := complaint(copy)) and "are one tensor of the model" in output
 
 
 # ---- variants ----
@@ -128,8 +128,8 @@ def test_weights_that_are_all_of_a_variant(copy, expected):
         copy / FLUX.replace(".safetensors", ".fp16.safetensors"),
         copy / FLUX.replace(".safetensors", ".bf16.safetensors"),
     )
-    said = complaint(copy)
-    assert f"{copy}/transformer: has 2 variants of the weights (bf16, fp16)" in said
+    output = complaint(copy)
+    assert f"{copy}/transformer: has 2 variants of the weights (bf16, fp16)" in output
     for at, component in {"clip": "text_encoder", "t5": "text_encoder_2", "vae": "vae"}.items():
         assert_equal(
             {component: expected[component]}, parameters(GOLDEN / "dev", only=component, **{at: str(copy / component)})
@@ -151,13 +151,13 @@ def test_a_variant_in_parts(copy, expected, part):
     """As diffusers names them, now and formerly."""
     tensors = load_file(copy / FLUX)
     (copy / FLUX).unlink()
-    names, places = sorted(tensors), {}
+    names, locations = sorted(tensors), {}
     for i in range(2):
         file = part.format(f"0000{i + 1}-of-00002")
         save_file({name: tensors[name] for name in names[i::2]}, copy / "transformer" / file)
-        places |= dict.fromkeys(names[i::2], file)
+        locations |= dict.fromkeys(names[i::2], file)
     (copy / "transformer/diffusion_pytorch_model.safetensors.index.fp16.json").write_text(
-        json.dumps({"weight_map": places})
+        json.dumps({"weight_map": locations})
     )
     assert_equal({"transformer": expected["transformer"]}, parameters(copy, only="transformer"))
 
@@ -183,10 +183,10 @@ def test_a_link_to_nothing_is_named(hub, golden, tmp_path):  # noqa: F811
     for name in FILES.values():
         os.remove(cache / name)
         os.symlink("../../../blobs/0123", cache / name)
-        said = complaint(cache)
+        output = complaint(cache)
         assert (
-            f"{cache}/{name}: a link to ../../../blobs/0123, which is not there" in said
-            and "hf download some/flux --force-download" in said
+            f"{cache}/{name}: a link to ../../../blobs/0123, which is not there" in output
+            and "hf download some/flux --force-download" in output
         )
         os.remove(cache / name)
         os.symlink(hub.root / "some/flux" / name, cache / name)
@@ -290,8 +290,10 @@ def test_the_message_names_both(copy, component, name):
     tensors = load_file(copy / FILES[component])
     del tensors[name]
     save_file(tensors, copy / FILES[component])
-    said = complaint(copy)
-    assert f"{FILES[component]}: parameter that no tensor fills: " in said and said.endswith(f": the file lacks {name}")
+    output = complaint(copy)
+    assert f"{FILES[component]}: parameter that no tensor fills: " in output and output.endswith(
+        f": the file lacks {name}"
+    )
 
 
 def test_the_tensor_that_would_give_a_size_is_named(golden, tmp_path):

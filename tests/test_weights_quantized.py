@@ -159,14 +159,14 @@ def test_the_quantization_is_named(golden, tmp_path, name):
     prefixed = file.with_name("prefixed.safetensors")
     save_file({f"model.diffusion_model.{key}": value for key, value in whole.items()}, prefixed)
     for path in (directory, file, prefixed):
-        said = complaint(path)
+        output = complaint(path)
         assert (
-            word in said
-            and re.search(rf"\(tensor \S+\.(?:{sign})[,)]", f"{said}")
-            and find.INSTEAD in said
-            and "expected bfloat16" in said
-        ), said
-        assert str(directory / "transformer" if path == directory else path) in said
+            word in output
+            and re.search(rf"\(tensor \S+\.(?:{sign})[,)]", f"{output}")
+            and find.INSTEAD in output
+            and "expected bfloat16" in output
+        ), output
+        assert str(directory / "transformer" if path == directory else path) in output
 
 
 def test_a_text_encoder_too(golden, tmp_path):
@@ -212,8 +212,8 @@ def test_a_header_names_what_tensors_do_not(golden, tmp_path, key, value, word):
     plans(directory)
     tensors["x_embedder.strange"] = tensors.pop("x_embedder.weight")
     lora_files.save(directory / FLUX, tensors, {key: value})
-    said = complaint(directory)
-    assert f"looks quantized with {word} (its header " in said and key in said and find.INSTEAD in said
+    output = complaint(directory)
+    assert f"looks quantized with {word} (its header " in output and key in output and find.INSTEAD in output
     lora_files.save(directory / FLUX, tensors, {"format": "pt", "quantization": ""})
     with pytest.raises(UserError, match="tensor that the model does not have: x_embedder.strange"):
         plans(directory)
@@ -228,11 +228,11 @@ def test_dtypes_that_only_quantizations_have(golden, tmp_path, dtype, word):
     )
     count = int.from_bytes(data[:8], "little") + len(file.read_bytes()) - len(data)
     file.write_bytes(count.to_bytes(8, "little") + file.read_bytes()[8:])
-    said = complaint(tmp_path / "it")
+    output = complaint(tmp_path / "it")
     assert (
-        f"looks quantized with {word[:4]}" in said.replace("mxfp4 or mxfp8", "mxfp8")
-        and f"of dtype {dtype}" in said
-        and find.INSTEAD in said
+        f"looks quantized with {word[:4]}" in output.replace("mxfp4 or mxfp8", "mxfp8")
+        and f"of dtype {dtype}" in output
+        and find.INSTEAD in output
     )
 
 
@@ -242,11 +242,11 @@ def test_scales_in_blocks(golden, tmp_path):
     tensors = load_file(file)
     rows = len(tensors["img_in.weight"])
     save_file(tensors | {"img_in.weight_scale": zeros(rows, 2, dtype=U8)}, file)
-    said = complaint(file)
+    output = complaint(file)
     assert (
-        f"img_in.weight_scale: a scale of shape [{rows}, 2], uint8, " in said
-        and "quantized in blocks" in said
-        and find.INSTEAD in said
+        f"img_in.weight_scale: a scale of shape [{rows}, 2], uint8, " in output
+        and "quantized in blocks" in output
+        and find.INSTEAD in output
     )
 
 
@@ -257,15 +257,15 @@ def test_gguf_by_any_name(golden, tmp_path):
     """Named as it is, or wrongly; as the model, a component, or all that a directory has."""
     for name in ("flux1-dev-Q4_K_S.gguf", "T5.GGUF"):
         (tmp_path / name).write_bytes(GGUF)
-        said = complaint(tmp_path / name)
+        output = complaint(tmp_path / name)
         assert (
-            said.startswith("model.pretrained_model_name_or_path: ")
-            and "a GGUF file, a quantization" in said
-            and find.INSTEAD in said
+            output.startswith("model.pretrained_model_name_or_path: ")
+            and "a GGUF file, a quantization" in output
+            and find.INSTEAD in output
         )
         assert (
-            "model.t5xxl_model_name_or_path" in (said := complaint(golden / "dev", t5=str(tmp_path / name)))
-            and "GGUF" in said
+            "model.t5xxl_model_name_or_path" in (output := complaint(golden / "dev", t5=str(tmp_path / name)))
+            and "GGUF" in output
         )
     (tmp_path / "flux1.safetensors").write_bytes(GGUF)
     assert f"{tmp_path}/flux1.safetensors: is a GGUF file" in complaint(tmp_path / "flux1.safetensors")
@@ -288,8 +288,8 @@ def test_a_repository_of_gguf_files(hub, golden):  # noqa: F811
         dict(path=golden / "dev", t5="some/gguf"),
         dict(path="some/gguf/flux1-dev-Q4_0.gguf"),
     ):
-        said = complaint(**given)
-        assert "GGUF" in said and "flux1-dev-Q4_0.gguf" in said and find.INSTEAD in said
+        output = complaint(**given)
+        assert "GGUF" in output and "flux1-dev-Q4_0.gguf" in output and find.INSTEAD in output
 
 
 @pytest.mark.parametrize(
@@ -304,8 +304,8 @@ def test_a_repository_of_gguf_files(hub, golden):  # noqa: F811
 def test_what_else_is_called_safetensors(golden, tmp_path, data, word):
     directory = shutil.copytree(golden / "dev", tmp_path / "it")
     (directory / FLUX).write_bytes(data)
-    said = complaint(directory)
-    assert f"{FLUX}: is " in said and word in said
+    output = complaint(directory)
+    assert f"{FLUX}: is " in output and word in output
 
 
 def test_directories_of_other_programs(golden, tmp_path):
