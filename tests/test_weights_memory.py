@@ -90,12 +90,12 @@ def test_a_converted_copy_too(small):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["fluxbatch", "converted"])
-def test_over_the_network_too(tmp_path, web, way):  # noqa: F811
+@pytest.mark.parametrize("method", ["fluxbatch", "converted"])
+def test_over_the_network_too(tmp_path, web, method):  # noqa: F811
     file = written(tmp_path, 0.4)
-    place = file if way == "fluxbatch" else bench.converted(file)
+    place = file if method == "fluxbatch" else bench.converted(file)
     try:
-        for result in bench.in_process(way, f"{web}/{place.relative_to(tmp_path)}", "1,8", devices=8, processes=2):
+        for result in bench.in_process(method, f"{web}/{place.relative_to(tmp_path)}", "1,8", devices=8, processes=2):
             check(result)
             assert result["read"] >= result["owned"]
     finally:

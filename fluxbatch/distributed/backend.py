@@ -46,18 +46,14 @@ def start(platform: str, cache_dir: str | None, writable: bool = True) -> str:
     """
     scheme, remote, _ = (cache_dir or "").partition("://")
     if remote and not (scheme in REMOTE and importlib.util.find_spec(REMOTE[scheme])):
-        raise UserError(
-            f"jax_cache_dir={cache_dir}: expected a local directory, null, or gs://bucket/prefix where gcsfs is "
-            "installed"
-        )
+        wanted = "a local directory, null, or gs://bucket/prefix where gcsfs is installed"
+        raise UserError(f"jax_cache_dir={cache_dir}: expected {wanted}")
     asked, instead = f"hardware={platform}", ""
     if platform != "auto":
         jax.config.update("jax_platforms", PLATFORMS[platform])
     elif variable := next((name for name in ("JAX_PLATFORMS", "JAX_PLATFORM_NAME") if os.environ.get(name)), None):
-        asked, instead = (
-            f"{variable}={os.environ[variable]}",
-            f"; expected a platform of this machine, or {variable} unset for the best there is",
-        )
+        asked = f"{variable}={os.environ[variable]}"
+        instead = f"; expected a platform of this machine, or {variable} unset for the best there is"
     if cache_dir:
         jax.config.update("jax_compilation_cache_dir", cache_dir)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2 if writable else 1e9)

@@ -27,9 +27,7 @@ class Chip:
     @property
     def limit(self) -> int:
         """Bytes that a program may use; of a GPU, JAX takes a part and keeps to it."""
-        from fluxbatch.distributed.backend import (
-            gpu_share,  # with JAX, which the table's readers need not wait for
-        )
+        from fluxbatch.distributed.backend import gpu_share  # with JAX, for which the table's readers need not wait
 
         share = gpu_share() if self.platform == "gpu" else 1.0
         return int(self.memory * share * GIB)
@@ -72,10 +70,8 @@ class Target:
         if self.chip is None:
             return self.name
         many = f" on {self.hosts} hosts" if self.hosts > 1 else ""
-        return (
-            f"{self.name}: {self.chips} × {self.chip.name}{many}, {self.chip.peak:g} TFLOP/s and "
-            f"{self.chip.memory:g} GiB each"
-        )
+        each = f"{self.chip.peak:g} TFLOP/s and {self.chip.memory:g} GiB each"
+        return f"{self.name}: {self.chips} × {self.chip.name}{many}, {each}"
 
 
 def target(name: str) -> Target:

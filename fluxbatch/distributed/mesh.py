@@ -81,9 +81,8 @@ def _filled(sizes: Sequence[int], count: int, what: str, names: Sequence[str]) -
         raise ValueError(f"{' and '.join(automatic)} are both -1: at most one can be automatic")
     fixed = math.prod(size for size in sizes if size != -1)
     if -1 in sizes and count % fixed:
-        raise ValueError(
-            f"{what} cannot be divided by {fixed}: {', '.join(f'{n}={s}' for n, s in zip(names, sizes, strict=False))}"
-        )
+        given = ", ".join(f"{name}={size}" for name, size in zip(names, sizes, strict=False))
+        raise ValueError(f"{what} cannot be divided by {fixed}: {given}")
     return tuple(count // fixed if size == -1 else size for size in sizes)
 
 
@@ -100,10 +99,8 @@ def open_mesh(
     inner, outer = mesh_shape(ici, dcn, len(devices), _slices(devices))
     across, count = math.prod(outer), math.prod(inner) * math.prod(outer)
     if _slices(devices) == 1 and processes % across:
-        raise ValueError(
-            f"dcn_data_parallelism={outer[0]} × dcn_fsdp_parallelism={outer[1]}: {processes} processes cannot be "
-            f"divided by {across}"
-        )
+        given = f"dcn_data_parallelism={outer[0]} × dcn_fsdp_parallelism={outer[1]}"
+        raise ValueError(f"{given}: {processes} processes cannot be divided by {across}")
     if processes > 1 and count != len(devices):
         raise ValueError(
             f"the sharding takes {count} devices, the {processes} processes have {len(devices)}: all must be taken, as "
@@ -249,10 +246,8 @@ class Layout:
         """``x`` with its axes where the table has them, if their sizes divide."""
         if self.mesh is None:
             return x
-        names = [
-            RULES[axis] if axis and self._divides(axis, size) else None
-            for axis, size in zip(axes, x.shape, strict=True)
-        ]
+        sizes = zip(axes, x.shape, strict=True)
+        names = [RULES[axis] if axis and self._divides(axis, size) else None for axis, size in sizes]
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, P(*names)))
 
     def gathered(self, value: jax.Array, axes: Sequence[Axis]) -> jax.Array:

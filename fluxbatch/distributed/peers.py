@@ -107,10 +107,9 @@ def _by_jax(env: Mapping[str, str]) -> Peers | None:
     _check_address(address)
     evidence = f"{ADDRESS}={address}, {COUNT}={count}, {INDEX}={index}"
     by_slurm = "SLURM_STEP_NODELIST" in env and "SLURM_PROCID" in env
-    device = _device(
-        env, "OMPI_COMM_WORLD_LOCAL_RANK" if "OMPI_MCA_orte_hnp_uri" in env else "SLURM_LOCALID" if by_slurm else ""
-    )
-    return Peers(int(str(count)), int(str(index)), evidence, "start them as well", address, device)
+    by_mpi = "OMPI_MCA_orte_hnp_uri" in env
+    local = "OMPI_COMM_WORLD_LOCAL_RANK" if by_mpi else "SLURM_LOCALID" if by_slurm else ""
+    return Peers(int(str(count)), int(str(index)), evidence, "start them as well", address, _device(env, local))
 
 
 def _by_open_mpi(env: Mapping[str, str]) -> Peers | None:
@@ -151,9 +150,8 @@ def _by_slurm(env: Mapping[str, str]) -> Peers | None:
             raise UserError(f"{lacks}: expected srun's environment, or {ALONE} for one process")
         address = f"{_first_host(listed)}:{port or job % 2**12 + 2**16 - 2**12}"
         evidence = f"{evidence}, {nodes}={listed}"
-    return Peers(
-        step or 0, index or 0, evidence, "start it with srun", address, _device(env, "SLURM_LOCALID"), *_AT_ONCE
-    )
+    device = _device(env, "SLURM_LOCALID")
+    return Peers(step or 0, index or 0, evidence, "start it with srun", address, device, *_AT_ONCE)
 
 
 def _by_tpu(env: Mapping[str, str]) -> Peers | None:

@@ -78,10 +78,8 @@ def _scheduled(env: Mapping[str, str]) -> tuple[int | None, int | None]:
             return None, None
         step = (last - first) // (count - 1) if count > 1 else 1
         if (task - first) % step or (last - first) != step * (count - 1):
-            raise UserError(
-                f"SLURM_ARRAY_TASK_ID={task}: expected an evenly spaced array, as --array=0-7, or replica_index and "
-                "replica_count"
-            )
+            wanted = "an evenly spaced array, as --array=0-7, or replica_index and replica_count"
+            raise UserError(f"SLURM_ARRAY_TASK_ID={task}: expected {wanted}")
         return (task - first) // step, count
     if (number("JAX_NUM_PROCESSES") or 1) > 1 or "," in env.get("TPU_WORKER_HOSTNAMES", ""):
         return None, None

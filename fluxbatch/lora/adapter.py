@@ -23,6 +23,7 @@ from fluxbatch.lora.files import Spec, locate, settings_of
 from fluxbatch.lora.formats import KINDS, Site, Target, read_key, split_key
 from fluxbatch.models.family import LoraKeys
 from fluxbatch.types import UserError, public
+from fluxbatch.weights.find import NO_PICKLES
 from fluxbatch.weights.headers import read_header
 from fluxbatch.weights.load import Plan, read_layer
 from fluxbatch.weights.matching import listed, unwrapped
@@ -104,9 +105,7 @@ def read_adapter(spec: Spec, plans: Mapping[str, Plan], keys: LoraKeys, strict: 
     data = source.read(file)
     where = source.path(file)
     if data.startswith(PICKLES) and data[8:9] != b"{":  # a header's length may begin like a pickle
-        raise UserError(
-            f"{spec.key}: {where}: is a pickle whatever its name says; pickled files are not read, they can run code"
-        )
+        raise UserError(f"{spec.key}: {where}: is a pickle whatever its name says; {NO_PICKLES}")
     tensors = read_header(source, file)
     settings = settings_of(source, file, data)
     described = json.dumps([spec.from_pt, settings], sort_keys=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 from fluxbatch.config.schema import Job, shown
 from fluxbatch.types import UserError
-from fluxbatch.weights.find import PICKLED, SUFFIX, SUFFIXES, find, split
+from fluxbatch.weights.find import NO_PICKLES, PICKLED, SUFFIX, SUFFIXES, find, split
 from fluxbatch.weights.source import Source
 
 USUAL = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
@@ -43,28 +43,21 @@ def specs(job: Job) -> list[Spec]:
 def locate(spec: Spec) -> tuple[Source, str]:
     """The directory and the file; UserError if there is none, or it is a pickle."""
     if spec.weight_name is not None and spec.weight_name.endswith(PICKLED):
-        raise UserError(
-            f"{spec.key}: weight_name {spec.weight_name!r}: expected a {SUFFIX} file: pickled files are not read, "
-            "they can run code"
-        )
+        raise UserError(f"{spec.key}: weight_name {spec.weight_name!r}: expected a {SUFFIX} file: {NO_PICKLES}")
     wanted = [spec.weight_name] if spec.weight_name else [f"*{suffix}" for suffix in SUFFIXES]
-    place, _ = find(spec.path, spec.key, None, (*wanted, f"*{PEFT}"), (f"*{PEFT}",))
-    folder, file = split(place)
+    path, _ = find(spec.path, spec.key, None, (*wanted, f"*{PEFT}"), (f"*{PEFT}",))
+    folder, file = split(path)
     if file is not None and spec.weight_name not in (None, file):
         raise UserError(f"{spec.key}: {spec.path!r} is a file; weight_name is {spec.weight_name!r}, expected null")
     source = Source(folder)
-    if file is None:
-        if spec.weight_name is not None:
-            file = spec.weight_name
-        else:
-            held = [name for name in source.files() if name.endswith(SUFFIXES)]
-            chosen = [name for name in USUAL if name in held] or held
-            if len(chosen) != 1:
-                have = f"{len(held)} ({', '.join(held[:5])}{', …' if len(held) > 5 else ''})" if held else "none"
-                raise UserError(
-                    f"{spec.key}: {source.url}: expected one {SUFFIX} file, or weight_name to say which; it has {have}"
-                )
-            file = chosen[0]
+    if file is None and (file := spec.weight_name) is None:
+        held = [name for name in source.files() if name.endswith(SUFFIXES)]
+        chosen = [name for name in USUAL if name in held] or held
+        if len(chosen) != 1:
+            have = f"{len(held)} ({', '.join(held[:5])}{', …' if len(held) > 5 else ''})" if held else "none"
+            one = f"expected one {SUFFIX} file, or weight_name to say which"
+            raise UserError(f"{spec.key}: {source.url}: {one}; it has {have}")
+        file = chosen[0]
     if not source.exists(file):
         raise UserError(f"{spec.key}: {source.path(file)}: not found")
     return source, file
@@ -80,11 +73,8 @@ def settings_of(source: Source, file: str, data: bytes) -> dict[str, dict[str, A
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     text = (header.get("__metadata__") or {}).get("lora_adapter_metadata")
     if name == USUAL[1] and not text and not any(key.endswith(".alpha") for key in header):
-        raise UserError(
-            f"{source.path(beside)}: not found: it says how strong {name} is (a file by any other name, without "
-            "alphas, "
-            "is read with the rank for alpha)"
-        )
+        rank = "a file by any other name, without alphas, is read with the rank for alpha"
+        raise UserError(f"{source.path(beside)}: not found: it says how strong {name} is ({rank})")
     where = f"{source.path(file)}: lora_adapter_metadata"
     by_component: dict[str, dict[str, Any]] = collections.defaultdict(dict)
     try:
@@ -115,9 +105,7 @@ def _sound(settings: dict[str, Any], where: str) -> dict[str, Any]:
         if not sound:
             raise UserError(f"{where}: {key} is {shown(patterns)}, expected numbers by regular expressions")
     if str(start := settings.get("init_lora_weights")).lower().startswith(SPLIT):
-        raise UserError(
-            f"{where}: init_lora_weights is {shown(start)}: made for what this start has left of the model's "
-            "weights, not for them whole; "
-            "expected what PEFT's save_pretrained(path_initial_model_for_weight_conversion=…) makes of it"
-        )
+        made = "made for what this start has left of the model's weights, not for them whole"
+        wanted = "what PEFT's save_pretrained(path_initial_model_for_weight_conversion=…) makes of it"
+        raise UserError(f"{where}: init_lora_weights is {shown(start)}: {made}; expected {wanted}")
     return settings

@@ -63,11 +63,8 @@ def devices(target: Target) -> list[Any]:
         options = {"chip_config_name": "megacore"}
     elif target.chips == 1:
         options = {"chips_per_host_bounds": (1, 1, 1)}
-    return list(
-        topologies.get_topology_desc(
-            platform="tpu", topology_name=f"{target.chip.name}:{target.topology}", **options
-        ).devices
-    )
+    name = f"{target.chip.name}:{target.topology}"
+    return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices)
 
 
 def needs(
@@ -117,10 +114,8 @@ def compiled(job: Job, target: Target, height: int, width: int) -> list[Need]:
         [sys.executable, "-m", "fluxbatch.planning.aot"], input=asked, env=os.environ | ENVIRONMENT, capture_output=True
     )
     if done.returncode:
-        raise UserError(
-            f"target={target.name}: the program cannot be compiled: "
-            f"{done.stderr.decode(errors='replace').strip().splitlines()[-1]}"
-        )
+        reason = done.stderr.decode(errors="replace").strip().splitlines()[-1]
+        raise UserError(f"target={target.name}: the program cannot be compiled: {reason}")
     return [Need(**line) for line in map(json.loads, done.stdout.splitlines())]
 
 

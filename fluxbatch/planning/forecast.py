@@ -63,9 +63,8 @@ class Work:
 
     def generated(self, batches: Sequence[Batch]) -> int:
         """FLOPs of these batches, what fills them up included: a batch takes as many steps as its longest row."""
-        return self.size * self._flops(
-            (*batch.shape, max(row.num_inference_steps for row in batch.rows)) for batch in batches
-        )
+        steps = (max(row.num_inference_steps for row in batch.rows) for batch in batches)
+        return self.size * self._flops((*batch.shape, count) for batch, count in zip(batches, steps, strict=True))
 
     def asked(self, batches: Sequence[Batch]) -> int:
         """FLOPs of the rows alone."""

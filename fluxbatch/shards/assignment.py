@@ -100,9 +100,8 @@ class LocalShards:
         self._speed: Mapping[str, float] = {}
         self._news, self._over = threading.Event(), False
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
-        self.progress = Progress(
-            before, sum(len(batch.rows) for shard in shards for batch in shard.batches), self._report
-        )
+        rows = sum(len(batch.rows) for shard in shards for batch in shard.batches)
+        self.progress = Progress(before, rows, self._report)
 
     def shards(self, drain: Drain) -> Iterator[Shard]:
         return iter(self._shards)

@@ -193,9 +193,8 @@ def check_homes(family: type[Family], model: Model) -> None:
     homes = dict.fromkeys(component.home for other in families() for component in other.components.values())
     for home in homes.keys() - {component.home for component in family.components.values()}:
         if home and (given := getattr(model, home)):
-            raise UserError(
-                f"model.{home}: {given!r}: expected null: nothing of a {family.pipelines[0]} is read from it"
-            )
+            nothing = f"nothing of a {family.pipelines[0]} is read from it"
+            raise UserError(f"model.{home}: {given!r}: expected null: {nothing}")
 
 
 def _wanted(model: Model) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -138,10 +138,9 @@ def _written(root: Source, header: Mapping[str, Any]) -> set[str] | None:
         name = zarr.MARKER if root.exists(zarr.MARKER) else zarr.STARTED
         there = root.json(name)
         if {key: there.get(key) for key in header} != dict(header):
-            raise UserError(
-                f"{root.path(name)}: is of another checkpoint or of other weights_dtype (digest {there.get('digest')}, "
-                f"this one has {header['digest']}): choose another directory or delete it"
-            )
+            digests = f"digest {there.get('digest')}, this one has {header['digest']}"
+            what = f"is of another checkpoint or of other weights_dtype ({digests})"
+            raise UserError(f"{root.path(name)}: {what}: choose another directory or delete it")
         return None if name == zarr.MARKER else set(root.files())
     if (os.path.isdir(root.url) and os.listdir(root.url)) if root.local else root.files():
         raise UserError(f"{root.url}: holds something else: expected a new or empty directory")

@@ -26,8 +26,8 @@ class DeviceWeights:
         self, plan: load.Plan, mesh: jax.sharding.Mesh, dtype: Any, edits: load.Edits, policy: str = "keep",
         attach: Callable[[nnx.Module], None] = lambda module: None,
     ):  # fmt: skip
-        """``dtype``: one for all, or a Precision. ``policy`` for weights that are not needed: keep, host (pinned memory)
-        or free. ``attach`` puts beside the weights what does not come from the checkpoint."""
+        """``dtype``: one for all, or a Precision. ``policy`` for weights that are not needed: keep, host (pinned
+        memory) or free. ``attach`` puts beside the weights what does not come from the checkpoint."""
         self.plan, self.mesh, self.dtype, self.edits, self.policy = plan, mesh, Precision.of(dtype), edits, policy
         self._attach = attach
         self._graph: Any = None

@@ -16,6 +16,7 @@ SUFFIX = ".safetensors"
 SUFFIXES = (SUFFIX, ".sft")
 CONVERTED = "fluxbatch.json"  # lists a converted copy, whose weights have no suffix
 PICKLED = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+NO_PICKLES = "pickled files are not read, they can run code"
 # Redirected elsewhere, and often to be seen with a token only: fetched as what it is
 PAGE = re.compile(
     r"https://huggingface\.co/(?P<repo>[^/?#]+/[^/?#]+)(/(resolve|blob|tree)/(?P<revision>[^/?#]+)(?P<file>/[^?#]+?)?)?/?([?]download=true)?"
@@ -43,7 +44,7 @@ def find(
         name, path = unquote(page["repo"] + (page["file"] or "")), ""
         revision = unquote(page["revision"]) if page["revision"] else revision
     if name.lower().endswith(PICKLED) and not os.path.isdir(path):
-        raise UserError(f"{key}: {name!r}: expected a {SUFFIX} file: pickled files are not read, they can run code")
+        raise UserError(f"{key}: {name!r}: expected a {SUFFIX} file: {NO_PICKLES}")
     if name.lower().endswith(GGUF) and not os.path.isdir(path):
         raise UserError(f"{key}: {name!r}: a GGUF file, a quantization that is not read: {INSTEAD}")
     if "://" in name:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from fluxbatch.config.schema import shown
-from fluxbatch.weights.find import GGUF, INSTEAD
+from fluxbatch.weights.find import GGUF, INSTEAD, NO_PICKLES
 from fluxbatch.weights.source import Tensor
 
 # (what has it, the ends of names that only it has); the first that any tensor bears holds
@@ -59,8 +59,7 @@ DTYPES = {"F4": "fp4", "F6_E2M3": "mxfp6", "F6_E3M2": "mxfp6", "F8_E8M0": "mxfp4
 # What the first bytes of a file that is no safetensors file say it is, whatever its name says
 MAGIC = (
     (b"GGUF", f"is a GGUF file, a quantization that is not read: {INSTEAD}"),
-    (b"PK\x03\x04", "is a pickle whatever its name says; pickled files are not read, they can run code"),
-    (b"\x80\x02\x8a", "is a pickle whatever its name says; pickled files are not read, they can run code"),
+    *((magic, f"is a pickle whatever its name says; {NO_PICKLES}") for magic in (b"PK\x03\x04", b"\x80\x02\x8a")),
     (b"version ", "is a pointer of Git LFS, not the file itself: `git lfs pull` fetches it"),
     *(
         (magic, "is a web page, not the file itself: it must be downloaded anew")

@@ -4,7 +4,7 @@
     python jobs/weights/bench.py --gigabytes 8 --rounds 3
     python jobs/weights/bench.py measure FILE --mesh 1,8      # one load, as JSON
 
-The ways take turns in one process, so that the page cache, memory that the system must first find and the
+The methods take turns in one process, so that the page cache, memory that the system must first find and the
 machine's other work treat them alike; the best of the rounds counts. Memory is measured in fresh processes.
 """
 
@@ -23,7 +23,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 HERE = pathlib.Path(__file__)
-WAYS = ("plain", "safetensors", "fluxbatch", "converted")
+METHODS = ("plain", "safetensors", "fluxbatch", "converted")
 
 
 def anonymous() -> int:
@@ -141,17 +141,22 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(f"127.0.0.1:{args.port}", args.processes, args.index)
     nbytes = os.path.getsize(args.file) if os.path.isfile(args.file) else 0
-    if args.way in ("fluxbatch", "converted"):
+    if args.method in ("fluxbatch", "converted"):
         run, nbytes = fluxbatch(args.file, mesh, args.dtype)
     else:
-        run = {"plain": plain, "safetensors": safetensors}[args.way](args.file)
+        run = {"plain": plain, "safetensors": safetensors}[args.method](args.file)
     jax.device_put(0.0).block_until_ready()
     before = bytes_read()
     with Peak() as peak:
         start = time.perf_counter()
         held = run()
         seconds = time.perf_counter() - start
-    result = {"way": args.way, "seconds": seconds, "gigabytes_per_second": nbytes / seconds / 1e9, "bytes": nbytes}
+    result = {
+        "method": args.method,
+        "seconds": seconds,
+        "gigabytes_per_second": nbytes / seconds / 1e9,
+        "bytes": nbytes,
+    }
     if isinstance(held, list):
         parts = {(i, str(shard.index)): shard.data.nbytes for i, x in enumerate(held) for shard in x.addressable_shards}
         arrays = sum(shard.data.nbytes for x in held for shard in x.addressable_shards)
@@ -160,25 +165,30 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
     return result
 
 
-def compare(places: dict[str, str], rounds: int) -> dict[str, float]:
-    """The least seconds of each way; all files in the page cache."""
+def compare(files: dict[str, str], rounds: int) -> dict[str, float]:
+    """The least seconds of each method; all files in the page cache."""
     import jax
 
-    ways = {"plain": plain(places["plain"]), "safetensors": safetensors(places["safetensors"])}
-    ways |= {way: fluxbatch(places[way], (1, 1), "bfloat16")[0] for way in ("fluxbatch", "converted")}
+    methods = {"plain": plain(files["plain"]), "safetensors": safetensors(files["safetensors"])}
+    methods |= {method: fluxbatch(files[method], (1, 1), "bfloat16")[0] for method in ("fluxbatch", "converted")}
     jax.device_put(0.0).block_until_ready()
-    best = dict.fromkeys(ways, float("inf"))
+    best = dict.fromkeys(methods, float("inf"))
     for _ in range(rounds):
-        for way, run in ways.items():
+        for method, run in methods.items():
             start = time.perf_counter()
             held = run()
-            best[way] = min(best[way], time.perf_counter() - start)
+            best[method] = min(best[method], time.perf_counter() - start)
             del held
     return best
 
 
 def in_process(
-    way: str, path: pathlib.Path | str, mesh: str = "1,1", dtype: str = "bfloat16", devices: int = 1, processes: int = 1
+    method: str,
+    path: pathlib.Path | str,
+    mesh: str = "1,1",
+    dtype: str = "bfloat16",
+    devices: int = 1,
+    processes: int = 1,
 ) -> list[dict]:
     """The measurements of one load in fresh processes, one for each process of the mesh."""
     from fluxbatch.distributed.replica import hold_port
@@ -191,14 +201,14 @@ def in_process(
     with hold_port() as held:
         running = [
             subprocess.Popen(
-                [sys.executable, HERE, "measure", path, "--way", way, "--mesh", mesh, "--dtype", dtype,
+                [sys.executable, HERE, "measure", path, "--method", method, "--mesh", mesh, "--dtype", dtype,
                  "--processes", str(processes), "--index", str(i), "--port", str(held.getsockname()[1])],
                 env=environment, stdout=subprocess.PIPE, text=True)
             for i in range(processes)
         ]  # fmt: skip
         answers = [process.communicate()[0] for process in running]
     if any(process.returncode for process in running):
-        raise RuntimeError(f"{way}: a measurement failed")
+        raise RuntimeError(f"{method}: a measurement failed")
     return [json.loads(answer.splitlines()[-1]) for answer in answers]
 
 
@@ -229,7 +239,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", nargs="?", choices=["measure"])
     parser.add_argument("file", nargs="?")
-    parser.add_argument("--way", choices=WAYS, default="fluxbatch")
+    parser.add_argument("--method", choices=METHODS, default="fluxbatch")
     parser.add_argument("--mesh", default="1,1")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--processes", type=int, default=1)
@@ -248,14 +258,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         file = pathlib.Path(folder, "flux1-random.safetensors")
         size = random_model.write(file, random_model.flux_shapes(*random_model.shape_of(args.gigabytes)))
-        places = {way: str(file) for way in WAYS} | {"converted": str(converted(file))}
-        memory = {way: in_process(way, pathlib.Path(places[way]))[0]["extra"] for way in WAYS[1:]}
+        files = {method: str(file) for method in METHODS} | {"converted": str(converted(file))}
+        memory = {method: in_process(method, pathlib.Path(files[method]))[0]["extra"] for method in METHODS[1:]}
         (sharded,) = in_process("fluxbatch", file, "1,8", devices=8)
-        best = compare(places, args.rounds)
+        best = compare(files, args.rounds)
         print(f"{size / 1e9:.2f} GB of bfloat16, best of {args.rounds}, {os.cpu_count()} cores")
-        for way, seconds in best.items():
-            extra = f"{memory[way] / 2**20:8.0f} MiB over the arrays" if way in memory else ""
-            print(f"{way:12} {size / seconds / 1e9:6.2f} GB/s  {best['plain'] / seconds:5.2f} × plain {extra}")
+        for method, seconds in best.items():
+            extra = f"{memory[method] / 2**20:8.0f} MiB over the arrays" if method in memory else ""
+            print(f"{method:12} {size / seconds / 1e9:6.2f} GB/s  {best['plain'] / seconds:5.2f} × plain {extra}")
         print(
             f"{'8 devices':12} {sharded['gigabytes_per_second']:6.2f} GB/s  {sharded['extra'] / 2**20:.0f} MiB over "
             "the arrays, "
