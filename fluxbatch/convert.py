@@ -9,6 +9,7 @@ from typing import NoReturn
 from omegaconf import MISSING
 
 from fluxbatch.config import application
+from fluxbatch.config.checks import adapter_paths
 from fluxbatch.config.schema import DType, Job, shown
 from fluxbatch.types import Exit, UserError, at_home
 
@@ -20,18 +21,15 @@ class Convert(Job):
 
 def convert(job: Convert) -> int:
     """Writes the copy; ``pretrained_model_name_or_path=<to>`` reads it."""
-    from fluxbatch.lora.files import specs
     from fluxbatch.reporting.terminal import Report
     from fluxbatch.weights import convert as weights
     from fluxbatch.weights.checkpoint import open_checkpoint
     from fluxbatch.weights.precision import EIGHT_BITS
     from fluxbatch.weights.zarr import dtype_of
 
-    if adapters := specs(job):
-        raise UserError(
-            f"{adapters[0].key}: {adapters[0].path!r}: expected no adapter: a copy is of the checkpoint alone, and "
-            "is used with any adapter"
-        )
+    for key, path in adapter_paths(job):
+        why = "a copy is of the checkpoint alone, and is used with any adapter"
+        raise UserError(f"{key}: {path!r}: expected no adapter: {why}")
     if (name := job.hardware.weights_dtype.name) in EIGHT_BITS:
         dtypes = ", ".join(kind.name for kind in DType)
         raise UserError(

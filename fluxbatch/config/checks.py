@@ -202,6 +202,11 @@ def _paths(job: Job) -> Iterator[tuple[str, str]]:
     for key, value in vars(job.model).items():
         if key.endswith("_name_or_path"):
             yield f"model.{key}", value or ""
+    yield from adapter_paths(job)
+
+
+def adapter_paths(job: Job) -> Iterator[tuple[str, str]]:
+    """The key and the path of every adapter."""
     for name, adapter in job.lora.items():
         yield f"lora.{name}.path", adapter.path
     for i, path in enumerate(job.lora_config.lora_model_name_or_path):
