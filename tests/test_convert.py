@@ -139,12 +139,12 @@ def test_the_command(golden, tmp_path, monkeypatch, capsys):
 
     # where it cannot go, and what cannot go with it
     monkeypatch.chdir(tmp_path)
-    for location in ("''", "' '", "http://host/flux", "https://host/flux", "s3://bucket/flux", "gs:///flux"):
+    for location in ("''", "' '", "http://host/flux", "https://host/flux", "s3:///flux", "gs:///flux"):
         code, output = call(base, f"to={location}")
         assert (
             code == 2
             and "to=" in output.err
-            and "expected a directory or gs://bucket/prefix" in output.err
+            and "expected a directory, gs://bucket/prefix or s3://bucket/prefix" in output.err
             and len(output.err.splitlines()) == 1
         )
     one = {
