@@ -158,6 +158,38 @@ def test_autoencoder(generate, tmp_path, options):
     close(call(half(autoencoder.Encoder, table=keys.VAE_ENCODER_DIFFUSERS), jnp.asarray(last(image))), last(encoded))
 
 
+def test_autoencoder_of_bfl(generate, tmp_path):
+    """Black Forest Labs' file as diffusers converts such files, at the published sizes."""
+    from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline
+    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+    from safetensors.torch import save_file
+
+    model = AutoencoderKLFlux2(**test_flux2.VAE)
+    generate.loud(model, 0.02, torch.Generator().manual_seed(0))
+    shapes, g = test_flux2.bfl_vae("encoder") | test_flux2.bfl_vae("decoder"), torch.Generator().manual_seed(1)
+    bfl = {
+        name: (1 if "norm" in name and name.endswith("weight") else 0) + 0.02 * torch.randn(shape, generator=g)
+        for name, shape in shapes.items()
+    }
+    statistics = {name: value for name, value in model.state_dict().items() if name.startswith("bn.")}
+    save_file(bfl | statistics, tmp_path / "ae.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(dict(model.config)))
+    named = {name.replace("encoder.quant", "quant").replace("decoder.post", "post"): x for name, x in bfl.items()}
+    model.load_state_dict(convert_ldm_vae_checkpoint(named, dict(model.config)) | statistics)
+    patches, image = torch.randn(1, 128, 2, 3, generator=g), torch.randn(1, 3, 32, 48, generator=g)
+    mean, std = (
+        x.view(1, -1, 1, 1)
+        for x in (model.bn.running_mean, torch.sqrt(model.bn.running_var + model.config.batch_norm_eps))
+    )
+    with torch.no_grad():
+        decoded = model.decode(Flux2KleinPipeline._unpatchify_latents(patches * std + mean)).sample
+        encoded = (Flux2KleinPipeline._patchify_latents(model.encode(image).latent_dist.mode()) - mean) / std
+    last = lambda x: x.permute(0, 2, 3, 1).numpy()  # noqa: E731
+    half = functools.partial(opened, tmp_path, config=autoencoder.Flux2VaeConfig, stem="ae")
+    close(call(half(autoencoder.Decoder, table=keys.vae_decoder_bfl(4)), jnp.asarray(last(patches))), last(decoded))
+    close(call(half(autoencoder.Encoder, table=keys.VAE_ENCODER_BFL), jnp.asarray(last(image))), last(encoded))
+
+
 def test_noise_and_schedule():
     from diffusers import FlowMatchEulerDiscreteScheduler
     from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
