@@ -20,6 +20,7 @@ import pytest
 from conftest import images, metadata, xla_flags
 
 from fluxbatch.results.image_files import decode, pixel_sha256
+from fluxbatch.storage.registry import open_store
 
 ROWS, BATCH = 600, 8  # rows for a second and more: whoever interferes must not come too late
 IN_BUCKET = 200  # where each takes longer
@@ -160,11 +161,44 @@ def test_sigkill_at_random_instants_with_shards(place, container):
     assert landed >= KILLS // 4, "most runs had ended before they were killed"
 
 
+@pytest.mark.parametrize("container", ["webdataset", *(["parquet"] if KILLS > 4 else [])])
+def test_sigkill_on_cloud_storage_with_shards(place, container, tmp_path):
+    """In a bucket that fails one request in ten."""
+    gcs_faults = pytest.importorskip("gcs_faults")
+    rows = (place / "rows.jsonl").read_text().splitlines()[:40]
+    (place / "fewer.jsonl").write_text("\n".join(rows) + "\n")
+    ids = {json.loads(row)["id"] for row in rows}
+    whole = {r["id"]: r["sha256"] for r in metadata(place / "whole") if r["id"] in ids}
+    options = {"output_dir": "gs://bucket/out", "manifest": place / "fewer.jsonl", "output": container}
+
+    def there():
+        return [name for name in store.list() if name.startswith("shard-")]
+
+    def found():
+        for name in there():
+            (tmp_path / name).write_bytes(store.read(name))
+        inside = shard_rows(tmp_path)
+        assert len(inside) == len(dict(inside)) and dict(inside).items() <= whole.items()
+        return dict(inside)
+
+    with gcs_faults.serve(rate=0.1):
+        store = open_store("gs://bucket/out/run")
+        for n in range(max(1, KILLS // 4)):
+            process = start(place, "run", rows_per_shard=8, **options)
+            wait_until(process, lambda: len(there()) > n % 4)  # noqa: B023
+            process.kill()
+            process.wait()
+            found()
+        assert start(place, "run", rows_per_shard=8, **options).wait() == 0
+        assert found() == whole
+        assert {json.loads(line)["id"] for line in store.read("metadata.jsonl").splitlines()} == ids
+        assert not list(store.list(".fluxbatch/spool/"))
+
+
 @pytest.mark.parametrize("rate", [0.0, 0.1], ids=["a bucket", "a bucket that fails one request in ten"])
 @pytest.mark.parametrize(("scheme", "server"), [("gs", "gcs_faults"), ("s3", "s3_faults")])
 def test_sigkill_on_cloud_storage(place, scheme, server, rate):
     server, out = pytest.importorskip(server), f"{scheme}://bucket/out"
-    from fluxbatch.storage.registry import open_store
 
     rows = (place / "rows.jsonl").read_text().splitlines()[:IN_BUCKET]
     (place / "few.jsonl").write_text("\n".join(rows) + "\n")
