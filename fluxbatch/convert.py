@@ -39,7 +39,7 @@ def convert(job: Convert) -> int:
     if not to.strip() or "\0" in to or re.match(r"(?!(?:gs|s3)://[^/]|file://)\w+://", to):
         raise UserError(f"to={shown(job.to)}: expected a directory, gs://bucket/prefix or s3://bucket/prefix")
     checkpoint = open_checkpoint(job.model)
-    total = sum(component.plan().nbytes for component in checkpoint.components.values())
+    total = sum(component.whole_plan().nbytes for component in checkpoint.components.values())
     with Report().bar(total, "converting", "B", unit_scale=True) as bar:
         new = weights.convert(checkpoint, to, dtype_of(job.hardware.weights_dtype.name), bar.update)
     print(f"{'written' if new else 'complete already'}: {to}")

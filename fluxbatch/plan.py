@@ -38,6 +38,7 @@ class PlanJob(Job):
 def plan(job: PlanJob) -> int:
     """Prints the plan."""
     from fluxbatch.generation.model_spec import open_model_spec
+    from fluxbatch.manifest.pictures import inspect
     from fluxbatch.manifest.rows import read_rows
     from fluxbatch.planning import forecast
     from fluxbatch.reporting import startup_warnings
@@ -48,7 +49,9 @@ def plan(job: PlanJob) -> int:
     target, devices = _machine(job)
     spec = open_model_spec(job, target.platform, devices, target.hosts, open_or_known)
     given, rejects = read_rows(job, size_multiple=spec.size_multiple)
+    given, rejects = inspect(given, rejects, quarantine=job.manifest_errors.name == "quarantine")
     rows = spec.resolve(given)
+    spec = spec.reading(rows)
     for line in startup_warnings.mixed(spec, given):
         print(f"fluxbatch: {line}", file=sys.stderr)
     for line in forecast.lines(

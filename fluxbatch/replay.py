@@ -8,6 +8,7 @@ say where things are, ``hardware`` and ``sharding`` may be given anew.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from dataclasses import dataclass
@@ -18,11 +19,12 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import MISSING, OmegaConf
 
 from fluxbatch.config import application
-from fluxbatch.config.schema import DType, Job, WeightsDType, shown
+from fluxbatch.config.schema import DType, Job, WeightsDType, manifests, shown
+from fluxbatch.manifest.fields import located
 from fluxbatch.results.resume import levels, mix
 from fluxbatch.storage.base import Store
 from fluxbatch.storage.registry import open_store
-from fluxbatch.types import Exit, Row, UserError
+from fluxbatch.types import Exit, Picture, Row, UserError
 
 # Where things are, and how they are computed here: may be another than when the row was made
 ANEW = re.compile(
@@ -49,6 +51,7 @@ def replay(job: ReplayJob) -> int:
     from fluxbatch.distributed import backend
     from fluxbatch.generation import prompts
     from fluxbatch.generation.model_spec import open_model_spec
+    from fluxbatch.generation.pictures import prepare
     from fluxbatch.results.damage import fault_of
     from fluxbatch.results.image_files import decode, pixel_sha256
     from fluxbatch.results.ledger import METADATA, read_records
@@ -91,12 +94,19 @@ def replay(job: ReplayJob) -> int:
     for line in difference(facts, spec.facts):
         print(f"changed since: {line}")
     # all rows decide how adapters are applied, as they did then
-    pipeline = spec.pipeline(spec.resolve([_row(record) for record in records]))
+    folder = next(iter(manifests(recorded)), "").rpartition("/")[0]
+    made_of = {id(each): _row(each, folder) for each in records}
+    resolved = spec.resolve(list(made_of.values()))
+    spec = spec.reading(resolved)
+    pipeline = spec.pipeline(resolved)
+    (row,) = spec.resolve([made_of[id(record)]])
     # by the same programs: rounding is another in a batch of another size
-    rows = [_row(record)] * (spec.data_parallel_size * recorded.sharding.per_device_batch_size)
+    rows = [row] * (spec.data_parallel_size * recorded.sharding.per_device_batch_size)
     states = prompts.encode(rows, spec.inputs, pipeline, len(rows))
     pipeline.encoders_out(again=False)
-    pixels, finite = pipeline.decode(pipeline.denoise(rows, states.batch(rows)), record["height"], record["width"])
+    prepared = [prepare(rows[0], spec.family)] * len(rows) if rows[0].pictures else None
+    latents = pipeline.denoise(rows, states.batch(rows), prepared)
+    pixels, finite = pipeline.decode(latents, record["height"], record["width"])
     made = np.asarray(pixels)[0]
     if not np.asarray(finite)[0]:
         print(f"{job.id}: not finite this time")
@@ -183,8 +193,24 @@ def _recorded(
     return recorded
 
 
-def _row(record: dict[str, Any]) -> Row:
-    return Row(**{key: record[key] for key in OF_A_ROW}, lora=tuple(sorted(mix(record).items())), sigmas=levels(record))
+def _row(record: dict[str, Any], folder: str) -> Row:
+    """``folder``: where the manifest lies, in which relative paths of pictures begin."""
+    pictures = {
+        field: tuple(Picture(**each, url=located(each["path"], folder)) for each in found)
+        for field, found in json.loads(record.get("inputs") or "{}").items()
+    }
+    return Row(
+        **{key: record[key] for key in OF_A_ROW},
+        lora=tuple(sorted(mix(record).items())),
+        sigmas=levels(record),
+        negative_prompt=record.get("negative_prompt"),
+        negative_prompt_2=record.get("negative_prompt_2"),
+        true_cfg_scale=record.get("true_cfg_scale") or 1.0,
+        strength=1.0 if record.get("strength") is None else record["strength"],
+        image=pictures.get("image", ()),
+        mask_image=next(iter(pictures.get("mask_image", ())), None),
+        control_image=next(iter(pictures.get("control_image", ())), None),
+    )
 
 
 def main() -> NoReturn:

@@ -7,7 +7,7 @@ import enum
 import os
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 
 class Exit(enum.IntEnum):
@@ -52,6 +52,40 @@ def at_home(key: str, path: str) -> str:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Picture:
+    """A picture that a row reads."""
+
+    path: str  # as the row has it
+    url: str  # where it lies: an absolute path, or an address
+    sha256: str = ""  # of the file
+    height: int = 0  # pixels, as it is seen
+    width: int = 0
+
+
+class Mode(NamedTuple):
+    """What of a row shapes its programs besides height and width: rows of one batch have the same."""
+
+    negative: bool = False  # led away from a negative prompt: two evaluations a step
+    start: bool = False  # begins with its image, noised as far as ``strength`` says
+    mask: bool = False  # keeps what lies outside its mask
+    references: tuple[tuple[int, int], ...] = ()  # heights and widths of pictures that are read as more image tokens
+
+    @property
+    def reads_pictures(self) -> bool:
+        return self.start or self.mask or bool(self.references)
+
+    def __str__(self) -> str:
+        """In a plan, behind the size."""
+        words = {"from an image": self.start, "with a mask": self.mask, "with a negative prompt": self.negative}
+        count = len(self.references)
+        read = [f"{count} reference{'s' if count > 1 else ''}"] if count else []
+        return "".join(f", {word}" for word in (*(word for word, holds in words.items() if holds), *read))
+
+
+PLAIN = Mode()  # text to image
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Row:
     """One image to make, with every parameter resolved. An image is a function of its Row.
 
@@ -70,10 +104,37 @@ class Row:
     guidance_scale: float
     lora: tuple[tuple[str, float], ...] | None = None  # adapter → scale; None: the job's own
     sigmas: tuple[float, ...] = ()  # noise levels before the shift, one a step; none: the schedule's own
+    negative_prompt: str | None = None  # what guidance leads away from; None: nothing
+    negative_prompt_2: str | None = None  # the same for the second text encoder
+    true_cfg_scale: float = 1.0  # how far, in a model that also has its guidance embedded
+    image: tuple[Picture, ...] = ()
+    mask_image: Picture | None = None  # white where the image is to be drawn anew
+    control_image: Picture | None = None
+    strength: float = 1.0  # how much of the start picture is noise: the share of the steps that are taken
+    sized: bool = True  # whether height and width were asked for; else a row with an image has its size
+    mode: Mode = PLAIN  # as the checkpoint's family decides
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # unknown fields, kept
     named: bool = True  # whether the manifest gave the id (else it is the index)
     where: str = ""  # "prompts.jsonl:12", for messages
     given: frozenset[str] = frozenset()  # the fields that the manifest gave, which no setting of the job decides
+
+    @property
+    def first_step(self) -> int:
+        """Steps that are left out, as the image begins with a picture. Rounded as diffusers rounds."""
+        steps = self.num_inference_steps
+        return int(max(steps - min(steps * self.strength, steps), 0)) if self.mode.start else 0
+
+    @property
+    def steps(self) -> int:
+        """Steps that are taken."""
+        return self.num_inference_steps - self.first_step
+
+    @property
+    def pictures(self) -> dict[str, tuple[Picture, ...]]:
+        """What the row reads, by field."""
+        single = {"mask_image": self.mask_image, "control_image": self.control_image}
+        found = {"image": self.image} | {key: (picture,) for key, picture in single.items() if picture}
+        return {key: pictures for key, pictures in found.items() if pictures}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -82,10 +143,15 @@ class Batch:
 
     rows: tuple[Row, ...]
     size: int
+    pictures: tuple[Mapping[str, Any], ...] = ()  # what each row reads of its pictures, as the family prepares it
 
     @property
     def shape(self) -> tuple[int, int]:
         return self.rows[0].height, self.rows[0].width
+
+    @property
+    def mode(self) -> Mode:
+        return self.rows[0].mode
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -49,7 +49,7 @@ def run(graph, method, state, *args):
 
 @functools.partial(jax.jit, static_argnums=0)
 def velocity(graph, state, x, words, mod, step, rope, refs):
-    return nnx.merge(graph, state)._velocity(x, words, jax.tree.map(lambda m: m[:, step], mod), rope, refs)
+    return nnx.merge(graph, state).velocity(x, words, jax.tree.map(lambda m: m[:, step], mod), rope, refs)
 
 
 @dataclasses.dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
 import json
@@ -420,7 +421,8 @@ def test_full_size_names_and_shapes(part, size):
         count = sum(p.numel() for p in model.parameters())
         assert count == test_flux2.COUNTS[size] == sum(x.size for x in jax.tree.leaves(plan.state))
     renamed = next(name for name in found if "norm" in name or "bn." in name)
-    wrong = {("new_" if name == renamed else "") + name: tensor for name, tensor in found.items()}
+    new = {"new_" + renamed: dataclasses.replace(found[renamed], name="new_" + renamed)}
+    wrong = new | {name: tensor for name, tensor in found.items() if name != renamed}
     with pytest.raises(UserError, match=re.escape("new_" + renamed)):
         load.plan(lambda rngs: module(cfg, rngs=rngs), wrong, table, Source("/"))
 

@@ -21,6 +21,7 @@ from fluxbatch.models.autoencoder import Decoder, VaeConfig
 from fluxbatch.models.flux1.definition import Flux1, PromptEmbeds
 from fluxbatch.models.flux1.transformer import Flux, FluxConfig, rope_table, timestep_embedding
 from fluxbatch.models.schedulers import FlowMatchEuler
+from fluxbatch.types import PLAIN
 
 FLUX = FluxConfig(16, 16, 2, 3, 4, 16, 24, 16, True, (4, 6, 6))
 
@@ -56,7 +57,7 @@ def test_steps_with_modulation_made_before_are_the_plain_steps(flux):
     ]
     rng = np.random.default_rng(2)
     text, pooled = (rng.normal(size=shape).astype(np.float32) for shape in ((3, 5, 24), (3, 16)))
-    found = np.asarray(whole.denoise(rows, PromptEmbeds(text, pooled)))
+    found = np.asarray(whole.denoise(rows, [PromptEmbeds(text, pooled)]))
     assert whole._denoise._cache_size() == whole._step_inputs._cache_size() == 1
     velocity = jax.jit(flux)
     rope = rope_table(5, 3, 2, FLUX.axes_dims_rope)
@@ -88,9 +89,9 @@ def test_a_wait_for_the_decoder_is_no_work_of_the_denoiser(flux):
     one = pipeline.Pipeline(family(), networks, make_mesh((1, 1)), "float32", schedule, observer)
     compiled = Future()
     compiled.set_result([])
-    one._compiled = {(part, 12, 8): compiled for part in ("denoise", "decode")}
+    one._compiled = {("denoise", 12, 8, PLAIN): compiled, ("decode", 12, 8): compiled}
     row = plain.row(0, height=12, width=8, num_inference_steps=1)
-    latents = one.denoise([row], PromptEmbeds(np.zeros((1, 5, 24), np.float32), np.zeros((1, 16), np.float32)))
+    latents = one.denoise([row], [PromptEmbeds(np.zeros((1, 5, 24), np.float32), np.zeros((1, 16), np.float32))])
     one.decode(latents, 12, 8)
     assert observer.seen == ["compiling", "drawing", "compiling", "drawing"]
 

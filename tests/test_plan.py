@@ -27,7 +27,7 @@ from fluxbatch.models.flux1.clip import ClipConfig
 from fluxbatch.models.flux1.t5 import T5Config
 from fluxbatch.models.flux1.transformer import Flux, FluxConfig
 from fluxbatch.planning import aot, memory
-from fluxbatch.types import Row, UserError
+from fluxbatch.types import PLAIN, Row, UserError
 from fluxbatch.weights import load
 
 DEV = FluxConfig(64, 64, 19, 38, 24, 128, 4096, 768, True, (16, 56, 56))
@@ -293,7 +293,8 @@ def test_memory_against_the_compiler(side, images):
     )
     job, engine = opened("flux-mini", *args)
     phases = {
-        phase.name: phase for phase in memory.Situation.of(job, engine, "cpu", [(side, side)], again=False).phases()
+        phase.name: phase
+        for phase in memory.Situation.of(job, engine, "cpu", [(side, side, PLAIN)], again=False).phases()
     }
     needs = {need.name: need for need in aot.needs(engine, images, side, side)}
     for name, phase in phases.items():
@@ -385,7 +386,7 @@ def test_what_makes_it_fit(golden):
     job, engine = opened(
         golden / "dev", "resolution=64", "per_device_batch_size=4", "offload_encoders=false", "max_sequence_length=24"
     )
-    need = memory.Situation.of(job, engine, "tpu", [(64, 64)], again=False)
+    need = memory.Situation.of(job, engine, "tpu", [(64, 64, PLAIN)], again=False)
     largest = max(phase.total for phase in need.phases())
     assert need.remedy(largest) != () and need.remedy(1000) == ()
     assert need.remedy(largest - 1) in {("offload_encoders=true",), ("per_device_batch_size=1",)}
@@ -407,7 +408,7 @@ def test_what_makes_it_fit_on_what_is_there(golden):
     def remedy_of(need, **changes):
         return need.remedy(enough(need, **changes))
 
-    need = memory.Situation.of(job, engine, "tpu", [(64, 64)], again=False, devices=jax.devices()[:4])
+    need = memory.Situation.of(job, engine, "tpu", [(64, 64, PLAIN)], again=False, devices=jax.devices()[:4])
     divided = dataclasses.replace(engine, mesh=make_mesh((1, 4), devices=jax.devices()[:4]))
     assert remedy_of(need, spec=divided, stay=True) == ("sharding=fsdp",)
     assert set(remedy_of(need, spec=divided, stay=False)) == {"sharding=fsdp", "offload_encoders=true"}
@@ -415,9 +416,11 @@ def test_what_makes_it_fit_on_what_is_there(golden):
     assert remedy_of(dataclasses.replace(need, devices=jax.devices()[:1]), spec=streaming) == ("stream_blocks=true",)
     for_both = max(enough(need, spec=streaming), enough(need, spec=divided, stay=False))
     assert set(need.remedy(for_both)) <= {"sharding=fsdp", "offload_encoders=true"} and need.remedy(for_both)
-    on_cpu = dataclasses.replace(memory.Situation.of(job, engine, "cpu", [(64, 64)], again=False), stay=True)
+    on_cpu = dataclasses.replace(memory.Situation.of(job, engine, "cpu", [(64, 64, PLAIN)], again=False), stay=True)
     assert remedy_of(on_cpu, stay=False) == ("offload_encoders=free",)
-    writing = dataclasses.replace(memory.Situation.of(job, engine, "tpu", [(256, 256)], again=False), scores=True)
+    writing = dataclasses.replace(
+        memory.Situation.of(job, engine, "tpu", [(256, 256, PLAIN)], again=False), scores=True
+    )
     assert remedy_of(writing, scores=False) == ("attention=auto",)
     scores = 4 * engine.checkpoint.components["transformer"].config.num_attention_heads * (256 // 16) ** 4
     assert (
@@ -427,7 +430,7 @@ def test_what_makes_it_fit_on_what_is_there(golden):
 
 def test_a_transformer_that_does_not_fit_beside_the_encoders_makes_room(golden):
     job, engine = opened(golden / "dev", "resolution=64", "max_sequence_length=24", "offload_encoders=true")
-    need = memory.Situation.of(job, engine, "tpu", [(64, 64)], again=True)
+    need = memory.Situation.of(job, engine, "tpu", [(64, 64, PLAIN)], again=True)
     together = need.phases()[0].weights
     assert not dataclasses.replace(need, limit=2 * together).takes_turns
     tight = dataclasses.replace(need, limit=together)

@@ -510,8 +510,8 @@ def test_what_is_there_instead_is_named(golden, tmp_path):
 def test_tokenizers_of_single_files(golden, tmp_path):
     """They come without: beside them, else from the public repositories that have FLUX.1's (offline here)."""
     from fluxbatch.models.flux1.definition import Flux1
-    from fluxbatch.weights.checkpoint import find_tokenizer
     from fluxbatch.weights.source import Source
+    from fluxbatch.weights.tokenizer_files import find_tokenizer
 
     beside = Source(str(golden / "dev/tokenizer"))
     nothing = Source(str(tmp_path / "tokenizer"))

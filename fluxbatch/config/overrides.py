@@ -28,7 +28,13 @@ from fluxbatch.types import UserError
 
 # The headings under which the parameters are documented are accepted as groups of bare names.
 HEADINGS = ("generation", "flow_matching", "performance", "parallelism", "system")
-PROMPTS = ("prompt", "prompt_2", "prompt_template")  # a comma or a ${ in these is text
+PROMPTS = (
+    "prompt",
+    "prompt_2",
+    "negative_prompt",
+    "negative_prompt_2",
+    "prompt_template",
+)  # in these , and ${ are text
 # What Hydra's authors publish besides
 PLUGINS = {"sweeper": ("optuna", "ax", "nevergrad"), "launcher": ("joblib", "submitit", "ray", "rq")}
 # What keys are called elsewhere, by hand and in other tools
@@ -36,7 +42,7 @@ USUAL = {
     name: key
     for key, names in {
         "num_inference_steps": "steps step num_steps n_steps sampling_steps inference_steps denoising_steps iterations",
-        "guidance_scale": "guidance cfg cfg_scale guidance_weight distilled_guidance true_cfg_scale",
+        "guidance_scale": "guidance cfg cfg_scale guidance_weight distilled_guidance",
         "resolution": "size res image_size img_size dim pixels",
         "width": "w",
         "height": "h",

@@ -95,6 +95,8 @@ class Model:
 class Sampler:
     num_inference_steps: int = MISSING
     guidance_scale: float = MISSING
+    true_cfg_scale: float = MISSING
+    strength: float = MISSING
     resolution: int = MISSING
     height: int | None = MISSING  # None: the resolution
     width: int | None = MISSING
@@ -179,6 +181,11 @@ class Job:
     lora_config: LoraConfig = field(default_factory=LoraConfig)
     prompt: str | None = MISSING
     prompt_2: str | None = MISSING
+    negative_prompt: str | None = MISSING
+    negative_prompt_2: str | None = MISSING
+    image: Any = MISSING  # a path or address, or a list of them
+    mask_image: str | None = MISSING
+    control_image: str | None = MISSING
     manifest: Any = MISSING  # a path or a pattern, a list of those, - for standard input, or None
     prompt_column: str | None = MISSING  # of a TSV/CSV or JSONL; None: found, or prompt
     prompt_template: str | None = MISSING  # over the fields of a row
@@ -223,9 +230,10 @@ def default_run_name(job: Job) -> str:
         places = [*map(whereabouts, paths)]
         return f"{slug(stem, 'manifest')}-{digest(places[0] if len(places) == 1 else places)}"
     dtypes = (job.hardware.weights_dtype, job.hardware.activations_dtype)
-    text = (job.prompt, job.prompt_2, job.seed, job.num_images)
+    text = (job.prompt, job.prompt_2, job.negative_prompt, job.negative_prompt_2, job.seed, job.num_images)
+    pictures = (job.image, job.mask_image, job.control_image)
     groups: tuple[Any, ...] = (job.model, job.sampler, job.output, job.lora_config, *job.lora.values())
-    parts = [*(dataclasses.asdict(group) for group in groups), list(job.lora), text, dtypes]
+    parts = [*(dataclasses.asdict(group) for group in groups), list(job.lora), text, pictures, dtypes]
     return f"{slug(job.prompt or '', 'prompt')}-{digest(parts)}"
 
 

@@ -18,8 +18,10 @@ from fluxbatch.config.schema import Job, Model
 from fluxbatch.distributed import chips
 from fluxbatch.distributed.mesh import Layout, data_parallel_size_of, open_mesh
 from fluxbatch.distributed.process_group import ProcessGroup
+from fluxbatch.generation import prompts
 from fluxbatch.generation.kept import KeptPipeline
-from fluxbatch.generation.pipeline import Pipeline, ProgressObserver
+from fluxbatch.generation.observer import ProgressObserver
+from fluxbatch.generation.pipeline import Pipeline
 from fluxbatch.generation.prompts import TextCache
 from fluxbatch.generation.tokenizers import Absent, Tokenizer
 from fluxbatch.lora import apply
@@ -29,13 +31,15 @@ from fluxbatch.models.autoencoder import TPU_BANDS
 from fluxbatch.models.family import Family, TextInput
 from fluxbatch.models.schedulers import Scheduler
 from fluxbatch.storage import cache
-from fluxbatch.types import Row, UserError, public
+from fluxbatch.types import PLAIN, Mode, Row, UserError, public
 from fluxbatch.weights import device_weights, load
 from fluxbatch.weights.block_streaming import StreamedWeights
 from fluxbatch.weights.checkpoint import Checkpoint, open_checkpoint
 from fluxbatch.weights.device_weights import DeviceWeights
 from fluxbatch.weights.precision import Precision
 from fluxbatch.weights.published import license_of
+
+_SHOWN = 50  # rows in one message
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +60,7 @@ class ModelSpec:
     facts: Mapping[str, Any]  # what decides the pixels besides the row
     provenance: Mapping[str, Any]  # what every image's record says of the model and of what runs it
     lora: Loras
+    open_encoder: Callable[[], load.Plan]  # the decoder's plan, with what encodes pictures beside it
     identity: tuple[Any, ...]  # two engines that agree in it load the same weights and programs
     warnings: tuple[str, ...]  # what is allowed and probably not meant
     keep: bool  # whether the next job of this process may want the weights: one of a sweep
@@ -90,9 +95,11 @@ class ModelSpec:
         """What the model may be used under, as its page names it; None where that is not known."""
         return license_of(model.pretrained_model_name_or_path)
 
-    def flops(self, height: int, width: int, steps: int) -> int:
+    def flops(self, height: int, width: int, steps: int, mode: Mode = PLAIN) -> int:
         """Floating-point operations from noise to picture."""
-        return steps * self.family.step_flops(height, width, self.inputs) + self.family.decode_flops(height, width)
+        evaluations = 2 * steps if mode.negative else steps
+        evaluation = self.family.step_flops(height, width, self.inputs, mode)
+        return evaluations * evaluation + self.family.decode_flops(height, width)
 
     def roofline_seconds(self, row: Row) -> float | None:
         """Seconds that this process's devices would take for the row's image at their peak; None where that is not
@@ -100,10 +107,16 @@ class ModelSpec:
         if self.peak is None:
             return None
         share = len(self.mesh.local_devices) / self.mesh.size
-        return self.flops(row.height, row.width, row.num_inference_steps) / (self.peak * share)
+        return self.flops(row.height, row.width, row.steps, row.mode) / (self.peak * share)
 
     def resolve(self, rows: Sequence[Row]) -> list[Row]:
-        """The rows, each with its LoRA weights; UserError for those that cannot be in one job."""
+        """The rows as the checkpoint understands them, each with its mode and its LoRA weights; UserError
+        for fields that it has no use for, and for rows that cannot be in one job."""
+        problems: list[str] = []
+        rows = [row for row in (self._resolved(row, problems) for row in rows) if row]
+        if problems:
+            more = [f"… and {len(problems) - _SHOWN:,} more rows"] if len(problems) > _SHOWN else []
+            raise UserError(*problems[:_SHOWN], *more)
         rows = self.lora.resolve(rows)
         if self.stream and len(self.lora.distinct(rows)) > 1:
             first = self.lora.distinct(rows)[0]
@@ -114,6 +127,33 @@ class ModelSpec:
                 "expected the same LoRA weights for all rows, which are merged into the blocks as they pass"
             )
         return rows
+
+    def _resolved(self, row: Row, problems: list[str]) -> Row | None:
+        try:
+            if row.image and not row.sized:
+                height, width = self.family.default_size(row.image[0], row.height * row.width)
+                row = dataclasses.replace(row, height=height, width=width)
+            row = self.family.resolve(row)
+            if self.cache_threshold is not None and row.mode != PLAIN:
+                raise ValueError(
+                    "sampler.step_cache: expected null: the cache is for rows without pictures and negatives"
+                )
+            if row.steps < 1:
+                steps = row.num_inference_steps
+                wanted = f"expected {1 / steps:.2g} or more"
+                raise ValueError(f"strength: {row.strength:g} leaves none of {steps} steps: {wanted}")
+            return row
+        except ValueError as error:
+            problems.append(f"{row.where}: {error}")
+            return None
+
+    def reading(self, rows: Sequence[Row]) -> ModelSpec:
+        """With what encodes pictures, if ``rows`` (resolved) have any."""
+        return self.with_encoder() if any(row.mode.reads_pictures for row in rows) else self
+
+    def with_encoder(self) -> ModelSpec:
+        plans = {**self.plans, self.family.decoder: self.open_encoder()}
+        return dataclasses.replace(self, plans=plans, identity=(*self.identity, "pictures"))
 
     def pipeline(
         self,
@@ -190,7 +230,7 @@ class ModelSpec:
 
     def distinct(self, rows: Sequence[Row]) -> set[tuple[str, ...]]:
         """The different texts that ``rows`` have the encoders read."""
-        return {tuple(each.text(row) for each in self.inputs) for row in rows}
+        return {each for row in rows for each in prompts.texts(self.inputs, row)}
 
     def _network(self, part: str, edits: load.Edits, beside: Loras | None) -> DeviceWeights:
         plan, dtype = self.plans[part], self.precision(part)
@@ -345,6 +385,7 @@ def open_model_spec(
         facts,
         record,
         adapters,
+        functools.partial(makers[family.decoder], encoder=True),
         identity,
         family.warnings(job.model.flux_name),
         bool(job.sweep),

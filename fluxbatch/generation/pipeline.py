@@ -12,7 +12,6 @@ import itertools
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -22,36 +21,17 @@ import numpy as np
 from fluxbatch.distributed.mesh import batch_sharding, put, replicated
 from fluxbatch.distributed.process_group import ProcessGroup
 from fluxbatch.generation import programs
+from fluxbatch.generation.observer import ProgressObserver
 from fluxbatch.generation.steps import STEPS, padded_sigmas
 from fluxbatch.lora.apply import Loras
-from fluxbatch.models.family import Conditioning, Family, Positions, TextInput
+from fluxbatch.models.family import Conditioning, Family, Pictures, Positions, TextInput
 from fluxbatch.models.schedulers import Scheduler
-from fluxbatch.types import Row
+from fluxbatch.types import PLAIN, Mode, Row
 from fluxbatch.weights.block_streaming import StreamedWeights
 from fluxbatch.weights.device_weights import DeviceWeights
-from fluxbatch.weights.load import Progress
 
+PictureArrays = Sequence[Mapping[str, np.ndarray]]  # of each row what ``Family.prepare`` makes
 Inputs = tuple[tuple[np.ndarray, ...], ...]  # of each text input its arrays [B, T]
-
-
-class ProgressObserver:
-    """What a pipeline tells while it runs. This one tells nobody."""
-
-    def loading(self, total: int) -> AbstractContextManager[Progress]:
-        """Within it ``total`` bytes are read, and what it yields is told of them."""
-        return contextlib.nullcontext(lambda count: None)
-
-    def streaming(self) -> AbstractContextManager[Progress]:
-        """As ``loading``, in a thread while the devices compute."""
-        return contextlib.nullcontext(lambda count: None)
-
-    def compiling(self) -> AbstractContextManager[None]:
-        """Within it nothing happens but a wait for the compiler."""
-        return contextlib.nullcontext()
-
-    def launched(self, since: float, outputs: Any, pictures: bool) -> None:
-        """``since`` a monotonic time the devices have had programs to run, until ``outputs`` are there; ``pictures``:
-        to draw some, and not to encode texts."""
 
 
 class Pipeline:
@@ -104,12 +84,17 @@ class Pipeline:
         )
         self._step_vector = jit(programs.step_vector, static_argnames=("graph", "dtype"))
         self._step_layer = jit(programs.step_layer, static_argnames="graph")
+        self._begin = jit(programs.begin)
         self._embed = jit(programs.embed, static_argnames=("graph", "dtype"))
         self._block = jit(programs.block, static_argnames=("block_graph", "graph"))
         self._step = jit(programs.step, scheduler.step, static_argnames="graph", donate_argnames="latents")
         platform = mesh.devices.flat[0].platform
+        at_once = programs.pixels_at_once(platform)
+        self._encode_pictures = jit(
+            functools.partial(programs.encode_pictures, family, at_once=at_once), static_argnames=("graph", "dtype")
+        )
         self._decode = jit(
-            functools.partial(programs.decode, family, at_once=programs.pixels_at_once(platform)),
+            functools.partial(programs.decode, family, at_once=at_once),
             static_argnames=("graph", "dtype", "height", "width"),
             compiler_options=programs.decoder_options(platform, family.decoder_width),
         )
@@ -153,12 +138,15 @@ class Pipeline:
 
         What a program is called with later must be what it is compiled for here, or it is compiled once more.
         """
-        sizes = dict.fromkeys((row.height, row.width) for row in rows)
+        sizes = dict.fromkeys((row.height, row.width, row.mode) for row in rows)
         whole = not isinstance(self._denoiser, StreamedWeights)
         jobs: dict[Hashable, Callable[[], Iterator[Any]]] = {"encode": lambda: self._lower_encode(batch, inputs)}
         for size in sizes:
-            jobs |= {("denoise", *size): functools.partial(self._lower_denoise, batch, inputs, *size)} if whole else {}
-            jobs |= {("decode", *size): functools.partial(self._lower_decode, batch, *size)}
+            if size[-1].reads_pictures:
+                jobs["pictures", *size] = functools.partial(self._lower_pictures, batch, *size)
+            if whole:
+                jobs["denoise", *size] = functools.partial(self._lower_denoise, batch, inputs, *size)
+            jobs.setdefault(("decode", *size[:2]), functools.partial(self._lower_decode, batch, *size[:2]))
         # Python traces one program at a time however many threads it has, so the one that is needed first goes first.
         with ThreadPoolExecutor(2, "compile") as compiler, ThreadPoolExecutor(1, "trace") as tracer:
             each = lambda lower: [compiler.submit(lowered.compile) for _, lowered in lower()]  # noqa: E731
@@ -171,13 +159,13 @@ class Pipeline:
                 self._compiled = {}
 
     def programs(
-        self, batch: int, inputs: Sequence[TextInput], height: int, width: int, parts: Sequence[str]
-    ) -> Iterator[tuple[str, jax.stages.Lowered]]:  # fmt: skip
-        """Names and programs that pictures of one size take for these ``parts`` of the way (encode, denoise, decode),
-        from shapes alone: each is lowered when its turn comes, and is yet to be compiled."""
+        self, batch: int, inputs: Sequence[TextInput], height: int, width: int, mode: Mode, parts: Sequence[str]
+    ) -> Iterator[tuple[str, jax.stages.Lowered]]:
+        """Names and programs that images of one size and mode take for these ``parts`` of the way (encode, denoise,
+        decode), from shapes alone: each is lowered when its turn comes, and is yet to be compiled."""
         lower = {
             "encode": lambda: self._lower_encode(batch, inputs),
-            "denoise": lambda: self._lower_denoise(batch, inputs, height, width),
+            "denoise": lambda: self._lower_denoise(batch, inputs, height, width, mode),
             "decode": lambda: self._lower_decode(batch, height, width),
         }
         for part in parts:
@@ -188,9 +176,20 @@ class Pipeline:
         arrays = tuple(tuple(self._shape(np.int32, batch, *shape) for shape in each.shapes()) for each in inputs)
         yield "encode", self._run(self._encode.lower, *self._encoders(parts), arrays, *self._abstract_scales(batch))
 
+    def _lower_pictures(
+        self, batch: int, height: int, width: int, mode: Mode
+    ) -> Iterator[tuple[str, jax.stages.Lowered]]:
+        graph, state = self.networks[self.family.decoder].abstract()
+        arrays = self._picture_shapes(batch, height, width, mode)
+        yield "pictures", self._run(self._encode_pictures.lower, graph, self.dtype, state, arrays)
+
+    def _picture_shapes(self, batch: int, height: int, width: int, mode: Mode) -> dict[str, jax.ShapeDtypeStruct]:
+        shapes = self.family.picture_shapes(height, width, mode)
+        return {name: self._shape(np.float32, batch, *shape) for name, shape in shapes.items()}
+
     def _lower_denoise(
-        self, batch: int, inputs: Sequence[TextInput], height: int, width: int
-    ) -> Iterator[tuple[str, jax.stages.Lowered]]:  # fmt: skip
+        self, batch: int, inputs: Sequence[TextInput], height: int, width: int, mode: Mode = PLAIN
+    ) -> Iterator[tuple[str, jax.stages.Lowered]]:
         graph, state = self._denoiser.abstract()
         latents = self._latents(batch, height, width)
         shapes = self.family.conditioning_shapes(inputs)
@@ -204,14 +203,23 @@ class Pipeline:
         def everywhere(x: np.ndarray) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(self.mesh))
 
-        positions = jax.tree.map(everywhere, self.family.positions(conditioning, height, width))
+        positions = jax.tree.map(everywhere, self.family.positions(conditioning, height, width, mode))
         turns, scales = everywhere(np.array(0, np.int32)), self._abstract_scales(batch)
         lowered = self._run(self._step_inputs.lower, graph, self.dtype, state, conditioning, sigmas, guidance, *scales)
         yield "step_inputs", lowered
         steps = jax.tree.map(lambda x: self._shape(x.dtype, *x.shape), lowered.out_info)
-        arguments = (self.family.in_steps(conditioning), steps, sigmas, left, turns, positions)
+        pictures = Pictures()
+        if mode.reads_pictures:
+            graph_, state_ = self.networks[self.family.decoder].abstract()
+            arrays = self._picture_shapes(batch, height, width, mode)
+            made = self._run(self._encode_pictures.lower, graph_, self.dtype, state_, arrays).out_info
+            pictures = jax.tree.map(lambda x: self._shape(x.dtype, *x.shape), made)
+        passes = 2 if mode.negative else 1
+        noise = latents if mode.mask else None
+        arguments = [self.family.in_steps(conditioning)] * passes, [steps] * passes, sigmas, left, turns, positions
         if self._threshold is None:
-            yield "denoise", self._run(self._denoise.lower, graph, self.dtype, state, latents, *arguments, *scales)
+            more = guidance, noise, pictures, *scales
+            yield "denoise", self._run(self._denoise.lower, graph, self.dtype, state, latents, *arguments, *more)
             return
         fresh = self._run(self._fresh_cache.lower, graph, self.dtype, state, latents)
         yield "fresh_cache", fresh
@@ -219,7 +227,7 @@ class Pipeline:
         more = everywhere(np.array(0, np.float32)), *scales
         yield (
             "denoise",
-            self._run(self._denoise_cached.lower, graph, self.dtype, state, latents, cache, *arguments, *more),
+            self._run(self._denoise_cached.lower, graph, self.dtype, state, latents, cache, *_first(arguments), *more),
         )
 
     def _lower_decode(self, batch: int, height: int, width: int) -> Iterator[tuple[str, jax.stages.Lowered]]:
@@ -253,25 +261,33 @@ class Pipeline:
                     program.result()
         return [network.parts() for network in networks]
 
-    def denoise(self, rows: Sequence[Row], conditioning: Conditioning) -> jax.Array:
-        """Latents ``[B, L, C]`` float32 of rows of one size, from their own seeds."""
-        height, width = rows[0].height, rows[0].width
+    def denoise(
+        self, rows: Sequence[Row], conditioning: Sequence[Conditioning], pictures: PictureArrays | None = None
+    ) -> jax.Array:
+        """Latents ``[B, L, C]`` float32 of rows of one size and mode, from their own seeds. ``conditioning``: of their
+        prompts, and of their negative ones if they have such; ``pictures``: what the family prepared of each row's."""
+        height, width, mode = rows[0].height, rows[0].width, rows[0].mode
         seeds = dict.fromkeys(row.seed for row in rows)
-        noise = {seed: self.family.noise(seed, height, width) for seed in seeds}
-        latents = np.stack([noise[row.seed] for row in rows])
+        drawn = {seed: self.family.noise(seed, height, width, mode) for seed in seeds}
+        noise = np.stack([drawn[row.seed] for row in rows])
         tokens = self.family.tokens(height, width)
         sigmas, counts = padded_sigmas([self._levels(row, tokens) for row in rows])
         guidance = np.array([row.guidance_scale for row in rows], np.float32)
+        cfg_scale = np.array([self.family.cfg_scale(row) for row in rows], np.float32)
         positions = jax.tree.map(
-            lambda x: put(x, replicated(self.mesh)), self.family.positions(conditioning, height, width)
+            lambda x: put(x, replicated(self.mesh)), self.family.positions(conditioning[0], height, width, mode)
         )
+        read = self._read_pictures(height, width, mode, pictures)
         # the decoder on the same bar
-        (graph, state), _ = self._ready(self.family.denoiser, self.family.decoder, program=("denoise", height, width))
+        program = ("denoise", height, width, mode)
+        (graph, state), _ = self._ready(self.family.denoiser, self.family.decoder, program=program)
+        noise, begin, cfg_scale = self._put((noise, sigmas[:, :2], cfg_scale))
+        latents = noise if read.start is None else self._launch(self._begin, noise, read, begin)
+        last = cfg_scale, noise if mode.mask else None, read
         if isinstance(self._denoiser, StreamedWeights):
-            return self._told(
-                self._denoise_streamed(self._denoiser, latents, conditioning, sigmas, counts, guidance, positions)
-            )
-        latents, conditioning, guidance, *scales = self._put((latents, conditioning, guidance, *self._scales(rows)))
+            given = self._denoiser, latents, conditioning, sigmas, counts, guidance, positions, last
+            return self._told(self._denoise_streamed(*given))
+        conditioning, guidance, *scales = self._put((list(conditioning), guidance, *self._scales(rows)))
         cache = None
         if self._threshold is not None:
             cache = self._launch(self._fresh_cache, graph, self.dtype, state, latents)
@@ -279,31 +295,45 @@ class Pipeline:
         for first in range(0, counts.max(), STEPS):
             levels, left = self._put((sigmas[:, first : first + STEPS + 1], counts - first))
             turns = put(np.array(min(counts.max() - first, STEPS), np.int32), replicated(self.mesh))
-            inputs = self._launch(self._step_inputs, graph, self.dtype, state, conditioning, levels, guidance, *scales)
-            arguments = self.family.in_steps(conditioning), inputs, levels, left, turns, positions
+            inputs = [
+                self._launch(self._step_inputs, graph, self.dtype, state, each, levels, guidance, *scales)
+                for each in conditioning
+            ]
+            arguments = [self.family.in_steps(each) for each in conditioning], inputs, levels, left, turns, positions
             if cache is None:
-                latents = self._launch(self._denoise, graph, self.dtype, state, latents, *arguments, *scales)
+                latents = self._launch(self._denoise, graph, self.dtype, state, latents, *arguments, *last, *scales)
             else:
-                latents, cache = self._launch(
-                    self._denoise_cached, graph, self.dtype, state, latents, cache, *arguments, threshold, *scales
-                )
+                given = state, latents, cache, *_first(arguments), threshold
+                latents, cache = self._launch(self._denoise_cached, graph, self.dtype, *given, *scales)
         self.computed = cache and cache.computed
         return self._told(latents)  # by now: decoding may have to wait for its program
+
+    def _read_pictures(self, height: int, width: int, mode: Mode, pictures: PictureArrays | None) -> Pictures:
+        """What the denoiser reads of a batch's pictures."""
+        if not mode.reads_pictures:
+            return Pictures()
+        assert pictures is not None
+        ((graph, state),) = self._ready(self.family.decoder, program=("pictures", height, width, mode))
+        arrays = self._put({name: np.stack([each[name] for each in pictures]) for name in pictures[0]})
+        return self._told(self._launch(self._encode_pictures, graph, self.dtype, state, arrays))
 
     def _levels(self, row: Row, tokens: int) -> np.ndarray:
         """``[steps + 1]`` noise levels of a row."""
         if row.sigmas:
-            return self.scheduler.shifted(row.sigmas, tokens)
-        return self.scheduler.sigmas(row.num_inference_steps, tokens)
+            return self.scheduler.shifted(row.sigmas, tokens)[row.first_step :]
+        return self.scheduler.sigmas(row.num_inference_steps, tokens)[row.first_step :]
 
     def _denoise_streamed(
-        self, network: StreamedWeights, noise: np.ndarray, conditioning: Conditioning, sigmas: np.ndarray,
-        counts: np.ndarray, guidance: np.ndarray, positions: Positions,
+        self, network: StreamedWeights, latents: jax.Array, prompts: Sequence[Conditioning], sigmas: np.ndarray,
+        counts: np.ndarray, guidance: np.ndarray, positions: Positions, last: tuple[Any, Any, Pictures],
     ) -> jax.Array:  # fmt: skip
-        """What ``denoise`` computes, with the transformer's blocks passing through the devices."""
+        """What ``denoise`` computes, with the transformer's blocks passing through the devices; those of a row's two
+        prompts together."""
         graph, state = network.parts()
-        latents, conditioning, guidance, sigmas, left = self._put((noise, conditioning, guidance, sigmas, counts))
-        vector, shared = self._launch(self._step_vector, graph, self.dtype, state, conditioning, sigmas, guidance)
+        conditioning = jax.tree.map(lambda *each: np.stack(each, 1).reshape(-1, *each[0].shape[1:]), *prompts)
+        levels, strengths = (np.repeat(each, len(prompts), 0) for each in (sigmas, guidance))
+        conditioning, levels, strengths, sigmas, left = self._put((conditioning, levels, strengths, sigmas, counts))
+        vector, shared = self._launch(self._step_vector, graph, self.dtype, state, conditioning, levels, strengths)
         with network.step_layers(self.observer.streaming) as layers:
             inputs = {
                 name: jax.block_until_ready(self._told(self._launch(self._step_layer, *layer, vector)))
@@ -312,12 +342,13 @@ class Pipeline:
         steps = counts.max()
         with network.blocks(steps, self.observer.streaming) as blocks:
             for i in range(steps):
-                x = self._told(self._launch(self._embed, graph, self.dtype, state, latents, conditioning, positions))
+                given = state, latents, conditioning, positions, last[-1]
+                x = self._told(self._launch(self._embed, graph, self.dtype, *given))
                 for name, (block_graph, block) in itertools.islice(blocks, len(network)):
                     own = [inputs[layer] for layer in network.step_layers_of(name)]
                     x = self._launch(self._block, block_graph, graph, block, state, x, own, shared, i, positions)
                     jax.block_until_ready(self._told(x))  # or blocks would pile up behind the computation
-                latents = self._launch(self._step, graph, state, latents, x, shared, i, sigmas, left)
+                latents = self._launch(self._step, graph, state, latents, x, shared, i, sigmas, left, *last)
         return latents
 
     def decode(self, latents: jax.Array, height: int, width: int) -> tuple[jax.Array, jax.Array]:
@@ -352,3 +383,9 @@ class Pipeline:
         self.observer.launched(self._since, outputs, pictures)
         self._since = None
         return outputs
+
+
+def _first(arguments: Sequence[Any]) -> Sequence[Any]:
+    """Those of ``programs.denoise``, for the one prompt that rows have where there is a step cache."""
+    (conditioning, *_), (inputs, *_), *rest = arguments
+    return conditioning, inputs, *rest

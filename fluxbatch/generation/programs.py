@@ -7,6 +7,7 @@ each row's adapters. ``pipeline.py`` compiles them.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,16 +17,18 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fluxbatch.distributed.mesh import data_parallel_size_of
+from fluxbatch.models.dit import led
 from fluxbatch.models.family import (
-    CachedDenoiser,
     Conditioning,
     Denoiser,
     Family,
+    Pictures,
     Positions,
     StepInputs,
     StreamedDenoiser,
 )
 from fluxbatch.models.layers import gathered, set_rows
+from fluxbatch.models.network import CachedDenoiser
 from fluxbatch.models.step_cache import StepCache
 
 Array = jax.Array
@@ -70,22 +73,46 @@ def step_inputs(
     return model.step_inputs(conditioning, sigmas[:, :-1], guidance, dtype)
 
 
+def begin(noise: Array, pictures: Pictures, sigmas: Array) -> Array:
+    """The latents of the first step: noise ``[B, L, C]``, or the start picture with as much of it as the first of
+    ``sigmas`` ``[B, S + 1]`` says."""
+    if pictures.start is None:
+        return noise
+    share = sigmas[:, 0, None, None]
+    return share * noise + (1 - share) * pictures.start
+
+
 def denoise(
-    scheduler_step: SchedulerStep, graph: Graph, dtype: Any, state: State, latents: Array, conditioning: Conditioning,
-    inputs: StepInputs, sigmas: Array, left: Array, turns: Array, positions: Positions, scales: Array | None = None,
+    scheduler_step: SchedulerStep, graph: Graph, dtype: Any, state: State, latents: Array,
+    conditioning: Sequence[Conditioning], inputs: Sequence[StepInputs], sigmas: Array, left: Array, turns: Array,
+    positions: Positions, cfg_scale: Array, noise: Array | None, pictures: Pictures, scales: Array | None = None,
 ) -> Array:  # fmt: skip
     """As many steps as ``turns``; a row that has none ``left`` stands still. (Devices would have to meet to find
     the largest of ``left``.)
 
+    ``conditioning``, ``inputs``: of the prompt, and of the negative one, which ``cfg_scale`` ``[B]`` leads away from.
+    ``noise``: that the latents began with, where what lies outside a mask is kept.
     The layers that make step inputs are in ``state`` but not in the program: jit drops what is not used.
     """
     model: Denoiser = _model(graph, state, scales)
     model.drop_step_layers()
-    embedded = model.embed(conditioning, dtype)
+    embedded = [model.embed(each, dtype) for each in conditioning]
+    references = None if pictures.references is None else model.embed_image(pictures.references.astype(dtype))
 
     def body(i: Array, x: Array) -> Array:
-        velocity = model.velocity(x.astype(dtype), embedded, _at(inputs, i), positions)
-        return _step(scheduler_step, x, velocity, i, sigmas, left)
+        channels = [x] if pictures.channels is None else [x, pictures.channels]
+        read = jnp.concatenate(channels, -1).astype(dtype)
+
+        def evaluate(prompt: tuple[Any, StepInputs]) -> Array:
+            return model.velocity(read, *prompt, positions, references)
+
+        prompts = list(zip(embedded, (_at(each, i) for each in inputs), strict=True))
+        if len(prompts) == 1:
+            velocity = evaluate(prompts[0])
+        else:  # one after the other: the program has the blocks once, and works on no more than with one prompt
+            positive, negative = jax.lax.map(evaluate, jax.tree.map(lambda *x: jnp.stack(x), *prompts))
+            velocity = led(positive, negative, cfg_scale)
+        return _step(scheduler_step, x, velocity, i, sigmas, left, noise, pictures)
 
     return jax.lax.fori_loop(0, turns, body, latents)
 
@@ -111,7 +138,7 @@ def denoise_cached(
         velocity, cache = model.cached_velocity(
             x.astype(dtype), embedded, _at(inputs, i), positions, cache, threshold, i < left
         )
-        return _step(scheduler_step, x, velocity, i, sigmas, left), cache
+        return _step(scheduler_step, x, velocity, i, sigmas, left, None, Pictures()), cache
 
     return jax.lax.fori_loop(0, turns, body, (latents, cache))
 
@@ -121,8 +148,16 @@ def _at(inputs: StepInputs, i: Array) -> StepInputs:
     return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, 1, keepdims=False), inputs)
 
 
-def _step(scheduler_step: SchedulerStep, x: Array, velocity: Array, i: Array, sigmas: Array, left: Array) -> Array:
+def _step(
+    scheduler_step: SchedulerStep, x: Array, velocity: Array, i: Array, sigmas: Array, left: Array,
+    noise: Array | None, pictures: Pictures,
+) -> Array:  # fmt: skip
+    """Latents a step on. Outside a mask they are the start picture with its share of noise."""
     moved = scheduler_step(x, velocity, sigmas[:, i], sigmas[:, i + 1])
+    if pictures.mask is not None:
+        assert noise is not None
+        kept = begin(noise, pictures, sigmas[:, i + 1, None])
+        moved = pictures.mask * moved + (1 - pictures.mask) * kept
     return jnp.where((i < left)[:, None, None], moved, x)
 
 
@@ -141,10 +176,16 @@ def step_layer(graph: Graph, state: State, vector: Any) -> Array:
 
 
 def embed(
-    graph: Graph, dtype: Any, state: State, latents: Array, conditioning: Conditioning, positions: Positions
+    graph: Graph, dtype: Any, state: State, latents: Array, conditioning: Conditioning, positions: Positions,
+    pictures: Pictures,
 ) -> Any:  # fmt: skip
+    """What the first block reads. ``conditioning``: ``[B, …]``, or ``[2B, …]`` with each row's negative prompt behind
+    its own."""
     model: StreamedDenoiser = nnx.merge(graph, state)
-    return model.embed_tokens(latents, conditioning, positions, dtype)
+    x = latents if pictures.channels is None else jnp.concatenate([latents, pictures.channels], -1)
+    x = x if pictures.references is None else jnp.concatenate([x, pictures.references], 1)
+    passes = len(jax.tree.leaves(conditioning)[0]) // len(latents)
+    return model.embed_tokens(jnp.repeat(x, passes, 0), conditioning, positions, dtype)
 
 
 def block(
@@ -166,11 +207,27 @@ def block(
 
 def step(
     scheduler_step: SchedulerStep, graph: Graph, state: State, latents: Array, x: Any, shared: Any, i: Array,
-    sigmas: Array, left: Array,
+    sigmas: Array, left: Array, cfg_scale: Array, noise: Array | None, pictures: Pictures,
 ) -> Array:  # fmt: skip
     model: StreamedDenoiser = nnx.merge(graph, state)
-    velocity = model.finish(x, _at(shared, i))
-    return _step(scheduler_step, latents, velocity, i, sigmas, left)
+    velocity = model.finish(x, _at(shared, i))[:, : latents.shape[1]]
+    if len(velocity) > len(latents):
+        velocity = led(velocity[::2], velocity[1::2], cfg_scale)
+    return _step(scheduler_step, latents, velocity, i, sigmas, left, noise, pictures)
+
+
+def encode_pictures(
+    family: Family, graph: Graph, dtype: Any, state: State, arrays: Mapping[str, Array], at_once: int
+) -> Pictures:
+    """What the denoiser reads of the pictures of a batch's rows. A device encodes as many rows together as have
+    ``at_once`` pixels."""
+    vae = nnx.merge(graph, gathered(state, nnx.merge(graph, state).layout))  # whole weights, as in ``decode``
+    mesh = vae.layout.mesh
+    ways = 1 if mesh is None else data_parallel_size_of(mesh)
+    rows = len(next(iter(arrays.values())))
+    pixels = sum(math.prod(x.shape[1:3]) for x in arrays.values() if x.shape[-1] == 3)
+    count = together(rows // ways, pixels, 1, at_once)
+    return _in_turns(lambda x: family.encode_pictures(vae, x, dtype), dict(arrays), ways, count)
 
 
 def decode(
@@ -234,11 +291,16 @@ def together(images: int, height: int, width: int, pixels: int) -> int:
     return max(count for count in range(1, min(images, most) + 1) if images % count == 0)
 
 
-def _in_turns(function: Callable[[jax.Array], Any], x: jax.Array, ways: int, count: int) -> Any:
-    """``function`` of ``x`` ``[B, …]``, which is dealt over ``ways`` devices, ``count`` of each one's at a time."""
-    turns = len(x) // (ways * count)
+def _in_turns(function: Callable[[Any], Any], arrays: Any, ways: int, count: int) -> Any:
+    """``function`` of ``arrays`` ``[B, …]``, which are dealt over ``ways`` devices, ``count`` of each one's at a
+    time."""
+    turns = len(jax.tree.leaves(arrays)[0]) // (ways * count)
     if turns == 1:
-        return function(x)
-    first = x.reshape(ways, turns, count, *x.shape[1:]).swapaxes(0, 1).reshape(turns, -1, *x.shape[1:])
+        return function(arrays)
+
+    def in_order(x: Array) -> Array:
+        return x.reshape(ways, turns, count, *x.shape[1:]).swapaxes(0, 1).reshape(turns, -1, *x.shape[1:])
+
+    first = jax.tree.map(in_order, arrays)
     back = lambda y: y.reshape(turns, ways, count, *y.shape[2:]).swapaxes(0, 1).reshape(-1, *y.shape[2:])  # noqa: E731
     return jax.tree.map(back, jax.lax.map(function, first))

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax.numpy as jnp
@@ -36,15 +36,16 @@ State = tuple[np.ndarray, ...]  # the arrays of one prompt's conditioning, witho
 class PromptEmbeds:
     """What a shard's distinct prompts encode to, on the host."""
 
-    states: dict[Hashable, State]
-    key: Callable[[Row], Hashable]
+    states: Mapping[Any, State]
+    keys: Callable[[Row], Sequence[Hashable]]  # of the row's prompt, and of its negative one if it has one
     encoded: frozenset[Hashable]  # the keys of those that were not in the cache
     conditioning: Callable[..., Conditioning]  # the family's, of its arrays
 
-    def batch(self, rows: Sequence[Row]) -> Conditioning:
-        """``[B, …]`` of the rows of a batch."""
-        columns = zip(*(self.states[self.key(row)] for row in rows), strict=True)
-        return self.conditioning(*(np.stack(column) for column in columns))
+    def batch(self, rows: Sequence[Row]) -> tuple[Conditioning, ...]:
+        """``[B, …]`` of the rows of a batch: of their prompts, and of their negative ones if they have such."""
+        by_prompt = zip(*(self.keys(row) for row in rows), strict=True)
+        columns = (zip(*(self.states[key] for key in keys), strict=True) for keys in by_prompt)
+        return tuple(self.conditioning(*map(np.stack, each)) for each in columns)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +86,11 @@ def _unpacked(data: bytes) -> State:
     return tuple(arrays)
 
 
+def texts(inputs: Sequence[TextInput], row: Row) -> list[tuple[str, ...]]:
+    """What the text encoders read of a row: its prompt's texts, and those of its negative prompt if it has one."""
+    return [tuple(each.text(row, negative) for each in inputs) for negative in (False, True)[: 1 + row.mode.negative]]
+
+
 def encode(
     rows: Iterable[Row],
     inputs: Sequence[TextInput],
@@ -96,12 +102,12 @@ def encode(
     encoders, once for each of the LoRA weights. What is in ``cache`` is taken from there.
     """
 
-    def key(row: Row) -> Hashable:
-        return *(each.text(row) for each in inputs), encoders.text_lora_weights(row)
+    def keys_of(row: Row) -> list[tuple[Any, ...]]:
+        return [(*each, encoders.text_lora_weights(row)) for each in texts(inputs, row)]
 
-    distinct = {key(row): row for row in rows}
+    distinct = {key: row for row in rows for key in keys_of(row)}
     keys, own = list(distinct), list(distinct.values())
-    arrays = tuple(each([each.text(row) for row in own]) for each in inputs)
+    arrays = tuple(each([key[i] for key in keys]) for i, each in enumerate(inputs))
     names = (
         [cache.name(row, _of(arrays, i), encoders.text_lora_weights(row), batch_size) for i, row in enumerate(own)]
         if cache
@@ -133,7 +139,7 @@ def encode(
         collect(*before)
         if cache:
             cache.entries.trim()
-    return PromptEmbeds(states, key, frozenset(keys[i] for i in lacking), encoders.family.conditioning)
+    return PromptEmbeds(states, keys_of, frozenset(keys[i] for i in lacking), encoders.family.conditioning)
 
 
 def _of(arrays: Sequence[Sequence[np.ndarray]], i: int) -> list[np.ndarray]:

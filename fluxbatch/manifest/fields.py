@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import sys
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ from typing import Any, cast
 from fluxbatch.config.checks import sigmas_wanted
 from fluxbatch.config.schema import MAX_SIDE, MAX_STEPS, SIDES, Job
 from fluxbatch.manifest.formats import BadLine, described, shown
-from fluxbatch.types import Row, UserError
+from fluxbatch.types import Picture, Row, UserError
 
 MAX_SEED = 2**64 - 1
 _WHOLE = 2**53  # up to it a float that is whole is the integer that was meant
@@ -21,7 +22,10 @@ _MAX_IMAGES = 100_000  # per row
 _MAX_ID = 200  # bytes: with its extension it must fit a file name
 INTEGERS = ("seed", "height", "width", "num_inference_steps", "num_images")
 SURROGATES = re.compile("[\ud800-\udfff]")
-FIELDS = ("prompt", "prompt_2", "id", "guidance_scale", "lora", "sigmas", *INTEGERS)
+NUMBERS = ("guidance_scale", "true_cfg_scale", "strength")
+PICTURES = ("image", "mask_image", "control_image")
+TEXTS = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2")
+FIELDS = (*TEXTS, *PICTURES, "id", *NUMBERS, "lora", "sigmas", *INTEGERS)
 _FIELDS = frozenset(FIELDS)
 
 
@@ -33,7 +37,9 @@ class Resolver:
         self._size_multiple = size_multiple
         self._format = job.output.format.name
         self._seed = job.seed
-        self._prompt_2 = job.prompt_2
+        self._pictures = {key: getattr(job, key) for key in PICTURES if getattr(job, key) is not None}
+        self._sized = sampler.height is not None or sampler.width is not None
+        self._texts = {key: getattr(job, key) for key in TEXTS[1:]}
         self._adapters = {*job.lora, *job.lora_config.adapter_name}
         self._sigmas = tuple(map(float, sampler.sigmas or ()))
         self._seen: dict[str, str] = {}  # id → where
@@ -42,15 +48,16 @@ class Resolver:
             "height": sampler.resolution if sampler.height is None else sampler.height,
             "width": sampler.resolution if sampler.width is None else sampler.width,
             "num_inference_steps": len(sampler.sigmas or ()) or sampler.num_inference_steps,
-            "guidance_scale": float(sampler.guidance_scale),
+            **{key: float(getattr(sampler, key)) for key in NUMBERS},
             "num_images": job.num_images,
         }
         problems: list[str] = []
-        if job.prompt_2 is not None:
-            _text({"prompt_2": job.prompt_2}, "prompt_2", problems)
+        for key, text in self._texts.items():
+            if text is not None:
+                _text({key: text}, key, problems, empty=key.startswith("negative"))
         self._numbers({**self._defaults, "seed": job.seed}, problems)
         if problems:  # of a setting of the job, not of a line
-            homes = {key: f"sampler.{key}" for key in ("height", "width", "num_inference_steps", "guidance_scale")}
+            homes = {key: f"sampler.{key}" for key in ("height", "width", "num_inference_steps", *NUMBERS)}
             homes |= {key: "sampler.resolution" for key in ("height", "width") if getattr(sampler, key) is None}
             named = (problem.partition(":") for problem in problems)
             raise UserError(*dict.fromkeys(f"{homes.get(key, key)}:{rest}" for key, _, rest in named))
@@ -68,9 +75,11 @@ class Resolver:
             texts = [shown(key) for key, value in given.items() if key not in FIELDS and isinstance(value, str)]
             hint = f" (prompt_column=… takes another field for it, of {', '.join(texts)})" if texts else ""
             problems.append(f"prompt: missing{hint}")
-        prompt_2 = _text(given, "prompt_2", problems) if "prompt_2" in given else self._prompt_2 or prompt
+        read = self._texts | {key: _text(given, key, problems, key != "prompt_2") for key in TEXTS[1:] if key in given}
+        negative = read["negative_prompt"]
         base = _id(given, problems)
         numbers = {**self._defaults, **self._numbers(given, problems)}
+        pictures = self._read(given, where.rpartition("/")[0], problems)
         lora = self._lora(given, problems)
         sigmas = self._levels(given, numbers, problems)
         if problems:
@@ -96,12 +105,20 @@ class Resolver:
                 index=index + k,
                 id=id,
                 prompt=prompt,
-                prompt_2=prompt_2,
+                prompt_2=read["prompt_2"] or prompt,
                 seed=seed + k,
                 height=numbers["height"],
                 width=numbers["width"],
                 num_inference_steps=numbers["num_inference_steps"],
                 guidance_scale=numbers["guidance_scale"],
+                negative_prompt=negative,
+                negative_prompt_2=negative if read["negative_prompt_2"] is None else read["negative_prompt_2"],
+                true_cfg_scale=numbers["true_cfg_scale"],
+                strength=numbers["strength"],
+                image=pictures["image"],
+                mask_image=next(iter(pictures["mask_image"]), None),
+                control_image=next(iter(pictures["control_image"]), None),
+                sized=self._sized or not {"height", "width"}.isdisjoint(given),
                 lora=lora,
                 sigmas=sigmas,
                 extra=extra,
@@ -136,8 +153,11 @@ class Resolver:
                 why = f", as output={self._format} holds {largest:,} at most" if held else ""
                 problems.append(f"{key}: got {shown(value)}, expected {kind} from {low} to {limit}{why}")
             numbers[key] = value
-        if "guidance_scale" in given:
-            numbers["guidance_scale"] = _float("guidance_scale", given["guidance_scale"], problems, low=0.0)
+        for key in NUMBERS:
+            if key in given:
+                numbers[key] = _float(key, given[key], problems, low=0.0)
+        if not 0 <= numbers.get("strength", 1) <= 1:
+            problems.append(f"strength: got {numbers['strength']:g}, expected a number from 0 to 1")
         return numbers
 
     def _levels(self, given: Mapping[str, Any], numbers: dict[str, Any], problems: list[str]) -> tuple[float, ...]:
@@ -156,6 +176,21 @@ class Resolver:
             numbers["num_inference_steps"] = len(sigmas)
         return sigmas
 
+    def _read(self, given: Mapping[str, Any], folder: str, problems: list[str]) -> dict[str, tuple[Picture, ...]]:
+        """The pictures of each field; the job's where the line has none. A path is relative to the manifest, one of
+        the job to the working directory. ``folder``: of the manifest."""
+        found: dict[str, tuple[Picture, ...]] = dict.fromkeys(PICTURES, ())
+        for key in PICTURES:
+            own = key in given
+            value = given[key] if own else self._pictures.get(key)
+            paths = value if key == "image" and isinstance(value, list) else [] if value is None else [value]
+            if not all(isinstance(path, str) and path.strip() and "\0" not in path for path in paths):
+                wanted = "a path or address, or a list of them" if key == "image" else "a path or address"
+                problems.append(f"{key}: got {described(value)}, expected {wanted}")
+                continue
+            found[key] = tuple(Picture(path, located(path, folder if own else "")) for path in paths)
+        return found
+
     def _lora(self, given: Mapping[str, Any], problems: list[str]) -> tuple[tuple[str, float], ...] | None:
         if "lora" not in given:
             return None
@@ -170,6 +205,14 @@ class Resolver:
                 have = ", ".join(sorted(self._adapters)) or "none; add lora=…"
                 problems.append(f"lora: no adapter {shown(adapter)} in this job (it has {have})")
         return tuple(sorted(scales))
+
+
+def located(path: str, folder: str) -> str:
+    """Where a picture lies: an absolute path, or an address. ``folder``: what a relative path begins in."""
+    if "://" in path or os.path.isabs(path):
+        return path
+    whole = f"{folder}/{path}" if folder else path
+    return whole if "://" in whole else os.path.abspath(whole)
 
 
 def _text(given: Mapping[str, Any], key: str, problems: list[str], empty: bool = False) -> str:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from fluxbatch.config.checks import template_parts
 from fluxbatch.config.schema import STANDARD_INPUT, Job, manifests
 from fluxbatch.manifest import files, formats
-from fluxbatch.manifest.fields import FIELDS, INTEGERS, SURROGATES, Resolver
+from fluxbatch.manifest.fields import FIELDS, INTEGERS, NUMBERS, SURROGATES, Resolver
 from fluxbatch.manifest.formats import TAB, BadLine, Line, described
 from fluxbatch.manifest.parquet import parquet_rows
 from fluxbatch.storage.base import StorageError
@@ -206,8 +206,9 @@ def _converted(line: Line) -> Line:
             fields[key] = int(fields[key].partition(".")[0])  # pandas writes 28.0 where another row has none
     if "id" in fields and (whole := re.fullmatch(r"\s*(-?(?:0|[1-9][0-9]{0,30}))\.0*\s*", fields["id"])):
         fields["id"] = whole[1]
-    with contextlib.suppress(KeyError, ValueError):
-        fields["guidance_scale"] = float(fields["guidance_scale"])
+    for key in NUMBERS:
+        with contextlib.suppress(KeyError, ValueError):
+            fields[key] = float(fields[key])
     return _from_text(Line(line.number, fields))
 
 
@@ -218,4 +219,7 @@ def _from_text(line: Line) -> Line:
             if isinstance(text := line.fields.get(key), str):
                 with contextlib.suppress(ValueError, RecursionError):
                     line.fields[key] = json.loads(text)
+        if isinstance(text := line.fields.get("image"), str) and text.startswith("["):
+            with contextlib.suppress(ValueError, RecursionError):
+                line.fields["image"] = json.loads(text)
     return line

@@ -130,10 +130,23 @@ class Decoder(nnx.Module):
     """Latents ``[B, h, w, C]`` as the transformer leaves them → image ``[B, 8h, 8w, 3]``.
 
     ``bands``: how many bands of rows each picture is worked on in, where its height can be divided so (``Conv``).
+    ``encoder``: whether it has the other half beside it, for rows with pictures.
     """
 
-    def __init__(self, cfg: VaeConfig, *, rngs: nnx.Rngs | None, layout: Layout = Layout(), bands: int = 1):
+    encoder: Encoder | None = None
+
+    def __init__(
+        self,
+        cfg: VaeConfig,
+        *,
+        rngs: nnx.Rngs | None,
+        layout: Layout = Layout(),
+        bands: int = 1,
+        encoder: bool = False,
+    ):
         self.cfg, self.layout, self.bands = cfg, layout, bands
+        if encoder:
+            self.encoder = Encoder(cfg, rngs=rngs, layout=layout)
         sizes, c = cfg.block_out_channels[::-1], cfg.latent_channels
         self.post_quant = Conv(c, c, 1, rngs=rngs) if cfg.use_post_quant_conv else None
         self.conv_in = Conv(c, sizes[0], 3, rngs=rngs)
@@ -168,12 +181,9 @@ class Decoder(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    """Image ``[B, 8h, 8w, 3]`` → mean and log variance, each ``[B, h, w, C]``, before scale and shift.
+    """Image ``[B, 8h, 8w, 3]`` → mean and log variance, each ``[B, h, w, C]``, before scale and shift."""
 
-    The runner never encodes; the training recipe does.
-    """
-
-    def __init__(self, cfg: VaeConfig, *, rngs: nnx.Rngs | None):
+    def __init__(self, cfg: VaeConfig, *, rngs: nnx.Rngs | None, layout: Layout = Layout()):
         self.cfg = cfg
         sizes, c = cfg.block_out_channels, cfg.latent_channels
         self.conv_in = Conv(3, sizes[0], 3, rngs=rngs)
@@ -190,7 +200,7 @@ class Encoder(nnx.Module):
                 for i, size in enumerate(sizes)
             ]
         )
-        self.mid = MidBlock(sizes[-1], cfg, Layout(), rngs=rngs)
+        self.mid = MidBlock(sizes[-1], cfg, layout, rngs=rngs)
         self.norm_out = GroupNorm(sizes[-1], cfg.norm_num_groups, eps=EPS, rngs=rngs)
         self.conv_out = Conv(sizes[-1], 2 * c, 3, rngs=rngs)
         self.quant = Conv(2 * c, 2 * c, 1, rngs=rngs) if cfg.use_quant_conv else None

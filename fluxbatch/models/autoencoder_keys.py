@@ -68,6 +68,32 @@ def _levels(names: Mapping[str, Any]) -> Table:
     return vae_bfl(1 + max((int(m[1]) for name in names if (m := re.match(r"decoder\.up\.(\d+)\.", name))), default=-1))
 
 
+_MID = r"encoder\.mid\.attn_1\."
+_BLOCKS = (
+    (r"encoder\.down\.(\d+)\.block\.(\d+)\.", "down.{0}.block.{1}."),
+    (r"encoder\.mid\.block_(\d)\.", "mid.block_{0}."),
+)
+
+BFL_ENCODER = Table(
+    (
+        *(r for n in ("conv_in", "conv_out") for r in linear(rf"encoder\.{n}", n)),
+        *norm(r"encoder\.norm_out", "norm_out"),
+        *linear(r"encoder\.down\.(\d+)\.downsample\.conv", "down.{0}.conv"),
+        *norm(_MID + "norm", "mid.attn_1.norm"),
+        *(r for n in "qkv" for r in linear(_MID + n, f"mid.attn_1.{n}")),
+        *linear(_MID + "proj_out", "mid.attn_1.out"),
+        *(r for src, dst in _BLOCKS for n in ("norm1", "norm2") for r in norm(src + n, dst + n)),
+        *(r for src, dst in _BLOCKS for n in ("conv1", "conv2") for r in linear(src + n, dst + n)),
+        *(r for src, dst in _BLOCKS for r in linear(src + "nin_shortcut", dst + "shortcut")),
+    ),
+    (r"decoder\..*",),
+)  # fmt: skip
+
+
+ENCODER_NAMINGS = (
+    Naming("encoder.norm_out.weight", BFL_ENCODER),
+    Naming("encoder.conv_norm_out.weight", VAE_ENCODER),
+)
 NAMINGS = (Naming("decoder.norm_out.weight", _levels), Naming("decoder.conv_norm_out.weight", VAE_DECODER))
 
 

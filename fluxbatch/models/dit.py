@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from fluxbatch.distributed.mesh import Pairs
+from fluxbatch.distributed.mesh import Layout, Pairs
 from fluxbatch.models.layers import Linear, RMSNorm, layer_norm
 
 Array = jax.Array
@@ -57,6 +58,19 @@ def modulate(x: Array, shift: Array, scale: Array) -> Array:
 def gated(x: Array, gate: Array, y: Array) -> Array:
     """The residual ``x + gate · y``, added in float32 so that bfloat16 rounds once."""
     return (x.astype(jnp.float32) + gate[:, None].astype(jnp.float32) * y.astype(jnp.float32)).astype(x.dtype)
+
+
+def led(positive: Array, negative: Array, scale: Array) -> Array:
+    """Classifier-free guidance of velocities ``[B, L, C]`` by ``[B]``, in float32."""
+    positive, negative, scale = (x.astype(jnp.float32) for x in (positive, negative, scale[:, None, None]))
+    return negative + scale * (positive - negative)
+
+
+def in_order(table: Array, sizes: Sequence[int], layout: Layout) -> Array:
+    """A table ``[T + L + R, …]`` of text, image and references, of these ``sizes``, in the order in which the blocks
+    have the tokens."""
+    text, *pictures = jnp.split(jnp.asarray(table), np.cumsum(sizes)[:-1].tolist())
+    return layout.join([text, layout.join(pictures, 0, "tokens")], 0, "tokens")
 
 
 class MLPEmbedder(nnx.Module):

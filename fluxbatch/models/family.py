@@ -9,23 +9,30 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 import jax
 import numpy as np
 from flax import nnx
+from PIL import Image
 
-from fluxbatch.distributed.mesh import Layout
 from fluxbatch.models.key_tables import Naming, Rule, Table
+from fluxbatch.models.network import (
+    Conditioning,
+    Decoder,
+    Denoiser,
+    Pictures,
+    Positions,
+    StepInputs,
+    StreamedDenoiser,
+    StreamParts,
+)
 from fluxbatch.models.schedulers import Scheduler
-from fluxbatch.models.step_cache import StepCache
-from fluxbatch.types import Row, UserError
+from fluxbatch.types import PLAIN, Mode, Picture, Row, UserError
 
 Config = Any  # a component's frozen dataclass with ``from_json``
-Conditioning = Any  # a NamedTuple of arrays [B, …]: what a prompt encodes to
-StepInputs = Any  # a pytree of arrays [B, S, …]: what depends on the step and not on the image
-Positions = Any  # a pytree of arrays without a batch axis
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +42,8 @@ class Component:
     config: Any  # the config's class
     module: Callable[..., nnx.Module]  # of (config, rngs=…, **options)
     namings: tuple[Naming, ...]  # how its tensors are named in files; the last is a folder's
+    # how those are named that stand under ``encoder`` in the module, if it is made with it
+    encoder_namings: tuple[Naming, ...] = dataclasses.field(default=(), kw_only=True)
     stems: tuple[str, ...]  # of its weight files in a folder
     classes: tuple[str, ...]  # what its config.json may say it is
     saved: Mapping[str, Any]  # what a config.json says besides the config's fields
@@ -98,8 +107,8 @@ class TextInput:
     length: int  # tokens, padding included
     field: str  # of the row
 
-    def text(self, row: Row) -> str:
-        return getattr(row, self.field)
+    def text(self, row: Row, negative: bool = False) -> str:
+        return getattr(row, f"negative_{self.field}" if negative else self.field) or ""
 
     def __call__(self, texts: Sequence[str]) -> tuple[np.ndarray, ...]:
         """Arrays ``[B, length]`` int32 of ``texts``: ids, padded and truncated."""
@@ -118,84 +127,6 @@ class TextInput:
         return self.tokenizer.doubtful(texts, self.length)
 
 
-class Denoiser(Protocol):
-    """A transformer as the programs use it."""
-
-    def step_inputs(self, conditioning: Conditioning, sigmas: jax.Array, guidance: jax.Array, dtype: Any) -> StepInputs:
-        """Of noise levels ``[B, S]`` and guidance ``[B]``."""
-
-    def drop_step_layers(self) -> None:
-        """Take out the layers that only ``step_inputs`` needs."""
-
-    def embed(self, conditioning: Conditioning, dtype: Any) -> Any:
-        """What of the conditioning is the same in all steps."""
-
-    def velocity(self, latents: jax.Array, embedded: Any, step: StepInputs, positions: Positions) -> jax.Array:
-        """``[B, L, C]`` of ``latents`` ``[B, L, C]``; ``step``: of one step, without the axis S."""
-
-
-class CachedDenoiser(Denoiser, Protocol):
-    """One that can skip most of a step: ``step_caches`` of its family."""
-
-    def fresh_cache(self, latents: jax.Array, dtype: Any) -> StepCache:
-        """Before the first step of ``latents`` ``[B, L, C]``."""
-
-    def cached_velocity(
-        self,
-        latents: jax.Array,
-        embedded: Any,
-        step: StepInputs,
-        positions: Positions,
-        cache: StepCache,
-        threshold: jax.Array,
-        live: jax.Array,
-    ) -> tuple[jax.Array, StepCache]:
-        """``velocity``, and the cache of the next step; ``live`` ``[B]``: rows that have this step."""
-
-
-@dataclasses.dataclass(frozen=True)
-class StreamParts:
-    """A transformer in parts that pass through the device one at a time: its blocks, in order, and the layers that make
-    their step inputs, which pass first."""
-
-    blocks: tuple[tuple[str, int], ...]  # (stack, number of layers)
-    # stack → paths of its blocks' step layers; none where blocks share what a step needs
-    step_layers: Mapping[str, tuple[str, ...]]
-    # one block (without step layers) or step layer, by path
-    makers: Mapping[str, Callable[[nnx.Rngs | None], nnx.Module]]
-    rest: Callable[[nnx.Rngs | None], nnx.Module]  # what lies in no block
-
-
-class StreamedDenoiser(Denoiser, Protocol):
-    """The same for blocks that come one at a time."""
-
-    def stream(self) -> StreamParts: ...
-
-    def step_vector(
-        self, conditioning: Conditioning, sigmas: jax.Array, guidance: jax.Array, dtype: Any
-    ) -> tuple[Any, Any]:
-        """What step layers read, if there are any, and the step inputs ``[B, S, …]``, a pytree, of ``finish`` and of
-        all blocks."""
-
-    def embed_tokens(self, latents: jax.Array, conditioning: Conditioning, positions: Positions, dtype: Any) -> Any:
-        """What the first block reads."""
-
-    def block(self, block: nnx.Module, x: Any, step: Sequence[jax.Array], shared: Any, positions: Positions) -> Any:
-        """``x`` after ``block``; of one step: the outputs of its step layers, and what all blocks share."""
-
-    def finish(self, x: Any, shared: Any) -> jax.Array:
-        """``x`` after the last block → velocity ``[B, L, C]``."""
-
-
-class Decoder(Protocol):
-    """The component that makes pictures, as ``programs.decode`` uses it."""
-
-    layout: Layout  # that it was made with
-
-    def __call__(self, latents: jax.Array) -> jax.Array:
-        """What ``Family.unpack`` gives → ``[B, height, width, 3]`` in -1..1."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Footprint:
     """What decides how many bytes activations take on one device."""
@@ -210,6 +141,12 @@ class Footprint:
     scores: bool  # whether attention writes all its scores down
     steps: int  # whose step inputs are made at once
     at_once: int  # images that are decoded together
+    mode: Mode = PLAIN
+
+    @property
+    def passes(self) -> int:
+        """Prompts that lead an image."""
+        return 2 if self.mode.negative else 1
 
 
 class Family(abc.ABC):
@@ -284,6 +221,27 @@ class Family(abc.ABC):
         """Those of ``sampler.step_cache`` that the checkpoint's denoiser has."""
         return ()
 
+    def resolve(self, row: Row) -> Row:
+        """The row as this checkpoint understands it, with its mode; what decides nothing is as if it were not given.
+        ValueError for a field that this checkpoint has no use for."""
+        if row.negative_prompt or row.negative_prompt_2:
+            raise ValueError("negative_prompt: expected none: this model has no guidance that leads away from a prompt")
+        return row
+
+    def default_size(self, picture: Picture, area: int) -> tuple[int, int]:
+        """Height and width of the image that a row makes of this picture if it does not say: the picture's own, made
+        smaller to ``area`` pixels if it has more, and cut to whole tokens."""
+        scale = min(1.0, math.sqrt(area / (picture.height * picture.width)))
+        multiple = self.size_multiple
+        height, width = (
+            max(multiple, int(side * scale) // multiple * multiple) for side in (picture.height, picture.width)
+        )
+        return height, width
+
+    def cfg_scale(self, row: Row) -> float:
+        """How far a row with ``mode.negative`` is led away from its negative prompt."""
+        return row.true_cfg_scale
+
     def warnings(self, flux_name: str) -> tuple[str, ...]:
         """What of ``model.flux_name`` does not go with the checkpoint."""
         return ()
@@ -317,16 +275,18 @@ class Family(abc.ABC):
     def latent_shape(self, height: int, width: int) -> tuple[int, int]:
         """Tokens and channels of an image of this many pixels."""
 
-    def tokens(self, height: int, width: int) -> int:
-        return self.latent_shape(height, width)[0]
+    def tokens(self, height: int, width: int, mode: Mode = PLAIN) -> int:
+        """Of the image, and of the reference pictures."""
+        return sum(self.latent_shape(*size)[0] for size in ((height, width), *mode.references))
 
     @abc.abstractmethod
-    def noise(self, seed: int, height: int, width: int) -> np.ndarray:
-        """``[L, C]`` float32."""
+    def noise(self, seed: int, height: int, width: int, mode: Mode = PLAIN) -> np.ndarray:
+        """``[L, C]`` float32: what diffusers draws for it, after what it draws for the row's pictures."""
 
     @abc.abstractmethod
-    def positions(self, conditioning: Conditioning, height: int, width: int) -> Positions:
-        """Of text and image tokens, NumPy. ``conditioning``: of a batch, or its shapes."""
+    def positions(self, conditioning: Conditioning, height: int, width: int, mode: Mode = PLAIN) -> Positions:
+        """Of text and image tokens, and those of reference pictures, NumPy. ``conditioning``: of a batch, or its
+        shapes."""
 
     @abc.abstractmethod
     def unpack(self, latents: jax.Array, height: int, width: int) -> jax.Array:
@@ -337,13 +297,29 @@ class Family(abc.ABC):
     def decoder_width(self) -> int:
         """Channels of the decoder's finest level."""
 
+    # Pictures that rows read
+
+    def prepare(self, row: Row, pictures: Mapping[str, Sequence[Image.Image]]) -> dict[str, np.ndarray]:
+        """What ``encode_pictures`` reads of a row, without a batch axis, float32. ``pictures``: by field, upright.
+        ValueError for one that cannot be read so."""
+        raise NotImplementedError
+
+    def picture_shapes(self, height: int, width: int, mode: Mode) -> dict[str, tuple[int, ...]]:
+        """Of what ``prepare`` makes; none where rows of this mode read no picture."""
+        return {}
+
+    def encode_pictures(self, vae: Any, arrays: Mapping[str, jax.Array], dtype: Any) -> Pictures:
+        """``arrays`` ``[B, …]`` → what the denoiser reads. ``vae``: the decoder's module, with its encoder."""
+        raise NotImplementedError
+
     # Costs: FLOPs of one image or prompt, and bytes of activations on one device
 
     @abc.abstractmethod
     def encode_flops(self, inputs: Sequence[TextInput]) -> int: ...
 
     @abc.abstractmethod
-    def step_flops(self, height: int, width: int, inputs: Sequence[TextInput]) -> int: ...
+    def step_flops(self, height: int, width: int, inputs: Sequence[TextInput], mode: Mode = PLAIN) -> int:
+        """Of one evaluation: with a negative prompt a step has two."""
 
     @abc.abstractmethod
     def decode_flops(self, height: int, width: int) -> int: ...
@@ -360,6 +336,6 @@ class Family(abc.ABC):
 
 __all__ = [
     "Component", "Conditioning", "Config", "Decoder", "Denoiser", "Family", "Footprint", "LoraKeys", "Naming",
-    "Positions", "StepInputs", "StreamParts", "StreamedDenoiser", "Table", "TextInput", "Tokenizer", "TokenizerFiles",
-    "UserError",
+    "Pictures", "Positions", "StepInputs", "StreamParts", "StreamedDenoiser", "Table", "TextInput", "Tokenizer",
+    "TokenizerFiles", "UserError",
 ]  # fmt: skip

@@ -13,6 +13,13 @@ def pack(latents: np.ndarray) -> np.ndarray:
     return latents.reshape(c, h // 2, 2, w // 2, 2).transpose(1, 3, 0, 2, 4).reshape(h // 2 * (w // 2), c * 4)
 
 
+def packed(latents: jax.Array) -> jax.Array:
+    """``[B, h, w, C]`` → ``[B, h/2 · w/2, 4C]``, on a device."""
+    b, h, w, c = latents.shape
+    patches = jnp.transpose(latents.reshape(b, h // 2, 2, w // 2, 2, c), (0, 1, 3, 5, 2, 4))
+    return patches.reshape(b, h // 2 * (w // 2), 4 * c)
+
+
 def unpack(tokens: jax.Array, height: int, width: int) -> jax.Array:
     """``[B, L, 4C]`` → ``[B, h, w, C]``."""
     b, _, c = tokens.shape

@@ -22,7 +22,7 @@ from typing import Any
 
 from fluxbatch.config.schema import Job
 from fluxbatch.distributed.chips import Target
-from fluxbatch.types import UserError
+from fluxbatch.types import PLAIN, Mode, UserError
 
 # libtpu looks for a TPU's metadata server and neighbours, and for itself in other processes.
 ENVIRONMENT = {
@@ -68,14 +68,19 @@ def devices(target: Target) -> list[Any]:
 
 
 def needs(
-    spec: Any, batch: int, height: int, width: int, parts: Sequence[str] = ("encode", "denoise", "decode")
+    spec: Any,
+    batch: int,
+    height: int,
+    width: int,
+    mode: Mode = PLAIN,
+    parts: Sequence[str] = ("encode", "denoise", "decode"),
 ) -> Iterator[Need]:
-    """Compiles the programs of one size for the spec's mesh. No weight is read."""
+    """Compiles the programs of one size and mode for the spec's mesh. No weight is read."""
     import jax
     from flax import nnx
 
     pipeline = dataclasses.replace(spec, keep=False).pipeline()
-    for name, lowered in pipeline.programs(batch, spec.inputs, height, width, parts):
+    for name, lowered in pipeline.programs(batch, spec.inputs, height, width, mode, parts):
         if name not in parts:  # what makes step inputs runs once for many steps
             continue
         start = time.monotonic()
@@ -106,10 +111,10 @@ def compile_counted(lowered: Any, platform: str) -> tuple[Any, int]:
     return program, sum(sizes) if sizes else program.memory_analysis().temp_size_in_bytes
 
 
-def compiled(job: Job, target: Target, height: int, width: int) -> list[Need]:
-    """The programs that generate images of one size, compiled for ``target`` in a process of its own."""
+def compiled(job: Job, target: Target, height: int, width: int, mode: Mode) -> list[Need]:
+    """The programs that generate images of one size and mode, compiled for ``target`` in a process of its own."""
     plain = Job(**{field.name: getattr(job, field.name) for field in dataclasses.fields(Job)})
-    asked = pickle.dumps((plain, target, height, width))
+    asked = pickle.dumps((plain, target, height, width, mode))
     done = subprocess.run(
         [sys.executable, "-m", "fluxbatch.planning.aot"], input=asked, env=os.environ | ENVIRONMENT, capture_output=True
     )
@@ -125,11 +130,12 @@ def main() -> None:
     from fluxbatch.generation.model_spec import open_model_spec
     from fluxbatch.weights.published import open_or_known
 
-    job, target, height, width = pickle.load(sys.stdin.buffer)
+    job, target, height, width, mode = pickle.load(sys.stdin.buffer)
     backend.set_compiler_flags(job.hardware.xla_flags, job.hardware.libtpu_init_args)
     spec = open_model_spec(job, target.platform, devices(target), target.hosts, open_or_known)
     batch = job.sharding.per_device_batch_size * spec.data_parallel_size
-    for need in needs(spec, batch, height, width, parts=("denoise", "decode")):
+    spec = spec.with_encoder() if mode.reads_pictures else spec
+    for need in needs(spec, batch, height, width, mode, ("denoise", "decode")):
         print(json.dumps(dataclasses.asdict(need)), flush=True)
 
 

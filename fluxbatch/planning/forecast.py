@@ -20,7 +20,7 @@ from fluxbatch.planning import aot, memory
 from fluxbatch.reporting import columns, startup_warnings
 from fluxbatch.results.resume import left_out
 from fluxbatch.shards import batching
-from fluxbatch.types import Batch, Reject, Row, Shard
+from fluxbatch.types import Batch, Mode, Reject, Row, Shard
 from fluxbatch.weights import device_weights, load
 
 TERA = 1e12
@@ -50,11 +50,11 @@ class Work:
         return [batch for shard in self.shards for batch in shard.batches]
 
     @functools.cached_property
-    def buckets(self) -> dict[tuple[int, int], list[Batch]]:
-        """Batches by image size."""
-        found: dict[tuple[int, int], list[Batch]] = {}
+    def buckets(self) -> dict[memory.Size, list[Batch]]:
+        """Batches by image size and mode."""
+        found: dict[memory.Size, list[Batch]] = {}
         for batch in self.batches:
-            found.setdefault(batch.shape, []).append(batch)
+            found.setdefault((*batch.shape, batch.mode), []).append(batch)
         return found
 
     def prompt(self) -> int:
@@ -63,14 +63,15 @@ class Work:
 
     def generated(self, batches: Sequence[Batch]) -> int:
         """FLOPs of these batches, what fills them up included: a batch takes as many steps as its longest row."""
-        steps = (max(row.num_inference_steps for row in batch.rows) for batch in batches)
-        return self.size * self._flops((*batch.shape, count) for batch, count in zip(batches, steps, strict=True))
+        return self.size * self._flops(
+            (*batch.shape, max(row.steps for row in batch.rows), batch.mode) for batch in batches
+        )
 
     def asked(self, batches: Sequence[Batch]) -> int:
         """FLOPs of the rows alone."""
-        return self._flops((row.height, row.width, row.num_inference_steps) for batch in batches for row in batch.rows)
+        return self._flops((row.height, row.width, row.steps, row.mode) for batch in batches for row in batch.rows)
 
-    def _flops(self, images: Iterable[tuple[int, int, int]]) -> int:
+    def _flops(self, images: Iterable[tuple[int, int, int, Mode]]) -> int:
         """Of heights, widths and steps: of few different ones."""
         return sum(count * self.spec.flops(*image) for image, count in collections.Counter(images).items())
 
@@ -141,16 +142,17 @@ def _model(job: Job, spec: ModelSpec, target: Target, rows: Sequence[Row]) -> It
 
 def _batches(work: Work) -> Iterator[str]:
     name = "buckets"
-    for (height, width), batches in work.buckets.items():
+    for (height, width, mode), batches in work.buckets.items():
         count = sum(len(batch.rows) for batch in batches)
-        steps = sorted({row.num_inference_steps for batch in batches for row in batch.rows})
+        steps = sorted({row.steps for batch in batches for row in batch.rows})
         waste = 1 - work.asked(batches) / work.generated(batches)
         span = f"{steps[0]}–{steps[-1]}" if len(steps) > 1 else str(steps[0])
         rows = f"{count:,} rows in {len(batches):,} batches of {work.size}, {waste:.1%} padding"
-        yield _line(name, f"{height}×{width}, {span} steps: {rows}")
+        yield _line(name, f"{height}×{width}{mode}, {span} steps: {rows}")
         name = ""
     # of images, and of token sequences
-    sizes, lengths = len(work.buckets), len({height * width for height, width in work.buckets})
+    sizes = len({(height, width) for height, width, _ in work.buckets})
+    lengths = len({(height * width, mode) for height, width, mode in work.buckets})
     kinds = f"text, modulation, {lengths} × denoising, {sizes} × decoding"
     yield _line("programs", f"{2 + lengths + sizes} to compile: {kinds}; {len(work.shards):,} shards")
 
@@ -189,12 +191,12 @@ def _memory(job: Job, spec: ModelSpec, target: Target, work: Work) -> Iterator[s
 
 
 def _compiled(job: Job, spec: ModelSpec, target: Target, work: Work) -> Iterator[str]:
-    height, width = max(work.buckets, key=math.prod)
+    height, width, mode = max(work.buckets, key=lambda size: spec.family.tokens(*size))
     needs: Iterable[aot.Need]
     if target.topology:
-        needs = aot.compiled(job, target, height, width)
+        needs = aot.compiled(job, target, height, width, mode)
     else:
-        needs = aot.needs(spec, work.size, height, width, ("denoise", "decode"))
+        needs = aot.needs(spec, work.size, height, width, mode, ("denoise", "decode"))
     for need in needs:
         terms = f"{_bytes(need.held)} weights + {_bytes(need.more)}, of it temporary {_bytes(need.temporaries)}"
         text = f"{need.name:8} {need.fault or terms}; {_time(need.seconds)} for {height}×{width}"
@@ -214,7 +216,7 @@ def _reads(job: Job, spec: ModelSpec, target: Target, work: Work) -> Iterator[st
         encoders = _bytes(sum(read[part] for part in spec.family.encoders))
         again = f", and {encoders} of text encoders again for each of {len(work.shards):,} shards"
     if spec.stream:
-        steps = sum(max(row.num_inference_steps for row in batch.rows) for batch in work.batches)
+        steps = sum(max(row.steps for row in batch.rows) for batch in work.batches)
         again += f", and the transformer's blocks for each of {steps:,} steps (from memory as long as it holds them)"
     a_host = " a host" if target.hosts > 1 else ""
     yield _line("reads", f"{_bytes(sum(read.values()))} of weights{a_host}{again}")

@@ -23,7 +23,10 @@ from fluxbatch.generation.programs import pixels_at_once, together
 from fluxbatch.generation.steps import STEPS
 from fluxbatch.models import attention
 from fluxbatch.models.family import Footprint
+from fluxbatch.types import Mode
 from fluxbatch.weights import device_weights, load
+
+Size = tuple[int, int, Mode]  # height, width
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class Situation:
 
     spec: ModelSpec
     platform: str
-    sizes: Sequence[tuple[int, int]]  # heights and widths of the images
+    sizes: Sequence[Size]  # of the images
     images: int  # of a device at once
     stay: bool  # whether the text encoders stay on the devices
     again: bool  # whether they come back once the transformer is there
@@ -60,7 +63,7 @@ class Situation:
         job: Job,
         spec: ModelSpec,
         platform: str,
-        sizes: Sequence[tuple[int, int]],
+        sizes: Sequence[Size],
         again: bool,
         limit: int | None = None,
         devices: Sequence[jax.Device] = (),
@@ -100,7 +103,7 @@ class Situation:
     def footprint(self) -> Footprint:
         """Of the largest image."""
         spec = self.spec
-        height, width = max(self.sizes, key=math.prod)
+        height, width, mode = max(self.sizes, key=lambda size: spec.family.tokens(*size))
         activation, precision = jnp.dtype(spec.activations_dtype).itemsize, spec.precision(spec.family.denoiser)
         weight = (precision.kernels or precision.rest).itemsize
         if precision.kernels and self.platform == "cpu":
@@ -108,7 +111,7 @@ class Situation:
         at_once = together(self.images, height, width, pixels_at_once(self.platform))
         mesh = dict(spec.mesh.shape)
         return Footprint(
-            self.images, height, width, self.platform, activation, weight, mesh, self.scores, STEPS, at_once
+            self.images, height, width, self.platform, activation, weight, mesh, self.scores, STEPS, at_once, mode
         )
 
     def remedy(self, limit: int) -> tuple[str, ...]:

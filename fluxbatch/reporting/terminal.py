@@ -13,7 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from fluxbatch.generation.pipeline import ProgressObserver
+from fluxbatch.generation.observer import ProgressObserver
 from fluxbatch.generation.prompts import PromptEmbeds
 from fluxbatch.shards import progress
 from fluxbatch.shards.progress import Lines

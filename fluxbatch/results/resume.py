@@ -17,6 +17,7 @@ from fluxbatch.types import Row
 Record = dict[str, Any]
 RecordId = tuple[str, str]  # id, key
 
+LATER = ("negative_prompt", "negative_prompt_2", "true_cfg_scale", "strength", "inputs")  # older records have none
 _SHOWN = 20  # changed rows in one message
 # What a record says besides its row's parameters and the model
 _OWN = ("file_name", "index", "seed_text", "sha256", "computed_steps", "seconds", "mfu", "created", "flags", "key")
@@ -30,13 +31,13 @@ def row_key(row: Row, job_facts: Mapping[str, Any]) -> str:
 def key_under(row: Row, facts_digest: str) -> str:
     """``row_key`` with the digest of the job's facts at hand."""
     given = decisive(row)
-    if given["sigmas"] is None:  # nor did keys know of them before there were any
-        del given["sigmas"]
-    return digest([given, facts_digest])
+    # what a row has nothing of decides nothing: keys from before there were such fields still hold
+    return digest([{k: v for k, v in given.items() if v is not None or k == "lora"}, facts_digest])
 
 
 def decisive(row: Row) -> dict[str, Any]:
-    """The row's parameters that decide its pixels, under the names of a record; no sigmas or adapters are None."""
+    """The row's parameters that decide its pixels, under the names of a record; None for what it has nothing of."""
+    negative = row.mode.negative
     return {
         "prompt": row.prompt,
         "prompt_2": row.prompt_2,
@@ -47,16 +48,50 @@ def decisive(row: Row) -> dict[str, Any]:
         "guidance_scale": row.guidance_scale,
         "sigmas": list(row.sigmas) or None,
         "lora": dict(row.lora) if row.lora else None,
+        "negative_prompt": row.negative_prompt or None if negative else None,
+        "negative_prompt_2": row.negative_prompt_2 or None if negative else None,
+        "true_cfg_scale": row.true_cfg_scale if negative and row.true_cfg_scale != 1 else None,
+        "strength": row.strength if row.mode.start and row.strength != 1 else None,
+        "inputs": {field: [picture.sha256 for picture in pictures] for field, pictures in row.pictures.items()} or None,
     }
 
 
 def parameters(row: Row) -> dict[str, Any]:
     """``decisive`` in the form of a record, where no field has another type in another row: readers of metadata.jsonl
     take a column's type from its first rows."""
-    given = decisive(row)
+    given = decisive(row) | {"inputs": inputs_of(row)}
+    given |= {key: given[key] or "" for key in ("negative_prompt", "negative_prompt_2")}
+    given |= {key: 1.0 if given[key] is None else given[key] for key in ("true_cfg_scale", "strength")}
     lora = json.dumps(given.pop("lora") or {}, ensure_ascii=False)
     text = {"sigmas": json.dumps(given["sigmas"] or []), "lora": lora}
     return given | text | {"seed_text": str(row.seed)}  # the number may be more than 63 bits
+
+
+def inputs_of(row: Row) -> str:
+    """JSON: of each field the pictures, with the path that the row has, and digest and size of the file."""
+    found = {
+        field: [{"path": p.path, "sha256": p.sha256, "height": p.height, "width": p.width} for p in pictures]
+        for field, pictures in row.pictures.items()
+    }
+    return json.dumps(found, ensure_ascii=False)
+
+
+def plain(record: Record) -> Record:
+    """The record with its values in the form of ``decisive``, whatever version of fluxbatch wrote it."""
+    inputs = json.loads(record.get("inputs") or "{}")
+    negative = {key: record.get(key) or None for key in ("negative_prompt", "negative_prompt_2")}
+    scale, strength = record.get("true_cfg_scale") or 1.0, record.get("strength")
+    return (
+        record
+        | negative
+        | {
+            "lora": mix(record) or None,
+            "sigmas": [*levels(record)] or None,
+            "true_cfg_scale": None if scale == 1 else scale,
+            "strength": None if strength in (None, 1.0) else strength,
+            "inputs": {field: [p["sha256"] for p in pictures] for field, pictures in inputs.items()} or None,
+        }
+    )
 
 
 def mix(record: Mapping[str, Any]) -> dict[str, float]:
@@ -162,19 +197,19 @@ def match(
     # same row when all else is equal and its seed was as far from its place.
     pair(
         True,
-        lambda r: (r["id"], *_but_place(r, r["index"])),
+        lambda r: (r["id"], *_but_place(plain(r), r["index"])),
         lambda row, _: (row.id, *_but_place(decisive(row), row.index)),
     )
     # The first of several images of a row is the one that it had before alone.
     pair(True, lambda r: (f"{r['id']}-0", r["key"]), lambda row, key: (row.id, key))
     pair(
         True,
-        lambda r: (f"{r['id']}-0", *_but_place(r, r["index"])),
+        lambda r: (f"{r['id']}-0", *_but_place(plain(r), r["index"])),
         lambda row, _: (row.id, *_but_place(decisive(row), row.index)),
     )
     # A row without an id of its own may stand elsewhere too: the key finds it.
     pair(False, lambda r: r["key"], lambda _, key: key)
-    pair(False, lambda r: _but_place(r, r["index"]), lambda row, _: _but_place(decisive(row), row.index))
+    pair(False, lambda r: _but_place(plain(r), r["index"]), lambda row, _: _but_place(decisive(row), row.index))
     changed = [
         (todo[record["id"]][0], record)
         for record in remembered
@@ -215,7 +250,7 @@ def describe(changed: Sequence[tuple[Row, Record]]) -> Iterator[str]:
     is, and every field with its old and new value."""
     alike: dict[Any, list[tuple[Row, Record]]] = defaultdict(list)
     for row, record in changed:
-        record = record | {"lora": mix(record) or None, "sigmas": [*levels(record)] or None}
+        record = plain(record)
         fields = difference(record, decisive(row) | {"seed": record["seed"]}, only_new=True)
         alike[*fields, row.seed - record["seed"]].append((row, record))
     groups = list(alike.values())
@@ -238,8 +273,18 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any], *, only_new: bool
 
 def _but_place(values: Mapping[str, Any], index: int) -> tuple[str, int]:
     """What stays of a row without a seed of its own when it moves: all but the seed, and the seed's distance."""
-    fields = ("prompt", "prompt_2", "height", "width", "num_inference_steps", "guidance_scale")
-    return digest([*(values[field] for field in fields), mix(values), levels(values)]), values["seed"] - index
+    fields = (
+        "prompt",
+        "prompt_2",
+        "height",
+        "width",
+        "num_inference_steps",
+        "guidance_scale",
+        "lora",
+        "sigmas",
+        *LATER,
+    )
+    return digest([values[field] for field in fields]), values["seed"] - index
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

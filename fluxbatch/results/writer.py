@@ -121,6 +121,12 @@ class Writer:
             lambda _: self._room.release()
         )
 
+    def reject(self, rejects: Sequence[tuple[Row, Reject]]) -> None:
+        """Notes rows that get no image, behind the batches that were put; raises what went wrong with one of them."""
+        if self._error:
+            raise self._error
+        self._submit(self._note, *zip(*rejects, strict=True))
+
     def compact(self) -> None:
         """At the end of a shard: its records become one object, in the background, once its last batch is recorded."""
         self._submit(self._compact)
@@ -192,6 +198,15 @@ class Writer:
         self._count(rows, outcomes)
         if fatal:
             raise fatal
+        self._end_of_patience(rejects)
+
+    def _note(self, rows: Sequence[Row], rejects: Sequence[Reject]) -> None:
+        self._attempt(self._ledger.reject, rejects)
+        self._count(rows, rejects)
+        self._end_of_patience(rejects)
+
+    def _end_of_patience(self, rejects: Sequence[Reject]) -> None:
+        """TooManyFailures where these rejects are one more than the job may have."""
         if rejects and self._failures_that_end is not None and self.rejected >= self._failures_that_end:
             last = rejects[-1]
             raise TooManyFailures(f"{last.where}: {last.reason} (stopped after {self.rejected} failed rows, as asked)")

@@ -63,13 +63,14 @@ class Generator:
     def denoise(self, batch: Batch, embeds: PromptEmbeds) -> jax.Array:
         """Latents ``[B, L, C]`` of a batch, launched and not waited for."""
         padded = batching.padded(batch.rows, batch.size)
-        return self._begun().denoise(padded, embeds.batch(padded))
+        pictures = batch.pictures and [*batch.pictures, *[batch.pictures[-1]] * (batch.size - len(batch.rows))]
+        return self._begun().denoise(padded, embeds.batch(padded), pictures or None)
 
     def decode(self, batch: Batch, latents: jax.Array) -> Images:
         """Their pixels, likewise."""
         pipeline = self._begun()
         pixels, finite = pipeline.decode(latents, *batch.shape)
-        flops = sum(self._spec.flops(*batch.shape, row.num_inference_steps) for row in batch.rows)
+        flops = sum(self._spec.flops(*batch.shape, row.steps, row.mode) for row in batch.rows)
         took = self._report.drawing(len(batch.rows), flops)
         self._trace.batch(pixels)
         return Images(pixels, finite, pipeline.computed, took.result)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Self
 
 from fluxbatch.config.schema import Job
@@ -13,7 +13,7 @@ from fluxbatch.results.ledger import Ledger
 from fluxbatch.results.writer import Writer
 from fluxbatch.session.generator import Images
 from fluxbatch.shards.progress import Progress
-from fluxbatch.types import Batch, Row, Shard
+from fluxbatch.types import Batch, Reject, Row, Shard
 
 
 class Output:
@@ -41,6 +41,11 @@ class Output:
         if own:
             self._progress.beside(own[-1], len(batch.rows) - len(own))
             self._writer.put(own, self._names, pixels, finite, images.seconds, *computed)
+
+    def reject(self, rejects: Sequence[tuple[Row, Reject]]) -> None:
+        """Note rows that get no image. Raises what went wrong with an earlier batch."""
+        if self._group.is_first:
+            self._writer.reject(rejects)
 
     def commit(self, shard: Shard) -> None:
         """The records of a shard become one object, behind the devices."""

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 
 from fluxbatch.config.schema import STANDARD_INPUT, Job, manifests
 from fluxbatch.distributed import backend
 from fluxbatch.distributed.process_group import ProcessGroup
 from fluxbatch.distributed.shutdown import Drain, drain_on_signals
+from fluxbatch.generation import pictures
 from fluxbatch.generation.kept import KeptPipeline
 from fluxbatch.generation.model_spec import ModelSpec, open_model_spec
 from fluxbatch.generation.prompts import TextCache
+from fluxbatch.manifest.pictures import inspect
 from fluxbatch.manifest.rows import read_rows
 from fluxbatch.reporting import startup_warnings
 from fluxbatch.reporting.terminal import Report
@@ -29,7 +31,7 @@ from fluxbatch.shards import assignment
 from fluxbatch.shards.assignment import Work
 from fluxbatch.storage import cache
 from fluxbatch.storage.base import StorageError, Store
-from fluxbatch.types import Batch, Exit, Row, Shard, UserError
+from fluxbatch.types import Batch, Exit, Reject, Row, Shard, UserError
 
 
 @dataclasses.dataclass
@@ -62,12 +64,17 @@ class Session:
             if self.drain.stopped:
                 return
 
-    def batches(self, shard: Shard) -> Iterator[Batch]:
-        """The batches of a shard, until the run is asked to stop."""
-        for batch in shard.batches:
-            if self.drain.asked():
-                return
-            yield batch
+    def batches(self, shard: Shard, unreadable: Callable[[Sequence[tuple[Row, Reject]]], None]) -> Iterator[Batch]:
+        """The batches of a shard, with what their rows read of pictures, until the run is asked to stop.
+        ``unreadable``: told of rows that are left out, as their pictures cannot be read."""
+        with contextlib.closing(pictures.ahead(shard.batches, self.spec.family, self.group)) as batches:
+            for batch, rejects in batches:
+                if self.drain.asked():
+                    return
+                if rejects:
+                    unreadable(rejects)
+                if batch.rows:
+                    yield batch
 
     def generator(self) -> Generator:
         """What generates the images; to be used with ``with``."""
@@ -104,7 +111,9 @@ def open_session(job: Job, kept: KeptPipeline | None = None) -> Iterator[Session
             require_package(job.output.container)
             spec = open_model_spec(job, platform, group=group)
             given, bad_lines = read_rows(job, size_multiple=spec.size_multiple)
+            given, bad_lines = inspect(given, bad_lines, quarantine=job.manifest_errors.name == "quarantine")
             rows = spec.resolve(given)  # each row with its LoRA weights
+            spec = spec.reading(rows)
             store = open_location(job)
             facts = {**spec.facts, **job.output.fingerprint()}
             start = group.start_id()

@@ -7,13 +7,13 @@ import itertools
 import math
 from collections.abc import Iterable, Sequence
 
-from fluxbatch.types import Batch, Row, Shard
+from fluxbatch.types import Batch, Mode, Row, Shard
 
 
 def plan(rows: Iterable[Row], batch_size: int, shard_size: int) -> list[Shard]:
     """Rows → batches of one compiled shape → shards of about ``shard_size`` rows.
 
-    Rows are bucketed by size; within a bucket rows with like step counts stand together (a batch
+    Rows are bucketed by size and mode; within a bucket rows with like step counts stand together (a batch
     takes as many steps as its longest row), else in manifest order. Only the last batch of a
     bucket is short.
     """
@@ -80,14 +80,15 @@ def cost(row: Row) -> float:
     image, text = row.height * row.width / 256, 512  # tokens
     tokens = image + text
     step = 0.0129 * tokens + 7e-7 * tokens**2  # linear layers, attention
-    return row.num_inference_steps * step + 0.0025 * image + 5  # decoding, encoding the text
+    passes = 2 if row.mode.negative else 1
+    return passes * row.steps * step + 0.0025 * image + 5  # decoding, encoding the text
 
 
 def _buckets(rows: Iterable[Row]) -> list[list[Row]]:
-    """Rows by image size, in the order of first appearance; in each, like step counts together."""
-    buckets: dict[tuple[int, int], list[Row]] = {}
+    """Rows by image size and mode, in the order of first appearance; in each, like step counts together."""
+    buckets: dict[tuple[int, int, Mode], list[Row]] = {}
     for row in rows:
-        buckets.setdefault((row.height, row.width), []).append(row)
+        buckets.setdefault((row.height, row.width, row.mode), []).append(row)
     for bucket in buckets.values():
-        bucket.sort(key=lambda row: (row.num_inference_steps, row.index))
+        bucket.sort(key=lambda row: (row.steps, row.index))
     return list(buckets.values())

@@ -6,7 +6,6 @@ ComfyUI's), and the converted copy that ``fluxbatch.convert`` writes.
 
 from __future__ import annotations
 
-import atexit
 import dataclasses
 import fnmatch
 import functools
@@ -14,8 +13,6 @@ import hashlib
 import json
 import math
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -26,15 +23,11 @@ from fluxbatch.models.registry import by_pipeline, families
 from fluxbatch.types import UserError
 from fluxbatch.weights import load, quantized, single_files, zarr
 from fluxbatch.weights.digests import verify
-from fluxbatch.weights.find import SMALL, SUFFIX, SUFFIXES, find, snapshot, split
+from fluxbatch.weights.find import SMALL, SUFFIX, SUFFIXES, find, split
 from fluxbatch.weights.headers import held, instead, notes, read_header, read_headers, weights_file, with_scales
 from fluxbatch.weights.matching import lacked
 from fluxbatch.weights.source import Source, Tensor, sampled
-
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
-    "vocab.json", "merges.txt", "spiece.model",
-)  # fmt: skip
+from fluxbatch.weights.tokenizer_files import TOKENIZER_FILES, find_tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,14 +45,41 @@ class Opened:
     def plan(self, **options: Any) -> load.Plan:
         """Which bytes fill which parameter; UserError lists every disagreement, or names a quantization."""
         make = lambda rngs: self.definition.module(self.config, rngs=rngs, **options)  # noqa: E731
+        table, tensors = self.table, dict(self.tensors)
+        if options.get("encoder"):
+            table = self._with_encoder()
+        elif table is NATIVE and self.definition.encoder_namings:
+            tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("encoder.")}
         try:
-            return load.plan(make, dict(self.tensors), self.table, self.source)
+            return load.plan(make, tensors, table, self.source)
         except UserError as error:
             held = {t.file for t in self.tensors.values() if not isinstance(self.source, zarr.Arrays)}
             noted = (quantized.in_notes(notes(self.source, file), self.source.path(file)) for file in sorted(held))
             if line := quantized.in_config(self.declared, self.where) or next(filter(None, noted), None):
                 raise UserError(line) from error
             raise
+
+    @property
+    def has_encoder(self) -> bool:
+        """Whether there is what encodes pictures."""
+        if self.table is NATIVE:
+            return bool(self.definition.encoder_namings) and any(name.startswith("encoder.") for name in self.tensors)
+        return any(naming.signs("") <= self.tensors.keys() for naming in self.definition.encoder_namings)
+
+    def whole_plan(self) -> load.Plan:
+        """Of all of it that rows may need, as a copy has it."""
+        return self.plan(encoder=True) if self.has_encoder else self.plan()
+
+    def _with_encoder(self) -> Table:
+        """The table of a module that has its encoder beside it."""
+        if self.table is NATIVE and self.has_encoder:
+            return self.table
+        known = (n for n in self.definition.encoder_namings if n.signs("") <= self.tensors.keys())
+        if (naming := next(known, None)) is None:
+            signs = " or ".join(sorted(sign for n in self.definition.encoder_namings for sign in n.signs("")))
+            raise UserError(f"{self.where}: rows have pictures, and there is no encoder for them: expected {signs}")
+        rules = (dataclasses.replace(r, target=f"encoder.{r.target}") for r in naming.table_for(self.tensors).rules)
+        return Table((*self.table.rules, *rules), self.table.ignored)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -353,27 +373,3 @@ def _parsed(component: Component, config: Mapping[str, Any]) -> Any:
     if missing := [f.name for f in dataclasses.fields(parsed) if getattr(parsed, f.name) is None]:
         raise KeyError(missing[0])
     return parsed
-
-
-def find_tokenizer(homes: list[Source], repo: str | None) -> str:
-    """A local directory with the tokenizer's files: the first of ``homes`` that has them, else ``repo``."""
-    for home in homes:
-        present = [file for file in TOKENIZER_FILES if home.exists(file)]
-        if {"tokenizer.json", "vocab.json", "spiece.model"} & set(present):
-            return home.url if home.local else _copied(home, present)
-    where = homes[-1].url
-    if repo is None:
-        raise UserError(f"{where}: no tokenizer: expected tokenizer.json, vocab.json with merges.txt, or spiece.model")
-    try:
-        return snapshot(repo, where, None, TOKENIZER_FILES)
-    except UserError as error:
-        raise UserError(f"{where}: no tokenizer, and {repo} has it, but: {error}") from error
-
-
-def _copied(source: Source, files: list[str]) -> str:
-    folder = tempfile.mkdtemp(prefix="fluxbatch-tokenizer-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    for name in files:
-        with open(os.path.join(folder, name), "wb") as file:
-            file.write(source.read(name))
-    return folder

@@ -17,10 +17,11 @@ from flax import nnx
 
 from fluxbatch.types import UserError
 from fluxbatch.weights import load, zarr
-from fluxbatch.weights.checkpoint import TOKENIZER_FILES, Checkpoint
+from fluxbatch.weights.checkpoint import Checkpoint
 from fluxbatch.weights.matching import Piece
 from fluxbatch.weights.source import Source
 from fluxbatch.weights.staging import Index, StagingBuffer
+from fluxbatch.weights.tokenizer_files import TOKENIZER_FILES
 
 WRITING = 256 << 20  # bytes of writes under way
 
@@ -74,7 +75,7 @@ def arrays(checkpoint: Checkpoint, dtype: np.dtype | None) -> list[Array]:
     """What is to be written. ``dtype`` None: each parameter's own, and bfloat16 for fp8."""
     found = []
     for name, component in checkpoint.components.items():
-        plan = component.plan()
+        plan = component.whole_plan()
         for keys, leaf in nnx.to_flat_state(plan.state):
             path, shape = load.path_of(keys), leaf.get_value().shape
             pieces = plan.pieces[path]

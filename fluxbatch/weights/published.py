@@ -28,13 +28,13 @@ from fluxbatch.weights.checkpoint import (
     Opened,
     agreed,
     check_homes,
-    find_tokenizer,
     open_checkpoint,
     open_component,
 )
 from fluxbatch.weights.find import EMBEDDED, PAGE
 from fluxbatch.weights.load import path_of
 from fluxbatch.weights.source import Source, Tensor
+from fluxbatch.weights.tokenizer_files import find_tokenizer
 from fluxbatch.weights.zarr import dtype_of, layer_names
 
 Known = Mapping[str, Any]  # a file of configurations

@@ -17,7 +17,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 import numpy as np
 
 from fluxbatch.distributed.mesh import make_mesh
-from fluxbatch.generation.pipeline import Pipeline, ProgressObserver
+from fluxbatch.generation.observer import ProgressObserver
+from fluxbatch.generation.pipeline import Pipeline
 from fluxbatch.models import attention
 from fluxbatch.models.autoencoder import VaeConfig
 from fluxbatch.models.flux1.definition import Flux1, PromptEmbeds
@@ -81,7 +82,7 @@ def main() -> None:
     row = Row(0, "0", "", "", 0, args.side, args.side, 1, 3.5)
     for step in range(2):  # the second one compiles nothing
         start = time.perf_counter()
-        out = pipeline.denoise([row], PromptEmbeds(text, pooled))
+        out = pipeline.denoise([row], [PromptEmbeds(text, pooled)])
         finite = bool(np.isfinite(out).all())
         print(f"step {step}: {time.perf_counter() - start:.1f} s, {out.shape} {'finite' if finite else 'NOT FINITE'}")
     with open("/proc/self/status") as status:

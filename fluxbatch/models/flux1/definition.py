@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from PIL import Image
 
 from fluxbatch.models import autoencoder_cost, autoencoder_keys
 from fluxbatch.models.autoencoder import Decoder, VaeConfig
@@ -14,20 +16,20 @@ from fluxbatch.models.family import (
     Component,
     Family,
     Footprint,
+    Pictures,
     TextInput,
     Tokenizer,
     TokenizerFiles,
 )
-from fluxbatch.models.flux1 import cost, keys, single_files
+from fluxbatch.models.flux1 import cost, keys, pictures, single_files
 from fluxbatch.models.flux1.clip import ClipConfig, ClipTextEncoder
 from fluxbatch.models.flux1.lora import LORA
 from fluxbatch.models.flux1.t5 import T5Config, T5Encoder
 from fluxbatch.models.flux1.transformer import Flux, FluxConfig, rope_table
 from fluxbatch.models.key_tables import Naming
 from fluxbatch.models.latents import pack, unpack
-from fluxbatch.models.noise import torch_normal
 from fluxbatch.models.schedulers import FlowMatchEuler
-from fluxbatch.types import UserError
+from fluxbatch.types import PLAIN, Mode, Row, UserError
 
 
 class PromptEmbeds(NamedTuple):
@@ -101,6 +103,7 @@ class Flux1(Family):
             VaeConfig,
             Decoder,
             namings=autoencoder_keys.NAMINGS,
+            encoder_namings=autoencoder_keys.ENCODER_NAMINGS,
             stems=("diffusion_pytorch_model", "model"),
             classes=("AutoencoderKL",),
             saved={"_class_name": "AutoencoderKL"},
@@ -209,15 +212,17 @@ class Flux1(Family):
     def latent_shape(self, height: int, width: int) -> tuple[int, int]:
         return (height // self.size_multiple) * (width // self.size_multiple), self.transformer.in_channels
 
-    def noise(self, seed: int, height: int, width: int) -> np.ndarray:
-        shape = self.vae.latent_channels, height // self.vae.scale, width // self.vae.scale
-        return pack(torch_normal(seed, int(np.prod(shape))).reshape(shape))
+    def noise(self, seed: int, height: int, width: int, mode: Mode = PLAIN) -> np.ndarray:
+        return pack(pictures.draws(seed, 2 if mode.start else 1, height, width, self.vae)[-1])
 
-    def positions(self, conditioning: PromptEmbeds, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-        length = conditioning.states.shape[-2]
-        return rope_table(
-            length, height // self.size_multiple, width // self.size_multiple, self.transformer.axes_dims_rope
+    def positions(
+        self, conditioning: PromptEmbeds, height: int, width: int, mode: Mode = PLAIN
+    ) -> tuple[np.ndarray, np.ndarray]:
+        (rows, cols), *references = (
+            (h // self.size_multiple, w // self.size_multiple) for h, w in ((height, width), *mode.references)
         )
+        length = conditioning.states.shape[-2]
+        return rope_table(length, rows, cols, self.transformer.axes_dims_rope, references)
 
     def unpack(self, latents: jax.Array, height: int, width: int) -> jax.Array:
         return unpack(latents, height // self.vae.scale, width // self.vae.scale)
@@ -226,13 +231,44 @@ class Flux1(Family):
     def decoder_width(self) -> int:
         return self.vae.block_out_channels[0]
 
+    # Pictures
+
+    def resolve(self, row: Row) -> Row:
+        """True guidance needs a scale above 1 and a negative prompt; an image is what a row starts from."""
+        if row.control_image:
+            raise ValueError("control_image: expected none: this model reads no control image")
+        if len(row.image) > 1:
+            raise ValueError(f"image: got {len(row.image)}, expected one: it is what the row starts from")
+        if row.mask_image and not row.image:
+            raise ValueError("mask_image: expected an image that it is the mask of")
+        negative = row.true_cfg_scale > 1 and row.negative_prompt is not None
+        mode = Mode(negative=negative, start=bool(row.image), mask=row.mask_image is not None)
+        if not negative:
+            row = dataclasses.replace(row, negative_prompt=None, negative_prompt_2=None, true_cfg_scale=1.0)
+        return dataclasses.replace(row, mode=mode, strength=row.strength if mode.start else 1.0)
+
+    def prepare(self, row: Row, pictures_: Mapping[str, Sequence[Image.Image]]) -> dict[str, np.ndarray]:
+        return pictures.prepare(row, pictures_, self.vae)
+
+    def picture_shapes(self, height: int, width: int, mode: Mode) -> dict[str, tuple[int, ...]]:
+        if not mode.start:
+            return {}
+        h, w = height // self.vae.scale, width // self.vae.scale
+        shapes = {"image": (height, width, 3), "epsilon": (h, w, self.vae.latent_channels)}
+        return shapes | ({"mask": self.latent_shape(height, width)} if mode.mask else {})
+
+    def encode_pictures(self, vae: Decoder, arrays: Mapping[str, jax.Array], dtype: Any) -> Pictures:
+        assert vae.encoder is not None
+        start = pictures.encode(vae.encoder, arrays["image"], arrays["epsilon"], self.vae, dtype)
+        return Pictures(start=start, mask=arrays.get("mask"))
+
     # Costs
 
     def encode_flops(self, inputs: Sequence[TextInput]) -> int:
         return cost.clip(self.clip, self.clip.max_position_embeddings) + cost.t5(self.t5, inputs[1].length)
 
-    def step_flops(self, height: int, width: int, inputs: Sequence[TextInput]) -> int:
-        return cost.flux_step(self.transformer, self.tokens(height, width), inputs[1].length)
+    def step_flops(self, height: int, width: int, inputs: Sequence[TextInput], mode: Mode = PLAIN) -> int:
+        return cost.flux_step(self.transformer, self.tokens(height, width, mode), inputs[1].length)
 
     def decode_flops(self, height: int, width: int) -> int:
         return autoencoder_cost.decode_flops(self.vae, height, width)
@@ -241,7 +277,7 @@ class Flux1(Family):
         return cost.encode_bytes(self.t5, self.clip, at, inputs[1].length)
 
     def denoise_bytes(self, at: Footprint, inputs: Sequence[TextInput]) -> int:
-        return cost.denoise_bytes(self.transformer, at, self.tokens(at.height, at.width), inputs[1].length)
+        return cost.denoise_bytes(self.transformer, at, self.tokens(at.height, at.width, at.mode), inputs[1].length)
 
     def decode_bytes(self, at: Footprint) -> int:
         return autoencoder_cost.decode_bytes(self.vae, at)

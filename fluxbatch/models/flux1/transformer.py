@@ -18,7 +18,7 @@ from flax import nnx
 
 from fluxbatch.distributed.mesh import Layout
 from fluxbatch.models import attention as attn
-from fluxbatch.models.dit import QKV, TIME_CHANNELS, MLPEmbedder, gated, modulate, rotate, timestep_embedding
+from fluxbatch.models.dit import QKV, TIME_CHANNELS, MLPEmbedder, gated, in_order, modulate, rotate, timestep_embedding
 from fluxbatch.models.family import StreamParts
 from fluxbatch.models.layers import Linear, each, from_heads, gelu_tanh, scan, stack
 from fluxbatch.models.step_cache import StepCache, cached, fresh
@@ -63,14 +63,19 @@ class FluxConfig:
         return self.num_attention_heads * self.attention_head_dim
 
 
-def rope_table(text_len: int, rows: int, cols: int, axes: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Cosines and sines ``[T + rows·cols, K/2]`` float32 of the rotary angles.
+def rope_table(
+    text_len: int, rows: int, cols: int, axes: tuple[int, ...], references: Sequence[tuple[int, int]] = ()
+) -> tuple[np.ndarray, np.ndarray]:
+    """Cosines and sines ``[T + rows·cols + R, K/2]`` float32 of the rotary angles.
 
-    Text sits at (0, 0, 0); image token (y, x) at (0, y, x). Angles are computed in float64.
+    Text sits at (0, 0, 0); image token (y, x) at (0, y, x), that of a reference picture at (1, y, x). Angles are
+    computed in float64. ``references``: rows and columns of each.
     """
-    ids = np.zeros((text_len + rows * cols, 3))
-    ids[text_len:, 1] = np.repeat(np.arange(rows), cols)
-    ids[text_len:, 2] = np.tile(np.arange(cols), rows)
+    parts = [np.zeros((text_len, 3))]
+    for picture, height, width in ((0, rows, cols), *((1, *size) for size in references)):
+        y, x = np.divmod(np.arange(height * width), width)
+        parts.append(np.stack([np.full(y.shape, picture), y, x], axis=1))
+    ids = np.concatenate(parts).astype(np.float64)
     by_axis = [ids[:, i, None] / ROPE_BASE ** (np.arange(0, d, 2) / d) for i, d in enumerate(axes)]
     angles = np.concatenate(by_axis, axis=-1)
     return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
@@ -212,11 +217,21 @@ class Flux(nnx.Module):
         """``[B, T, D]`` of T5's states."""
         return self._embed_text(conditioning.states, dtype)
 
-    def velocity(self, img: Array, txt: Array, mod: Modulation, rope: tuple[Array, Array]) -> Array:
-        """Of packed latents ``[B, L, C]``, embedded text ``[B, T, D]`` and the modulation of one step."""
-        rope = self._joined(rope, txt.shape[1])
-        x = self._double((self._embed_image(img), txt), mod, rope, slice(None))
-        return self._velocity_of(self._single(x, mod, rope), mod.final)
+    def embed_image(self, tokens: Array) -> Array:
+        """``[B, L, C]`` → ``[B, L, D]``."""
+        return self.residual(self.img_in(tokens))
+
+    def velocity(
+        self, img: Array, txt: Array, mod: Modulation, rope: tuple[Array, Array], references: Array | None = None
+    ) -> Array:
+        """Of packed latents ``[B, L, C]``, embedded text ``[B, T, D]``, the modulation of one step and embedded
+        reference pictures ``[B, R, D]``."""
+        pictures = [self.embed_image(img), *([] if references is None else [references])]
+        counts = [x.shape[1] for x in pictures]
+        rope = self._joined(rope, (txt.shape[1], *counts))
+        x = self._double((self.layout.join(pictures, 1, "tokens"), self.residual(txt)), mod, rope, slice(None))
+        image = self._single(x, mod, rope)
+        return self._velocity_of(self.layout.split(image, counts, 1, "tokens")[0], mod.final)
 
     # With a step cache: CachedDenoiser
 
@@ -228,8 +243,8 @@ class Flux(nnx.Module):
         live: Array,
     ) -> tuple[Array, StepCache]:  # fmt: skip
         """As ``velocity``, of the first block alone where all rows skip the others."""
-        rope = self._joined(rope, txt.shape[1])
-        before = self._embed_image(img)
+        rope = self._joined(rope, (txt.shape[1], img.shape[1]))
+        before = self.embed_image(img)
         after = self._double((before, txt), mod, rope, slice(0, 1))
 
         def rest() -> Array:
@@ -266,7 +281,7 @@ class Flux(nnx.Module):
 
     def embed_tokens(self, latents: Array, conditioning: Any, positions: Any, dtype: Any) -> tuple[Array, Array]:
         """Image and text ``[B, …, D]``."""
-        return self._embed_image(latents.astype(dtype)), self.embed(conditioning, dtype)
+        return self.embed_image(latents.astype(dtype)), self.embed(conditioning, dtype)
 
     def block(
         self,
@@ -311,9 +326,9 @@ class Flux(nnx.Module):
         img, txt = (of(double.img.mod), of(double.txt.mod)) if double else (None, None)
         return jax.tree.map(self._whole, Modulation(img, txt, of(single.mod) if single else None, self.final_mod(vec)))
 
-    def _joined(self, rope: tuple[Array, Array], text: int) -> tuple[Array, Array]:
-        """The angles in the order of both kinds of tokens, joined."""
-        cos, sin = (self.layout.join((table[:text], table[text:]), 0, "tokens") for table in rope)
+    def _joined(self, rope: tuple[Array, Array], sizes: Sequence[int]) -> tuple[Array, Array]:
+        """The angles in the order in which the blocks have the tokens of text, image and references."""
+        cos, sin = (in_order(table, sizes, self.layout) for table in rope)
         return cos, sin
 
     def _double(
@@ -330,10 +345,6 @@ class Flux(nnx.Module):
         call = lambda block, x, mod: block(x, mod, rope, self)  # noqa: E731
         both = scan(self.single_blocks, call, both, self.layout, _by_layer(mod.single))
         return self.layout.split(both, (txt.shape[1], img.shape[1]), 1, "tokens")[1]
-
-    def _embed_image(self, img: Array) -> Array:
-        """``[B, L, C]`` → ``[B, L, D]``."""
-        return self.residual(self.img_in(img))
 
     def _embed_text(self, txt: Array, dtype: Any) -> Array:
         """``[B, T, joint_attention_dim]`` → ``[B, T, D]``."""

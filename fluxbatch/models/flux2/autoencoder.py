@@ -97,10 +97,20 @@ class Statistics(nnx.Module):
 
 
 class Decoder(autoencoder.Decoder):
-    """Patches as the transformer leaves them → image. Parameters besides ``bn`` are those of ``vae.Decoder``."""
+    """Patches as the transformer leaves them → image. Parameters besides ``bn`` are those of FLUX.1's."""
 
-    def __init__(self, cfg: Flux2VaeConfig, *, rngs: nnx.Rngs | None, layout: Layout = Layout(), bands: int = 1):
+    def __init__(
+        self,
+        cfg: Flux2VaeConfig,
+        *,
+        rngs: nnx.Rngs | None,
+        layout: Layout = Layout(),
+        bands: int = 1,
+        encoder: bool = False,
+    ):
         super().__init__(cfg.decoder, rngs=rngs, layout=layout, bands=bands)
+        if encoder:
+            self.encoder = Encoder(cfg, rngs=rngs, layout=layout)
         self.bn = Statistics(cfg, rngs=rngs)
 
     def __call__(self, patches: Array) -> Array:
@@ -110,8 +120,8 @@ class Decoder(autoencoder.Decoder):
 class Encoder(autoencoder.Encoder):
     """Image → patches as the transformer reads those of a reference: the means, nothing is drawn."""
 
-    def __init__(self, cfg: Flux2VaeConfig, *, rngs: nnx.Rngs | None):
-        super().__init__(cfg.encoder, rngs=rngs)
+    def __init__(self, cfg: Flux2VaeConfig, *, rngs: nnx.Rngs | None, layout: Layout = Layout()):
+        super().__init__(cfg.encoder, rngs=rngs, layout=layout)
         self.bn = Statistics(cfg, rngs=rngs)
 
     def __call__(self, image: Array) -> Array:  # type: ignore[override]  # not a mean and a variance

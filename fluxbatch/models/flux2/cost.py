@@ -45,13 +45,11 @@ def encode(cfg: DecoderConfig, layers: tuple[int, ...], tokens: int) -> int:
     return 2 * max(layers) * tokens * (products + 2 * tokens * inner)
 
 
-def denoise_bytes(cfg: Flux2Config, at: Footprint, tokens: int, text: int, texts: int) -> int:
+def denoise_bytes(cfg: Flux2Config, at: Footprint, tokens: int, text: int) -> int:
     """As FLUX.1's: in a single block the sequence and its normed form, and in heads and hidden units q, k, v and the
-    MLP's halves; besides what text is embedded to. ``tokens``, ``text``: of an image, which has ``texts`` of them."""
+    MLP's halves; besides what texts are embedded to. ``tokens``: of an image and its references; ``text``: of one."""
     d, hidden = cfg.width, cfg.hidden
-    modulation = (
-        at.images * at.steps * 17 * d * at.activation_bytes + texts * at.images * text * d * at.activation_bytes
-    )
+    modulation = at.passes * at.images * (at.steps * 17 + text) * d * at.activation_bytes
     width = at.images * (tokens + text) // at.mesh["context"] * at.activation_bytes
     # of a single block; a double one has twice that
     layer = (4 * d * d + 3 * d * hidden) * at.weight_bytes // at.mesh["tensor"]
@@ -66,8 +64,8 @@ def denoise_bytes(cfg: Flux2Config, at: Footprint, tokens: int, text: int, texts
     return modulation + gathered + width * 2 * d + width * (3 * d + 2 * hidden) // at.mesh["tensor"] + scores
 
 
-def encode_bytes(cfg: DecoderConfig, layers: tuple[int, ...], at: Footprint, text: int, texts: int) -> int:
-    """Scores in float32, twice, the states that are kept of each text, and what a block works on; on a CPU also the
+def encode_bytes(cfg: DecoderConfig, layers: tuple[int, ...], at: Footprint, text: int) -> int:
+    """Scores in float32, twice, the states that are kept, twice, and what a block works on; on a CPU also the
     layer that it cuts from its stack."""
     d, inner, shared, hidden = (
         cfg.hidden_size,
@@ -76,7 +74,7 @@ def encode_bytes(cfg: DecoderConfig, layers: tuple[int, ...], at: Footprint, tex
         cfg.intermediate_size,
     )
     scores = 8 * at.images * cfg.num_attention_heads * text**2 // at.mesh["tensor"]
-    states = (texts + 1) * at.images * text * len(layers) * d * at.activation_bytes
+    states = 2 * at.images * text * len(layers) * d * at.activation_bytes
     width = at.images * text * at.activation_bytes * (3 * d + max(3 * inner, 2 * hidden) // at.mesh["tensor"])
     layer = (2 * d * inner + 2 * d * shared + 3 * d * hidden) * at.weight_bytes // at.mesh["tensor"]
     return scores + states + width + (layer if at.platform == "cpu" or at.mesh["fsdp"] > 1 else 0)

@@ -5,22 +5,24 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 
 from fluxbatch.models import autoencoder_cost
-from fluxbatch.models.family import Component, Family, Footprint, TextInput, Tokenizer, TokenizerFiles
-from fluxbatch.models.flux2 import cost, keys, latents, mistral, qwen3, text
-from fluxbatch.models.flux2.autoencoder import Decoder, Flux2VaeConfig
+from fluxbatch.models.family import Component, Family, Footprint, Pictures, TextInput, Tokenizer, TokenizerFiles
+from fluxbatch.models.flux2 import cost, keys, latents, mistral, qwen3, references, text
+from fluxbatch.models.flux2.autoencoder import Decoder, Encoder, Flux2VaeConfig
 from fluxbatch.models.flux2.decoder import DecoderConfig
 from fluxbatch.models.flux2.lora import LORA
 from fluxbatch.models.flux2.schedule import Flux2Schedule
-from fluxbatch.models.flux2.transformer import Flux2, Flux2Config, Guided, PromptEmbeds, rope_table
+from fluxbatch.models.flux2.transformer import Flux2, Flux2Config, PromptEmbeds, rope_table
 from fluxbatch.models.key_tables import Naming
 from fluxbatch.models.noise import torch_normal
+from fluxbatch.types import PLAIN, Mode, Picture, Row
 
 TRANSFORMER = Component(
     Flux2Config, Flux2,
@@ -49,6 +51,10 @@ VAE = Component(
         Naming("decoder.norm_out.weight", keys.vae_bfl_of),
         Naming("decoder.conv_norm_out.weight", keys.VAE_DECODER_DIFFUSERS),
     ),
+    encoder_namings=(
+        Naming("encoder.norm_out.weight", keys.VAE_ENCODER_BFL),
+        Naming("encoder.conv_norm_out.weight", keys.VAE_ENCODER_DIFFUSERS),
+    ),
     stems=("diffusion_pytorch_model", "model"),
     classes=("AutoencoderKLFlux2",),
     saved={"_class_name": "AutoencoderKLFlux2"},
@@ -71,13 +77,14 @@ class _Flux2(Family):
     layers: ClassVar[tuple[int, ...]]  # whose states are read
     chat: ClassVar[text.Chat]
 
+    conditioning = PromptEmbeds
+
     def __init__(self, configs: Mapping[str, Any], index: Mapping[str, Any] | None = None):
         super().__init__(configs, index)
         self.transformer: Flux2Config = configs["transformer"]
         self.text: DecoderConfig = configs["text_encoder"]
         self.vae: Flux2VaeConfig = configs["vae"]
-        self.cfg = False  # whether there is a negative prompt
-        self.conditioning = PromptEmbeds
+        self.cfg = False  # whether guidance leads away from a negative prompt
 
     # The checkpoint
 
@@ -121,25 +128,13 @@ class _Flux2(Family):
     # Text
 
     def text_inputs(self, tokenizers: Mapping[str, Tokenizer], max_sequence_length: int) -> tuple[TextInput, ...]:
-        given = self.reads, tokenizers["tokenizer"], max_sequence_length
-        prompt = text.ChatInput(*given, "prompt", self.chat.size)
-        return (
-            (prompt, text.NegativeInput(f"{self.reads}, of the negative prompt,", *given[1:], "", self.chat.size))
-            if self.cfg
-            else (prompt,)
-        )
+        return (text.ChatInput(self.reads, tokenizers["tokenizer"], max_sequence_length, "prompt", self.chat.size),)
 
-    def encode(
-        self, encoders: Mapping[str, Any], inputs: Sequence[tuple[jax.Array, ...]], dtype: Any
-    ) -> PromptEmbeds | Guided:
-        encoder = encoders["text_encoder"]
-        if not self.cfg:
-            return PromptEmbeds(encoder(*inputs[0], dtype))
-        ids, mask = map(jnp.stack, zip(*inputs, strict=True))
-        return Guided(*jax.lax.map(lambda one: encoder(*one, dtype), (ids, mask)))  # the program has the encoder once
+    def encode(self, encoders: Mapping[str, Any], inputs: Sequence[tuple[jax.Array, ...]], dtype: Any) -> PromptEmbeds:
+        return PromptEmbeds(encoders["text_encoder"](*inputs[0], dtype))
 
-    def conditioning_shapes(self, inputs: Sequence[TextInput]) -> PromptEmbeds | Guided:
-        return self.conditioning(*((each.length, self.transformer.joint_attention_dim) for each in inputs))
+    def conditioning_shapes(self, inputs: Sequence[TextInput]) -> PromptEmbeds:
+        return PromptEmbeds((inputs[0].length, self.transformer.joint_attention_dim))
 
     # Latents
 
@@ -154,13 +149,16 @@ class _Flux2(Family):
     def _grid(self, height: int, width: int) -> tuple[int, int]:
         return height // self.vae.scale, width // self.vae.scale
 
-    def noise(self, seed: int, height: int, width: int) -> np.ndarray:
+    def noise(self, seed: int, height: int, width: int, mode: Mode = PLAIN) -> np.ndarray:
         return latents.noise(
             functools.partial(torch_normal, seed), self.transformer.in_channels, *self._grid(height, width)
         )
 
-    def positions(self, conditioning: PromptEmbeds | Guided, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-        return rope_table(self.transformer, conditioning.states.shape[-2], *self._grid(height, width))
+    def positions(
+        self, conditioning: PromptEmbeds, height: int, width: int, mode: Mode = PLAIN
+    ) -> tuple[np.ndarray, np.ndarray]:
+        (rows, cols), *references = (self._grid(*size) for size in ((height, width), *mode.references))
+        return rope_table(self.transformer, conditioning.states.shape[-2], rows, cols, references)
 
     def unpack(self, latents_: jax.Array, height: int, width: int) -> jax.Array:
         return latents.grid(latents_, *self._grid(height, width))
@@ -169,22 +167,65 @@ class _Flux2(Family):
     def decoder_width(self) -> int:
         return self.vae.decoder_block_out_channels[0]
 
+    # Pictures
+
+    def resolve(self, row: Row) -> Row:
+        """Every image is a reference. A base is led away from the negative prompt, the empty one by default."""
+        for key in ("mask_image", "control_image"):
+            if getattr(row, key):
+                raise ValueError(f"{key}: expected none: FLUX.2 reads reference pictures, as image")
+        for picture in row.image:
+            if fault := references.fault((picture.width, picture.height)):
+                raise ValueError(f"image: {picture.path}: {fault}")
+        negative = self.cfg and row.guidance_scale > 1
+        if row.negative_prompt and not self.cfg:
+            raise ValueError("negative_prompt: expected none: this model has no guidance that leads away from a prompt")
+        sizes = tuple(references.reference_size((p.width, p.height), self.size_multiple)[::-1] for p in row.image)
+        return dataclasses.replace(
+            row,
+            negative_prompt=(row.negative_prompt or "") if negative else None,
+            negative_prompt_2=None,
+            true_cfg_scale=1.0,
+            strength=1.0,
+            mode=Mode(negative=negative, references=sizes),
+        )
+
+    def default_size(self, picture: Picture, area: int) -> tuple[int, int]:
+        """Of the first reference, as the VAE sees it."""
+        width, height = references.reference_size((picture.width, picture.height), self.size_multiple)
+        return height, width
+
+    def cfg_scale(self, row: Row) -> float:
+        return row.guidance_scale
+
+    def prepare(self, row: Row, pictures: Mapping[str, Sequence[Image.Image]]) -> dict[str, np.ndarray]:
+        return {str(i): references.prepare(image, self.size_multiple) for i, image in enumerate(pictures["image"])}
+
+    def picture_shapes(self, height: int, width: int, mode: Mode) -> dict[str, tuple[int, ...]]:
+        return {str(i): (*size, 3) for i, size in enumerate(mode.references)}
+
+    def encode_pictures(self, vae: Decoder, arrays: Mapping[str, jax.Array], dtype: Any) -> Pictures:
+        patches = [cast(Encoder, vae.encoder)(arrays[str(i)].astype(dtype)) for i in range(len(arrays))]
+        tokens = [each.reshape(len(each), -1, each.shape[-1]).astype(jnp.float32) for each in patches]
+        return Pictures(references=jnp.concatenate(tokens, axis=1))
+
     # Costs
 
     def encode_flops(self, inputs: Sequence[TextInput]) -> int:
         return sum(cost.encode(self.text, self.layers, each.length) for each in inputs)
 
-    def step_flops(self, height: int, width: int, inputs: Sequence[TextInput]) -> int:
-        return sum(cost.step(self.transformer, self.tokens(height, width), each.length) for each in inputs)
+    def step_flops(self, height: int, width: int, inputs: Sequence[TextInput], mode: Mode = PLAIN) -> int:
+        image = self.tokens(height, width)
+        return cost.step(self.transformer, image, inputs[0].length, self.tokens(height, width, mode) - image)
 
     def decode_flops(self, height: int, width: int) -> int:
         return autoencoder_cost.decode_flops(self.vae.decoder, height, width)
 
     def encode_bytes(self, at: Footprint, inputs: Sequence[TextInput]) -> int:
-        return cost.encode_bytes(self.text, self.layers, at, inputs[0].length, len(inputs))
+        return cost.encode_bytes(self.text, self.layers, at, inputs[0].length)
 
     def denoise_bytes(self, at: Footprint, inputs: Sequence[TextInput]) -> int:
-        return cost.denoise_bytes(self.transformer, at, self.tokens(at.height, at.width), inputs[0].length, len(inputs))
+        return cost.denoise_bytes(self.transformer, at, self.tokens(at.height, at.width, at.mode), inputs[0].length)
 
     def decode_bytes(self, at: Footprint) -> int:
         return autoencoder_cost.decode_bytes(self.vae.decoder, at)
@@ -255,7 +296,6 @@ class Klein(_Flux2):
         super().__init__(configs, index)
         self.distilled = bool((index or {}).get("is_distilled", False))  # as diffusers has it
         self.cfg = not self.distilled
-        self.conditioning = Guided if self.cfg else PromptEmbeds
 
     @classmethod
     def index_of(cls, file: str) -> Mapping[str, Any]:

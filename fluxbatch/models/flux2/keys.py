@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fluxbatch.models import autoencoder_keys
-from fluxbatch.models.autoencoder_keys import VAE_DECODER, VAE_ENCODER, vae_bfl
+from fluxbatch.models.autoencoder_keys import BFL_ENCODER, VAE_DECODER, VAE_ENCODER, vae_bfl
 from fluxbatch.models.flux2 import mistral, qwen3
 from fluxbatch.models.key_tables import SWAP_HALVES, Rows, Rule, Table, linear, norm
 
@@ -211,28 +211,9 @@ def vae_bfl_of(tensors: Tensors) -> Table:
     )
 
 
-_MID = r"encoder\.mid\.attn_1\."
-_BLOCKS = (
-    (r"encoder\.down\.(\d+)\.block\.(\d+)\.", "down.{0}.block.{1}."),
-    (r"encoder\.mid\.block_(\d)\.", "mid.block_{0}."),
-)
-
 VAE_ENCODER_BFL = Table(
-    (
-        *(r for n in ("conv_in", "conv_out") for r in linear(rf"encoder\.{n}", n)),
-        *norm(r"encoder\.norm_out", "norm_out"),
-        *linear(r"encoder\.quant_conv", "quant"),
-        *linear(r"encoder\.down\.(\d+)\.downsample\.conv", "down.{0}.conv"),
-        *norm(_MID + "norm", "mid.attn_1.norm"),
-        *(r for n in "qkv" for r in linear(_MID + n, f"mid.attn_1.{n}")),
-        *linear(_MID + "proj_out", "mid.attn_1.out"),
-        *(r for src, dst in _BLOCKS for n in ("norm1", "norm2") for r in norm(src + n, dst + n)),
-        *(r for src, dst in _BLOCKS for n in ("conv1", "conv2") for r in linear(src + n, dst + n)),
-        *(r for src, dst in _BLOCKS for r in linear(src + "nin_shortcut", dst + "shortcut")),
-        *_STATISTICS,
-    ),
-    (r"decoder\..*", _BATCHES),
-)  # fmt: skip
+    (*BFL_ENCODER.rules, *linear(r"encoder\.quant_conv", "quant"), *_STATISTICS), (*BFL_ENCODER.ignored, _BATCHES)
+)
 
 
 def transformer_sizes(shapes: Shapes, layers: Mapping[str, int]) -> dict[str, Any]:

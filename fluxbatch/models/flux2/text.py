@@ -10,7 +10,7 @@ from typing import Any, cast
 import numpy as np
 
 from fluxbatch.models.family import TextInput
-from fluxbatch.types import Row, UserError
+from fluxbatch.types import UserError
 
 # What dev's encoder was told when the transformer learned from it.
 DEV_SYSTEM = (
@@ -118,11 +118,3 @@ class ChatInput(TextInput):
     def doubtful(self, texts: Iterable[str]) -> set[str]:
         texts = set(texts)
         return self.tokenizer.doubtful(texts, self.length - self.template) - self.truncated(texts)
-
-
-@dataclasses.dataclass(frozen=True)
-class NegativeInput(ChatInput):
-    """What guidance leads away from: of every row the same."""
-
-    def text(self, row: Row) -> str:
-        return ""

@@ -19,7 +19,7 @@ from flax import nnx
 
 from fluxbatch.distributed.mesh import Layout
 from fluxbatch.models import attention as attn
-from fluxbatch.models.dit import EPS, QKV, TIME_FACTOR, MLPEmbedder, gated, modulate, rotate
+from fluxbatch.models.dit import EPS, QKV, TIME_FACTOR, MLPEmbedder, gated, in_order, modulate, rotate
 from fluxbatch.models.family import StreamParts
 from fluxbatch.models.layers import Linear, from_heads, scan, stack, swiglu
 
@@ -108,21 +108,6 @@ class PromptEmbeds(NamedTuple):
     states: Any  # [B, T, joint_attention_dim]
 
 
-class Guided(NamedTuple):
-    """The same, and of what guidance leads away from: the velocity is ``negative + g · (positive - negative)`` where
-    g > 1."""
-
-    states: Any
-    negative: Any
-
-
-class StepInputs(NamedTuple):
-    """What depends on the step and not on the image."""
-
-    mod: Modulation
-    scale: Array | None  # [B, S], g; None without a negative prompt
-
-
 class Stream(nnx.Module):
     """The image's or the text's half of a double block."""
 
@@ -206,17 +191,6 @@ def _apart(x: Array) -> Array:
     return jax.lax.optimization_barrier(x)
 
 
-def led(positive: Array, negative: Array, scale: Array) -> Array:
-    """Classifier-free guidance of velocities ``[B, L, C]`` by ``[B]``, in float32; up to 1 there is none."""
-    positive, negative, scale = (x.astype(jnp.float32) for x in (positive, negative, scale[:, None, None]))
-    return jnp.where(scale > 1, negative + scale * (positive - negative), positive)
-
-
-def _repeated(step: StepInputs) -> Modulation:
-    """The modulation of each image's two evaluations, side by side, where there is guidance."""
-    return step.mod if step.scale is None else jax.tree.map(lambda x: jnp.repeat(x, 2, 0), step.mod)
-
-
 class Flux2(nnx.Module):
     """Velocity ``[B, L, C]`` of packed latents ``[B, L, C]`` at times ``[B]``.
 
@@ -256,35 +230,42 @@ class Flux2(nnx.Module):
         model was distilled with it), rope from ``rope_table``, refs ``[B, R, C]`` of all reference images, one after
         the other."""
         mod = jax.tree.map(lambda x: x[:, 0], self._modulation(t[:, None], guidance, img.dtype))
-        return self._velocity(
-            img, self._embed_text(txt, img.dtype), mod, rope, None if refs is None else self.embed_image(refs)
-        )
+        references = None if refs is None else self.embed_image(refs)
+        return self.velocity(img, self._embed_text(txt, img.dtype), mod, rope, references)
 
     # What the programs call: models/family.py, Denoiser
 
-    def step_inputs(
-        self, conditioning: PromptEmbeds | Guided, sigmas: Array, guidance: Array, dtype: Any
-    ) -> StepInputs:
-        """Of noise levels ``[B, S]``."""
-        mod = self._modulation(sigmas, guidance, dtype)
-        if not isinstance(conditioning, Guided):
-            return StepInputs(mod, None)
-        return StepInputs(mod, self._whole(jnp.broadcast_to(guidance[:, None], sigmas.shape).astype(jnp.float32)))
+    def step_inputs(self, conditioning: PromptEmbeds, sigmas: Array, guidance: Array, dtype: Any) -> Modulation:
+        """The modulation of noise levels ``[B, S]``."""
+        return self._modulation(sigmas, guidance, dtype)
 
     def drop_step_layers(self) -> None:
         del self.time_in, self.guidance_in, self.img_mod, self.txt_mod, self.single_mod, self.final_mod
 
-    def embed(self, conditioning: PromptEmbeds | Guided, dtype: Any) -> tuple[Array, ...]:
-        """``[B, T, D]`` of the prompt, and of the negative one if there is one."""
-        return tuple(self._embed_text(states, dtype) for states in conditioning)
+    def embed(self, conditioning: PromptEmbeds, dtype: Any) -> Array:
+        """``[B, T, D]`` of the prompt."""
+        return self._embed_text(conditioning.states, dtype)
 
-    def velocity(self, img: Array, texts: tuple[Array, ...], step: StepInputs, rope: tuple[Array, Array]) -> Array:
-        """Of packed latents ``[B, L, C]``, embedded texts and the inputs of one step."""
-        if step.scale is None:
-            return self._velocity(img, texts[0], step.mod, rope)
-        # one text after the other: the program has the blocks once, and works on no more than without guidance
-        both = jax.lax.map(lambda txt: self._velocity(img, self.residual(txt), step.mod, rope), jnp.stack(texts))
-        return led(both[0], both[1], step.scale)
+    def embed_image(self, tokens: Array) -> Array:
+        """``[B, L, C]`` → ``[B, L, D]``."""
+        return self.residual(self.img_in(tokens))
+
+    def velocity(
+        self, img: Array, txt: Array, mod: Modulation, rope: tuple[Array, Array], references: Array | None = None
+    ) -> Array:
+        """Of packed latents ``[B, L, C]``, one embedded text ``[B, T, D]``, the modulation of one step and embedded
+        reference pictures ``[B, R, D]``."""
+        pictures = [self.embed_image(img), *([] if references is None else [references])]
+        counts = [x.shape[1] for x in pictures]
+        sizes = txt.shape[1], sum(counts)
+        cos, sin = (in_order(table, (sizes[0], *counts), self.layout) for table in rope)
+        rope = cos, sin
+        x = self.layout.join(pictures, 1, "tokens"), self.residual(txt)
+        x = scan(self.double_blocks, lambda block, x: block(x, (mod.img, mod.txt), rope, self), x, self.layout)
+        both = self.layout.join(x[::-1], 1, "tokens")
+        both = scan(self.single_blocks, lambda block, x: block(x, mod.single, rope, self), both, self.layout)
+        image = self.layout.split(both, sizes, 1, "tokens")[1]
+        return self._finish(self.layout.split(image, counts, 1, "tokens")[0], mod.final)
 
     # The same for blocks that come one at a time: StreamedDenoiser
 
@@ -302,63 +283,36 @@ class Flux2(nnx.Module):
         )
 
     def step_vector(
-        self, conditioning: PromptEmbeds | Guided, sigmas: Array, guidance: Array, dtype: Any
-    ) -> tuple[None, StepInputs]:
+        self, conditioning: PromptEmbeds, sigmas: Array, guidance: Array, dtype: Any
+    ) -> tuple[None, Modulation]:
         """No vector, as all blocks share their modulation, and that."""
         return None, self.step_inputs(conditioning, sigmas, guidance, dtype)
 
     def embed_tokens(
-        self, latents: Array, conditioning: PromptEmbeds | Guided, positions: Any, dtype: Any
+        self, latents: Array, conditioning: PromptEmbeds, positions: Any, dtype: Any
     ) -> tuple[Array, Array]:  # fmt: skip
-        """Image and text ``[B, …, D]``; with a negative prompt ``[2B, …, D]``, each image's two side by side."""
-        img, texts = self.embed_image(latents.astype(dtype)), self.embed(conditioning, dtype)
-        txt = jnp.stack(texts, 1)
-        return jnp.repeat(img, len(texts), 0), txt.reshape(-1, *txt.shape[2:])
+        """Image and text ``[B, …, D]``."""
+        return self.embed_image(latents.astype(dtype)), self.embed(conditioning, dtype)
 
     def block(
         self,
         block: nnx.Module,
         x: tuple[Array, Array],
         step: Sequence[Array],
-        shared: StepInputs,
+        shared: Modulation,
         positions: tuple[Array, Array],
     ) -> tuple[Array, Array]:
         """Image and text after a block; single blocks read one sequence of both, text first."""
         img, txt = x
-        mod = _repeated(shared)
         if isinstance(block, DoubleBlock):
-            return block(x, (mod.img, mod.txt), positions, self)
-        both = block(jnp.concatenate([txt, img], axis=1), mod.single, positions, self)
+            return block(x, (shared.img, shared.txt), positions, self)
+        both = block(jnp.concatenate([txt, img], axis=1), shared.single, positions, self)
         return both[:, txt.shape[1] :], both[:, : txt.shape[1]]
 
-    def finish(self, x: tuple[Array, Array], shared: StepInputs) -> Array:
-        velocity = self._finish(x[0], _repeated(shared).final)
-        if shared.scale is None:
-            return velocity
-        both = velocity.reshape(-1, 2, *velocity.shape[1:])
-        return led(both[:, 0], both[:, 1], shared.scale)
+    def finish(self, x: tuple[Array, Array], shared: Modulation) -> Array:
+        return self._finish(x[0], shared.final)
 
     # The parts of both
-
-    def _velocity(
-        self, img: Array, txt: Array, mod: Modulation, rope: tuple[Array, Array], refs: Array | None = None
-    ) -> Array:
-        """Of one embedded text ``[B, T, D]``, embedded references ``[B, R, D]`` and the modulation of one step."""
-        counts = [img.shape[1], *([] if refs is None else [refs.shape[1]])]
-        sizes = txt.shape[1], sum(counts)
-        cos, sin = (self._in_order(table, (sizes[0], *counts)) for table in rope)
-        rope = cos, sin
-        x = self.layout.join([self.embed_image(img), *([] if refs is None else [refs])], 1, "tokens"), txt
-        x = scan(self.double_blocks, lambda block, x: block(x, (mod.img, mod.txt), rope, self), x, self.layout)
-        both = self.layout.join(x[::-1], 1, "tokens")
-        both = scan(self.single_blocks, lambda block, x: block(x, mod.single, rope, self), both, self.layout)
-        image = self.layout.split(both, sizes, 1, "tokens")[1]
-        return self._finish(self.layout.split(image, counts, 1, "tokens")[0], mod.final)
-
-    def _in_order(self, table: Array, sizes: Sequence[int]) -> Array:
-        """Text, image and references of a rotary table in the order in which ``_velocity`` has the tokens."""
-        text, *pictures = jnp.split(jnp.asarray(table), np.cumsum(sizes)[:-1].tolist())
-        return self.layout.join([text, self.layout.join(pictures, 0, "tokens")], 0, "tokens")
 
     def residual(self, x: Array) -> Array:
         """``[B, L, D]`` between blocks: whole in its width, divided by images and tokens."""
@@ -374,10 +328,6 @@ class Flux2(nnx.Module):
         vec = self._whole(jax.nn.silu(vec))
         mods = (layer(vec) for layer in (self.img_mod, self.txt_mod, self.single_mod, self.final_mod))
         return jax.tree.map(self._whole, Modulation(*mods))
-
-    def embed_image(self, img: Array) -> Array:
-        """``[B, L, C]`` → ``[B, L, D]``."""
-        return self.residual(self.img_in(img))
 
     def _embed_text(self, txt: Array, dtype: Any) -> Array:
         """``[B, T, joint_attention_dim]`` → ``[B, T, D]``."""

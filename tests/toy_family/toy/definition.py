@@ -14,6 +14,7 @@ from fluxbatch.models.toy.modules import Canvas, CanvasConfig, Painter, PainterC
 
 from fluxbatch.models.family import Component, Family, Footprint, LoraKeys, TextInput, Tokenizer, TokenizerFiles
 from fluxbatch.models.key_tables import Naming, Rule, Table, linear
+from fluxbatch.types import PLAIN, Mode
 
 FIRST_HALF, SECOND_HALF = ((0, 1, 2),), ((1, 2, 2),)
 PAD = 0
@@ -207,10 +208,10 @@ class Toy(Family):
     def latent_shape(self, height: int, width: int) -> tuple[int, int]:
         return (height // self.painter.scale) * (width // self.painter.scale), self.canvas.channels
 
-    def noise(self, seed: int, height: int, width: int) -> np.ndarray:
+    def noise(self, seed: int, height: int, width: int, mode: Mode = PLAIN) -> np.ndarray:
         return np.random.Generator(np.random.Philox(seed)).standard_normal(self.latent_shape(height, width), np.float32)
 
-    def positions(self, conditioning: Text, height: int, width: int) -> dict[str, np.ndarray]:
+    def positions(self, conditioning: Text, height: int, width: int, mode: Mode = PLAIN) -> dict[str, np.ndarray]:
         rows, columns = (np.arange(size // self.painter.scale, dtype=np.float32) / 8 for size in (height, width))
         return {"grid": np.stack(np.meshgrid(rows, columns, indexing="ij"), -1).reshape(-1, 2)}
 
@@ -226,7 +227,7 @@ class Toy(Family):
     def encode_flops(self, inputs: Sequence[TextInput]) -> int:
         return 8 * self.reader.layers * inputs[0].length * self.reader.width**2
 
-    def step_flops(self, height: int, width: int, inputs: Sequence[TextInput]) -> int:
+    def step_flops(self, height: int, width: int, inputs: Sequence[TextInput], mode: Mode = PLAIN) -> int:
         tokens, d = self.tokens(height, width), self.canvas.width
         both = tokens + inputs[0].length
         return self.canvas.layers * (12 * tokens * d * d + 4 * both * d * d + 4 * tokens * both * d)

@@ -124,7 +124,12 @@ class Canvas(nnx.Module):
         return self.whole(self.text_in(conditioning.states.astype(dtype)) * conditioning.mask[..., None].astype(dtype))
 
     def velocity(
-        self, latents: Array, embedded: Array, step: Mapping[str, Array], positions: Mapping[str, Array]
+        self,
+        latents: Array,
+        embedded: Array,
+        step: Mapping[str, Array],
+        positions: Mapping[str, Array],
+        references: None = None,
     ) -> Array:
         x = self._placed(self.latents_in(latents), positions)
         x = scan(

@@ -1,0 +1,158 @@
+"""Rows with pictures: found, inspected, prepared ahead, encoded, recorded."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import numpy as np
+import plain
+import pytest
+from conftest import images, metadata
+from PIL import Image
+
+from fluxbatch.manifest import pictures
+from fluxbatch.manifest.fields import located
+from fluxbatch.types import Picture, UserError
+
+
+def saved(path, seed=0, size=(40, 56), mode="RGB", **options):
+    rng = np.random.default_rng(seed)
+    shape = (*size, 3) if mode == "RGB" else size
+    Image.fromarray(rng.integers(0, 256, shape, np.uint8)).save(path, **options)
+    return path
+
+
+def seen(path):
+    (row,), rejects = pictures.inspect([plain.row(0, image=(Picture(str(path), str(path)),))], [], False)
+    assert not rejects
+    return row.image[0]
+
+
+@pytest.mark.parametrize(
+    ("path", "folder", "expected"),
+    [
+        ("a.png", "gs://b/m", "gs://b/m/a.png"),
+        ("gs://c/a.png", "gs://b/m", "gs://c/a.png"),
+        ("/x/a.png", "gs://b/m", "/x/a.png"),
+        ("../a.png", "/m/n", "/m/a.png"),
+    ],
+)
+def test_a_relative_path_begins_at_the_manifest(path, folder, expected):
+    assert located(path, folder) == expected
+
+
+def test_a_picture_is_read_as_it_is_seen(tmp_path):
+    """Turned as EXIF says, over white where it is transparent, with 16 bits as with 8."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = seen(saved(tmp_path / "turned.jpg", exif=exif))
+    assert (turned.height, turned.width) == (56, 40) and pictures.read(turned).size == (40, 56)
+    Image.new("RGBA", (4, 4), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert np.asarray(pictures.read(seen(tmp_path / "clear.png"))).min() == 255
+    Image.fromarray(np.full((4, 4), 0x8000, np.uint16)).save(tmp_path / "deep.png")
+    assert np.unique(np.asarray(pictures.read(seen(tmp_path / "deep.png")))).tolist() == [127]
+    Image.new("CMYK", (4, 4), (0, 255, 255, 0)).save(tmp_path / "print.jpg")
+    assert pictures.read(seen(tmp_path / "print.jpg")).mode == "RGB"
+    assert pictures.read(seen(saved(tmp_path / "grey.png", mode="L"))).mode == "L"
+
+
+def test_a_picture_that_changed_meanwhile_is_not_read(tmp_path):
+    picture = seen(saved(tmp_path / "a.png"))
+    saved(tmp_path / "a.png", seed=1)
+    with pytest.raises(ValueError, match="changed while the job ran"):
+        pictures.read(picture)
+
+
+BROKEN = {
+    "empty": lambda good: b"",
+    "text": lambda good: b"no picture at all",
+    "cut in its header": lambda good: good[:20],
+    "foreign": lambda good: b"%PDF-1.7 " + good,
+}
+
+
+def test_what_is_no_picture_is_a_reject_and_what_is_missing_an_error(tmp_path):
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(buffer, "PNG")
+    rows = []
+    for i, (name, broken) in enumerate(BROKEN.items()):
+        (tmp_path / name).write_bytes(broken(buffer.getvalue()))
+        rows.append(plain.row(i, image=(Picture(name, str(tmp_path / name)),)))
+    good, rejects = pictures.inspect(rows, [], False)
+    assert not good and [reject.reason.partition(":")[2].strip().partition(":")[0] for reject in rejects] == [*BROKEN]
+    lost = plain.row(9, where="m.jsonl:9", mask_image=Picture("x.png", str(tmp_path / "x.png")))
+    with pytest.raises(UserError, match=r"^m.jsonl:9: mask_image: x.png: not found$"):
+        pictures.inspect([*rows, lost], [], False)
+    assert len(pictures.inspect([*rows, lost], [], True)[1]) == len(BROKEN) + 1
+
+
+def test_pictures_in_a_run(cli, golden, tmp_path):
+    """Rows of every mode at any batch size; a truncated picture costs its row; only a changed one is made again."""
+    saved(tmp_path / "a.png")
+    saved(tmp_path / "b.png", seed=1)
+    saved(tmp_path / "mask.png", mode="L")
+    data = saved(tmp_path / "cut.png", seed=2).read_bytes()
+    (tmp_path / "cut.png").write_bytes(data[: len(data) // 2])
+    base = dict(prompt="a fox", num_inference_steps=3, seed=1)
+    rows = [
+        dict(base, id="start", image="a.png", strength=0.7),
+        dict(base, id="mask", image="a.png", mask_image="mask.png", strength=0.7),
+        dict(base, id="other", image="b.png", strength=0.7),
+        dict(base, id="cut", image="cut.png"),
+        dict(base, id="away", negative_prompt="hens", true_cfg_scale=3.0, height=32, width=32),
+        dict(base, id="plain", negative_prompt="hens", height=32, width=32),
+    ]
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def run(name, *words, entry="run"):
+        given = f"pretrained_model_name_or_path={golden / 'dev'}", f"manifest={tmp_path / 'm.jsonl'}", *words
+        return cli(
+            *given, f"output_dir={tmp_path}", f"run_name={name}", "max_sequence_length=24", "hardware=cpu", entry=entry
+        )
+
+    code, err = run("one")
+    assert code == 3, err
+    first = images(tmp_path / "one")
+    assert set(first) == {"start", "mask", "other", "away", "plain"} and first["start"].shape == (32, 48, 3)
+    (reject,) = (json.loads(line) for line in (tmp_path / "one" / "rejects.jsonl").read_text().splitlines())
+    assert reject["id"] == "cut" and "cut.png: not a whole picture" in reject["reason"]
+    records = {record["id"]: record for record in metadata(tmp_path / "one")}
+    (told,) = json.loads(records["start"]["inputs"])["image"]
+    assert told["path"] == "a.png" and (told["height"], told["width"]) == (40, 56) and len(told["sha256"]) == 64
+    assert records["plain"]["negative_prompt"] == "" and records["away"]["true_cfg_scale"] == 3.0
+    assert run("three", "per_device_batch_size=3")[0] == 3
+    assert all(np.abs(first[key].astype(int) - x).max() <= 1 for key, x in images(tmp_path / "three").items())
+
+    moved = tmp_path / "elsewhere.png"
+    (tmp_path / "a.png").rename(moved)
+    saved(tmp_path / "b.png", seed=5)
+    text = (tmp_path / "m.jsonl").read_text().replace('"a.png"', '"elsewhere.png"')
+    (tmp_path / "m.jsonl").write_text(text)
+    code, err = run("one")
+    assert code == 2 and "m.jsonl:3: inputs" in err and "m.jsonl:1" not in err
+    assert run("one", "overwrite=true")[0] == 3
+    again = images(tmp_path / "one")
+    assert {key for key in first if (again[key] != first[key]).any()} == {"other"}
+    words = f"output_dir={tmp_path}", "run_name=one", "id=mask"
+    assert cli(*words, entry="replay")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("row", "wanted"),
+    [
+        (dict(image=["a.png", "a.png"]), "image: got 2, expected one"),
+        (dict(mask_image="a.png"), "mask_image: expected an image that it is the mask of"),
+        (dict(control_image="a.png"), "control_image: expected none"),
+        (dict(image=3), "image: got a number, expected a path or address, or a list of them"),
+        (dict(image="a.png", strength=1.5), "strength: got 1.5, expected a number from 0 to 1"),
+        (dict(image="a.png", strength=0.1, num_inference_steps=4), "strength: 0.1 leaves none of 4 steps"),
+        (dict(image="b.png"), "image: b.png: not found"),
+    ],
+)
+def test_what_a_row_cannot_have_is_one_line(cli, golden, tmp_path, row, wanted):
+    saved(tmp_path / "a.png")
+    (tmp_path / "m.jsonl").write_text(json.dumps({"prompt": "x"} | row))
+    given = f"pretrained_model_name_or_path={golden / 'dev'}", f"manifest={tmp_path / 'm.jsonl'}"
+    code, err = cli(*given, f"output_dir={tmp_path}", "hardware=cpu")
+    assert code == 2 and f"m.jsonl:1: {wanted}" in err, err
