@@ -20,9 +20,9 @@ from omegaconf import MISSING, OmegaConf
 
 from fluxbatch.config import application
 from fluxbatch.config.schema import DType, Job, WeightsDType, manifests, shown
-from fluxbatch.manifest.fields import located
 from fluxbatch.results.resume import levels, mix
 from fluxbatch.storage.base import Store
+from fluxbatch.storage.picture import located
 from fluxbatch.storage.registry import open_store
 from fluxbatch.types import Exit, Picture, Row, UserError
 

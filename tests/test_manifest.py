@@ -334,8 +334,8 @@ def test_a_manifest_that_is_not_there(tmp_path):
         read_rows(plain.job(manifest=str(tmp_path / "nope.jsonl")))
     with pytest.raises(UserError, match=r"manifest: .*is a directory"):
         read_rows(plain.job(manifest=str(tmp_path)))
-    with pytest.raises(UserError, match="expected a local path or gs://"):
-        read_rows(plain.job(manifest="s3://bucket/m.jsonl"))
+    with pytest.raises(UserError, match="expected a local path, gs://"):
+        read_rows(plain.job(manifest="ftp://bucket/m.jsonl"))
     with pytest.raises(UserError, match="both given"):
         read_rows(plain.job(manifest="m.jsonl", prompt="a"))
 

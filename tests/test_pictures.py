@@ -12,7 +12,8 @@ from conftest import images, metadata
 from PIL import Image
 
 from fluxbatch.manifest import pictures
-from fluxbatch.manifest.fields import located
+from fluxbatch.storage import picture as files
+from fluxbatch.storage.picture import located
 from fluxbatch.types import Picture, UserError
 
 
@@ -47,21 +48,21 @@ def test_a_picture_is_read_as_it_is_seen(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     turned = seen(saved(tmp_path / "turned.jpg", exif=exif))
-    assert (turned.height, turned.width) == (56, 40) and pictures.read(turned).size == (40, 56)
+    assert (turned.height, turned.width) == (56, 40) and files.read(turned).size == (40, 56)
     Image.new("RGBA", (4, 4), (0, 0, 0, 0)).save(tmp_path / "clear.png")
-    assert np.asarray(pictures.read(seen(tmp_path / "clear.png"))).min() == 255
+    assert np.asarray(files.read(seen(tmp_path / "clear.png"))).min() == 255
     Image.fromarray(np.full((4, 4), 0x8000, np.uint16)).save(tmp_path / "deep.png")
-    assert np.unique(np.asarray(pictures.read(seen(tmp_path / "deep.png")))).tolist() == [127]
+    assert np.unique(np.asarray(files.read(seen(tmp_path / "deep.png")))).tolist() == [127]
     Image.new("CMYK", (4, 4), (0, 255, 255, 0)).save(tmp_path / "print.jpg")
-    assert pictures.read(seen(tmp_path / "print.jpg")).mode == "RGB"
-    assert pictures.read(seen(saved(tmp_path / "grey.png", mode="L"))).mode == "L"
+    assert files.read(seen(tmp_path / "print.jpg")).mode == "RGB"
+    assert files.read(seen(saved(tmp_path / "grey.png", mode="L"))).mode == "L"
 
 
 def test_a_picture_that_changed_meanwhile_is_not_read(tmp_path):
     picture = seen(saved(tmp_path / "a.png"))
     saved(tmp_path / "a.png", seed=1)
     with pytest.raises(ValueError, match="changed while the job ran"):
-        pictures.read(picture)
+        files.read(picture)
 
 
 BROKEN = {
@@ -114,7 +115,7 @@ def test_pictures_in_a_run(cli, golden, tmp_path):
     code, err = run("one")
     assert code == 3, err
     first = images(tmp_path / "one")
-    assert set(first) == {"start", "mask", "other", "away", "plain"} and first["start"].shape == (32, 48, 3)
+    assert set(first) == {"start", "mask", "other", "away", "plain"} and first["start"].shape == (40, 56, 3)
     (reject,) = (json.loads(line) for line in (tmp_path / "one" / "rejects.jsonl").read_text().splitlines())
     assert reject["id"] == "cut" and "cut.png: not a whole picture" in reject["reason"]
     records = {record["id"]: record for record in metadata(tmp_path / "one")}
@@ -144,9 +145,9 @@ def test_pictures_in_a_run(cli, golden, tmp_path):
         (dict(image=["a.png", "a.png"]), "image: got 2, expected one"),
         (dict(mask_image="a.png"), "mask_image: expected an image that it is the mask of"),
         (dict(control_image="a.png"), "control_image: expected none"),
-        (dict(image=3), "image: got a number, expected a path or address, or a list of them"),
+        (dict(image=3), "image: got 3 (number), expected a path or address, or a list of them"),
         (dict(image="a.png", strength=1.5), "strength: got 1.5, expected a number from 0 to 1"),
-        (dict(image="a.png", strength=0.1, num_inference_steps=4), "strength: 0.1 leaves none of 4 steps"),
+        (dict(image="a.png", strength=0.0), "strength: got 0, expected a number above 0"),
         (dict(image="b.png"), "image: b.png: not found"),
     ],
 )

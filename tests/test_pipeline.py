@@ -20,6 +20,7 @@ from fluxbatch.generation.steps import STEPS
 from fluxbatch.models.autoencoder import Decoder, VaeConfig
 from fluxbatch.models.flux1.definition import Flux1, PromptEmbeds
 from fluxbatch.models.flux1.transformer import Flux, FluxConfig, rope_table, timestep_embedding
+from fluxbatch.models.network import Pictures
 from fluxbatch.models.schedulers import FlowMatchEuler
 from fluxbatch.types import PLAIN
 
@@ -127,7 +128,10 @@ def test_denoising_does_not_receive_the_weights_that_make_modulation(flux):
     latents, rope = shape((2, 6, 16), "float32"), 2 * (shape((11, 8), "float32"),)
     denoise = (
         jax.jit(functools.partial(programs.denoise, FlowMatchEuler.step, graph, jnp.dtype("float32")))
-        .lower(state, latents, PromptEmbeds(text, pooled), mod, sigmas, left, jnp.int32(8), rope)
+        .lower(
+            *(state, latents, [PromptEmbeds(text, pooled)], [mod], sigmas, left, jnp.int32(8), rope),
+            *(guidance, None, Pictures()),
+        )
         .compile()
     )
     given = sum(np.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves((latents, text, mod, sigmas, left, rope)))

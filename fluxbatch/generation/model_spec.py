@@ -139,9 +139,7 @@ class ModelSpec:
                     "sampler.step_cache: expected null: the cache is for rows without pictures and negatives"
                 )
             if row.steps < 1:
-                steps = row.num_inference_steps
-                wanted = f"expected {1 / steps:.2g} or more"
-                raise ValueError(f"strength: {row.strength:g} leaves none of {steps} steps: {wanted}")
+                raise ValueError(f"strength: got {row.strength:g}, expected a number above 0: no step is left")
             return row
         except ValueError as error:
             problems.append(f"{row.where}: {error}")

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from fluxbatch.distributed.process_group import ProcessGroup
-from fluxbatch.manifest.pictures import read
 from fluxbatch.models.family import Family
+from fluxbatch.storage.picture import read
 from fluxbatch.types import Batch, Reject, Row
 
 AHEAD = 2  # batches that are read while one is at work

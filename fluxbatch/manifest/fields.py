@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import sys
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from typing import Any, cast
 from fluxbatch.config.checks import sigmas_wanted
 from fluxbatch.config.schema import MAX_SIDE, MAX_STEPS, SIDES, Job
 from fluxbatch.manifest.formats import BadLine, described, shown
+from fluxbatch.storage.picture import located
 from fluxbatch.types import Picture, Row, UserError
 
 MAX_SEED = 2**64 - 1
@@ -205,14 +205,6 @@ class Resolver:
                 have = ", ".join(sorted(self._adapters)) or "none; add lora=…"
                 problems.append(f"lora: no adapter {shown(adapter)} in this job (it has {have})")
         return tuple(sorted(scales))
-
-
-def located(path: str, folder: str) -> str:
-    """Where a picture lies: an absolute path, or an address. ``folder``: what a relative path begins in."""
-    if "://" in path or os.path.isabs(path):
-        return path
-    whole = f"{folder}/{path}" if folder else path
-    return whole if "://" in whole else os.path.abspath(whole)
 
 
 def _text(given: Mapping[str, Any], key: str, problems: list[str], empty: bool = False) -> str:

@@ -1,0 +1,95 @@
+"""Pictures as files that rows read: found, checked by their header, decoded."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from fluxbatch.storage.base import NotFound, StorageError
+from fluxbatch.storage.registry import read_bytes
+from fluxbatch.types import Picture
+
+MAX_PIXELS = 1 << 28  # of a picture that is read: more is taken for an attack, or a mistake
+_ORIENTATION, _SIDEWAYS = 0x0112, 5  # EXIF: from 5 on height and width are exchanged
+# How Pillow calls what has a plain meaning as RGB
+_PLAIN = ("1", "L", "P", "RGB", "CMYK", "YCbCr", "HSV", "LAB")
+_ALPHA = ("LA", "PA", "RGBA", "La", "RGBa")
+
+
+class Missing(ValueError):
+    """There is no such picture."""
+
+
+def located(path: str, folder: str) -> str:
+    """Where a picture lies: an absolute path, or an address. ``folder``: what a relative path begins in."""
+    if "://" in path or os.path.isabs(path):
+        return path
+    whole = f"{folder}/{path}" if folder else path
+    return whole if "://" in whole else os.path.abspath(whole)
+
+
+def look(picture: Picture) -> tuple[str, int, int]:
+    """SHA-256 of the file, and height and width of what is seen. ValueError says why there is nothing to see."""
+    data = _data(picture)
+    with _opened(picture, data) as image:
+        width, height = image.size[::-1] if _turned(image) else image.size
+    return hashlib.sha256(data).hexdigest(), height, width
+
+
+def _turned(image: Image.Image) -> bool:
+    if image.format != "PNG":  # which Pillow decodes whole for it
+        return image.getexif().get(_ORIENTATION, 1) >= _SIDEWAYS
+    exif = Image.Exif()
+    exif.load(image.info.get("exif", b""))
+    return exif.get(_ORIENTATION, 1) >= _SIDEWAYS
+
+
+def read(picture: Picture) -> Image.Image:
+    """The picture, upright, as RGB, or L if it is grey; what is transparent is white. ValueError says why it cannot be
+    read, or that it is another one than when the job was opened."""
+    data = _data(picture)
+    if hashlib.sha256(data).hexdigest() != picture.sha256:
+        raise ValueError(f"{picture.path}: changed while the job ran")
+    try:
+        with _opened(picture, data) as image:
+            image.load()
+            upright = ImageOps.exif_transpose(image)
+            if upright.mode.startswith("I;16") or upright.mode == "I":
+                upright = upright.point(lambda value: value / 257).convert("L")
+            if upright.mode in _ALPHA or "transparency" in upright.info:
+                over = Image.new("RGBA", upright.size, "white")
+                return Image.alpha_composite(over, upright.convert("RGBA")).convert("RGB")
+            return upright if upright.mode in ("L", "RGB") else upright.convert("L" if upright.mode == "1" else "RGB")
+    except (OSError, SyntaxError, EOFError) as error:
+        raise ValueError(f"{picture.path}: not a whole picture: {error}") from None
+
+
+def _data(picture: Picture) -> bytes:
+    try:
+        return read_bytes(picture.url)
+    except NotFound:
+        raise Missing(f"{picture.path}: not found") from None
+    except StorageError as error:
+        raise ValueError(f"{picture.path}: {error}") from None
+
+
+def _opened(picture: Picture, data: bytes) -> Image.Image:
+    """The picture by its header. ValueError for what is none, is too large, or has numbers of another kind."""
+    if not data:
+        raise ValueError(f"{picture.path}: empty")
+    try:
+        image = Image.open(io.BytesIO(data))
+    except UnidentifiedImageError:
+        raise ValueError(f"{picture.path}: its first bytes are not those of a picture") from None
+    except Image.DecompressionBombError:
+        raise ValueError(f"{picture.path}: more than {MAX_PIXELS:,} pixels") from None
+    except (OSError, SyntaxError, EOFError) as error:
+        raise ValueError(f"{picture.path}: not a whole picture: {error}") from None
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"{picture.path}: {image.width}×{image.height}, expected at most {MAX_PIXELS:,} pixels")
+    if image.mode not in (*_PLAIN, *_ALPHA) and not image.mode.startswith("I"):
+        raise ValueError(f"{picture.path}: pixels of kind {image.mode}, expected grey, palette, RGB or CMYK")
+    return image
