@@ -104,7 +104,10 @@ def replay(job: ReplayJob) -> int:
     rows = [row] * (spec.data_parallel_size * recorded.sharding.per_device_batch_size)
     states = prompts.encode(rows, spec.inputs, pipeline, len(rows))
     pipeline.encoders_out(again=False)
-    prepared = [prepare(rows[0], spec.family)] * len(rows) if rows[0].pictures else None
+    try:
+        prepared = [prepare(row, spec.family)] * len(rows) if row.pictures else None
+    except ValueError as error:
+        raise UserError(f"{job.id}: {error}; expected the pictures that the row was made of") from None
     latents = pipeline.denoise(rows, states.batch(rows), prepared)
     pixels, finite = pipeline.decode(latents, record["height"], record["width"])
     made = np.asarray(pixels)[0]

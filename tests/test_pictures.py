@@ -136,7 +136,8 @@ def test_pictures_in_a_run(cli, golden, tmp_path):
     again = images(tmp_path / "one")
     assert {key for key in first if (again[key] != first[key]).any()} == {"other"}
     words = f"output_dir={tmp_path}", "run_name=one", "id=mask"
-    assert cli(*words, entry="replay")[0] == 0
+    code, said = cli(*words, entry="replay")
+    assert code == 0, said
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from fluxbatch.generation.kept import KeptPipeline
 from fluxbatch.generation.observer import ProgressObserver
 from fluxbatch.generation.pipeline import Pipeline
 from fluxbatch.generation.prompts import TextCache
+from fluxbatch.generation.resolve import resolved
 from fluxbatch.generation.tokenizers import Absent, Tokenizer
 from fluxbatch.lora import apply
 from fluxbatch.lora.apply import Loras
@@ -38,8 +39,6 @@ from fluxbatch.weights.checkpoint import Checkpoint, open_checkpoint
 from fluxbatch.weights.device_weights import DeviceWeights
 from fluxbatch.weights.precision import Precision
 from fluxbatch.weights.published import license_of
-
-_SHOWN = 50  # rows in one message
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,40 +109,9 @@ class ModelSpec:
         return self.flops(row.height, row.width, row.steps, row.mode) / (self.peak * share)
 
     def resolve(self, rows: Sequence[Row]) -> list[Row]:
-        """The rows as the checkpoint understands them, each with its mode and its LoRA weights; UserError
-        for fields that it has no use for, and for rows that cannot be in one job."""
-        problems: list[str] = []
-        rows = [row for row in (self._resolved(row, problems) for row in rows) if row]
-        if problems:
-            more = [f"… and {len(problems) - _SHOWN:,} more rows"] if len(problems) > _SHOWN else []
-            raise UserError(*problems[:_SHOWN], *more)
-        rows = self.lora.resolve(rows)
-        if self.stream and len(self.lora.distinct(rows)) > 1:
-            first = self.lora.distinct(rows)[0]
-            other = next(row for row in rows if self.lora.distinct([row]) != [first])
-            raise UserError(
-                f"hardware.stream_blocks=true: {other.where}: lora is {dict(other.lora or ())}, rows before it have "
-                f"{dict(first)}: "
-                "expected the same LoRA weights for all rows, which are merged into the blocks as they pass"
-            )
-        return rows
-
-    def _resolved(self, row: Row, problems: list[str]) -> Row | None:
-        try:
-            if row.image and not row.sized:
-                height, width = self.family.default_size(row.image[0], row.height * row.width)
-                row = dataclasses.replace(row, height=height, width=width)
-            row = self.family.resolve(row)
-            if self.cache_threshold is not None and row.mode != PLAIN:
-                raise ValueError(
-                    "sampler.step_cache: expected null: the cache is for rows without pictures and negatives"
-                )
-            if row.steps < 1:
-                raise ValueError(f"strength: got {row.strength:g}, expected a number above 0: no step is left")
-            return row
-        except ValueError as error:
-            problems.append(f"{row.where}: {error}")
-            return None
+        """The rows as the checkpoint understands them, each with its mode and its LoRA weights; UserError for fields
+        that it has no use for, and for rows that cannot be in one job."""
+        return resolved(rows, self.family, self.lora, self.stream, self.cache_threshold is not None)
 
     def reading(self, rows: Sequence[Row]) -> ModelSpec:
         """With what encodes pictures, if ``rows`` (resolved) have any."""

@@ -218,7 +218,7 @@ class Pipeline:
         noise = latents if mode.mask else None
         arguments = [self.family.in_steps(conditioning)] * passes, [steps] * passes, sigmas, left, turns, positions
         if self._threshold is None:
-            more = guidance, noise, pictures, *scales
+            more = guidance if mode.negative else None, noise, pictures, *scales
             yield "denoise", self._run(self._denoise.lower, graph, self.dtype, state, latents, *arguments, *more)
             return
         fresh = self._run(self._fresh_cache.lower, graph, self.dtype, state, latents)
@@ -283,7 +283,7 @@ class Pipeline:
         (graph, state), _ = self._ready(self.family.denoiser, self.family.decoder, program=program)
         noise, begin, cfg_scale = self._put((noise, sigmas[:, :2], cfg_scale))
         latents = noise if read.start is None else self._launch(self._begin, noise, read, begin)
-        last = cfg_scale, noise if mode.mask else None, read
+        last = cfg_scale if mode.negative else None, noise if mode.mask else None, read
         if isinstance(self._denoiser, StreamedWeights):
             given = self._denoiser, latents, conditioning, sigmas, counts, guidance, positions, last
             return self._told(self._denoise_streamed(*given))

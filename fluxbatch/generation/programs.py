@@ -85,7 +85,7 @@ def begin(noise: Array, pictures: Pictures, sigmas: Array) -> Array:
 def denoise(
     scheduler_step: SchedulerStep, graph: Graph, dtype: Any, state: State, latents: Array,
     conditioning: Sequence[Conditioning], inputs: Sequence[StepInputs], sigmas: Array, left: Array, turns: Array,
-    positions: Positions, cfg_scale: Array, noise: Array | None, pictures: Pictures, scales: Array | None = None,
+    positions: Positions, cfg_scale: Array | None, noise: Array | None, pictures: Pictures, scales: Array | None = None,
 ) -> Array:  # fmt: skip
     """As many steps as ``turns``; a row that has none ``left`` stands still. (Devices would have to meet to find
     the largest of ``left``.)
@@ -107,7 +107,7 @@ def denoise(
             return model.velocity(read, *prompt, positions, references)
 
         prompts = list(zip(embedded, (_at(each, i) for each in inputs), strict=True))
-        if len(prompts) == 1:
+        if cfg_scale is None:
             velocity = evaluate(prompts[0])
         else:  # one after the other: the program has the blocks once, and works on no more than with one prompt
             positive, negative = jax.lax.map(evaluate, jax.tree.map(lambda *x: jnp.stack(x), *prompts))
@@ -207,11 +207,11 @@ def block(
 
 def step(
     scheduler_step: SchedulerStep, graph: Graph, state: State, latents: Array, x: Any, shared: Any, i: Array,
-    sigmas: Array, left: Array, cfg_scale: Array, noise: Array | None, pictures: Pictures,
+    sigmas: Array, left: Array, cfg_scale: Array | None, noise: Array | None, pictures: Pictures,
 ) -> Array:  # fmt: skip
     model: StreamedDenoiser = nnx.merge(graph, state)
     velocity = model.finish(x, _at(shared, i))[:, : latents.shape[1]]
-    if len(velocity) > len(latents):
+    if cfg_scale is not None:
         velocity = led(velocity[::2], velocity[1::2], cfg_scale)
     return _step(scheduler_step, latents, velocity, i, sigmas, left, noise, pictures)
 

@@ -76,6 +76,11 @@ def inputs_of(row: Row) -> str:
     return json.dumps(found, ensure_ascii=False)
 
 
+def paths_of(row: Row) -> Record:
+    """What a record says of the row's pictures, which may lie elsewhere now."""
+    return {"inputs": inputs_of(row)} if row.pictures else {}
+
+
 def plain(record: Record) -> Record:
     """The record with its values in the form of ``decisive``, whatever version of fluxbatch wrote it."""
     inputs = json.loads(record.get("inputs") or "{}")
