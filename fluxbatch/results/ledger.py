@@ -44,6 +44,7 @@ from fluxbatch.results.resume import (
     digest,
     key_under,
     match,
+    paths_of,
     row_key,
     with_extra,
 )
@@ -277,7 +278,7 @@ class Ledger:
         if row := self._row_made_by(record):
             done.add(row.id)
             index = row.index
-            record = with_extra({**record, "id": row.id, "index": index}, row)
+            record = with_extra({**record, "id": row.id, "index": index, **paths_of(row)}, row)
         return index, self.images.located(record)
 
     def _merge_rejects(self, done: set[str]) -> tuple[tuple[Reject, ...], set[str]]:
