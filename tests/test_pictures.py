@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import http.server
 import io
 import json
+import threading
 
 import numpy as np
 import plain
@@ -63,6 +67,19 @@ def test_a_picture_that_changed_meanwhile_is_not_read(tmp_path):
     saved(tmp_path / "a.png", seed=1)
     with pytest.raises(ValueError, match="changed while the job ran"):
         files.read(picture)
+
+
+def test_a_picture_comes_from_a_server(tmp_path):
+    saved(tmp_path / "a.png")
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        picture = dataclasses.replace(seen(tmp_path / "a.png"), url=f"{address}/a.png")
+        assert files.read(picture).size == (56, 40)
+        with pytest.raises(files.Missing, match="the server answers 404"):
+            files.read(dataclasses.replace(picture, url=f"{address}/b.png"))
+        server.shutdown()
 
 
 BROKEN = {

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import http.client
 import io
 import os
+import urllib.error
+import urllib.request
+from typing import cast
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from fluxbatch.storage.base import NotFound, StorageError
 from fluxbatch.storage.registry import read_bytes
-from fluxbatch.types import Picture
+from fluxbatch.types import Picture, public
 
 MAX_PIXELS = 1 << 28  # of a picture that is read: more is taken for an attack, or a mistake
+_SECONDS = 30  # without a byte from a server
 _ORIENTATION, _SIDEWAYS = 0x0112, 5  # EXIF: from 5 on height and width are exchanged
 # How Pillow calls what has a plain meaning as RGB
 _PLAIN = ("1", "L", "P", "RGB", "CMYK", "YCbCr", "HSV", "LAB")
@@ -69,7 +74,15 @@ def read(picture: Picture) -> Image.Image:
 
 def _data(picture: Picture) -> bytes:
     try:
+        if picture.url.startswith(("http://", "https://")):
+            with urllib.request.urlopen(picture.url, timeout=_SECONDS) as answer:
+                return cast(bytes, answer.read())
         return read_bytes(picture.url)
+    except urllib.error.HTTPError as error:
+        kind = Missing if error.code in (404, 410) else ValueError
+        raise kind(f"{public(picture.path)}: the server answers {error.code} {error.reason}") from None
+    except (urllib.error.URLError, TimeoutError, http.client.HTTPException) as error:
+        raise ValueError(f"{public(picture.path)}: {error}") from None
     except NotFound:
         raise Missing(f"{picture.path}: not found") from None
     except StorageError as error:
