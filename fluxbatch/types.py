@@ -68,17 +68,19 @@ class Mode(NamedTuple):
     negative: bool = False  # led away from a negative prompt: two evaluations a step
     start: bool = False  # begins with its image, noised as far as ``strength`` says
     mask: bool = False  # keeps what lies outside its mask
+    guided_by: str = ""  # what stands beside the latents' channels: of a control map, or of a hole to fill
     references: tuple[tuple[int, int], ...] = ()  # heights and widths of pictures that are read as more image tokens
 
     @property
     def reads_pictures(self) -> bool:
-        return self.start or self.mask or bool(self.references)
+        return self.start or self.mask or bool(self.guided_by or self.references)
 
     def __str__(self) -> str:
         """In a plan, behind the size."""
         words = {"from an image": self.start, "with a mask": self.mask, "with a negative prompt": self.negative}
         count = len(self.references)
-        read = [f"{count} reference{'s' if count > 1 else ''}"] if count else []
+        beside = [f"with {self.guided_by}"] if self.guided_by else []
+        read = beside + ([f"{count} reference{'s' if count > 1 else ''}"] if count else [])
         return "".join(f", {word}" for word in (*(word for word, holds in words.items() if holds), *read))
 
 

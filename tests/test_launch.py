@@ -36,7 +36,7 @@ WORDS = [
     "output_dir=gs://bucket/out",
     "run_name=night",
     "replica_count=6",
-    "image=eu.pkg.dev/p/fluxbatch",
+    "container_image=eu.pkg.dev/p/fluxbatch",
     "project=p",
     "hf_token_secret=hf",
 ]
@@ -411,8 +411,8 @@ def math_of(name):
     (["target=v6e-16", "kind=cronjob"], "one host"), (["target=v6e-4", "kind=batch"], "expected a GPU"),
     (["target=v6e-8", "output_dir=outputs"], "output_dir=outputs: expected gs://"),
     (["target=v6e-8", "no_such_key=1"], "no_such_key"),
-    (["target=h100-8", "image=null"], "image=null: expected an image for target=h100-8, such as REGION-docker.pkg.dev/PROJECT/fluxbatch/fluxbatch:cuda"),
-    (["target=h100-8", "image=eu.pkg.dev/p/fluxbatch:tpu"], "image=eu.pkg.dev/p/fluxbatch:tpu: expected"),
+    (["target=h100-8", "container_image=null"], "container_image=null: expected an image for target=h100-8, such as REGION-docker.pkg.dev/PROJECT/fluxbatch/fluxbatch:cuda"),
+    (["target=h100-8", "container_image=eu.pkg.dev/p/fluxbatch:tpu"], "container_image=eu.pkg.dev/p/fluxbatch:tpu: expected"),
     (["target=h100-8", "kind=scheduler", "project=null", "hf_token_secret=null"], "project=null: expected"),
     (["target=h100-8", "kind=batch", "project=null"], "which hf_token_secret needs"),
     (["target=h100-8", "kind=slurm"], "hf_token_secret=hf: expected null"), (["target=h100-8", "hf_token_secret=a/b"], "hf_token_secret=a/b: expected"),
@@ -429,7 +429,12 @@ def test_targets_have_the_names_of_the_plan(render):
         assert code == 0, text
         assert text == render(f"target={other}")[0]
     text, code = render(
-        "kind=slurm", "target=2x4090-4", "hf_token_secret=null", "image=null", "manifest=rows.jsonl", "output_dir=out"
+        "kind=slurm",
+        "target=2x4090-4",
+        "hf_token_secret=null",
+        "container_image=null",
+        "manifest=rows.jsonl",
+        "output_dir=out",
     )
     assert (
         code == 0 and "#SBATCH --nodes=2\n" in text and "#SBATCH --gpus-per-node=4\n" in text
@@ -438,8 +443,8 @@ def test_targets_have_the_names_of_the_plan(render):
 
 def test_an_image_with_a_tag_or_digest_is_taken_as_it_is(render):
     for image in ("localhost:5000/fluxbatch:v2", "p/fluxbatch@sha256:abc"):
-        assert f"image: {image}\n" in render(f"image={image}")[0]
-    assert "image: localhost:5000/fluxbatch:tpu\n" in render("image=localhost:5000/fluxbatch")[0]
+        assert f"image: {image}\n" in render(f"container_image={image}")[0]
+    assert "image: localhost:5000/fluxbatch:tpu\n" in render("container_image=localhost:5000/fluxbatch")[0]
 
 
 def test_a_gated_checkpoint_without_a_token_is_remarked_on(capsys):
@@ -539,7 +544,7 @@ def test_a_text_goes_through_the_shell_and_through_kubernetes_as_it_is(render, t
     assert subprocess.run(["bash"], input=script, text=True, cwd=tmp_path, env=env).returncode == 0
     said = (tmp_path / "said").read_text().split("\0")[4:-1]
     assert said[0] == "hardware=gpu" and job_of(said) == (first[1], second[1])
-    spec = yaml.safe_load(render("kind=jobset", "image=a/b", "output_dir=gs://b/o", defaults=words)[0])
+    spec = yaml.safe_load(render("kind=jobset", "container_image=a/b", "output_dir=gs://b/o", defaults=words)[0])
     args = at(spec, "spec", "replicatedJobs", 0, "template", "spec", "template", "spec", "containers", 0, "args")
     assert args[0] == "replica_index=$(REPLICA_INDEX)"
     known = {"$": "$", "(REPLICA_INDEX)": "3"}

@@ -56,7 +56,7 @@ def test_a_field_has_one_type_in_every_row_of_every_run(runs):
     records = [record for name in ("plain", "styled") for record in metadata(runs / name)]
     assert len(records) == 4
     for record in records:
-        assert {name: type(value) for name, value in record.items()} == documented()
+        assert {name: type(value) for name, value in record.items()} == {name: kind for name, kind in documented().items() if name != "shard"}
     assert [json.loads(record["lora"]) for record in records] == [{}, {"peft": 1.0}, {}, {"peft": 0.5}]
     assert [record["quality"] for record in records] == [100, 95, 95, 95]
     for name in ("plain", "styled"):
@@ -98,7 +98,7 @@ def test_older_records_are_read_too():
 
 def test_sha256_is_computed_as_documented(cli, golden, tmp_path, monkeypatch, capsys):
     (code,) = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)
-    assert code.count("\n") == 3
+    assert code.count("\n") == 4
     more = {"height": 32, "width": 48, "num_inference_steps": 1}
     assert cli(*flags(golden, tmp_path / "outputs", "demo", prompt="a fox", **more))[0] == 0
     monkeypatch.chdir(tmp_path)
@@ -179,11 +179,11 @@ def test_whole_numbers_of_more_than_63_bits_are_told():
 
 def test_a_start_and_the_plan_say_so(cli, golden, tmp_path):
     manifest = tmp_path / "rows.jsonl"
-    rows = {"prompt": "a", "category": "x", "image": "a"}, {"prompt": "b", "category": 3, "seed": LARGE}
+    rows = {"prompt": "a", "category": "x", "thumb_file_name": "a"}, {"prompt": "b", "category": 3, "seed": LARGE}
     manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
     args = flags(golden, tmp_path, manifest=manifest, resolution=32, num_inference_steps=1)
     for said in (cli(*args, "aot=false", entry="plan"), cli(*args)):
         assert said[0] == 0 and "category (text at rows.jsonl:1, number at rows.jsonl:2)" in said[1]
-        assert 'not carried into the metadata: "image", which ImageFolder takes' in said[1]
+        assert 'not carried into the metadata: "thumb_file_name", which ImageFolder takes' in said[1]
         assert "seed (1 rows)" in said[1]
-    assert [record.get("image") for record in metadata(tmp_path / "run")] == [None, None]
+    assert [record.get("thumb_file_name") for record in metadata(tmp_path / "run")] == [None, None]

@@ -154,7 +154,7 @@ def test_a_parquet_column_is_an_image_to_datasets_and_row_groups_are_bounded(tmp
 
 
 def test_about_so_many_bytes(monkeypatch, tmp_path, container):
-    monkeypatch.setattr(packer, "SHARD_BYTES", 2500)  # an image has some 1,000
+    monkeypatch.setattr(packer, "SHARD_BYTES", 3500)  # an image has some 1,400
     store = open_store(str(tmp_path))
     rows = [plain.row(k) for k in range(9)]
     start(store, rows, job(container, None))

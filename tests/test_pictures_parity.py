@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import json
 
 import numpy as np
@@ -24,10 +25,10 @@ def loaded(name):
     return module
 
 
-def louder(pipe):
+def louder(pipe, factor=4):
     """What is encoded of a picture, so that another one moves the image."""
     with torch.no_grad():
-        pipe.vae.encoder.conv_out.weight *= 4
+        pipe.vae.encoder.conv_out.weight *= factor
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +123,70 @@ def test_inpaint(dev, run, tmp_path, strength):
     expected = theirs(pipe, row, image=picture(1, 70, 45), mask_image=mask(3, 40, 60))
     assert psnr(found, expected) >= 50
     assert psnr(found, theirs(pipe, row, image=picture(1, 70, 45), mask_image=mask(4, 40, 60))) < 30
+
+
+def reader(name, channels, seed=4, factor=4):
+    """A random pipeline of another class: its transformer reads so many channels of a token."""
+    pipe = loaded("generate").pipeline(
+        2, 16, (4, 6, 6), 2, 2, 4, True, True, "quick_gelu", seed=seed, vae=(8, 8, 16, 16)
+    )
+    louder(pipe, factor)
+    parts = dict(pipe.components)
+    if channels:
+        names = inspect.signature(diffusers.FluxTransformer2DModel.__init__).parameters
+        config = {key: value for key, value in parts["transformer"].config.items() if key in names}
+        flux = diffusers.FluxTransformer2DModel(**config | {"in_channels": channels, "out_channels": 16})
+        parts["transformer"] = loaded("generate").loud(flux, 0.2, torch.Generator().manual_seed(seed))
+    kept = getattr(diffusers, name)
+    known = inspect.signature(kept.__init__).parameters
+    pipe = kept(**{key: part for key, part in parts.items() if key in known})
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_kontext(run, tmp_path):
+    """A picture of another aspect than the image, one row with a negative prompt, and one without a picture."""
+    pipe = reader("FluxKontextPipeline", None, factor=20)
+    pipe.save_pretrained(tmp_path / "model")
+    picture(1, 90, 70).save(tmp_path / "in.png")
+    base = dict(prompt="a fox", num_inference_steps=6, guidance_scale=2.5, height=48, width=32)
+    rows = [
+        dict(base, id="edit", seed=1, image="in.png"),
+        dict(base, id="away", seed=2, image="in.png", negative_prompt="hen", true_cfg_scale=2.0),
+        dict(base, id="none", seed=3),
+    ]
+    found = run(tmp_path / "model", rows, "kontext")
+    for row in rows:
+        more = {"image": picture(1, 90, 70)} if "image" in row else {}
+        expected = theirs(pipe, row, max_area=48 * 32, **more)
+        assert psnr(found[row["id"]], expected) >= 50, row["id"]
+    assert psnr(found["edit"], theirs(pipe, rows[0], max_area=48 * 32, image=Image.new("RGB", (70, 90)))) < 30
+
+
+@pytest.mark.parametrize("strength", [0.6, 1.0])
+def test_fill(run, tmp_path, strength):
+    pipe = reader("FluxFillPipeline", 2 * 16 + 4 * 64)
+    pipe.save_pretrained(tmp_path / "model")
+    picture(1, 90, 70).save(tmp_path / "in.png")
+    mask(3, 40, 60).save(tmp_path / "mask.png")
+    row = dict(id="a", prompt="a fox", num_inference_steps=4, guidance_scale=30.0, seed=5, strength=strength)
+    row |= dict(image="in.png", mask_image="mask.png", height=64, width=48)
+    found = run(tmp_path / "model", [row], "fill")["a"]
+    given = dict(image=picture(1, 90, 70), mask_image=mask(3, 40, 60))
+    assert psnr(found, theirs(pipe, row, **given)) >= 50
+    for other in (dict(image=picture(2, 90, 70)), dict(mask_image=mask(4, 40, 60))):
+        assert psnr(found, theirs(pipe, row, **given | other)) < 30
+
+
+def test_control(run, tmp_path):
+    pipe = reader("FluxControlPipeline", 2 * 16)
+    pipe.save_pretrained(tmp_path / "model")
+    picture(1, 90, 70).save(tmp_path / "map.png")
+    row = dict(id="a", prompt="a fox", num_inference_steps=3, guidance_scale=10.0, seed=5)
+    row |= dict(control_image="map.png", height=64, width=48)
+    found = run(tmp_path / "model", [row], "control")["a"]
+    assert psnr(found, theirs(pipe, row, control_image=picture(1, 90, 70))) >= 50
+    assert psnr(found, theirs(pipe, row, control_image=picture(2, 90, 70))) < 30
 
 
 @pytest.mark.parametrize("kind", ["distilled", "base", "dev"])

@@ -130,7 +130,7 @@ def test_denoising_does_not_receive_the_weights_that_make_modulation(flux):
         jax.jit(functools.partial(programs.denoise, FlowMatchEuler.step, graph, jnp.dtype("float32")))
         .lower(
             *(state, latents, [PromptEmbeds(text, pooled)], [mod], sigmas, left, jnp.int32(8), rope),
-            *(guidance, None, Pictures()),
+            *(None, None, Pictures()),
         )
         .compile()
     )

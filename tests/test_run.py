@@ -261,7 +261,8 @@ def test_what_was_probably_not_meant_is_said_in_a_line(cli, golden, tmp_path):
     code, err = cli(*flags(golden, tmp_path, manifest=tmp_path / "rows.jsonl", resolution=32, num_inference_steps=1))
     said = [line.removeprefix("fluxbatch: ") for line in err.splitlines() if line.startswith("fluxbatch: ")]
     assert code == 0 and said == [
-        "fields that decide nothing: guidence_scale (1 rows; did you mean guidance_scale?), negative_prompt (1 rows)",
+        "negative_prompt decides nothing (1 rows have one): no guidance leads away from it",
+        "fields that decide nothing: guidence_scale (1 rows; did you mean guidance_scale?)",
         "CLIP reads 24 tokens: 1 rows are cut: rows.jsonl:2 has 162",
     ]
 

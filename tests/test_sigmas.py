@@ -12,7 +12,7 @@ from conftest import GOLDEN, images, metadata, psnr
 from test_run import flags
 
 from fluxbatch.manifest.rows import read_rows
-from fluxbatch.results.resume import decisive, digest, key_under, levels, parameters
+from fluxbatch.results.resume import LATER, decisive, digest, key_under, levels, parameters
 from fluxbatch.types import UserError
 
 STEEP = [1.0, 0.9, 0.3]
@@ -76,7 +76,8 @@ def test_a_job_gives_them_to_rows_that_have_none(cli, golden, tmp_path, write):
 
 def test_the_key_of_a_row_without_them_is_what_it_was():
     without, same = plain.row(0), decisive(plain.row(0))
-    assert same.pop("sigmas") is None
+    later = ("sigmas", *LATER)
+    assert [same.pop(key) for key in later] == [None] * len(later)
     assert key_under(without, "facts") == digest([same, "facts"])
     given = [plain.row(0, sigmas=sigmas) for sigmas in ((), (1.0, 0.5), (1.0, 0.4))]
     assert len({key_under(each, "facts") for each in given}) == 3

@@ -85,7 +85,8 @@ def test_images_and_their_records(tmp_path):
     lines = [json.loads(line) for line in store.read("metadata.jsonl").splitlines()]
     assert list(lines[3]) == [
         *("file_name", "id", "index", "prompt", "prompt_2", "seed", "height", "width"),
-        *("num_inference_steps", "guidance_scale", "sigmas", "lora", "seed_text", *FACTS),
+        *("num_inference_steps", "guidance_scale", "sigmas", "negative_prompt", "negative_prompt_2"),
+        *("true_cfg_scale", "strength", "inputs", "lora", "seed_text", *FACTS),
         *("sha256", "computed_steps", "seconds", "mfu", "created", "flags", "key", "category"),
     ]
     assert {key: lines[3][key] for key in FACTS} == FACTS

@@ -20,7 +20,7 @@ from fluxbatch.types import UserError
 _PIECE = 1 << 20  # bytes unpacked at once
 # What packed files begin with, and how they are unpacked
 _PACKINGS: dict[bytes, tuple[str, Callable[[Any], Any]]] = {
-    b"\x1f\x8b\x08": ("gzip", lambda stream: gzip.GzipFile(fileobj=stream)),
+    b"\x1f\x8b\x08": ("gzip", lambda stream: gzip.GzipFile(fileobj=stream, mode="rb")),
     b"BZh": ("bzip2", bz2.BZ2File),
     b"\xfd7zXZ\0": ("xz", lzma.LZMAFile),
     b"\x28\xb5\x2f\xfd": ("zstd", lambda stream: pyarrow("a manifest packed with zstd").input_stream(stream, "zstd")),

@@ -55,6 +55,7 @@ def lines(job: Job, spec: ModelSpec, given: Sequence[Row], rows: Sequence[Row], 
     yield from mixed(spec, given)
     yield from unguided(spec, rows)
     yield from unread_texts(spec, rows)
+    yield from idle_negatives(given, rows)
     yield from overridden(job.sweep, rows)
     yield from left_out(rows, spec.provenance)
     yield from columns.lines(rows)
@@ -99,6 +100,13 @@ def unguided(spec: ModelSpec, rows: Sequence[Row]) -> Iterator[str]:
     count = sum(row.guidance_scale != 0 for row in rows)
     if count and not spec.warnings and not spec.family.guided:
         yield f"guidance_scale decides nothing ({count:,} rows have one): the checkpoint has no guidance embedding"
+
+
+def idle_negatives(given: Sequence[Row], rows: Sequence[Row]) -> Iterator[str]:
+    """That rows have a negative prompt, and no guidance that leads away from it."""
+    idle = zip(given, rows, strict=True)
+    if count := sum(bool(was.negative_prompt) and not row.mode.negative for was, row in idle):
+        yield f"negative_prompt decides nothing ({count:,} rows have one): no guidance leads away from it"
 
 
 def unread_texts(spec: ModelSpec, rows: Sequence[Row]) -> Iterator[str]:

@@ -184,7 +184,7 @@ class Report(ProgressObserver):
         devices had work; where their peak is known, the share of it that the images took (MFU) and the time as a
         multiple of the one at peak (floor ratio). Empty before the first image."""
         seconds, busy = self.devices.figures()
-        if not seconds:
+        if not seconds or not self.images:
             return {}
         said = {
             "images_per_second": self.images / seconds,

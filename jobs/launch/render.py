@@ -1,7 +1,7 @@
 """A job's launch spec, from its own command line: where it runs, rendered from what it is.
 
     python jobs/launch/render.py kind=jobset target=v6e-8 replica_count=8 model=flux-dev sharding=fsdp \
-        manifest=gs://bucket/prompts.jsonl output_dir=gs://bucket/out run_name=night image=…  | kubectl apply -f -
+        manifest=gs://bucket/prompts.jsonl output_dir=gs://bucket/out run_name=night container_image=…  | kubectl apply -f -
 
 Everything besides ``kind``, ``target`` and the other keys of `Launch` goes to ``fluxbatch.run`` as it is. Machine,
 chips, processes and the mesh all follow from the target, so they cannot disagree; a mesh that does not fit the
@@ -39,7 +39,7 @@ class Launch(Job):
 
     kind: Kind = Kind.jobset
     target: str = "v6e-8"  # the machines of a replica: v6e-8, v6e-16, h100-8, 2xh100-8, …
-    image: str | None = (
+    container_image: str | None = (
         None  # built by the Dockerfile beside this file; without a tag it gets the flavor's that the target needs
     )
     hf_token_secret: str | None = (
@@ -149,11 +149,11 @@ def _check(job: Launch, target: Target) -> None:
             f"hardware={job.hardware.platform.name}: expected {target.hardware}, as target={job.target} has"
         )
     flavor, kind = FLAVORS[target.hardware], job.kind.name
-    tag = (job.image or "").rpartition("/")[2].partition(":")[2]
-    if kind != "slurm" and (not job.image or (tag in FLAVORS.values() and tag != flavor)):
+    tag = (job.container_image or "").rpartition("/")[2].partition(":")[2]
+    if kind != "slurm" and (not job.container_image or (tag in FLAVORS.values() and tag != flavor)):
         wanted = f"REGION-docker.pkg.dev/PROJECT/fluxbatch/fluxbatch:{flavor}"
         problems.append(
-            f"image={shown(job.image)}: expected an image for target={job.target}, such as {wanted} "
+            f"container_image={shown(job.container_image)}: expected an image for target={job.target}, such as {wanted} "
             f"(jobs/launch/Dockerfile, FLAVOR={flavor})"
         )
     if job.project is None and (kind == "scheduler" or (kind == "batch" and job.hf_token_secret)):
@@ -424,7 +424,7 @@ def _job_spec(job: Launch, target: Target, words: list[str], env: list[dict[str,
 
 def _image(job: Launch, target: Target) -> str:
     """With the tag of the flavor that the hardware needs, if it has none."""
-    image = job.image or ""
+    image = job.container_image or ""
     return image if {":", "@"} & {*image.rpartition("/")[2]} else f"{image}:{FLAVORS[target.hardware]}"
 
 

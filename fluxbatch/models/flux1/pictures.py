@@ -33,6 +33,28 @@ def draws(seed: int, count: int, height: int, width: int, vae: VaeConfig) -> lis
     return list(torch_normal(seed, count * int(np.prod(shape))).reshape(count, *shape))
 
 
+# Width and height of what Kontext was trained on: the one of the nearest aspect is what the VAE sees of a picture.
+PREFERRED = (
+    (672, 1568), (688, 1504), (720, 1456), (752, 1392), (800, 1328), (832, 1248), (880, 1184), (944, 1104),
+    (1024, 1024), (1104, 944), (1184, 880), (1248, 832), (1328, 800), (1392, 752), (1456, 720), (1504, 688),
+    (1568, 672),
+)  # fmt: skip
+
+
+def reference_size(height: int, width: int, multiple: int) -> tuple[int, int]:
+    """Height and width of a reference picture of this size as Kontext reads it."""
+    ratio = (width // multiple * multiple) / (height // multiple * multiple)
+    _, width, height = min((abs(ratio - w / h), w, h) for w, h in PREFERRED)
+    return height // multiple * multiple, width // multiple * multiple
+
+
+def mask_channels(mask: np.ndarray, scale: int) -> np.ndarray:
+    """``[H, W]`` bool → tokens ``[L, 4 · scale²]`` float32: the pixels of each latent as its channels, packed."""
+    height, width = (side // scale for side in mask.shape)
+    blocks = mask.reshape(height, scale, width, scale).transpose(1, 3, 0, 2)
+    return pack(blocks.reshape(scale * scale, height, width).astype(np.float32))
+
+
 def prepare(row: Row, images: Mapping[str, Sequence[Image.Image]], vae: VaeConfig) -> dict[str, np.ndarray]:
     """For a row that starts from its image, and may keep what lies outside a mask."""
     height, width = row.height, row.width
@@ -44,8 +66,11 @@ def prepare(row: Row, images: Mapping[str, Sequence[Image.Image]], vae: VaeConfi
     return found
 
 
-def encode(encoder: Encoder, image: jax.Array, epsilon: jax.Array, vae: VaeConfig, dtype: jnp.dtype) -> jax.Array:
-    """``[B, H, W, 3]`` → tokens ``[B, L, 4C]`` float32 of a sample, which ``epsilon`` ``[B, h, w, C]`` decides."""
+def encode(
+    encoder: Encoder, image: jax.Array, epsilon: jax.Array | None, vae: VaeConfig, dtype: jnp.dtype
+) -> jax.Array:
+    """``[B, H, W, 3]`` → tokens ``[B, L, 4C]`` float32 of a sample, which ``epsilon`` ``[B, h, w, C]`` decides; of
+    the mean without it."""
     mean, logvar = (x.astype(jnp.float32) for x in encoder(image.astype(dtype)))
-    sample = mean + jnp.exp(0.5 * logvar) * epsilon
+    sample = mean if epsilon is None else mean + jnp.exp(0.5 * logvar) * epsilon
     return packed((sample - vae.shift_factor) * vae.scaling_factor)
