@@ -56,7 +56,9 @@ def test_a_field_has_one_type_in_every_row_of_every_run(runs):
     records = [record for name in ("plain", "styled") for record in metadata(runs / name)]
     assert len(records) == 4
     for record in records:
-        assert {name: type(value) for name, value in record.items()} == {name: kind for name, kind in documented().items() if name != "shard"}
+        assert {name: type(value) for name, value in record.items()} == {
+            name: kind for name, kind in documented().items() if name != "shard"
+        }
     assert [json.loads(record["lora"]) for record in records] == [{}, {"peft": 1.0}, {}, {"peft": 0.5}]
     assert [record["quality"] for record in records] == [100, 95, 95, 95]
     for name in ("plain", "styled"):
