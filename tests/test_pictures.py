@@ -175,3 +175,40 @@ def test_what_a_row_cannot_have_is_one_line(cli, golden, tmp_path, row, wanted):
     given = f"pretrained_model_name_or_path={golden / 'dev'}", f"manifest={tmp_path / 'm.jsonl'}"
     code, err = cli(*given, f"output_dir={tmp_path}", "hardware=cpu")
     assert code == 2 and f"m.jsonl:1: {wanted}" in err, err
+
+
+MESHES = {
+    "ddp": ["ici_data_parallelism=2", "per_device_batch_size=2"],
+    "fsdp": ["sharding=fsdp", "ici_fsdp_parallelism=2"],
+    "tensor": ["ici_tensor_parallelism=2", "per_device_batch_size=2"],
+    "context": ["ici_context_parallelism=2"],
+    "streamed": ["stream_blocks=true"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpoint", ["dev", "flux2-klein"])
+def test_every_mode_is_the_same_on_every_mesh(cli, golden, tmp_path, checkpoint):
+    saved(tmp_path / "a.png", size=(64, 64))
+    saved(tmp_path / "b.png", seed=1, size=(64, 96))
+    saved(tmp_path / "mask.png", mode="L", size=(64, 64))
+    base = dict(prompt="a fox", num_inference_steps=3, height=32, width=32)
+    if checkpoint == "dev":
+        common = dict(base, image="a.png", strength=0.7, negative_prompt="hens")
+        rows = [dict(common), dict(common, mask_image="mask.png"), dict(common, true_cfg_scale=2.0), dict(base)]
+    else:
+        rows = [dict(base, image=["a.png", "b.png"]), dict(base, image="b.png"), dict(base)]
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(row | {"seed": i}) + "\n" for row in rows for i in range(2)))
+
+    def run(name, *words):
+        given = f"pretrained_model_name_or_path={golden / checkpoint}", f"manifest={tmp_path / 'm.jsonl'}", *words
+        code, err = cli(*given, f"output_dir={tmp_path}", f"run_name={name}", "max_sequence_length=64", "hardware=cpu")
+        assert code == 0, err
+        return images(tmp_path / name)
+
+    expected = run("one")
+    assert len(expected) == 2 * len(rows)
+    for name, words in MESHES.items():
+        found = run(name, *words)
+        worst = {key: np.abs(found[key].astype(int) - image).max() for key, image in expected.items()}
+        assert found.keys() == expected.keys() and max(worst.values()) <= 1, (name, worst)
