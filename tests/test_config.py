@@ -424,7 +424,7 @@ WRONG = [
     ("gpus=8", "gpus", "did you mean sharding?"),
     ("sharding.tp=8", "sharding.tp", "did you mean sharding.ici_tensor_parallelism?"),
     ("model=flux-shnell", "model=flux-shnell", "did you mean flux-schnell?"),
-    ("flux_name=flux2", "model=flux2", "one of flex-1-alpha, flux-dev"),
+    ("flux_name=flux2", "model=flux2", "one of flex-1-alpha, flux-canny"),
     ("hardware=npu", "hardware=npu", "auto, cpu, gpu, tpu"),
     ("num_inference_steps=abc", "num_inference_steps=abc", "a whole number"),
     ("seed=1.5", "seed=1.5", "a whole number"),
@@ -496,7 +496,7 @@ WRONG = [
     ("clip_model_name_or_path=", "model.clip_model_name_or_path=", "a path or name"),
     ("+sampler/num_inference_steps=8", "sampler/num_inference_steps", "no key"),
     ("lora=null", "lora=null", "expected one of none, outline, pixel-art"),
-    ("sampler=1", "sampler=1", "expected one of dev"),
+    ("sampler=1", "sampler=1", "expected one of canny"),
     ("lora=[outline,outlin]", "lora=outlin", "did you mean outline?"),
     ("adapter_name=[a,b]", "lora_config.lora_model_name_or_path", "equal length"),
 ]

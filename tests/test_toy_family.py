@@ -124,7 +124,8 @@ def alike(made, weights, rows):
 
 
 def test_both_families_are_found():
-    assert [family.name for family in registry.families()] == ["flux1", "flux2-dev", "flux2-klein", "toy"]
+    variants = ["flux1", "flux1-kontext", "flux1-fill", "flux1-control"]
+    assert [family.name for family in registry.families()] == [*variants, "flux2-dev", "flux2-klein", "toy"]
 
 
 def test_pictures_are_those_drawn_straight(run, weights):
