@@ -19,6 +19,9 @@ from fluxbatch.manifest import pictures
 from fluxbatch.storage import picture as files
 from fluxbatch.storage.picture import located
 from fluxbatch.types import Picture, UserError
+from fluxbatch.weights import checkpoint
+from fluxbatch.weights.headers import read_headers
+from fluxbatch.weights.source import Source
 
 
 def saved(path, seed=0, size=(40, 56), mode="RGB", **options):
@@ -177,6 +180,20 @@ def test_what_a_row_cannot_have_is_one_line(cli, golden, tmp_path, row, wanted):
     assert code == 2 and f"m.jsonl:1: {wanted}" in err, err
 
 
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        ("flux1-dev.safetensors", "flux1"),
+        ("flux1-kontext-dev.safetensors", "flux1-kontext"),
+        ("FLUX.1-Fill.safetensors", "flux1-fill"),
+        ("flux1-canny-dev.safetensors", "flux1-control"),
+    ],
+)
+def test_a_single_file_says_by_its_name_what_it_reads(golden, tmp_path, file, name):
+    whole = read_headers(Source(str(golden / "dev" / "transformer")), ("diffusion_pytorch_model",))
+    assert checkpoint._family_of(Source(str(tmp_path)), None, file, whole).name == name
+
+
 MESHES = {
     "ddp": ["ici_data_parallelism=2", "per_device_batch_size=2"],
     "fsdp": ["sharding=fsdp", "ici_fsdp_parallelism=2"],
@@ -187,13 +204,13 @@ MESHES = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("checkpoint", ["dev", "flux2-klein"])
-def test_every_mode_is_the_same_on_every_mesh(cli, golden, tmp_path, checkpoint):
+@pytest.mark.parametrize("folder", ["dev", "flux2-klein"])
+def test_every_mode_is_the_same_on_every_mesh(cli, golden, tmp_path, folder):
     saved(tmp_path / "a.png", size=(64, 64))
     saved(tmp_path / "b.png", seed=1, size=(64, 96))
     saved(tmp_path / "mask.png", mode="L", size=(64, 64))
     base = dict(prompt="a fox", num_inference_steps=3, height=32, width=32)
-    if checkpoint == "dev":
+    if folder == "dev":
         common = dict(base, image="a.png", strength=0.7, negative_prompt="hens")
         rows = [dict(common), dict(common, mask_image="mask.png"), dict(common, true_cfg_scale=2.0), dict(base)]
     else:
@@ -201,7 +218,7 @@ def test_every_mode_is_the_same_on_every_mesh(cli, golden, tmp_path, checkpoint)
     (tmp_path / "m.jsonl").write_text("".join(json.dumps(row | {"seed": i}) + "\n" for row in rows for i in range(2)))
 
     def run(name, *words):
-        given = f"pretrained_model_name_or_path={golden / checkpoint}", f"manifest={tmp_path / 'm.jsonl'}", *words
+        given = f"pretrained_model_name_or_path={golden / folder}", f"manifest={tmp_path / 'm.jsonl'}", *words
         code, err = cli(*given, f"output_dir={tmp_path}", f"run_name={name}", "max_sequence_length=64", "hardware=cpu")
         assert code == 0, err
         return images(tmp_path / name)

@@ -162,6 +162,7 @@ class Family(abc.ABC):
     conditioning: Callable[..., Conditioning]  # what makes it of its arrays; a class's, or an instance's own
     lora: ClassVar[LoraKeys]
     file_patterns: ClassVar[tuple[str, ...]] = ()  # patterns of the denoiser's file in a directory of single files
+    file_words: ClassVar[tuple[str, ...]] = ()  # in its name where tensors do not tell it from a family listed before
     leftovers: ClassVar[str] = r"(?!)"  # names in a whole checkpoint that belong to no component
 
     def __init__(self, configs: Mapping[str, Config], index: Mapping[str, Any] | None = None):

@@ -185,8 +185,9 @@ def open_checkpoint(model: Model) -> Checkpoint:
 def _family_of(root: Source, pipeline: str | None, file: str | None, whole: Mapping[str, Tensor]) -> type[Family]:
     """By what ``model_index.json`` says; without one by the denoiser's config, or by its tensors in a single file."""
     if file:
-        known = (family for family in families() if single_files.recognise(family.components[family.denoiser], whole))
-        return next(known, families()[0])  # which says what is missing
+        known = [family for family in families() if single_files.recognise(family.components[family.denoiser], whole)]
+        by_name = (family for family in known if any(word in file.lower() for word in family.file_words))
+        return next(by_name, (known or families())[0])  # which says what is missing
     if pipeline is not None:
         if (named := by_pipeline(pipeline)) is None:
             firsts = " or ".join(family.pipelines[0] for family in families())

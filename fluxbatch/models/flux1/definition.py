@@ -34,6 +34,7 @@ class Kontext(Flux1):
 
     name = "flux1-kontext"
     pipelines = ("FluxKontextPipeline",)
+    file_words = ("kontext",)
 
     @classmethod
     def claims(cls, config: Mapping[str, Any]) -> bool:
@@ -70,6 +71,7 @@ class Fill(Flux1):
 
     name = "flux1-fill"
     pipelines = ("FluxFillPipeline",)
+    file_words = ("fill",)
 
     @classmethod
     def claims(cls, config: Mapping[str, Any]) -> bool:
@@ -120,6 +122,7 @@ class Control(Flux1):
 
     name = "flux1-control"
     pipelines = ("FluxControlPipeline",)
+    file_words = ("depth", "canny")
 
     @classmethod
     def claims(cls, config: Mapping[str, Any]) -> bool:
