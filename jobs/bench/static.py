@@ -38,7 +38,7 @@ from fluxbatch.config.schema import Job
 from fluxbatch.distributed import chips
 from fluxbatch.distributed.backend import set_compiler_flags
 from fluxbatch.generation.model_spec import ModelSpec, open_model_spec
-from fluxbatch.types import UserError
+from fluxbatch.types import PLAIN, UserError
 from fluxbatch.weights.published import open_or_known
 
 jax.config.update("jax_platforms", "cpu")  # what is not here must not be looked for
@@ -87,7 +87,7 @@ def job_of(model: str, target: chips.Target, sharding: str, text: int) -> Job:
 
 def compiled(spec: ModelSpec, side: int, images: int, part: str) -> tuple[jax.stages.Compiled, int]:
     """The program that denoises or decodes, of a run with ``images`` on each chip, and the bytes of its temporaries."""
-    programs = spec.pipeline().programs(images * spec.data_parallel_size, spec.inputs, side, side, (part,))
+    programs = spec.pipeline().programs(images * spec.data_parallel_size, spec.inputs, side, side, PLAIN, (part,))
     lowered = next(lowered for name, lowered in programs if name == part)
     return aot.compile_counted(lowered, spec.mesh.devices.flat[0].platform)
 
