@@ -10,6 +10,7 @@ import pathlib
 import sys
 
 import numpy as np
+import plain
 import pytest
 from conftest import images, metadata, psnr
 from safetensors.numpy import save_file
@@ -20,6 +21,8 @@ from fluxbatch import models
 from fluxbatch.config.schema import Model, Verify
 from fluxbatch.generation.pipeline import Pipeline
 from fluxbatch.models import registry
+from fluxbatch.models.family import Family
+from fluxbatch.types import Picture
 from fluxbatch.weights.checkpoint import open_checkpoint
 
 FOLDER = pathlib.Path(__file__).parent / "toy_family"
@@ -126,6 +129,12 @@ def alike(made, weights, rows):
 def test_both_families_are_found():
     variants = ["flux1", "flux1-kontext", "flux1-fill", "flux1-control"]
     assert [family.name for family in registry.families()] == [*variants, "flux2-dev", "flux2-klein", "toy"]
+
+
+def test_a_field_that_a_family_has_no_use_for_is_refused():
+    for field in (dict(image=(Picture("a.png", "a.png"),)), dict(negative_prompt="hens")):
+        with pytest.raises(ValueError, match=f"{next(iter(field))}: expected none"):
+            Family.resolve(None, plain.row(0, **field))
 
 
 def test_pictures_are_those_drawn_straight(run, weights):

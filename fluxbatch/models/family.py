@@ -225,6 +225,8 @@ class Family(abc.ABC):
     def resolve(self, row: Row) -> Row:
         """The row as this checkpoint understands it, with its mode; what decides nothing is as if it were not given.
         ValueError for a field that this checkpoint has no use for."""
+        if row.pictures:
+            raise ValueError(f"{next(iter(row.pictures))}: expected none: this model reads no pictures")
         if row.negative_prompt or row.negative_prompt_2:
             raise ValueError("negative_prompt: expected none: this model has no guidance that leads away from a prompt")
         return row
