@@ -222,7 +222,7 @@ class Flux1(Family):
         return (height // self.size_multiple) * (width // self.size_multiple), 4 * self.vae.latent_channels
 
     def noise(self, seed: int, height: int, width: int, mode: Mode = PLAIN) -> np.ndarray:
-        return pack(pictures.draws(seed, 2 if mode.start else 1, height, width, self.vae)[-1])
+        return pack(pictures.draws(seed, 2 if mode.start or mode.guided_by else 1, height, width, self.vae)[-1])
 
     def positions(
         self, conditioning: PromptEmbeds, height: int, width: int, mode: Mode = PLAIN
@@ -252,6 +252,8 @@ class Flux1(Family):
             raise ValueError("mask_image: expected an image that it is the mask of")
         negative = row.true_cfg_scale > 1 and row.negative_prompt is not None
         mode = Mode(negative=negative, start=bool(row.image), mask=row.mask_image is not None)
+        if mode == PLAIN:  # as most rows of a million: no second object for each
+            return row
         if not negative:
             row = dataclasses.replace(row, negative_prompt=None, negative_prompt_2=None, true_cfg_scale=1.0)
         return dataclasses.replace(row, mode=mode, strength=row.strength if mode.start else 1.0)

@@ -16,8 +16,7 @@ from fluxbatch.models.autoencoder import Decoder
 from fluxbatch.models.family import Pictures
 from fluxbatch.models.flux1 import pictures
 from fluxbatch.models.flux1.base import Flux1, PromptEmbeds
-from fluxbatch.models.latents import pack
-from fluxbatch.types import PLAIN, Mode, Picture, Row
+from fluxbatch.types import Mode, Picture, Row
 
 __all__ = ["FAMILIES", "Control", "Fill", "Flux1", "Kontext", "PromptEmbeds"]
 
@@ -79,10 +78,7 @@ class Fill(Flux1):
 
     def _in_channels(self) -> tuple[int, str]:
         channels, scale = self.vae.latent_channels, self.vae.scale
-        return (
-            8 * channels + 4 * scale**2,
-            "8 × the VAE's latent_channels + 4 × the pixels of a latent",
-        )
+        return 8 * channels + 4 * scale**2, "8 × the VAE's latent_channels + 4 × the pixels of a latent"
 
     def resolve(self, row: Row) -> Row:
         _refuse(row, "control_image", "negative_prompt")
@@ -90,9 +86,6 @@ class Fill(Flux1):
             raise ValueError("image, mask_image: expected one of each: this model fills what is white in the mask")
         mode = Mode(start=row.strength < 1, guided_by="a hole to fill")
         return dataclasses.replace(row, mode=mode, negative_prompt=None, negative_prompt_2=None, true_cfg_scale=1.0)
-
-    def noise(self, seed: int, height: int, width: int, mode: Mode = PLAIN) -> np.ndarray:
-        return pack(pictures.draws(seed, 2, height, width, self.vae)[1])
 
     def prepare(self, row: Row, pictures_: Mapping[str, Sequence[Image.Image]]) -> dict[str, np.ndarray]:
         image = pictures.pixels(pictures_["image"][0], row.height, row.width)
@@ -140,9 +133,6 @@ class Control(Flux1):
         mode = Mode(guided_by="a control image")
         row = dataclasses.replace(row, mode=mode, strength=1.0)
         return dataclasses.replace(row, negative_prompt=None, negative_prompt_2=None, true_cfg_scale=1.0)
-
-    def noise(self, seed: int, height: int, width: int, mode: Mode = PLAIN) -> np.ndarray:
-        return pack(pictures.draws(seed, 2, height, width, self.vae)[1])
 
     def prepare(self, row: Row, pictures_: Mapping[str, Sequence[Image.Image]]) -> dict[str, np.ndarray]:
         epsilon = pictures.draws(row.seed, 1, row.height, row.width, self.vae)[0]

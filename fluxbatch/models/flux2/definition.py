@@ -181,13 +181,16 @@ class _Flux2(Family):
         if row.negative_prompt and not self.cfg:
             raise ValueError("negative_prompt: expected none: this model has no guidance that leads away from a prompt")
         sizes = tuple(references.reference_size((p.width, p.height), self.size_multiple)[::-1] for p in row.image)
+        mode = Mode(negative=negative, references=sizes)
+        if mode == PLAIN:  # as most rows of a million: no second object for each
+            return row
         return dataclasses.replace(
             row,
             negative_prompt=(row.negative_prompt or "") if negative else None,
             negative_prompt_2=None,
             true_cfg_scale=1.0,
             strength=1.0,
-            mode=Mode(negative=negative, references=sizes),
+            mode=mode,
         )
 
     def default_size(self, picture: Picture, area: int) -> tuple[int, int]:
