@@ -11,6 +11,7 @@ from omegaconf import MISSING
 from fluxbatch.config import application
 from fluxbatch.config.checks import adapter_paths
 from fluxbatch.config.schema import DType, Job, shown
+from fluxbatch.shards import progress
 from fluxbatch.types import Exit, UserError, at_home
 
 
@@ -21,27 +22,23 @@ class Convert(Job):
 
 def convert(job: Convert) -> int:
     """Writes the copy; ``pretrained_model_name_or_path=<to>`` reads it."""
-    from fluxbatch.reporting.terminal import Report
-    from fluxbatch.weights import convert as weights
-    from fluxbatch.weights.checkpoint import open_checkpoint
-    from fluxbatch.weights.precision import EIGHT_BITS
-    from fluxbatch.weights.zarr import dtype_of
+    from fluxbatch.weights import checkpoint, convert, zarr
 
     for key, path in adapter_paths(job):
         why = "a copy is of the checkpoint alone, and is used with any adapter"
         raise UserError(f"{key}: {path!r}: expected no adapter: {why}")
-    if (name := job.hardware.weights_dtype.name) in EIGHT_BITS:
-        dtypes = ", ".join(kind.name for kind in DType)
+    if (name := job.hardware.weights_dtype.name) not in DType.__members__:
+        dtypes = ", ".join(DType.__members__)
         raise UserError(
             f"hardware.weights_dtype={name}: expected one of {dtypes}: any copy is quantized as it is loaded"
         )
     to = at_home("to", job.to)
     if not to.strip() or "\0" in to or re.match(r"(?!(?:gs|s3)://[^/]|file://)\w+://", to):
         raise UserError(f"to={shown(job.to)}: expected a directory, gs://bucket/prefix or s3://bucket/prefix")
-    checkpoint = open_checkpoint(job.model)
-    total = sum(component.whole_plan().nbytes for component in checkpoint.components.values())
-    with Report().bar(total, "converting", "B", unit_scale=True) as bar:
-        new = weights.convert(checkpoint, to, dtype_of(job.hardware.weights_dtype.name), bar.update)
+    opened = checkpoint.open_checkpoint(job.model)
+    total = sum(component.whole_plan().nbytes for component in opened.components.values())
+    with progress.bar(total, "converting", "B", unit_scale=True) as bar:
+        new = convert.convert(opened, to, zarr.dtype_of(name), bar.update)
     print(f"{'written' if new else 'complete already'}: {to}")
     return Exit.OK
 

@@ -163,6 +163,48 @@ def test_what_runs_before_jax_starts_does_not_import_it():
     assert done.returncode == 0, done.stderr
 
 
+# What may be imported inside a function, and why: no run needs all of it, and --help needs none.
+LATE = {
+    "fluxbatch": "JAX comes with it: a command's own work, imported once the command line is checked",
+    "jax.experimental.pallas": "half a second, on TPUs only",
+    "transformers": "half a second, where there is text to encode",
+    "huggingface_hub": "only where the checkpoint is a name of the hub",
+    "pyarrow": "optional",
+    "webdataset": "optional",
+}
+COMMANDS = ("convert", "plan", "replay", "run")
+
+
+def late_imports(source, module):
+    functions = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
+    return {name for function in functions for name in imports(ast.unparse(function), module)}
+
+
+def is_late(module, name):
+    reason = next((late for late in LATE if name == late or name.startswith(f"{late}.")), None)
+    return reason is not None and (reason != "fluxbatch" or package_of(module) in COMMANDS)
+
+
+def test_imports_inside_functions_have_a_reason():
+    found = {module: late_imports(path.read_text("utf-8"), module) for module, path in MODULES.items()}
+    assert not [(module, name) for module, names in found.items() for name in names if not is_late(module, name)]
+    used = {late for names in found.values() for name in names for late in LATE if name.startswith(late)}
+    assert used == set(LATE)
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "allowed"),
+    [
+        ("fluxbatch.run", "fluxbatch.session.session", True),
+        ("fluxbatch.weights.load", "fluxbatch.models.family", False),
+        ("fluxbatch.manifest.files", "pyarrow.parquet", True),
+        ("fluxbatch.results.ledger", "json", False),
+    ],
+)
+def test_the_rule_of_late_imports_itself(module, name, allowed):
+    assert late_imports(f"def f():\n    import {name}", module) == {name} and is_late(module, name) == allowed
+
+
 def test_modules_stay_small():
     lengths = {module: len(path.read_text("utf-8").splitlines()) for module, path in MODULES.items()}
     assert not {module: lines for module, lines in lengths.items() if lines > 400}

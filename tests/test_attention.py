@@ -101,9 +101,9 @@ for length in (4352, 4608):
 def test_splash_compiles_for_tpu(chip):
     """FLUX.1's lengths, by libtpu, with the limit that conf/hardware sets."""
     pytest.importorskip("libtpu", reason="needs .[tpu]")
-    from fluxbatch.planning import aot
+    from fluxbatch.distributed import chips
 
     done = subprocess.run(
-        [sys.executable, "-c", COMPILE, chip], env=os.environ | aot.ENVIRONMENT, capture_output=True, text=True
+        [sys.executable, "-c", COMPILE, chip], env=os.environ | chips.COMPILE_ONLY, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-2000:]

@@ -696,12 +696,12 @@ def test_the_environment_s_flags_win(monkeypatch):
 @pytest.mark.parametrize("given", [{}, {"XLA_CLIENT_MEM_FRACTION": "0.3"}, {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.3"}])
 def test_the_share_of_a_gpu_is_told_once(monkeypatch, given):
     """JAX knows it by two names, and does not start if it is told both."""
-    from fluxbatch.distributed import backend
+    from fluxbatch.distributed import backend, chips
 
-    for name in (*backend.GPU_SHARES, "XLA_FLAGS", "LIBTPU_INIT_ARGS"):
+    for name in (*chips.GPU_SHARES, "XLA_FLAGS", "LIBTPU_INIT_ARGS"):
         monkeypatch.setenv(name, "")
     for name, value in given.items():
         monkeypatch.setenv(name, value)
     backend.set_compiler_flags([], [])
-    assert [os.environ[name] for name in backend.GPU_SHARES if os.environ[name]] == list(given.values() or ["0.9"])
-    assert backend.gpu_share() == (0.3 if given else 0.9)
+    assert [os.environ[name] for name in chips.GPU_SHARES if os.environ[name]] == list(given.values() or ["0.9"])
+    assert chips.gpu_share() == (0.3 if given else 0.9)

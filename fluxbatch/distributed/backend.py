@@ -9,13 +9,12 @@ from collections.abc import Sequence
 import jax
 
 from fluxbatch.distributed import join
+from fluxbatch.distributed.chips import GPU_SHARES, gpu_share
 from fluxbatch.types import UserError
 
 PLATFORMS = {"cpu": "cpu", "gpu": "cuda", "tpu": "tpu"}
 REMOTE = {"gs": "gcsfs", "s3": "s3fs"}  # through what JAX writes its cache where
 XLA_TUNING = "xla_gpu_per_fusion_autotune_cache_dir"  # XLA's own cache within JAX's
-# JAX's names for it; it refuses both at once
-GPU_SHARES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 HEARTBEAT, SHUTDOWN = 30, 15  # seconds until a silent peer counts as lost, and that an exit waits for peers
 
 
@@ -29,13 +28,6 @@ def set_compiler_flags(xla: Sequence[str], libtpu: Sequence[str]) -> None:
             os.environ[variable] = " ".join([*added, *given])
     if not any(map(os.environ.get, GPU_SHARES)):
         os.environ[GPU_SHARES[0]] = str(gpu_share())
-
-
-def gpu_share() -> float:
-    """The part of a GPU's memory that JAX takes: 0.9, unless the environment says another. Of its own accord it takes
-    0.75, which is less of 40 GB than a 12B transformer and its text encoders need when the next shard's texts are
-    encoded."""
-    return float(next(filter(None, map(os.environ.get, GPU_SHARES)), 0.9))
 
 
 def start(platform: str, cache_dir: str | None, writable: bool = True) -> str:

@@ -20,19 +20,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fluxbatch.config.schema import Job
-from fluxbatch.distributed.chips import Target
-from fluxbatch.types import PLAIN, Mode, UserError
+import jax
+from flax import nnx
+from jax.experimental import topologies
 
-# libtpu looks for a TPU's metadata server and neighbours, and for itself in other processes.
-ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TF_CPP_MIN_LOG_LEVEL": "3",
-    "JAX_TRACEBACK_FILTERING": "off",
-}
+from fluxbatch.config.schema import Job
+from fluxbatch.distributed import backend
+from fluxbatch.distributed.chips import COMPILE_ONLY, Target
+from fluxbatch.generation.model_spec import ModelSpec, open_model_spec
+from fluxbatch.types import PLAIN, Mode, UserError
+from fluxbatch.weights.published import open_or_known
+
 # others, with a color, lie on the chip
 ASSIGNED = re.compile(r"^allocation \d+: size (\d+),(?: page \d+,)? preallocated-temp:", re.MULTILINE)
 
@@ -53,10 +51,8 @@ def available() -> bool:
     return importlib.util.find_spec("libtpu") is not None
 
 
-def devices(target: Target) -> list[Any]:
+def devices(target: Target) -> list[jax.Device]:
     """Those of a TPU target, as far as the compiler needs them."""
-    from jax.experimental import topologies
-
     assert target.chip is not None
     options: Mapping[str, Any] = {}
     if target.chip.name == "v4":
@@ -68,7 +64,7 @@ def devices(target: Target) -> list[Any]:
 
 
 def needs(
-    spec: Any,
+    spec: ModelSpec,
     batch: int,
     height: int,
     width: int,
@@ -76,9 +72,6 @@ def needs(
     parts: Sequence[str] = ("encode", "denoise", "decode"),
 ) -> Iterator[Need]:
     """Compiles the programs of one size and mode for the spec's mesh. No weight is read."""
-    import jax
-    from flax import nnx
-
     pipeline = dataclasses.replace(spec, keep=False).pipeline()
     for name, lowered in pipeline.programs(batch, spec.inputs, height, width, mode, parts):
         if name not in parts:  # what makes step inputs runs once for many steps
@@ -116,7 +109,10 @@ def compiled(job: Job, target: Target, height: int, width: int, mode: Mode) -> l
     plain = Job(**{field.name: getattr(job, field.name) for field in dataclasses.fields(Job)})
     asked = pickle.dumps((plain, target, height, width, mode))
     done = subprocess.run(
-        [sys.executable, "-m", "fluxbatch.planning.aot"], input=asked, env=os.environ | ENVIRONMENT, capture_output=True
+        [sys.executable, "-m", "fluxbatch.planning.aot"],
+        input=asked,
+        env=os.environ | COMPILE_ONLY,
+        capture_output=True,
     )
     if done.returncode:
         reason = done.stderr.decode(errors="replace").strip().splitlines()[-1]
@@ -126,10 +122,6 @@ def compiled(job: Job, target: Target, height: int, width: int, mode: Mode) -> l
 
 def main() -> None:
     """The subprocess's part."""
-    from fluxbatch.distributed import backend
-    from fluxbatch.generation.model_spec import open_model_spec
-    from fluxbatch.weights.published import open_or_known
-
     job, target, height, width, mode = pickle.load(sys.stdin.buffer)
     backend.set_compiler_flags(job.hardware.xla_flags, job.hardware.libtpu_init_args)
     spec = open_model_spec(job, target.platform, devices(target), target.hosts, open_or_known)

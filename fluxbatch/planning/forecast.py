@@ -13,8 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from fluxbatch.config.schema import Job, shown
-from fluxbatch.distributed.backend import GPU_SHARES, gpu_share
-from fluxbatch.distributed.chips import Target
+from fluxbatch.distributed.chips import GPU_SHARES, Target, gpu_share
 from fluxbatch.generation.model_spec import ModelSpec
 from fluxbatch.planning import aot, memory
 from fluxbatch.reporting import columns, startup_warnings

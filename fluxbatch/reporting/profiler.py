@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from fluxbatch.storage.base import Store
 
 BEFORE, TRACED = 1, 2  # batches; the first one warms up
@@ -28,8 +30,6 @@ class Trace:
         """The devices are waited for where the trace begins and ends, so that it holds whole batches."""
         if self._store is None:
             return
-        import jax
-
         self._seen += 1
         if self._seen == BEFORE:
             jax.block_until_ready(outputs)
@@ -54,8 +54,6 @@ class Trace:
             )
 
     def _stop(self) -> None:
-        import jax
-
         assert self._folder is not None and self._store is not None
         jax.profiler.stop_trace()
         with self._folder as folder:

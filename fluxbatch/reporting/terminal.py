@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+import jax
+import jax.monitoring
 from tqdm import tqdm
 
 from fluxbatch.generation.observer import ProgressObserver
@@ -33,8 +35,6 @@ class Devices:
         self._pool.submit(self._watch, since, outputs, pictures)
 
     def _watch(self, since: float, outputs: Any, pictures: bool) -> None:
-        import jax
-
         jax.block_until_ready(outputs)
         now = time.monotonic()
         if pictures and self._first is None:
@@ -82,8 +82,6 @@ class Report(ProgressObserver):
         self._watch_compiler()
 
     def _watch_compiler(self) -> None:
-        import jax.monitoring
-
         def seen(event: str, duration_secs: float, **kwargs: str | int) -> None:
             if event == "/jax/core/compile/backend_compile_duration" and threading.get_ident() == self._thread:
                 self._account("compile", duration_secs)

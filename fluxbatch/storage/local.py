@@ -18,6 +18,11 @@ from typing import IO, BinaryIO
 from fluxbatch.storage.base import NotFound, StorageError, check_name, join
 from fluxbatch.types import Exit
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 # What no retry and no other row can cure: these stop the job.
 _FATAL_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
 _UNFORESEEN = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ETIMEDOUT}
@@ -195,13 +200,13 @@ def _make_directory(path: Path) -> None:
 
 def _lock(file: int, shared: bool) -> bool:
     """Whether nobody else has the lock; the kernel frees it when this process ends, however it does."""
+    if fcntl is None:
+        return True
     try:
-        import fcntl
-
         fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except (ImportError, OSError):  # Windows; a file system, or its server, without locks
+    except OSError:  # a file system, or its server, without locks
         pass
     return True
 

@@ -27,17 +27,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from fluxbatch.planning import aot
+from fluxbatch.distributed import chips
 
-os.environ.update(aot.ENVIRONMENT)
+os.environ.update(chips.COMPILE_ONLY)
 
 import jax
 
 from fluxbatch.config import application
 from fluxbatch.config.schema import Job
-from fluxbatch.distributed import chips
 from fluxbatch.distributed.backend import set_compiler_flags
 from fluxbatch.generation.model_spec import ModelSpec, open_model_spec
+from fluxbatch.planning import aot
 from fluxbatch.types import PLAIN, UserError
 from fluxbatch.weights.published import open_or_known
 
