@@ -21,9 +21,20 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 CACHE = pathlib.Path(__file__).parents[1] / ".pytest_cache/xla"
 os.environ |= {"JAX_COMPILATION_CACHE_DIR": str(CACHE), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
 
+import jaxtyping
 import numpy as np
 import pytest
 from PIL import Image
+
+# Shapes and dtypes that annotations name are checked as programs are traced.
+SHAPED = (
+    "generation.programs",
+    "models.attention",
+    "models.dit",
+    "models.latents",
+    "models.step_cache",
+)
+jaxtyping.install_import_hook([f"fluxbatch.{module}" for module in SHAPED], "beartype.beartype")
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 

@@ -2,13 +2,14 @@
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from conftest import filled
 from flax import nnx
 
 from fluxbatch.models.autoencoder import Decoder, VaeConfig
-from fluxbatch.models.dit import rotate, rotated_by_halves, rotated_by_product
+from fluxbatch.models.dit import led, rotate, rotated_by_halves, rotated_by_product
 from fluxbatch.models.flux1.clip import ClipConfig, ClipTextEncoder
 from fluxbatch.models.flux1.t5 import T5Config, T5Encoder
 from fluxbatch.models.flux1.transformer import Flux, FluxConfig, rope_table
@@ -115,3 +116,11 @@ def test_a_model_without_values_has_the_shapes_of_one_with_them(name):
 
     assert parameters(state) == parameters(real)
     assert str(jax.tree.structure(nnx.merge(graph, real))) == str(jax.tree.structure(nnx.merge(real_graph, real)))
+
+
+def test_shapes_that_annotations_name_are_checked():
+    """By the hook in conftest.py, of which all tests of programs make use."""
+    x, scale = jnp.ones((2, 3, 4)), jnp.ones(2)
+    assert led(x, x, scale).shape == (2, 3, 4)
+    with pytest.raises(jaxtyping.TypeCheckError, match="negative"):
+        led(x, x[:, :2], scale)

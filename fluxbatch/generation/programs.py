@@ -1,7 +1,8 @@
 """What the devices run, as pure functions of arrays: text → conditioning, latents a step on, latents → pixels.
 
 ``graph`` is a network's definition and ``state`` its parameters, as ``nnx.split`` gives them; ``scales`` are those of
-each row's adapters. ``pipeline.py`` compiles them.
+each row's adapters. ``pipeline.py`` compiles them. Axes: B rows, S steps, L tokens of C channels; the tests check them
+as programs are traced.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from fluxbatch.distributed.mesh import data_parallel_size_of
 from fluxbatch.models.dit import led
@@ -31,10 +33,14 @@ from fluxbatch.models.layers import gathered, set_rows
 from fluxbatch.models.network import CachedDenoiser
 from fluxbatch.models.step_cache import StepCache
 
-Array = jax.Array
 Graph = nnx.GraphDef[Any]
 State = Any  # nnx.State, a pytree of parameters
 SchedulerStep = Callable[[Array, Array, Array, Array], Array]  # models/schedulers.py
+Latents = Float[Array, "B L C"]
+Sigmas = Float[Array, "B levels"]  # noise levels before each step, and behind the last one
+PerRow = Float[Array, " B"]
+Scales = Float[Array, "B adapters"]
+Count = Int[Array, ""]
 
 # XLA:CPU leaves products, convolutions and sums to a library, YNNPACK. On a CPU without AVX-512 (EPYC) its convolutions
 # are slower than XLA's: the decoder of the bench's middle takes 6.3 s with them and 5.3 without; with AVX-512 (Xeon)
@@ -50,14 +56,14 @@ _TPU_OPTIONS = {"xla_tpu_scoped_vmem_limit_kib": "16384"}
 _TOGETHER, _TOGETHER_ON_A_CPU = 512 * 512, 2 * 128 * 128
 
 
-def _model(graph: Graph, state: State, scales: Array | None = None) -> Any:
+def _model(graph: Graph, state: State, scales: Scales | None = None) -> Any:
     model = nnx.merge(graph, state)
     return model if scales is None else set_rows(model, scales)
 
 
 def encode(
     family: Family, graphs: Sequence[Graph], dtype: Any, states: Mapping[str, State],
-    inputs: Sequence[tuple[Array, ...]], scales: Array | None = None,
+    inputs: Sequence[tuple[Array, ...]], scales: Scales | None = None,
 ) -> Conditioning:  # fmt: skip
     """Conditioning of the arrays of each text input. ``graphs``, ``states``: of each text encoder."""
     models = {name: _model(graph, states[name], scales) for name, graph in zip(family.encoders, graphs, strict=True)}
@@ -65,15 +71,15 @@ def encode(
 
 
 def step_inputs(
-    graph: Graph, dtype: Any, state: State, conditioning: Conditioning, sigmas: Array, guidance: Array,
-    scales: Array | None = None,
+    graph: Graph, dtype: Any, state: State, conditioning: Conditioning, sigmas: Sigmas, guidance: PerRow,
+    scales: Scales | None = None,
 ) -> StepInputs:  # fmt: skip
     """All that ``denoise`` needs of the steps, and of the weights that it can do without."""
     model: Denoiser = _model(graph, state, scales)
     return model.step_inputs(conditioning, sigmas[:, :-1], guidance, dtype)
 
 
-def begin(noise: Array, pictures: Pictures, sigmas: Array) -> Array:
+def begin(noise: Latents, pictures: Pictures, sigmas: Float[Array, "B _"]) -> Latents:
     """The latents of the first step: noise ``[B, L, C]``, or the start picture with as much of it as the first of
     ``sigmas`` ``[B, S + 1]`` says."""
     if pictures.start is None:
@@ -83,10 +89,11 @@ def begin(noise: Array, pictures: Pictures, sigmas: Array) -> Array:
 
 
 def denoise(
-    scheduler_step: SchedulerStep, graph: Graph, dtype: Any, state: State, latents: Array,
-    conditioning: Sequence[Conditioning], inputs: Sequence[StepInputs], sigmas: Array, left: Array, turns: Array,
-    positions: Positions, cfg_scale: Array | None, noise: Array | None, pictures: Pictures, scales: Array | None = None,
-) -> Array:  # fmt: skip
+    scheduler_step: SchedulerStep, graph: Graph, dtype: Any, state: State, latents: Latents,
+    conditioning: Sequence[Conditioning], inputs: Sequence[StepInputs], sigmas: Sigmas, left: Int[Array, " B"],
+    turns: Count, positions: Positions, cfg_scale: PerRow | None, noise: Latents | None, pictures: Pictures,
+    scales: Scales | None = None,
+) -> Latents:  # fmt: skip
     """As many steps as ``turns``; a row that has none ``left`` stands still. (Devices would have to meet to find
     the largest of ``left``.)
 
@@ -117,17 +124,17 @@ def denoise(
     return jax.lax.fori_loop(0, turns, body, latents)
 
 
-def fresh_cache(graph: Graph, dtype: Any, state: State, latents: Array) -> StepCache:
+def fresh_cache(graph: Graph, dtype: Any, state: State, latents: Latents) -> StepCache:
     """What ``denoise_cached`` begins with."""
     model: CachedDenoiser = nnx.merge(graph, state)
     return model.fresh_cache(latents, dtype)
 
 
 def denoise_cached(
-    scheduler_step: SchedulerStep, graph: Graph, dtype: Any, state: State, latents: Array, cache: StepCache,
-    conditioning: Conditioning, inputs: StepInputs, sigmas: Array, left: Array, turns: Array, positions: Positions,
-    threshold: Array, scales: Array | None = None,
-) -> tuple[Array, StepCache]:  # fmt: skip
+    scheduler_step: SchedulerStep, graph: Graph, dtype: Any, state: State, latents: Latents, cache: StepCache,
+    conditioning: Conditioning, inputs: StepInputs, sigmas: Sigmas, left: Int[Array, " B"], turns: Count,
+    positions: Positions, threshold: Float[Array, ""], scales: Scales | None = None,
+) -> tuple[Latents, StepCache]:  # fmt: skip
     """``denoise`` with a step cache, which goes on from call to call."""
     model: CachedDenoiser = _model(graph, state, scales)
     model.drop_step_layers()
@@ -143,15 +150,15 @@ def denoise_cached(
     return jax.lax.fori_loop(0, turns, body, (latents, cache))
 
 
-def _at(inputs: StepInputs, i: Array) -> StepInputs:
+def _at(inputs: StepInputs, i: Count) -> StepInputs:
     """The inputs of one step."""
     return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, 1, keepdims=False), inputs)
 
 
 def _step(
-    scheduler_step: SchedulerStep, x: Array, velocity: Array, i: Array, sigmas: Array, left: Array,
-    noise: Array | None, pictures: Pictures,
-) -> Array:  # fmt: skip
+    scheduler_step: SchedulerStep, x: Latents, velocity: Latents, i: Count, sigmas: Sigmas, left: Int[Array, " B"],
+    noise: Latents | None, pictures: Pictures,
+) -> Latents:  # fmt: skip
     """Latents a step on. Outside a mask they are the start picture with its share of noise."""
     moved = scheduler_step(x, velocity, sigmas[:, i], sigmas[:, i + 1])
     if pictures.mask is not None:
@@ -165,7 +172,7 @@ def _step(
 
 
 def step_vector(
-    graph: Graph, dtype: Any, state: State, conditioning: Conditioning, sigmas: Array, guidance: Array
+    graph: Graph, dtype: Any, state: State, conditioning: Conditioning, sigmas: Sigmas, guidance: PerRow
 ) -> tuple[Any, Any]:
     model: StreamedDenoiser = nnx.merge(graph, state)
     return model.step_vector(conditioning, sigmas[:, :-1], guidance, dtype)
@@ -176,7 +183,7 @@ def step_layer(graph: Graph, state: State, vector: Any) -> Array:
 
 
 def embed(
-    graph: Graph, dtype: Any, state: State, latents: Array, conditioning: Conditioning, positions: Positions,
+    graph: Graph, dtype: Any, state: State, latents: Latents, conditioning: Conditioning, positions: Positions,
     pictures: Pictures,
 ) -> Any:  # fmt: skip
     """What the first block reads. ``conditioning``: ``[B, …]``, or ``[2B, …]`` with each row's negative prompt behind
@@ -196,7 +203,7 @@ def block(
     x: Any,
     inputs: Sequence[Array],
     shared: Any,
-    i: Array,
+    i: Count,
     positions: Positions,
 ) -> Any:
     """``inputs``: what the block's step layers made, ``shared``: what all blocks read; both of all steps."""
@@ -206,9 +213,9 @@ def block(
 
 
 def step(
-    scheduler_step: SchedulerStep, graph: Graph, state: State, latents: Array, x: Any, shared: Any, i: Array,
-    sigmas: Array, left: Array, cfg_scale: Array | None, noise: Array | None, pictures: Pictures,
-) -> Array:  # fmt: skip
+    scheduler_step: SchedulerStep, graph: Graph, state: State, latents: Latents, x: Any, shared: Any, i: Count,
+    sigmas: Sigmas, left: Int[Array, " B"], cfg_scale: PerRow | None, noise: Latents | None, pictures: Pictures,
+) -> Latents:  # fmt: skip
     model: StreamedDenoiser = nnx.merge(graph, state)
     velocity = model.finish(x, _at(shared, i))[:, : latents.shape[1]]
     if cfg_scale is not None:
@@ -217,7 +224,7 @@ def step(
 
 
 def encode_pictures(
-    family: Family, graph: Graph, dtype: Any, state: State, arrays: Mapping[str, Array], at_once: int
+    family: Family, graph: Graph, dtype: Any, state: State, arrays: Mapping[str, Float[Array, "B ..."]], at_once: int
 ) -> Pictures:
     """What the denoiser reads of the pictures of a batch's rows. A device encodes as many rows together as have
     ``at_once`` pixels."""
@@ -231,8 +238,8 @@ def encode_pictures(
 
 
 def decode(
-    family: Family, graph: Graph, dtype: Any, state: State, latents: Array, height: int, width: int, at_once: int
-) -> tuple[Array, Array]:
+    family: Family, graph: Graph, dtype: Any, state: State, latents: Latents, height: int, width: int, at_once: int
+) -> tuple[UInt8[Array, "B {height} {width} 3"], Bool[Array, " B"]]:
     """Latents ``[B, L, C]`` → uint8 pictures ``[B, height, width, 3]``, and whether each is finite.
 
     Non-finite pictures of finite latents are decoded once more in float32. A device decodes as many together as have

@@ -1,4 +1,4 @@
-"""Attention by name. All take q ``[B, H, L, K]`` and k, v ``[B, H, M, K]`` and return q's shape."""
+"""Attention by name. Shapes: B batch, H heads, L queries, M keys, K head width."""
 
 from __future__ import annotations
 
@@ -9,16 +9,20 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
-Array = jax.Array
+Queries = Float[Array, "B H L K"]
+Keys = Float[Array, "B H M K"]
 AttentionFn = Callable[[Array, Array, Array], Array]
 
 # A CPU makes this many float32 scores at once fastest all together; more, a head or a few queries at a time.
 _CPU_SCORES = 1 << 20
 
 
-def dot_product(q: Array, k: Array, v: Array, *, bias: Array | None = None, scale: float | None = None) -> Array:
-    """Softmax attention written out: float32 scores, no mask but ``bias`` ``[H or 1, L, M]``."""
+def dot_product(
+    q: Queries, k: Keys, v: Keys, *, bias: Float[Array, "... L M"] | None = None, scale: float | None = None
+) -> Queries:
+    """Softmax attention written out: float32 scores, no mask but ``bias``, of all heads or rows or of each."""
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     scores = jnp.einsum("bhlk,bhmk->bhlm", q, k, preferred_element_type=jnp.float32) * scale
     if bias is not None:
@@ -31,7 +35,7 @@ def dot_product(q: Array, k: Array, v: Array, *, bias: Array | None = None, scal
     ).astype(v.dtype)
 
 
-def blocked(q: Array, k: Array, v: Array) -> Array:
+def blocked(q: Queries, k: Keys, v: Keys) -> Queries:
     """``dot_product``, a (batch, head) pair or a block of queries at a time.
 
     For the CPU, where many scores cost twice the time, and for long sequences whose ``[L, M]`` scores would not
@@ -58,15 +62,15 @@ def blocked(q: Array, k: Array, v: Array) -> Array:
     return jax.lax.map(head, (q, k, v)).reshape(b, h, l, d)
 
 
-def cudnn(q: Array, k: Array, v: Array) -> Array:
+def cudnn(q: Queries, k: Keys, v: Keys) -> Queries:
     """cuDNN's fused attention (the kernels TransformerEngine calls too); bfloat16 or float16."""
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
     return jax.nn.dot_product_attention(q, k, v, implementation="cudnn").swapaxes(1, 2)
 
 
 def splash(
-    q: Array, k: Array, v: Array, *, chip: str = "", blocks: Mapping[str, int] | None = None, interpret: bool = False
-) -> Array:  # fmt: skip
+    q: Queries, k: Keys, v: Keys, *, chip: str = "", blocks: Mapping[str, int] | None = None, interpret: bool = False
+) -> Queries:  # fmt: skip
     """Splash attention (Pallas, TPU). Tokens are padded to a whole number of blocks and masked out
     with segment ids; ``blocks``: sizes that are not to be chosen."""
     from jax.experimental.pallas.ops.tpu.splash_attention import (

@@ -9,37 +9,41 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Array, Float
 
 from fluxbatch.distributed.mesh import Layout, Pairs
 from fluxbatch.models.layers import Linear, RMSNorm, layer_norm
 
-Array = jax.Array
+Tokens = Float[Array, "B L D"]
+Vector = Float[Array, "B D"]
+Heads = Float[Array, "B H L K"]
+Angles = Float[Array | np.ndarray, "L K//2"]
 
 TIME_CHANNELS = 256
 TIME_FACTOR = 1000.0
 EPS = 1e-6
 
 
-def timestep_embedding(t: Array, channels: int = TIME_CHANNELS) -> Array:
-    """``[…]`` times in 0..1 → ``[…, channels]`` float32: cosines, then sines."""
+def timestep_embedding(t: Float[Array, ...], channels: int = TIME_CHANNELS) -> Float[Array, "... {channels}"]:
+    """Times in 0..1 → float32: cosines, then sines."""
     half = channels // 2
     freqs = jnp.exp(-np.log(10_000) * jnp.arange(half, dtype=jnp.float32) / half)
     angles = (TIME_FACTOR * t.astype(jnp.float32))[..., None] * freqs
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
-def rotate(x: Array, rope: tuple[Array, Array]) -> Array:
-    """Rotates ``[B, H, L, K]`` by the angles of each token, in float32: its halves are the pairs' first and
+def rotate(x: Heads, rope: tuple[Angles, Angles]) -> Heads:
+    """Rotates by the angles of each token, in float32: its halves are the pairs' first and
     second numbers."""
     return jax.lax.platform_dependent(x, *rope, tpu=rotated_by_product, default=rotated_by_halves)
 
 
-def rotated_by_halves(x: Array, cos: Array, sin: Array) -> Array:
+def rotated_by_halves(x: Heads, cos: Angles, sin: Angles) -> Heads:
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
-def rotated_by_product(x: Array, cos: Array, sin: Array) -> Array:
+def rotated_by_product(x: Heads, cos: Angles, sin: Angles) -> Heads:
     """The same for a TPU, whose vectors are as wide as both halves: it cuts and joins them in memory, and exchanges
     them without leaving the chip where that is a product with a permutation, which is exact."""
     width = x.shape[-1]
@@ -49,25 +53,25 @@ def rotated_by_product(x: Array, cos: Array, sin: Array) -> Array:
     return (x.astype(jnp.float32) * cos + swapped * sin).astype(x.dtype)
 
 
-def modulate(x: Array, shift: Array, scale: Array) -> Array:
-    """``[B, L, D]`` normed, then scaled and shifted by ``[B, D]``."""
+def modulate(x: Tokens, shift: Vector, scale: Vector) -> Tokens:
+    """Normed, then scaled and shifted."""
     y = layer_norm(x, EPS) * (1 + scale[:, None].astype(jnp.float32)) + shift[:, None].astype(jnp.float32)
     return y.astype(x.dtype)
 
 
-def gated(x: Array, gate: Array, y: Array) -> Array:
+def gated(x: Tokens, gate: Vector, y: Tokens) -> Tokens:
     """The residual ``x + gate · y``, added in float32 so that bfloat16 rounds once."""
     return (x.astype(jnp.float32) + gate[:, None].astype(jnp.float32) * y.astype(jnp.float32)).astype(x.dtype)
 
 
-def led(positive: Array, negative: Array, scale: Array) -> Array:
-    """Classifier-free guidance of velocities ``[B, L, C]`` by ``[B]``, in float32."""
+def led(positive: Tokens, negative: Tokens, scale: Float[Array, " B"]) -> Tokens:
+    """Classifier-free guidance of velocities, in float32."""
     positive, negative, scale = (x.astype(jnp.float32) for x in (positive, negative, scale[:, None, None]))
     return negative + scale * (positive - negative)
 
 
-def in_order(table: Array, sizes: Sequence[int], layout: Layout) -> Array:
-    """A table ``[T + L + R, …]`` of text, image and references, of these ``sizes``, in the order in which the blocks
+def in_order(table: Float[Array | np.ndarray, "tokens ..."], sizes: Sequence[int], layout: Layout) -> Array:
+    """A table of text, image and references, of these ``sizes``, in the order in which the blocks
     have the tokens."""
     text, *pictures = jnp.split(jnp.asarray(table), np.cumsum(sizes)[:-1].tolist())
     return layout.join([text, layout.join(pictures, 0, "tokens")], 0, "tokens")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 
 def pack(latents: np.ndarray) -> np.ndarray:
@@ -13,15 +13,17 @@ def pack(latents: np.ndarray) -> np.ndarray:
     return latents.reshape(c, h // 2, 2, w // 2, 2).transpose(1, 3, 0, 2, 4).reshape(h // 2 * (w // 2), c * 4)
 
 
-def packed(latents: jax.Array) -> jax.Array:
-    """``[B, h, w, C]`` → ``[B, h/2 · w/2, 4C]``, on a device."""
+def packed(latents: Float[Array, "B h w C"]) -> Float[Array, "B (h//2)*(w//2) 4*C"]:
+    """The same on a device."""
     b, h, w, c = latents.shape
     patches = jnp.transpose(latents.reshape(b, h // 2, 2, w // 2, 2, c), (0, 1, 3, 5, 2, 4))
     return patches.reshape(b, h // 2 * (w // 2), 4 * c)
 
 
-def unpack(tokens: jax.Array, height: int, width: int) -> jax.Array:
-    """``[B, L, 4C]`` → ``[B, h, w, C]``."""
+def unpack(
+    tokens: Float[Array | np.ndarray, "B L C"], height: int, width: int
+) -> Float[Array, "B {height} {width} C//4"]:
+    """Latents of tokens."""
     b, _, c = tokens.shape
     patches = tokens.reshape(b, height // 2, width // 2, c // 4, 2, 2)
     return jnp.transpose(patches, (0, 1, 4, 2, 5, 3)).reshape(b, height, width, c // 4)

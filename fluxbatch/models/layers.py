@@ -34,7 +34,7 @@ normal = jax.nn.initializers.normal
 def param(
     rngs: nnx.Rngs | None, shape: tuple[int, ...], axes: tuple[Axis, ...], init: Initializer = fan_in
 ) -> nnx.Param[Any]:
-    """A parameter with its logical axes; ``dist/mesh.py`` says which mesh axis each lies on.
+    """A parameter with its logical axes; ``distributed/mesh.py`` says which mesh axis each lies on.
 
     Without ``rngs`` it has a shape and no value, here and in all modules below: tracing what would draw the values
     takes far longer than to note the shapes.

@@ -8,9 +8,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from fluxbatch.types import UserError
 
@@ -26,8 +26,11 @@ class Scheduler(Protocol):
         """``[len(sigmas) + 1]``: the same of levels that are given in place of evenly spaced ones, falling, in 0..1."""
 
     @staticmethod
-    def step(latents: jax.Array, velocity: jax.Array, sigma: jax.Array, next_sigma: jax.Array) -> jax.Array:
-        """``latents`` ``[B, L, C]`` float32 moved from noise level ``sigma`` ``[B]`` to ``next_sigma``."""
+    def step(
+        latents: Float[Array, "B L C"], velocity: Float[Array, "B L C"], sigma: Float[Array, " B"],
+        next_sigma: Float[Array, " B"],
+    ) -> Float[Array, "B L C"]:  # fmt: skip
+        """``latents``, float32, moved from one noise level to the next."""
 
     def facts(self) -> Mapping[str, Any]:
         """What of it decides pixels, as plain values."""
@@ -70,7 +73,10 @@ class Euler:
         return shift * sigmas / (1 + (shift - 1) * sigmas)
 
     @staticmethod
-    def step(latents: jax.Array, velocity: jax.Array, sigma: jax.Array, next_sigma: jax.Array) -> jax.Array:
+    def step(
+        latents: Float[Array, "B L C"], velocity: Float[Array, "B L C"], sigma: Float[Array, " B"],
+        next_sigma: Float[Array, " B"],
+    ) -> Float[Array, "B L C"]:  # fmt: skip
         """An Euler step, in float32."""
         return latents + (next_sigma - sigma)[:, None, None] * velocity.astype(jnp.float32)
 

@@ -11,16 +11,15 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-
-Array = jax.Array
+from jaxtyping import Array, Bool, Float, Int
 
 
 class StepCache(NamedTuple):
     """Of each row, from its last computed step."""
 
-    head: Array  # [B, L, D], what the first block added to the image tokens
-    tail: Array  # [B, L, D], what all other blocks added after it
-    computed: Array  # [B] int32, how many steps were computed
+    head: Float[Array, "B L D"]  # what the first block added to the image tokens
+    tail: Float[Array, "B L D"]  # what all other blocks added after it
+    computed: Int[Array, " B"]  # how many steps were computed
 
 
 def fresh(rows: int, tokens: int, width: int, dtype: jax.typing.DTypeLike) -> StepCache:
@@ -30,8 +29,9 @@ def fresh(rows: int, tokens: int, width: int, dtype: jax.typing.DTypeLike) -> St
 
 
 def cached(
-    before: Array, after: Array, cache: StepCache, threshold: Array, live: Array, rest: Callable[[], Array]
-) -> tuple[Array, StepCache]:
+    before: Float[Array, "B L D"], after: Float[Array, "B L D"], cache: StepCache, threshold: Float[Array, ""],
+    live: Bool[Array, " B"], rest: Callable[[], Array],
+) -> tuple[Float[Array, "B L D"], StepCache]:  # fmt: skip
     """The image tokens ``[B, L, D]`` after all blocks, and the cache of the next step.
 
     ``before``, ``after``: those that the first block reads and leaves. A row is computed if what the block adds differs
@@ -47,6 +47,5 @@ def cached(
     return jnp.where(own, out, after + cache.tail), done
 
 
-def _magnitude(x: Array) -> Array:
-    """``[B]`` float32."""
+def _magnitude(x: Float[Array, "B L D"]) -> Float[Array, " B"]:
     return jnp.mean(jnp.abs(x.astype(jnp.float32)), axis=(1, 2))
