@@ -17,7 +17,8 @@ import time
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import images, metadata, xla_flags
+from conftest import GOLDEN, images, metadata, xla_flags
+from PIL import Image
 
 from fluxbatch.results.image_files import decode, pixel_sha256
 from fluxbatch.storage.registry import open_store
@@ -42,8 +43,6 @@ def place(tmp_path_factory):
 
 
 def start(folder, name, batch=BATCH, devices=1, output_dir=None, env=None, **more):
-    from conftest import GOLDEN
-
     flags = {
         "pretrained_model_name_or_path": GOLDEN / "schnell",
         "max_sequence_length": 24,
@@ -79,7 +78,7 @@ def check(folder, name, exact=True):
     """Every row once, each record with its image, each image as in the uninterrupted run."""
     records, whole = metadata(folder / name), {r["id"]: r for r in metadata(folder / "whole")}
     assert sorted(r["id"] for r in records) == sorted(whole)
-    assert len({r["file_name"] for r in records}) == images_on_disk(folder / name) == ROWS
+    assert len({r["file_name"] for r in records}) == images_on_disk(folder / name) == len(whole)
     if exact:
         assert all(record["sha256"] == whole[record["id"]]["sha256"] for record in records)
     expected, made = images(folder / "whole"), images(folder / name)
@@ -117,6 +116,58 @@ def test_sigkill_at_random_instants(place, exact):
         assert start(place, name, batch=batch, devices=devices).wait() == 0
         check(place, name, exact)
     assert landed >= KILLS // 4, "most runs had ended before they were killed"
+
+
+MODES = (
+    {},
+    {"negative_prompt": "hens", "true_cfg_scale": 2.0},
+    {"image": True, "strength": 0.5},
+    {"image": True, "strength": 0.5, "mask_image": "mask.png"},
+    {"image": True, "strength": 0.5, "negative_prompt": "", "true_cfg_scale": 3.0},
+)
+
+
+def test_rows_of_every_mode(tmp_path):
+    """200 rows with and without pictures, masks and negative prompts, killed at random: every row once, and its pixels
+    those of the uninterrupted run. Ten pictures that are replaced then: their rows are made again, and no others."""
+    random_pixels = np.random.default_rng(0)
+
+    def draw(name, *shape):
+        Image.fromarray(random_pixels.integers(0, 256, shape, np.uint8)).save(tmp_path / name)
+
+    draw("mask.png", 16, 16)
+    rows = []
+    for i in range(200):
+        row = {"id": f"r{i}", "prompt": f"prompt {i % 20}", "seed": i, "num_inference_steps": 4, **MODES[i % 5]}
+        if "image" in row:
+            row["image"] = f"{i}.png"
+            draw(f"{i}.png", 24, 20, 3)
+        rows.append({**row, "height": 16, "width": 16})
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {"pretrained_model_name_or_path": GOLDEN / "dev"}
+    assert start(tmp_path, "whole", **options).wait() == 0
+    rng, run, landed = random.Random(1), tmp_path / "killed", 0
+    while landed < KILLS // 2:
+        process = start(tmp_path, "killed", **options)
+        goal = images_on_disk(run) + rng.randrange(200 // KILLS)
+        wait_until(process, lambda: images_on_disk(run) >= goal)  # noqa: B023
+        time.sleep(rng.random() * 0.1)
+        process.kill()
+        landed += process.wait() == -signal.SIGKILL
+        assert images_on_disk(run) - len(recorded(run)) <= BATCH and images_on_disk(run) < 200
+    assert start(tmp_path, "killed", **options).wait() == 0
+    check(tmp_path, "killed")
+
+    before, made = {r["id"]: r for r in metadata(run)}, {p.name: p.stat().st_mtime_ns for p in run.glob("flux_*.png")}
+    replaced = rng.sample([i for i in range(200) if "image" in rows[i]], 10)
+    for i in replaced:
+        draw(f"{i}.png", 24, 20, 3)
+    assert start(tmp_path, "killed", overwrite="true", **options).wait() == 0
+    after = {r["id"]: r for r in metadata(run)}
+    names = {record["file_name"] for record in after.values()}
+    assert after.keys() == before.keys() and names == {p.name for p in run.glob("flux_*.png")}
+    assert {id for id in after if after[id]["sha256"] != before[id]["sha256"]} == {f"r{i}" for i in replaced}
+    assert sum(made.get(p.name) != p.stat().st_mtime_ns for p in run.glob("flux_*.png")) == 10
 
 
 def shard_rows(run):
