@@ -7,6 +7,7 @@ import functools
 import http.server
 import io
 import json
+import os
 import threading
 
 import numpy as np
@@ -102,6 +103,9 @@ def test_what_is_no_picture_is_a_reject_and_what_is_missing_an_error(tmp_path):
         rows.append(plain.row(i, image=(Picture(name, str(tmp_path / name)),)))
     good, rejects = pictures.inspect(rows, [], False)
     assert not good and [reject.reason.partition(":")[2].strip().partition(":")[0] for reject in rejects] == [*BROKEN]
+    os.mkfifo(tmp_path / "pipe")
+    piped = plain.row(8, image=(Picture("pipe", str(tmp_path / "pipe")),))
+    assert pictures.inspect([piped], [], False)[1][0].reason == "image: pipe: a pipe or a device, expected a file"
     lost = plain.row(9, where="m.jsonl:9", mask_image=Picture("x.png", str(tmp_path / "x.png")))
     with pytest.raises(UserError, match=r"^m.jsonl:9: mask_image: x.png: not found$"):
         pictures.inspect([*rows, lost], [], False)

@@ -60,6 +60,8 @@ def read(picture: Picture) -> Image.Image:
         raise ValueError(f"{picture.path}: changed while the job ran")
     try:
         with _opened(picture, data) as image:
+            if image.format == "PNG":  # the checksums of its pixels, which Pillow passes over as it decodes
+                Image.open(io.BytesIO(data)).verify()
             image.load()
             upright = ImageOps.exif_transpose(image)
             if upright.mode.startswith("I;16") or upright.mode == "I":
@@ -77,6 +79,8 @@ def _data(picture: Picture) -> bytes:
         if picture.url.startswith(("http://", "https://")):
             with urllib.request.urlopen(picture.url, timeout=_SECONDS) as answer:
                 return cast(bytes, answer.read())
+        if "://" not in picture.url and not _is_plain(picture.url):
+            raise ValueError(f"{picture.path}: a pipe or a device, expected a file")
         return read_bytes(picture.url)
     except urllib.error.HTTPError as error:
         kind = Missing if error.code in (404, 410) else ValueError
@@ -85,8 +89,13 @@ def _data(picture: Picture) -> bytes:
         raise ValueError(f"{public(picture.path)}: {error}") from None
     except NotFound:
         raise Missing(f"{picture.path}: not found") from None
-    except StorageError as error:
+    except (StorageError, OSError) as error:  # also of a disk that fails as it is read
         raise ValueError(f"{picture.path}: {error}") from None
+
+
+def _is_plain(path: str) -> bool:
+    """Whether opening it waits for nobody, as for the writer of a pipe, and reading it ends."""
+    return not os.path.exists(path) or os.path.isfile(path) or os.path.isdir(path)
 
 
 def _opened(picture: Picture, data: bytes) -> Image.Image:
