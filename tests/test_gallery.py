@@ -165,10 +165,20 @@ def test_a_huge_run_is_thinned_evenly_and_says_so(store, monkeypatch):
     monkeypatch.setattr(gallery, "MAX_ROWS", 50)
     gallery.write_gallery(store, (record(i) for i in range(1234)), [], "t", {})
     page = page_of(store)
-    assert page.data["count"] == 50 and page.data["left_out"] == 1184
+    assert page.data["count"] == 50
+    assert page.data["note"] == "An even choice: 1,184 more rows are in metadata.jsonl only."
     kept = page.data["columns"]["index"]
     gaps = [b - a for a, b in itertools.pairwise(kept)]
     assert kept[0] < 64 and max(gaps) <= 64 and kept[-1] > 1150  # 25 on average
+
+
+def test_of_many_rows_it_says_less(store, monkeypatch):
+    monkeypatch.setattr(gallery, "MAX_DETAILED", 2)
+    gallery.write_gallery(store, map(record, range(2)), [], "t", {})
+    assert "sha256" in page_of(store).data["columns"] and page_of(store).data["note"] == ""
+    gallery.write_gallery(store, map(record, range(3)), [], "t", {})
+    assert "sha256" not in page_of(store).data["columns"]
+    assert page_of(store).data["note"] == "See metadata.jsonl for created, key and sha256."
 
 
 @pytest.mark.parametrize("total", [0, 1, 7, 8, 9, 16, 17, 100, 1000])
@@ -435,6 +445,29 @@ def test_browser_loads_every_picture_and_obeys_the_keys(run, tmp_path):
     said = json.loads(re.search("<title>(.*?)</title>", dom)[1])
     odd = "#open=deep+er%2Fa+%23b+50%25+%C3%BC%3F.png"
     assert said == [40, True, "#page=2", "", True, "#open=flux_7.png", odd, True, "q", 3, "#q=apple"]
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_browser_opens_a_page_of_100_000_rows_in_two_seconds(tmp_path):
+    """By its own clock, from the first byte to the pictures of the first screen; here some 0.6 s."""
+    store = LocalStore(str(tmp_path))
+    for i in range(gallery.MAX_ROWS)[:120]:
+        store.write(f"flux_{i}.png", png("red"))
+    prompts = (f"a pear, number {i}, cinematic, in a city at night with rain on the windows" for i in itertools.count())
+    records = (record(i, next(prompts), created=f"{i}", key=f"{i:032x}") for i in range(gallery.MAX_ROWS))
+    gallery.write_gallery(store, records, [], "run", {})
+    assert (tmp_path / "index.html").stat().st_size < 16 << 20
+    script = """
+      addEventListener('load', () => setTimeout(() => {
+        const pictures = [...document.images].filter(image => image.loading === 'eager');
+        const there = pictures.every(image => image.naturalWidth === 8);
+        document.title = [performance.getEntriesByType('navigation')[0].loadEventEnd, pictures.length, there].join();
+      }));
+    """
+    dom = browse(tmp_path / "index.html", tmp_path / "profile", script=script)
+    seconds, pictures, there = re.search("<title>(.*?)</title>", dom)[1].split(",")
+    assert float(seconds) < 2000 and (pictures, there) == ("40", "true") and "1–120 of 100,000 rows" in dom
 
 
 @pytest.mark.slow

@@ -33,6 +33,8 @@ from fluxbatch.storage.registry import open_store
 
 MAX_ROWS = 100_000  # of one page
 MAX_THUMBNAILS = 400  # of one page, which carries them where images lie in shards: some 10 kB each
+MAX_DETAILED = 10_000  # of one page whose rows say all, also what nobody looks up there: ``_DETAILS``
+_DETAILS = frozenset({"sha256", "key", "created"})
 SAFE_INTEGER = 2**53  # JavaScript's numbers are exact up to here
 OWN = frozenset({"file_name", "id", "index", "prompt", "prompt_2", "seed"})  # an image's, even if all agree
 
@@ -47,20 +49,22 @@ def write_gallery(
     title: str,
     summary: Mapping[str, Any],
     images: Images | None = None,
+    *,
+    note: str | None = None,
 ) -> None:
     """Write ``index.html``: every image and every failed row, in the manifest's order.
 
     ``summary`` is the line on top, label → value, in the order given (None: left out); the model
     is added from the records. Of more than ``MAX_ROWS`` images the page holds an even choice, and
     says so. ``images``: where they lie, if not in files that the page can show: it carries small
-    copies of at most ``MAX_THUMBNAILS`` then. Raises StorageError.
+    copies of at most ``MAX_THUMBNAILS`` then. ``note``: what it says instead of what is left out. Raises StorageError.
     """
     chosen, made = thin(records, MAX_THUMBNAILS if images else MAX_ROWS)
     failures, failed = thin(rejects, MAX_ROWS)
     if images:
         chosen = _with_thumbnails((images, record) for record in chosen)
     rows = sorted([*chosen, *map(_failure, failures)], key=_order)
-    store.write("index.html", _page(title, summary, rows, left_out=made + failed - len(rows)))
+    store.write("index.html", _page(title, summary, rows, left_out=made + failed - len(rows), note=note))
 
 
 def write_grid(store: Store, jobs: Mapping[str, Mapping[str, Any]], title: str = "Sweep") -> None:
@@ -174,6 +178,7 @@ def _page(
     rows: Sequence[Record],
     *,
     left_out: int,
+    note: str | None = None,
     sweep: Mapping[str, Any] | None = None,
 ) -> bytes:
     template, policy = _template()
@@ -181,13 +186,16 @@ def _page(
     models = {row["model"] for row in rows if "model" in row}
     if len(models) == 1:
         facts.setdefault("model", models.pop())
+    more = f"An even choice: {left_out:,} more rows are in metadata.jsonl only." if left_out else ""
+    if len(rows) > MAX_DETAILED:
+        more = f"{more} See metadata.jsonl for created, key and sha256.".strip()
     filling = {
         "title": html.escape(title),
         "policy": policy,
         "summary": "".join(
             f"<div><dt>{html.escape(label)}</dt><dd>{html.escape(figure)}</dd></div>" for label, figure in facts.items()
         ),
-        "data": _json({"count": len(rows), "left_out": left_out, **_columns(rows), "sweep": sweep}),
+        "data": _json({"count": len(rows), "note": note or more, **_columns(rows), "sweep": sweep}),
     }
     page = re.sub(r"@@(\w+)@@", lambda mark: filling[mark[1]], template)  # one pass: data is never searched
     return page.encode("utf-8", "xmlcharrefreplace")  # a lone surrogate can be in a title, not in UTF-8
@@ -209,7 +217,8 @@ def _template() -> tuple[str, str]:
 def _columns(rows: Sequence[Record]) -> dict[str, Any]:
     """``columns``: field → its value in every row; ``common``: field → the value all images share."""
     adapters = any(mix(row) for row in rows if "lora" in row)
-    rows = [_shown(row, adapters) for row in rows]
+    brief = _DETAILS if len(rows) > MAX_DETAILED else frozenset()
+    rows = [{key: value for key, value in _shown(row, adapters).items() if key not in brief} for row in rows]
     fields = dict.fromkeys(field for row in rows for field in row)
     columns = {field: [row.get(field) for row in rows] for field in fields}
     if "prompt_2" in columns:  # worth telling only where it differs

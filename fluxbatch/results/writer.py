@@ -127,9 +127,10 @@ class Writer:
             raise self._error
         self._submit(self._note, *zip(*rejects, strict=True))
 
-    def compact(self) -> None:
-        """At the end of a shard: its records become one object, in the background, once its last batch is recorded."""
-        self._submit(self._compact)
+    def compact(self, first: Callable[[], None] | None = None) -> None:
+        """At the end of a shard: its records become one object, in the background, once its last batch is recorded.
+        ``first``: called before that, in the thread that packs."""
+        self._submit(self._compact, first)
 
     def close(self) -> None:
         """Waits until everything that was put is written and recorded.
@@ -211,8 +212,10 @@ class Writer:
             last = rejects[-1]
             raise TooManyFailures(f"{last.where}: {last.reason} (stopped after {self.rejected} failed rows, as asked)")
 
-    def _compact(self) -> None:
+    def _compact(self, first: Callable[[], None] | None) -> None:
         if not self._error:  # else the shard is not whole
+            if first:
+                self._packer.then(first)
             self._packer.then(self._ledger.compact)  # what that makes known as done, others need not pack
 
     def _write_image(

@@ -10,9 +10,10 @@ from fluxbatch.distributed.process_group import ProcessGroup
 from fluxbatch.generation.model_spec import ModelSpec
 from fluxbatch.reporting.terminal import Report
 from fluxbatch.results.ledger import Ledger
+from fluxbatch.results.live import LivePages
 from fluxbatch.results.writer import Writer
 from fluxbatch.session.generator import Images
-from fluxbatch.shards.progress import Progress
+from fluxbatch.shards.assignment import Work
 from fluxbatch.types import Batch, Reject, Row, Shard
 
 
@@ -26,10 +27,12 @@ class Output:
         ledger: Ledger,
         names: Mapping[int, str],
         spec: ModelSpec,
-        progress: Progress,
+        work: Work,
         report: Report,
+        pages: LivePages | None,
     ):
-        self._group, self._names, self._progress, self._report = group, names, progress, report
+        self._group, self._names, self._work, self._report, self._pages = group, names, work, report, pages
+        self._progress = work.progress
         self._writer = Writer(
             ledger, job, facts=spec.provenance, roofline=spec.roofline_seconds, on_image=self._on_image
         )
@@ -48,8 +51,9 @@ class Output:
             self._writer.reject(rejects)
 
     def commit(self, shard: Shard) -> None:
-        """The records of a shard become one object, behind the devices."""
-        self._writer.compact()
+        """The records of a shard become one object, behind the devices, and the pages show some of its images."""
+        pages = None if self._work.ends_with(shard) else self._pages  # the end writes whole ones
+        self._writer.compact(pages.refresh if pages else None)
 
     def _on_image(self, row: Row, ok: bool) -> None:
         self._report.advance(self._progress.through(row, ok))

@@ -21,6 +21,7 @@ from fluxbatch.reporting import startup_warnings
 from fluxbatch.reporting.terminal import Report
 from fluxbatch.results.image_files import EXTENSIONS
 from fluxbatch.results.ledger import Ledger
+from fluxbatch.results.live import LivePages
 from fluxbatch.results.location import LOCK, open_location
 from fluxbatch.results.shard_files import require_package
 from fluxbatch.results.writer import TooManyFailures
@@ -85,7 +86,11 @@ class Session:
 
     def writer(self) -> Output:
         """What writes the images; to be used with ``with``, within the generator's."""
-        return Output(self.job, self.group, self.ledger, self.names, self.spec, self.work.progress, self.report)
+        pages = None
+        if self.job.output.gallery and self.group.is_first:
+            title, alone = self.job.run_name or "", self.work.alone
+            pages = LivePages(self.store, self.ledger.images, title, lambda: self.work.progress.counts, alone=alone)
+        return Output(self.job, self.group, self.ledger, self.names, self.spec, self.work, self.report, pages)
 
 
 @contextlib.contextmanager
