@@ -70,6 +70,8 @@ class Mode(NamedTuple):
     mask: bool = False  # keeps what lies outside its mask
     guided_by: str = ""  # what stands beside the latents' channels: of a control map, or of a hole to fill
     references: tuple[tuple[int, int], ...] = ()  # heights and widths of pictures that are read as more image tokens
+    # tokens that each text input of the prompt, and of the negative one, is padded to; none: those of the job
+    texts: tuple[tuple[int, ...], ...] = ()
 
     @property
     def reads_pictures(self) -> bool:
@@ -81,7 +83,14 @@ class Mode(NamedTuple):
         count = len(self.references)
         beside = [f"with {self.guided_by}"] if self.guided_by else []
         read = beside + ([f"{count} reference{'s' if count > 1 else ''}"] if count else [])
-        return "".join(f", {word}" for word in (*(word for word, holds in words.items() if holds), *read))
+        lengths = dict.fromkeys(str(sum(each)) for each in self.texts)
+        said = [f"{' and '.join(lengths)} text tokens"] if lengths else []
+        return "".join(f", {word}" for word in (*(word for word, holds in words.items() if holds), *read, *said))
+
+    @property
+    def text_tokens(self) -> int:
+        """Of the longest prompt; 0 where the job says how many."""
+        return max(map(sum, self.texts), default=0)
 
 
 PLAIN = Mode()  # text to image
@@ -115,6 +124,7 @@ class Row:
     strength: float = 1.0  # how much of the start picture is noise: the share of the steps that are taken
     sized: bool = True  # whether height and width were asked for; else a row with an image has its size
     mode: Mode = PLAIN  # as the checkpoint's family decides
+    crop: tuple[int, ...] = ()  # left, top, right and bottom of what is kept of the image; none: all. The family's too
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # unknown fields, kept
     named: bool = True  # whether the manifest gave the id (else it is the index)
     where: str = ""  # "prompts.jsonl:12", for messages
@@ -130,6 +140,12 @@ class Row:
     def steps(self) -> int:
         """Steps that are taken."""
         return self.num_inference_steps - self.first_step
+
+    @property
+    def kept(self) -> tuple[int, int]:
+        """Height and width of the image that is written."""
+        left, top, right, bottom = self.crop or (0, 0, self.width, self.height)
+        return bottom - top, right - left
 
     @property
     def pictures(self) -> dict[str, tuple[Picture, ...]]:

@@ -487,7 +487,7 @@ WRONG = [
     ("scale=${hardware.xla_flags}", "lora_config.scale[0]=--xla", "a number"),
     ("max_failures=-1", "max_failures=-1", "from 0"),
     ("num_images=0", "num_images=0", "from 1"),
-    ("max_sequence_length=1000000", "sampler.max_sequence_length=1000000", "from 1 to 4,096"),
+    ("max_sequence_length=1000000", "sampler.max_sequence_length=1000000", "from 1 to 8,192"),
     ("per_device_batch_size=10000000000000", "sharding.per_device_batch_size=10000000000000", "from 1 to 4,096"),
     ("base_shift=1000", "sampler.base_shift=1000", "from -20 to 20"),
     ("text_cache_gigabytes=1e300", "text_cache_gigabytes=1e+300", "above 0"),

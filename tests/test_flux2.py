@@ -162,10 +162,10 @@ def test_one_program_of_steps(tiny):
     (graph, state), (img, txt, _, guidance), _, rope = tiny
     flux, rope = nnx.merge(graph, state), tuple(table[:32] for table in rope)
     times = np.tile(np.float32([1, 0.5, 0.25]), (4, 1))
-    steps = flux.step_inputs(transformer.PromptEmbeds(txt), times, guidance, jnp.float32)
+    steps = flux.step_inputs(transformer.PromptEmbeds(txt), np.pad(times, ((0, 0), (0, 1))), guidance, jnp.float32)
     assert [x.shape for x in steps] == [(4, 3, 384), (4, 3, 384), (4, 3, 192), (4, 3, 128)]
     flux.drop_step_layers()
-    words = flux.embed(transformer.PromptEmbeds(txt), jnp.float32)
+    words = flux.embed(transformer.PromptEmbeds(txt), rope, jnp.float32)
     for i in range(3):
         at = jax.tree.map(lambda x, i=i: x[:, i], steps)
         expected = velocity(graph, state, (img, txt, times[:, i], guidance), rope, None)

@@ -62,12 +62,12 @@ def velocity(shape, *args):
 
     def modulate(state, pooled, t, guidance):
         model = nnx.merge(graph, state)
-        return model.step_inputs(PromptEmbeds(None, pooled), t[:, None], guidance, jnp.float32)
+        return model.step_inputs(PromptEmbeds(None, pooled), jnp.stack([t, t], 1), guidance, jnp.float32)
 
     def step(state, img, txt, mod, rope):
         model = nnx.merge(graph, state)
         return model.velocity(
-            img, model.embed(PromptEmbeds(txt, None), jnp.float32), jax.tree.map(lambda x: x[:, 0], mod), rope
+            img, model.embed(PromptEmbeds(txt, None), rope, jnp.float32), jax.tree.map(lambda x: x[:, 0], mod), rope
         )
 
     modulate, step = (jax.jit(program, out_shardings=batch_sharding(mesh)) for program in (modulate, step))

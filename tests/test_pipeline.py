@@ -129,7 +129,7 @@ def test_denoising_does_not_receive_the_weights_that_make_modulation(flux):
     denoise = (
         jax.jit(functools.partial(programs.denoise, FlowMatchEuler.step, graph, jnp.dtype("float32")))
         .lower(
-            *(state, latents, [PromptEmbeds(text, pooled)], [mod], sigmas, left, jnp.int32(8), rope),
+            *(state, latents, [PromptEmbeds(text, pooled)], [mod], sigmas, left, jnp.int32(8), [rope]),
             *(None, None, Pictures()),
         )
         .compile()

@@ -128,7 +128,13 @@ def alike(made, weights, rows):
 
 def test_both_families_are_found():
     variants = ["flux1", "flux1-kontext", "flux1-fill", "flux1-control"]
-    assert [family.name for family in registry.families()] == [*variants, "flux2-dev", "flux2-klein", "toy"]
+    assert [family.name for family in registry.families()] == [
+        *variants,
+        "flux2-dev",
+        "flux2-klein",
+        "flux3-klein",
+        "toy",
+    ]
 
 
 def test_a_field_that_a_family_has_no_use_for_is_refused():

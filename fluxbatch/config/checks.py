@@ -21,7 +21,7 @@ from fluxbatch.config.schema import (
 )
 from fluxbatch.types import UserError
 
-_MOST = {"max_sequence_length": 4096, "per_device_batch_size": 4096, "replica_count": 100_000}
+_MOST = {"max_sequence_length": 8192, "per_device_batch_size": 4096, "replica_count": 100_000}
 _PLAIN = "a relative path without '..', hidden parts, backslashes and control characters"
 COLONS = os.name != "nt"  # whether a directory's name may have them, as a time of day does
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import math
@@ -29,7 +30,7 @@ from fluxbatch.lora import apply
 from fluxbatch.lora.apply import Loras
 from fluxbatch.models import attention
 from fluxbatch.models.autoencoder import TPU_BANDS
-from fluxbatch.models.family import Family, TextInput
+from fluxbatch.models.family import Family, TextInput, inputs_of, padded_to
 from fluxbatch.models.schedulers import Scheduler
 from fluxbatch.storage import cache
 from fluxbatch.types import PLAIN, Mode, Row, UserError, public
@@ -96,9 +97,8 @@ class ModelSpec:
 
     def flops(self, height: int, width: int, steps: int, mode: Mode = PLAIN) -> int:
         """Floating-point operations from noise to picture."""
-        evaluations = 2 * steps if mode.negative else steps
-        evaluation = self.family.step_flops(height, width, self.inputs, mode)
-        return evaluations * evaluation + self.family.decode_flops(height, width)
+        evaluations = (self.family.step_flops(height, width, each, mode) for each in inputs_of(self.inputs, mode))
+        return steps * sum(evaluations) + self.family.decode_flops(height, width)
 
     def roofline_seconds(self, row: Row) -> float | None:
         """Seconds that this process's devices would take for the row's image at their peak; None where that is not
@@ -111,7 +111,7 @@ class ModelSpec:
     def resolve(self, rows: Sequence[Row]) -> list[Row]:
         """The rows as the checkpoint understands them, each with its mode and its LoRA weights; UserError for fields
         that it has no use for, and for rows that cannot be in one job."""
-        return resolved(rows, self.family, self.lora, self.stream, self.cache_threshold is not None)
+        return resolved(rows, self.family, self.inputs, self.lora, self.stream, self.cache_threshold is not None)
 
     def reading(self, rows: Sequence[Row]) -> ModelSpec:
         """With what encodes pictures, if ``rows`` (resolved) have any."""
@@ -191,12 +191,17 @@ class ModelSpec:
 
     def text_bytes(self, rows: Sequence[Row]) -> int:
         """About what the prompts of ``rows`` encode to."""
-        numbers = sum(math.prod(shape) for shape in self.family.conditioning_shapes(self.inputs))
-        return len(self.distinct(rows)) * numbers * jnp.dtype(self.activations_dtype).itemsize
+        itemsize = jnp.dtype(self.activations_dtype).itemsize
+        numbers = 0
+        for lengths, count in self.distinct(rows).items():
+            shapes = self.family.conditioning_shapes(padded_to(self.inputs, lengths))
+            numbers += count * sum(map(math.prod, shapes))
+        return itemsize * numbers
 
-    def distinct(self, rows: Sequence[Row]) -> set[tuple[str, ...]]:
-        """The different texts that ``rows`` have the encoders read."""
-        return {each for row in rows for each in prompts.texts(self.inputs, row)}
+    def distinct(self, rows: Sequence[Row]) -> dict[tuple[int, ...], int]:
+        """How many different texts ``rows`` have the encoders read, by the lengths that they are padded to."""
+        found = {each for row in rows for each in prompts.read_of(self.inputs, row)}
+        return dict(collections.Counter(lengths for _, lengths in found))
 
     def _network(self, part: str, edits: load.Edits, beside: Loras | None) -> DeviceWeights:
         plan, dtype = self.plans[part], self.precision(part)

@@ -24,7 +24,7 @@ from fluxbatch.generation import programs
 from fluxbatch.generation.observer import ProgressObserver
 from fluxbatch.generation.steps import STEPS, padded_sigmas
 from fluxbatch.lora.apply import Loras
-from fluxbatch.models.family import Conditioning, Family, Pictures, Positions, TextInput
+from fluxbatch.models.family import Conditioning, Family, Pictures, Positions, TextInput, inputs_of
 from fluxbatch.models.schedulers import Scheduler
 from fluxbatch.types import PLAIN, Mode, Row
 from fluxbatch.weights.block_streaming import StreamedWeights
@@ -52,13 +52,8 @@ class Pipeline:
         """``networks``: one for each component. ``lora``: the adapters that stand beside the weights, mixed row by
         row. ``cache_threshold``: of the step cache, if there is to be one."""
         self.family, self.networks, self.group = family, networks, group
-        self.mesh, self.dtype, self.scheduler, self.observer, self._lora = (
-            mesh,
-            jnp.dtype(dtype),
-            scheduler,
-            observer,
-            lora,
-        )
+        self.mesh, self.dtype, self.scheduler = mesh, jnp.dtype(dtype), scheduler
+        self.observer, self._lora = observer, lora
         self._compiled: dict[Hashable, Future[list[Future[Any]]]] = {}
         self._threshold = cache_threshold
         self.computed: jax.Array | None = None
@@ -113,7 +108,7 @@ class Pipeline:
         if not self.networks[self.family.encoders[-1]].here:
             jax.block_until_ready(self._pictures)
             self._denoiser.leave()  # where there is no room for both
-        parts = self._ready(*self.family.encoders, program="encode")
+        parts = self._ready(*self.family.encoders, program=("encode", *(each[0].shape[1] for each in inputs)))
         encoded = self._launch(self._encode, *self._encoders(parts), *self._put((inputs, *self._scales(rows))))
         return self._told(encoded, pictures=False)
 
@@ -140,10 +135,12 @@ class Pipeline:
         """
         sizes = dict.fromkeys((row.height, row.width, row.mode) for row in rows)
         whole = not isinstance(self._denoiser, StreamedWeights)
-        jobs: dict[Hashable, Callable[[], Iterator[Any]]] = {"encode": lambda: self._lower_encode(batch, inputs)}
+        jobs: dict[Hashable, Callable[[], Iterator[Any]]] = {}
+        for prompt in dict.fromkeys(prompt for *_, mode in sizes for prompt in inputs_of(inputs, mode)):
+            jobs["encode", *(each.length for each in prompt)] = functools.partial(self._lower_encode, batch, prompt)
         for size in sizes:
             if size[-1].reads_pictures:
-                jobs["pictures", *size] = functools.partial(self._lower_pictures, batch, *size)
+                jobs[self._picture_program(*size)] = functools.partial(self._lower_pictures, batch, *size)
             if whole:
                 jobs["denoise", *size] = functools.partial(self._lower_denoise, batch, inputs, *size)
             jobs.setdefault(("decode", *size[:2]), functools.partial(self._lower_decode, batch, *size[:2]))
@@ -164,7 +161,7 @@ class Pipeline:
         """Names and programs that images of one size and mode take for these ``parts`` of the way (encode, denoise,
         decode), from shapes alone: each is lowered when its turn comes, and is yet to be compiled."""
         lower = {
-            "encode": lambda: self._lower_encode(batch, inputs),
+            "encode": lambda: self._lower_encode(batch, inputs_of(inputs, mode)[0]),
             "denoise": lambda: self._lower_denoise(batch, inputs, height, width, mode),
             "decode": lambda: self._lower_decode(batch, height, width),
         }
@@ -183,6 +180,9 @@ class Pipeline:
         arrays = self._picture_shapes(batch, height, width, mode)
         yield "pictures", self._run(self._encode_pictures.lower, graph, self.dtype, state, arrays)
 
+    def _picture_program(self, *size: Any) -> Hashable:
+        return "pictures", *self.family.picture_shapes(*size).items()
+
     def _picture_shapes(self, batch: int, height: int, width: int, mode: Mode) -> dict[str, jax.ShapeDtypeStruct]:
         shapes = self.family.picture_shapes(height, width, mode)
         return {name: self._shape(np.float32, batch, *shape) for name, shape in shapes.items()}
@@ -192,31 +192,32 @@ class Pipeline:
     ) -> Iterator[tuple[str, jax.stages.Lowered]]:
         graph, state = self._denoiser.abstract()
         latents = self._latents(batch, height, width)
-        shapes = self.family.conditioning_shapes(inputs)
-        conditioning = self.family.conditioning(*(self._shape(self.dtype, batch, *shape) for shape in shapes))
-        sigmas, left, guidance = (
-            self._shape(np.float32, batch, STEPS + 1),
-            self._shape(np.int32, batch),
-            self._shape(np.float32, batch),
-        )
+        prompts = [
+            self.family.conditioning(*(self._shape(self.dtype, batch, *shape) for shape in shapes))
+            for shapes in map(self.family.conditioning_shapes, inputs_of(inputs, mode))
+        ]
+        sigmas = self._shape(np.float32, batch, STEPS + 1)
+        left, guidance = self._shape(np.int32, batch), self._shape(np.float32, batch)
 
         def everywhere(x: np.ndarray) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(self.mesh))
 
-        positions = jax.tree.map(everywhere, self.family.positions(conditioning, height, width, mode))
+        positions = [jax.tree.map(everywhere, self.family.positions(each, height, width, mode)) for each in prompts]
         turns, scales = everywhere(np.array(0, np.int32)), self._abstract_scales(batch)
-        lowered = self._run(self._step_inputs.lower, graph, self.dtype, state, conditioning, sigmas, guidance, *scales)
-        yield "step_inputs", lowered
-        steps = jax.tree.map(lambda x: self._shape(x.dtype, *x.shape), lowered.out_info)
+        made = {}  # of prompts of one length, or of two
+        for each in dict.fromkeys(prompts):
+            lowered = self._run(self._step_inputs.lower, graph, self.dtype, state, each, sigmas, guidance, *scales)
+            yield "step_inputs", lowered
+            made[each] = jax.tree.map(lambda x: self._shape(x.dtype, *x.shape), lowered.out_info)
+        steps = [made[each] for each in prompts]
         pictures = Pictures()
         if mode.reads_pictures:
             graph_, state_ = self.networks[self.family.decoder].abstract()
             arrays = self._picture_shapes(batch, height, width, mode)
-            made = self._run(self._encode_pictures.lower, graph_, self.dtype, state_, arrays).out_info
-            pictures = jax.tree.map(lambda x: self._shape(x.dtype, *x.shape), made)
-        passes = 2 if mode.negative else 1
+            read = self._run(self._encode_pictures.lower, graph_, self.dtype, state_, arrays).out_info
+            pictures = jax.tree.map(lambda x: self._shape(x.dtype, *x.shape), read)
         noise = latents if mode.mask else None
-        arguments = [self.family.in_steps(conditioning)] * passes, [steps] * passes, sigmas, left, turns, positions
+        arguments = [self.family.in_steps(each) for each in prompts], steps, sigmas, left, turns, positions
         if self._threshold is None:
             more = guidance if mode.negative else None, noise, pictures, *scales
             yield "denoise", self._run(self._denoise.lower, graph, self.dtype, state, latents, *arguments, *more)
@@ -274,9 +275,10 @@ class Pipeline:
         sigmas, counts = padded_sigmas([self._levels(row, tokens) for row in rows])
         guidance = np.array([row.guidance_scale for row in rows], np.float32)
         cfg_scale = np.array([self.family.cfg_scale(row) for row in rows], np.float32)
-        positions = jax.tree.map(
-            lambda x: put(x, replicated(self.mesh)), self.family.positions(conditioning[0], height, width, mode)
-        )
+        positions = [
+            jax.tree.map(lambda x: put(x, replicated(self.mesh)), self.family.positions(each, height, width, mode))
+            for each in conditioning
+        ]
         read = self._read_pictures(height, width, mode, pictures)
         # the decoder on the same bar
         program = ("denoise", height, width, mode)
@@ -313,7 +315,7 @@ class Pipeline:
         if not mode.reads_pictures:
             return Pictures()
         assert pictures is not None
-        ((graph, state),) = self._ready(self.family.decoder, program=("pictures", height, width, mode))
+        ((graph, state),) = self._ready(self.family.decoder, program=self._picture_program(height, width, mode))
         arrays = self._put({name: np.stack([each[name] for each in pictures]) for name in pictures[0]})
         return self._told(self._launch(self._encode_pictures, graph, self.dtype, state, arrays))
 
@@ -325,28 +327,31 @@ class Pipeline:
 
     def _denoise_streamed(
         self, network: StreamedWeights, latents: jax.Array, prompts: Sequence[Conditioning], sigmas: np.ndarray,
-        counts: np.ndarray, guidance: np.ndarray, positions: Positions, last: tuple[Any, Any, Pictures],
+        counts: np.ndarray, guidance: np.ndarray, positions: Sequence[Positions], last: tuple[Any, Any, Pictures],
     ) -> jax.Array:  # fmt: skip
-        """What ``denoise`` computes, with the transformer's blocks passing through the devices; those of a row's two
-        prompts together."""
+        """What ``denoise`` computes, with the transformer's blocks passing through the devices; each serves a row's two
+        prompts."""
         graph, state = network.parts()
-        conditioning = jax.tree.map(lambda *each: np.stack(each, 1).reshape(-1, *each[0].shape[1:]), *prompts)
-        levels, strengths = (np.repeat(each, len(prompts), 0) for each in (sigmas, guidance))
-        conditioning, levels, strengths, sigmas, left = self._put((conditioning, levels, strengths, sigmas, counts))
-        vector, shared = self._launch(self._step_vector, graph, self.dtype, state, conditioning, levels, strengths)
+        conditioning, sigmas, left, guidance = self._put(([*prompts], sigmas, counts, guidance))
+        step_vector = functools.partial(self._launch, self._step_vector, graph, self.dtype, state)
+        vectors, shared = zip(*(step_vector(each, sigmas, guidance) for each in conditioning), strict=True)
         with network.step_layers(self.observer.streaming) as layers:
             inputs = {
-                name: jax.block_until_ready(self._told(self._launch(self._step_layer, *layer, vector)))
+                name: jax.block_until_ready(
+                    self._told([self._launch(self._step_layer, *layer, vector) for vector in vectors])
+                )
                 for name, layer in layers
             }
         steps = counts.max()
         with network.blocks(steps, self.observer.streaming) as blocks:
             for i in range(steps):
-                given = state, latents, conditioning, positions, last[-1]
-                x = self._told(self._launch(self._embed, graph, self.dtype, *given))
+                embed = functools.partial(self._launch, self._embed, graph, self.dtype, state, latents)
+                x = self._told([embed(*each, last[-1]) for each in zip(conditioning, positions, strict=True)])
                 for name, (block_graph, block) in itertools.islice(blocks, len(network)):
-                    own = [inputs[layer] for layer in network.step_layers_of(name)]
-                    x = self._launch(self._block, block_graph, graph, block, state, x, own, shared, i, positions)
+                    run = functools.partial(self._launch, self._block, block_graph, graph, block, state)
+                    own = [[inputs[layer][k] for layer in network.step_layers_of(name)] for k in range(len(x))]
+                    given = zip(x, own, shared, positions, strict=True)
+                    x = [run(each, mine, common, i, places) for each, mine, common, places in given]
                     jax.block_until_ready(self._told(x))  # or blocks would pile up behind the computation
                 latents = self._launch(self._step, graph, state, latents, x, shared, i, sigmas, left, *last)
         return latents
@@ -387,5 +392,5 @@ class Pipeline:
 
 def _first(arguments: Sequence[Any]) -> Sequence[Any]:
     """Those of ``programs.denoise``, for the one prompt that rows have where there is a step cache."""
-    (conditioning, *_), (inputs, *_), *rest = arguments
-    return conditioning, inputs, *rest
+    (conditioning, *_), (inputs, *_), *rest, (positions, *_) = arguments
+    return conditioning, inputs, *rest, positions

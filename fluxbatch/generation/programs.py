@@ -76,7 +76,7 @@ def step_inputs(
 ) -> StepInputs:  # fmt: skip
     """All that ``denoise`` needs of the steps, and of the weights that it can do without."""
     model: Denoiser = _model(graph, state, scales)
-    return model.step_inputs(conditioning, sigmas[:, :-1], guidance, dtype)
+    return model.step_inputs(conditioning, sigmas, guidance, dtype)
 
 
 def begin(noise: Latents, pictures: Pictures, sigmas: Float[Array, "B _"]) -> Latents:
@@ -91,33 +91,40 @@ def begin(noise: Latents, pictures: Pictures, sigmas: Float[Array, "B _"]) -> La
 def denoise(
     scheduler_step: SchedulerStep, graph: Graph, dtype: Any, state: State, latents: Latents,
     conditioning: Sequence[Conditioning], inputs: Sequence[StepInputs], sigmas: Sigmas, left: Int[Array, " B"],
-    turns: Count, positions: Positions, cfg_scale: PerRow | None, noise: Latents | None, pictures: Pictures,
+    turns: Count, positions: Sequence[Positions], cfg_scale: PerRow | None, noise: Latents | None, pictures: Pictures,
     scales: Scales | None = None,
 ) -> Latents:  # fmt: skip
     """As many steps as ``turns``; a row that has none ``left`` stands still. (Devices would have to meet to find
     the largest of ``left``.)
 
-    ``conditioning``, ``inputs``: of the prompt, and of the negative one, which ``cfg_scale`` ``[B]`` leads away from.
+    ``conditioning``, ``inputs``, ``positions``: of the prompt, and of the negative one, which ``cfg_scale`` ``[B]``
+    leads away from.
     ``noise``: that the latents began with, where what lies outside a mask is kept.
     The layers that make step inputs are in ``state`` but not in the program: jit drops what is not used.
     """
     model: Denoiser = _model(graph, state, scales)
     model.drop_step_layers()
-    embedded = [model.embed(each, dtype) for each in conditioning]
-    references = None if pictures.references is None else model.embed_image(pictures.references.astype(dtype))
+    embedded = [model.embed(each, places, dtype) for each, places in zip(conditioning, positions, strict=True)]
+    references = pictures.references
+    if references is not None:
+        references = model.embed_references(references.astype(dtype), positions[0])
 
     def body(i: Array, x: Array) -> Array:
         channels = [x] if pictures.channels is None else [x, pictures.channels]
         read = jnp.concatenate(channels, -1).astype(dtype)
 
-        def evaluate(prompt: tuple[Any, StepInputs]) -> Array:
-            return model.velocity(read, *prompt, positions, references)
+        def evaluate(prompt: tuple[Any, StepInputs, Positions]) -> Array:
+            return model.velocity(read, *prompt, references)
 
-        prompts = list(zip(embedded, (_at(each, i) for each in inputs), strict=True))
+        prompts = list(zip(embedded, (_at(each, i) for each in inputs), positions, strict=True))
         if cfg_scale is None:
             velocity = evaluate(prompts[0])
-        else:  # one after the other: the program has the blocks once, and works on no more than with one prompt
+        elif _alike(prompts):
+            # one after the other: the program has the blocks once, and works on no more than with one prompt
             positive, negative = jax.lax.map(evaluate, jax.tree.map(lambda *x: jnp.stack(x), *prompts))
+            velocity = led(positive, negative, cfg_scale)
+        else:  # texts of two lengths
+            positive, negative = map(evaluate, prompts)
             velocity = led(positive, negative, cfg_scale)
         return _step(scheduler_step, x, velocity, i, sigmas, left, noise, pictures)
 
@@ -138,7 +145,7 @@ def denoise_cached(
     """``denoise`` with a step cache, which goes on from call to call."""
     model: CachedDenoiser = _model(graph, state, scales)
     model.drop_step_layers()
-    embedded = model.embed(conditioning, dtype)
+    embedded = model.embed(conditioning, positions, dtype)
 
     def body(i: Array, carry: tuple[Array, StepCache]) -> tuple[Array, StepCache]:
         x, cache = carry
@@ -148,6 +155,11 @@ def denoise_cached(
         return _step(scheduler_step, x, velocity, i, sigmas, left, None, Pictures()), cache
 
     return jax.lax.fori_loop(0, turns, body, (latents, cache))
+
+
+def _alike(pytrees: Sequence[Any]) -> bool:
+    """Whether all have arrays of the same shapes."""
+    return len({tuple(x.shape for x in jax.tree.leaves(tree)) for tree in pytrees}) == 1
 
 
 def _at(inputs: StepInputs, i: Count) -> StepInputs:
@@ -175,7 +187,7 @@ def step_vector(
     graph: Graph, dtype: Any, state: State, conditioning: Conditioning, sigmas: Sigmas, guidance: PerRow
 ) -> tuple[Any, Any]:
     model: StreamedDenoiser = nnx.merge(graph, state)
-    return model.step_vector(conditioning, sigmas[:, :-1], guidance, dtype)
+    return model.step_vector(conditioning, sigmas, guidance, dtype)
 
 
 def step_layer(graph: Graph, state: State, vector: Any) -> Array:
@@ -186,13 +198,11 @@ def embed(
     graph: Graph, dtype: Any, state: State, latents: Latents, conditioning: Conditioning, positions: Positions,
     pictures: Pictures,
 ) -> Any:  # fmt: skip
-    """What the first block reads. ``conditioning``: ``[B, …]``, or ``[2B, …]`` with each row's negative prompt behind
-    its own."""
+    """What the first block reads."""
     model: StreamedDenoiser = nnx.merge(graph, state)
     x = latents if pictures.channels is None else jnp.concatenate([latents, pictures.channels], -1)
     x = x if pictures.references is None else jnp.concatenate([x, pictures.references], 1)
-    passes = len(jax.tree.leaves(conditioning)[0]) // len(latents)
-    return model.embed_tokens(jnp.repeat(x, passes, 0), conditioning, positions, dtype)
+    return model.embed_tokens(x, conditioning, positions, dtype)
 
 
 def block(
@@ -213,13 +223,14 @@ def block(
 
 
 def step(
-    scheduler_step: SchedulerStep, graph: Graph, state: State, latents: Latents, x: Any, shared: Any, i: Count,
-    sigmas: Sigmas, left: Int[Array, " B"], cfg_scale: PerRow | None, noise: Latents | None, pictures: Pictures,
+    scheduler_step: SchedulerStep, graph: Graph, state: State, latents: Latents, x: Sequence[Any],
+    shared: Sequence[Any], i: Count, sigmas: Sigmas, left: Int[Array, " B"], cfg_scale: PerRow | None,
+    noise: Latents | None, pictures: Pictures,
 ) -> Latents:  # fmt: skip
+    """``x``, ``shared``: of the prompt, and of the negative one."""
     model: StreamedDenoiser = nnx.merge(graph, state)
-    velocity = model.finish(x, _at(shared, i))[:, : latents.shape[1]]
-    if cfg_scale is not None:
-        velocity = led(velocity[::2], velocity[1::2], cfg_scale)
+    velocities = [model.finish(each, _at(own, i))[:, : latents.shape[1]] for each, own in zip(x, shared, strict=True)]
+    velocity = velocities[0] if cfg_scale is None else led(velocities[0], velocities[1], cfg_scale)
     return _step(scheduler_step, latents, velocity, i, sigmas, left, noise, pictures)
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fluxbatch.distributed.process_group import ProcessGroup
-from fluxbatch.models.family import Conditioning, Family, TextInput
+from fluxbatch.models.family import Conditioning, Family, TextInput, padded_to
 from fluxbatch.storage.cache import Cache
 from fluxbatch.types import Row
 
@@ -91,6 +91,12 @@ def texts(inputs: Sequence[TextInput], row: Row) -> list[tuple[str, ...]]:
     return [tuple(each.text(row, negative) for each in inputs) for negative in (False, True)[: 1 + row.mode.negative]]
 
 
+def read_of(inputs: Sequence[TextInput], row: Row) -> list[tuple[tuple[str, ...], tuple[int, ...]]]:
+    """``texts``, each with the lengths that it is padded to; none where they are the job's."""
+    found = texts(inputs, row)
+    return list(zip(found, row.mode.texts or [()] * len(found), strict=True))
+
+
 def encode(
     rows: Iterable[Row],
     inputs: Sequence[TextInput],
@@ -98,16 +104,38 @@ def encode(
     batch_size: int,
     cache: TextCache | None = None,
 ) -> PromptEmbeds:
-    """Encodes each distinct prompt once, ``batch_size`` at a time (one compiled shape); where adapters change the
-    encoders, once for each of the LoRA weights. What is in ``cache`` is taken from there.
+    """Encodes each distinct prompt once, ``batch_size`` of one length at a time (one compiled shape); where adapters
+    change the encoders, once for each of the LoRA weights. What is in ``cache`` is taken from there.
     """
 
     def keys_of(row: Row) -> list[tuple[Any, ...]]:
-        return [(*each, encoders.text_lora_weights(row)) for each in texts(inputs, row)]
+        return [(*each, encoders.text_lora_weights(row)) for each in read_of(inputs, row)]
 
-    distinct = {key: row for row in rows for key in keys_of(row)}
+    by_lengths: dict[tuple[int, ...], dict[Any, Row]] = {}
+    for row in rows:
+        for key in keys_of(row):
+            by_lengths.setdefault(key[1], {}).setdefault(key, row)
+    states: dict[Any, State] = {}
+    encoded: set[Hashable] = set()
+    for lengths, distinct in by_lengths.items():
+        found, lacking = _encode(distinct, padded_to(inputs, lengths), encoders, batch_size, cache)
+        states |= found
+        encoded |= lacking
+    if cache and encoded:
+        cache.entries.trim()
+    return PromptEmbeds(states, keys_of, frozenset(encoded), encoders.family.conditioning)
+
+
+def _encode(
+    distinct: Mapping[Any, Row],
+    inputs: Sequence[TextInput],
+    encoders: Encoders,
+    batch_size: int,
+    cache: TextCache | None,
+) -> tuple[dict[Any, State], set[Hashable]]:
+    """The states of prompts of one length, by key, and the keys of those that were not in the cache."""
     keys, own = list(distinct), list(distinct.values())
-    arrays = tuple(each([key[i] for key in keys]) for i, each in enumerate(inputs))
+    arrays = tuple(each([key[0][i] for key in keys]) for i, each in enumerate(inputs))
     names = (
         [cache.name(row, _of(arrays, i), encoders.text_lora_weights(row), batch_size) for i, row in enumerate(own)]
         if cache
@@ -137,9 +165,7 @@ def encode(
         before = chunk, launched
     if before is not None:
         collect(*before)
-        if cache:
-            cache.entries.trim()
-    return PromptEmbeds(states, keys_of, frozenset(keys[i] for i in lacking), encoders.family.conditioning)
+    return states, {keys[i] for i in lacking}
 
 
 def _of(arrays: Sequence[Sequence[np.ndarray]], i: int) -> list[np.ndarray]:

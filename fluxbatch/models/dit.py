@@ -17,7 +17,7 @@ from fluxbatch.models.layers import Linear, RMSNorm, layer_norm
 Tokens = Float[Array, "B L D"]
 Vector = Float[Array, "B D"]
 Heads = Float[Array, "B H L K"]
-Angles = Float[Array | np.ndarray, "L K//2"]
+Angles = Float[Array | np.ndarray, "*rows L K//2"]  # ``rows``: none, or B and 1 where each image has its own
 
 TIME_CHANNELS = 256
 TIME_FACTOR = 1000.0

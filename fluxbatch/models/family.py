@@ -30,7 +30,7 @@ from fluxbatch.models.network import (
     StreamParts,
 )
 from fluxbatch.models.schedulers import Scheduler
-from fluxbatch.types import PLAIN, Mode, Picture, Row, UserError
+from fluxbatch.types import PLAIN, Mode, Row, UserError
 
 Config = Any  # a component's frozen dataclass with ``from_json``
 
@@ -104,8 +104,10 @@ class TextInput:
 
     name: str  # for messages
     tokenizer: Tokenizer
-    length: int  # tokens, padding included
+    length: int  # tokens, padding included; at most so many, if it is padded to a multiple
     field: str  # of the row
+    # of tokens that a text is padded to; 0: all are to ``length``
+    multiple: int = dataclasses.field(default=0, kw_only=True)
 
     def text(self, row: Row, negative: bool = False) -> str:
         return getattr(row, f"negative_{self.field}" if negative else self.field) or ""
@@ -118,6 +120,15 @@ class TextInput:
         """Of one text's arrays."""
         return ((self.length,),)
 
+    def lengths(self, texts: Sequence[str]) -> list[int]:
+        """Tokens that each is padded to."""
+        if not self.multiple:
+            return [self.length] * len(texts)
+        return [min(-(-count // self.multiple) * self.multiple, self.length) for count in self._counts(texts)]
+
+    def _counts(self, texts: Sequence[str]) -> list[int]:
+        return self.tokenizer.count(texts)
+
     def truncated(self, texts: Iterable[str]) -> set[str]:
         """Those that have more tokens than are read."""
         return self.tokenizer.longer(texts, self.length)
@@ -125,6 +136,18 @@ class TextInput:
     def doubtful(self, texts: Iterable[str]) -> set[str]:
         """Those of which nobody can tell, for want of a tokenizer."""
         return self.tokenizer.doubtful(texts, self.length)
+
+
+def padded_to(inputs: Sequence[TextInput], lengths: Sequence[int]) -> tuple[TextInput, ...]:
+    """The text inputs of a prompt that is padded to these; as they are if there are none."""
+    if not lengths:
+        return tuple(inputs)
+    return tuple(dataclasses.replace(each, length=length) for each, length in zip(inputs, lengths, strict=True))
+
+
+def inputs_of(inputs: Sequence[TextInput], mode: Mode) -> list[tuple[TextInput, ...]]:
+    """The text inputs of a row's prompt, and of its negative one if it has one."""
+    return [padded_to(inputs, lengths) for lengths in mode.texts or [()] * (1 + mode.negative)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,10 +254,11 @@ class Family(abc.ABC):
             raise ValueError("negative_prompt: expected none: this model has no guidance that leads away from a prompt")
         return row
 
-    def default_size(self, picture: Picture, area: int) -> tuple[int, int]:
-        """Height and width of the image that a row makes of this picture if it does not say: the picture's own, made
-        smaller to ``area`` pixels if it has more, and cut to whole tokens."""
-        scale = min(1.0, math.sqrt(area / (picture.height * picture.width)))
+    def default_size(self, row: Row) -> tuple[int, int]:
+        """Height and width of the image that a row makes of its first picture if it does not say: the picture's own,
+        made smaller to the row's area if it has more, and cut to whole tokens."""
+        picture = row.image[0]
+        scale = min(1.0, math.sqrt(row.height * row.width / (picture.height * picture.width)))
         multiple = self.size_multiple
         height, width = (
             max(multiple, int(side * scale) // multiple * multiple) for side in (picture.height, picture.width)
@@ -340,5 +364,5 @@ class Family(abc.ABC):
 __all__ = [
     "Component", "Conditioning", "Config", "Decoder", "Denoiser", "Family", "Footprint", "LoraKeys", "Naming",
     "Pictures", "Positions", "StepInputs", "StreamParts", "StreamedDenoiser", "Table", "TextInput", "Tokenizer",
-    "TokenizerFiles", "UserError",
+    "TokenizerFiles", "UserError", "inputs_of", "padded_to",
 ]  # fmt: skip

@@ -21,15 +21,15 @@ class Denoiser(Protocol):
     """A transformer as the programs use it."""
 
     def step_inputs(self, conditioning: Conditioning, sigmas: jax.Array, guidance: jax.Array, dtype: Any) -> StepInputs:
-        """Of noise levels ``[B, S]`` and guidance ``[B]``."""
+        """Of S steps between noise levels ``[B, S + 1]``, and guidance ``[B]``."""
 
     def drop_step_layers(self) -> None:
         """Take out the layers that only ``step_inputs`` needs."""
 
-    def embed(self, conditioning: Conditioning, dtype: Any) -> Any:
+    def embed(self, conditioning: Conditioning, positions: Positions, dtype: Any) -> Any:
         """What of the conditioning is the same in all steps."""
 
-    def embed_image(self, tokens: jax.Array) -> jax.Array:
+    def embed_references(self, tokens: jax.Array, positions: Positions) -> Any:
         """``[B, R, C]`` latents of reference pictures → what ``velocity`` reads of them."""
 
     def velocity(
@@ -38,7 +38,7 @@ class Denoiser(Protocol):
         embedded: Any,
         step: StepInputs,
         positions: Positions,
-        references: jax.Array | None = None,
+        references: Any = None,
     ) -> jax.Array:
         """``[B, L, C]`` of ``latents`` ``[B, L, C]``; ``step``: of one step, without the axis S."""
 

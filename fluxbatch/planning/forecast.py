@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from fluxbatch.config.schema import Job, shown
 from fluxbatch.distributed.chips import GPU_SHARES, Target, gpu_share
 from fluxbatch.generation.model_spec import ModelSpec
+from fluxbatch.models.family import padded_to
 from fluxbatch.planning import aot, memory
 from fluxbatch.reporting import columns, startup_warnings
 from fluxbatch.results.resume import left_out
@@ -56,10 +57,6 @@ class Work:
             found.setdefault((*batch.shape, batch.mode), []).append(batch)
         return found
 
-    def prompt(self) -> int:
-        """FLOPs of encoding one."""
-        return self.spec.family.encode_flops(self.spec.inputs)
-
     def generated(self, batches: Sequence[Batch]) -> int:
         """FLOPs of these batches, what fills them up included: a batch takes as many steps as its longest row."""
         return self.size * self._flops(
@@ -75,9 +72,18 @@ class Work:
         return sum(count * self.spec.flops(*image) for image, count in collections.Counter(images).items())
 
     def encoded(self) -> int:
-        """Prompts that are encoded: a shard's distinct ones, in whole batches."""
-        distinct = (len(self.spec.distinct(shard.rows)) for shard in self.shards)
-        return sum(-(-count // self.size) * self.size for count in distinct)
+        """FLOPs of encoding each shard's distinct prompts, in whole batches of one length."""
+        family, inputs = self.spec.family, self.spec.inputs
+        return sum(
+            -(-count // self.size) * self.size * family.encode_flops(padded_to(inputs, lengths))
+            for shard in self.shards
+            for lengths, count in self.spec.distinct(shard.rows).items()
+        )
+
+    @property
+    def text_lengths(self) -> int:
+        """How many lengths prompts are padded to."""
+        return len({lengths for *_, mode in self.buckets for lengths in mode.texts or [()]})
 
 
 def lines(
@@ -110,7 +116,7 @@ def lines(
 
 
 def _rows(job: Job, spec: ModelSpec, rows: Sequence[Row], rejects: Sequence[Reject]) -> Iterator[str]:
-    distinct = len(spec.distinct(rows))
+    distinct = sum(spec.distinct(rows).values())
     yield _line("rows", f"{len(rows):,} of {shown(job.manifest or job.prompt)}, {distinct:,} distinct prompts")
     if rejects:
         where = startup_warnings.some([reject.where.rpartition("/")[2] for reject in rejects])
@@ -152,8 +158,10 @@ def _batches(work: Work) -> Iterator[str]:
     # of images, and of token sequences
     sizes = len({(height, width) for height, width, _ in work.buckets})
     lengths = len({(height * width, mode) for height, width, mode in work.buckets})
-    kinds = f"text, modulation, {lengths} × denoising, {sizes} × decoding"
-    yield _line("programs", f"{2 + lengths + sizes} to compile: {kinds}; {len(work.shards):,} shards")
+    texts = work.text_lengths
+    twice = f"{texts} × text, {texts} × modulation" if texts > 1 else "text, modulation"
+    kinds = f"{twice}, {lengths} × denoising, {sizes} × decoding"
+    yield _line("programs", f"{2 * texts + lengths + sizes} to compile: {kinds}; {len(work.shards):,} shards")
 
 
 def _text(spec: ModelSpec, rows: Sequence[Row]) -> Iterator[str]:
@@ -190,7 +198,7 @@ def _memory(job: Job, spec: ModelSpec, target: Target, work: Work) -> Iterator[s
 
 
 def _compiled(job: Job, spec: ModelSpec, target: Target, work: Work) -> Iterator[str]:
-    height, width, mode = max(work.buckets, key=lambda size: spec.family.tokens(*size))
+    height, width, mode = max(work.buckets, key=functools.partial(memory.tokens, spec))
     needs: Iterable[aot.Need]
     if target.topology:
         needs = aot.compiled(job, target, height, width, mode)
@@ -223,7 +231,7 @@ def _reads(job: Job, spec: ModelSpec, target: Target, work: Work) -> Iterator[st
 
 def _cost(job: Job, spec: ModelSpec, target: Target, work: Work, price: float | None) -> Iterator[str]:
     images, replicas = sum(len(batch.rows) for batch in work.batches), job.replica_count or 1
-    total = work.generated(work.batches) + work.encoded() * work.prompt()
+    total = work.generated(work.batches) + work.encoded()
     alone = f"{_flops(work.asked(work.batches) / images)} of it for the image alone"
     yield _line("work", f"{_flops(total)}, {_flops(total / images)} an image; {alone}")
     peak, reached, source = _speed(spec, target)

@@ -6,6 +6,7 @@ compiler's own figure.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from fluxbatch.generation.model_spec import ModelSpec
 from fluxbatch.generation.programs import pixels_at_once, together
 from fluxbatch.generation.steps import STEPS
 from fluxbatch.models import attention
-from fluxbatch.models.family import Footprint
+from fluxbatch.models.family import Footprint, padded_to
 from fluxbatch.types import Mode
 from fluxbatch.weights import device_weights, load
 
@@ -94,16 +95,17 @@ class Situation:
         resident = denoising + (text if self.stay else 0)
         beside = (decoder if self.takes_turns else denoising) if self.stay or self.again else 0
         at = self.footprint()
+        inputs = padded_to(spec.inputs, max(at.mode.texts, key=sum, default=()))
         return [
-            Phase("encode", text + beside, family.encode_bytes(at, spec.inputs)),
-            Phase("denoise", resident, family.denoise_bytes(at, spec.inputs)),
+            Phase("encode", text + beside, family.encode_bytes(at, inputs)),
+            Phase("denoise", resident, family.denoise_bytes(at, inputs)),
             Phase("decode", resident, family.decode_bytes(at) + gathered(spec, family.decoder)),
         ]
 
     def footprint(self) -> Footprint:
         """Of the largest image."""
         spec = self.spec
-        height, width, mode = max(self.sizes, key=lambda size: spec.family.tokens(*size))
+        height, width, mode = max(self.sizes, key=functools.partial(tokens, spec))
         activation, precision = jnp.dtype(spec.activations_dtype).itemsize, spec.precision(spec.family.denoiser)
         weight = (precision.kernels or precision.rest).itemsize
         if precision.kernels and self.platform == "cpu":
@@ -140,6 +142,11 @@ class Situation:
                 if all(phase.total <= limit for phase in changed.phases()):
                     return names
         return ()
+
+
+def tokens(spec: ModelSpec, size: Size) -> int:
+    """Of an image, its references and its prompt."""
+    return spec.family.tokens(*size) + size[-1].text_tokens
 
 
 def parameters(spec: ModelSpec, part: str) -> int:

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from fluxbatch.config.schema import MAX_SIDE
+from fluxbatch.types import Row
 
 EXTENSIONS = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
 # what was written is read again; by default Pillow takes the larger ones for an attack
@@ -93,6 +94,14 @@ def infotext(record: Mapping[str, Any]) -> str:
     }
     lines.append(", ".join(f"{name}: {value}" for name, value in settings.items() if value != ""))
     return "\n".join(lines)
+
+
+def cropped(row: Row, pixels: np.ndarray) -> np.ndarray:
+    """What is kept of the row's image."""
+    if not row.crop:
+        return pixels
+    left, top, right, bottom = row.crop
+    return np.ascontiguousarray(pixels[top:bottom, left:right])
 
 
 def pixel_sha256(pixels: np.ndarray) -> str:

@@ -17,7 +17,8 @@ from fluxbatch.types import Row
 Record = dict[str, Any]
 RecordId = tuple[str, str]  # id, key
 
-LATER = ("negative_prompt", "negative_prompt_2", "true_cfg_scale", "strength", "inputs")  # older records have none
+# older records have none
+LATER = ("negative_prompt", "negative_prompt_2", "true_cfg_scale", "strength", "inputs", "crop")
 _SHOWN = 20  # changed rows in one message
 # What a record says besides its row's parameters and the model
 _OWN = ("file_name", "index", "seed_text", "sha256", "computed_steps", "seconds", "mfu", "created", "flags", "key")
@@ -37,13 +38,13 @@ def key_under(row: Row, facts_digest: str) -> str:
 
 def decisive(row: Row) -> dict[str, Any]:
     """The row's parameters that decide its pixels, under the names of a record; None for what it has nothing of."""
-    negative = row.mode.negative
+    negative, (height, width) = row.mode.negative, row.kept
     return {
         "prompt": row.prompt,
         "prompt_2": row.prompt_2,
         "seed": row.seed,
-        "height": row.height,
-        "width": row.width,
+        "height": height,
+        "width": width,
         "num_inference_steps": row.num_inference_steps,
         "guidance_scale": row.guidance_scale,
         "sigmas": list(row.sigmas) or None,
@@ -53,6 +54,7 @@ def decisive(row: Row) -> dict[str, Any]:
         "true_cfg_scale": row.true_cfg_scale if negative and row.true_cfg_scale != 1 else None,
         "strength": row.strength if row.mode.start and row.strength != 1 else None,
         "inputs": {field: [picture.sha256 for picture in pictures] for field, pictures in row.pictures.items()} or None,
+        "crop": [*row.crop] or None,
     }
 
 
@@ -63,7 +65,7 @@ def parameters(row: Row) -> dict[str, Any]:
     given |= {key: given[key] or "" for key in ("negative_prompt", "negative_prompt_2")}
     given |= {key: 1.0 if given[key] is None else given[key] for key in ("true_cfg_scale", "strength")}
     lora = json.dumps(given.pop("lora") or {}, ensure_ascii=False)
-    text = {"sigmas": json.dumps(given["sigmas"] or []), "lora": lora}
+    text = {key: json.dumps(given[key] or []) for key in ("sigmas", "crop")} | {"lora": lora}
     return given | text | {"seed_text": str(row.seed)}  # the number may be more than 63 bits
 
 
@@ -95,6 +97,7 @@ def plain(record: Record) -> Record:
             "true_cfg_scale": None if scale == 1 else scale,
             "strength": None if strength in (None, 1.0) else strength,
             "inputs": {field: [p["sha256"] for p in pictures] for field, pictures in inputs.items()} or None,
+            "crop": json.loads(record.get("crop") or "[]") or None,
         }
     )
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from fluxbatch.config.schema import Job, Output
-from fluxbatch.results.image_files import INFOTEXT, OWN, encode, infotext, is_flat, pixel_sha256
+from fluxbatch.results.image_files import INFOTEXT, OWN, cropped, encode, infotext, is_flat, pixel_sha256
 from fluxbatch.results.ledger import Ledger, Record, utc_now
 from fluxbatch.results.packer import Packer
 from fluxbatch.results.resume import parameters, with_extra
@@ -228,6 +228,7 @@ class Writer:
                     pixels, finite = self._retry(row)
             if not finite:
                 return self._reject(row, "the image is not finite (NaN or infinity)")
+            pixels = cropped(row, pixels)
             record = self._record(row, name, np.ascontiguousarray(pixels), seconds, steps)
             self._attempt(self._encode_and_write, record, pixels)
             return record

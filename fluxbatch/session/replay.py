@@ -20,7 +20,7 @@ from fluxbatch.generation import prompts
 from fluxbatch.generation.model_spec import ModelSpec, open_model_spec
 from fluxbatch.generation.pictures import prepare
 from fluxbatch.results.damage import fault_of
-from fluxbatch.results.image_files import EXTENSIONS, decode, pixel_sha256
+from fluxbatch.results.image_files import EXTENSIONS, cropped, decode, pixel_sha256
 from fluxbatch.results.ledger import METADATA, Record, read_records
 from fluxbatch.results.location import CONFIG
 from fluxbatch.results.packed import open_images
@@ -124,8 +124,8 @@ def _made(spec: ModelSpec, recorded: Job, records: Sequence[Record], record: Rec
     except ValueError as error:
         raise UserError(f"{row.id}: {error}; expected the pictures that the row was made of") from None
     latents = pipeline.denoise(rows, states.batch(rows), prepared)
-    pixels, finite = pipeline.decode(latents, record["height"], record["width"])
-    return np.asarray(pixels)[0] if np.asarray(finite)[0] else None
+    pixels, finite = pipeline.decode(latents, row.height, row.width)
+    return cropped(row, np.asarray(pixels)[0]) if np.asarray(finite)[0] else None
 
 
 def _compared(spec: ModelSpec, store: Store, record: Record, made: np.ndarray) -> tuple[str, Exit]:
@@ -171,6 +171,7 @@ def _row(record: dict[str, Any], folder: str) -> Row:
     }
     return Row(
         **{key: record[key] for key in OF_A_ROW},
+        sized=not json.loads(record.get("crop") or "[]"),  # else it has its picture's size
         lora=tuple(sorted(mix(record).items())),
         sigmas=levels(record),
         negative_prompt=record.get("negative_prompt"),

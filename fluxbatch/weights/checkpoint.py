@@ -29,6 +29,8 @@ from fluxbatch.weights.matching import lacked
 from fluxbatch.weights.source import Source, Tensor, sampled
 from fluxbatch.weights.tokenizer_files import TOKENIZER_FILES, find_tokenizer
 
+INDEXES = "model_index.json", "modular_model_index.json"  # what diffusers calls a pipeline's own file
+
 
 @dataclasses.dataclass(frozen=True)
 class Opened:
@@ -146,7 +148,8 @@ def open_checkpoint(model: Model) -> Checkpoint:
     )
     folder, file = split(path)
     root = Source(folder)
-    index = root.json("model_index.json") if file is None and root.exists("model_index.json") else {}
+    index_file = next((name for name in INDEXES if file is None and root.exists(name)), None)
+    index = root.json(index_file) if index_file else {}
     marker = zarr.read_marker(root) if file is None else None
     file = file or (_only_file(root) if marker is None else None)
     whole = _read_file(root, file) if file else {}
@@ -168,7 +171,8 @@ def open_checkpoint(model: Model) -> Checkpoint:
         known = published.repo if components[published.component].config.vocab_size == published.vocabulary else None
         home = opened[published.component][1]  # a model directory of its own has its tokenizer beside the weights
         tokenizers[name] = find_tokenizer([*([home / name, home] if home else []), root / name], known)
-    if file and not root.exists("scheduler/scheduler_config.json"):
+    # modular pipelines have theirs in code
+    if (file or index_file == INDEXES[1]) and not root.exists("scheduler/scheduler_config.json"):
         scheduler = whole_family.published_scheduler()
     else:
         scheduler = (root / "scheduler").json("scheduler_config.json")
@@ -191,7 +195,8 @@ def _family_of(root: Source, pipeline: str | None, file: str | None, whole: Mapp
     if pipeline is not None:
         if (named := by_pipeline(pipeline)) is None:
             firsts = " or ".join(family.pipelines[0] for family in families())
-            raise UserError(f"{root.path('model_index.json')}: a {pipeline}, expected a {firsts}")
+            named_in = next(name for name in INDEXES if root.exists(name))
+            raise UserError(f"{root.path(named_in)}: a {pipeline}, expected a {firsts}")
         return named
     for family in families():
         path = f"{family.denoiser}/config.json"

@@ -24,6 +24,7 @@ from fluxbatch.models.key_tables import NATIVE
 from fluxbatch.models.registry import by_pipeline
 from fluxbatch.types import UserError
 from fluxbatch.weights.checkpoint import (
+    INDEXES,
     Checkpoint,
     Opened,
     agreed,
@@ -66,7 +67,7 @@ def open_or_known(model: Model) -> Checkpoint:
     if (found := _named(model.pretrained_model_name_or_path, model.revision)) is None:
         return open_checkpoint(model)
     known, repo, file, revision = found
-    folder = _cached(repo, "model_index.json", revision)
+    folder = next(filter(None, (_cached(repo, name, revision) for name in INDEXES)), None)
     if folder and _whole(model, family_of(known), folder, file):
         here = os.path.join(folder, file) if file else folder
         return open_checkpoint(dataclasses.replace(model, pretrained_model_name_or_path=here))

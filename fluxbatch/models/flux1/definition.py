@@ -16,7 +16,7 @@ from fluxbatch.models.autoencoder import Decoder
 from fluxbatch.models.family import Pictures
 from fluxbatch.models.flux1 import pictures
 from fluxbatch.models.flux1.base import Flux1, PromptEmbeds
-from fluxbatch.types import Mode, Picture, Row
+from fluxbatch.types import Mode, Row
 
 __all__ = ["FAMILIES", "Control", "Fill", "Flux1", "Kontext", "PromptEmbeds"]
 
@@ -47,9 +47,9 @@ class Kontext(Flux1):
         image, row = row.image, super().resolve(dataclasses.replace(row, image=()))
         return dataclasses.replace(row, image=image, mode=row.mode._replace(references=sizes))
 
-    def default_size(self, picture: Picture, area: int) -> tuple[int, int]:
-        """Of the picture's aspect and about ``area`` pixels, as diffusers has it for every size."""
-        multiple = self.size_multiple
+    def default_size(self, row: Row) -> tuple[int, int]:
+        """Of the picture's aspect and about the row's area, as diffusers has it for every size."""
+        multiple, picture, area = self.size_multiple, row.image[0], row.height * row.width
         height = round(math.sqrt(area * picture.height / picture.width))
         width = round(math.sqrt(area * picture.width / picture.height))
         return height // multiple * multiple, width // multiple * multiple

@@ -205,21 +205,24 @@ class Flux(nnx.Module):
     # What the programs call: models/family.py, Denoiser
 
     def step_inputs(self, conditioning: Any, sigmas: Array, guidance: Array, dtype: Any) -> Modulation:
-        """The modulation of noise levels ``[B, S]``."""
-        return self._modulation(self._vector(conditioning.pooled, sigmas, guidance, dtype))
+        """The modulation of steps from noise levels ``[B, S + 1]``."""
+        return self._modulation(self._vector(conditioning.pooled, sigmas[:, :-1], guidance, dtype))
 
     def drop_step_layers(self) -> None:
         for blocks in (self.double_blocks, self.single_blocks):
             if blocks is not None:
                 without_modulators(cast(Any, blocks))  # a stack
 
-    def embed(self, conditioning: Any, dtype: Any) -> Array:
+    def embed(self, conditioning: Any, positions: Any, dtype: Any) -> Array:
         """``[B, T, D]`` of T5's states."""
         return self._embed_text(conditioning.states, dtype)
 
     def embed_image(self, tokens: Array) -> Array:
         """``[B, L, C]`` → ``[B, L, D]``."""
         return self.residual(self.img_in(tokens))
+
+    def embed_references(self, tokens: Array, positions: Any) -> Array:
+        return self.embed_image(tokens)
 
     def velocity(
         self, img: Array, txt: Array, mod: Modulation, rope: tuple[Array, Array], references: Array | None = None
@@ -276,12 +279,12 @@ class Flux(nnx.Module):
 
     def step_vector(self, conditioning: Any, sigmas: Array, guidance: Array, dtype: Any) -> tuple[Array, Array]:
         """``[B, S, D]``, and the modulation of ``finish``."""
-        vec = self._vector(conditioning.pooled, sigmas, guidance, dtype)
+        vec = self._vector(conditioning.pooled, sigmas[:, :-1], guidance, dtype)
         return vec, self._modulation(vec).final
 
     def embed_tokens(self, latents: Array, conditioning: Any, positions: Any, dtype: Any) -> tuple[Array, Array]:
         """Image and text ``[B, …, D]``."""
-        return self.embed_image(latents.astype(dtype)), self.embed(conditioning, dtype)
+        return self.embed_image(latents.astype(dtype)), self.embed(conditioning, positions, dtype)
 
     def block(
         self,

@@ -116,8 +116,8 @@ class Block(nnx.Module):
 class Decoder(nnx.Module):
     """Token ids and mask ``[B, T]`` → ``[B, T, layers · D]`` in ``dtype``: what the given layers leave, side by side.
 
-    ``layers``: after how many blocks, ascending. Later blocks and the final norm are not there. Positions count
-    padding.
+    ``layers``: after how many blocks, ascending. Later blocks and the final norm are not there. ``padding_at``: the
+    position of all padding; None: positions count it.
     """
 
     def __init__(
@@ -128,6 +128,7 @@ class Decoder(nnx.Module):
         *,
         rngs: nnx.Rngs | None,
         layout: Layout = Layout(),
+        padding_at: int | None = None,
     ):
         if cfg.num_hidden_layers <= max(
             layers
@@ -136,7 +137,7 @@ class Decoder(nnx.Module):
                 f"num_hidden_layers {cfg.num_hidden_layers}: expected more than {max(layers)}, the last layer that "
                 "is read"
             )
-        self.cfg, self.layers, self.layout = cfg, layers, layout
+        self.cfg, self.layers, self.layout, self.padding_at = cfg, layers, layout, padding_at
         self.embed = Embedding(cfg.vocab_size, cfg.hidden_size, rngs=rngs)
         self.blocks = stack(max(layers), lambda r: Block(cfg, qk_norm, rngs=r), rngs)
 
@@ -147,6 +148,9 @@ class Decoder(nnx.Module):
         seen = mask.astype(bool)[:, None, None, :] & near
         cos, sin = rope_table(self.cfg, length)
         rope = jnp.asarray(cos), jnp.asarray(sin)
+        if self.padding_at is not None:
+            places = jnp.where(mask.astype(bool), np.arange(length), self.padding_at)
+            rope = rope[0][places][:, None], rope[1][places][:, None]
         x = self.embed(ids, dtype)
 
         def step(block: Block, carry: tuple[Array, Array], depth: Array) -> tuple[Array, Array]:

@@ -13,7 +13,16 @@ import numpy as np
 from PIL import Image
 
 from fluxbatch.models import autoencoder_cost
-from fluxbatch.models.family import Component, Family, Footprint, Pictures, TextInput, Tokenizer, TokenizerFiles
+from fluxbatch.models.family import (
+    Component,
+    Family,
+    Footprint,
+    Pictures,
+    Positions,
+    TextInput,
+    Tokenizer,
+    TokenizerFiles,
+)
 from fluxbatch.models.flux2 import cost, keys, latents, mistral, qwen3, references, text
 from fluxbatch.models.flux2.autoencoder import Decoder, Encoder, Flux2VaeConfig
 from fluxbatch.models.flux2.decoder import DecoderConfig
@@ -22,7 +31,8 @@ from fluxbatch.models.flux2.schedule import Flux2Schedule
 from fluxbatch.models.flux2.transformer import Flux2, Flux2Config, PromptEmbeds, rope_table
 from fluxbatch.models.key_tables import Naming
 from fluxbatch.models.noise import torch_normal
-from fluxbatch.types import PLAIN, Mode, Picture, Row
+from fluxbatch.models.schedulers import Scheduler
+from fluxbatch.types import PLAIN, Mode, Row
 
 TRANSFORMER = Component(
     Flux2Config, Flux2,
@@ -67,13 +77,14 @@ VAE = Component(
 )  # fmt: skip
 
 
-class _Flux2(Family):
+class Flux2Family(Family):
     """What klein and dev share: all but the text encoder, and what guidance is."""
 
     encoders = ("text_encoder",)
     lora = LORA
     file_patterns = ("flux*",)
-    reads: ClassVar[str]  # the text encoder's name, for messages
+    title: ClassVar[str] = "FLUX.2"  # for messages
+    reads: ClassVar[str]  # the text encoder's name, likewise
     layers: ClassVar[tuple[int, ...]]  # whose states are read
     chat: ClassVar[text.Chat]
 
@@ -104,7 +115,7 @@ class _Flux2(Family):
 
     def scheduler(
         self, config: Mapping[str, Any], time_shift: bool | None, base_shift: float | None, max_shift: float | None
-    ) -> Flux2Schedule:  # fmt: skip
+    ) -> Scheduler:  # fmt: skip
         return Flux2Schedule.of(config, time_shift, base_shift, max_shift)
 
     def published_scheduler(self) -> dict[str, Any]:
@@ -154,9 +165,7 @@ class _Flux2(Family):
             functools.partial(torch_normal, seed), self.transformer.in_channels, *self._grid(height, width)
         )
 
-    def positions(
-        self, conditioning: PromptEmbeds, height: int, width: int, mode: Mode = PLAIN
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def positions(self, conditioning: PromptEmbeds, height: int, width: int, mode: Mode = PLAIN) -> Positions:
         (rows, cols), *references = (self._grid(*size) for size in ((height, width), *mode.references))
         return rope_table(self.transformer, conditioning.states.shape[-2], rows, cols, references)
 
@@ -173,14 +182,15 @@ class _Flux2(Family):
         """Every image is a reference. A base is led away from the negative prompt, the empty one by default."""
         for key in ("mask_image", "control_image"):
             if getattr(row, key):
-                raise ValueError(f"{key}: expected none: FLUX.2 reads reference pictures, as image")
+                raise ValueError(f"{key}: expected none: {self.title} reads reference pictures, as image")
+        count = len(row.image)
         for picture in row.image:
-            if fault := references.fault((picture.width, picture.height)):
+            if fault := self.fault((picture.width, picture.height), count):
                 raise ValueError(f"image: {picture.path}: {fault}")
-        negative = self.cfg and row.guidance_scale > 1
+        negative = self.cfg and self.led(row)
         if row.negative_prompt and not self.cfg:
             raise ValueError("negative_prompt: expected none: this model has no guidance that leads away from a prompt")
-        sizes = tuple(references.reference_size((p.width, p.height), self.size_multiple)[::-1] for p in row.image)
+        sizes = tuple(self.reference_size((p.width, p.height), count)[::-1] for p in row.image)
         mode = Mode(negative=negative, references=sizes)
         if mode == PLAIN:  # as most rows of a million: no second object for each
             return row
@@ -193,9 +203,21 @@ class _Flux2(Family):
             mode=mode,
         )
 
-    def default_size(self, picture: Picture, area: int) -> tuple[int, int]:
+    def fault(self, size: tuple[int, int], count: int) -> str | None:
+        """Why a picture of this width and height cannot be one of ``count`` references; None if it can."""
+        return references.fault(size)
+
+    def reference_size(self, size: tuple[int, int], count: int) -> tuple[int, int]:
+        """Width and height of what the VAE sees of a picture, one of ``count``."""
+        return references.reference_size(size, self.size_multiple)
+
+    def led(self, row: Row) -> bool:
+        """Whether a row's guidance leads away from its negative prompt, in a model that has such."""
+        return row.guidance_scale > 1
+
+    def default_size(self, row: Row) -> tuple[int, int]:
         """Of the first reference, as the VAE sees it."""
-        width, height = references.reference_size((picture.width, picture.height), self.size_multiple)
+        width, height = self.reference_size((row.image[0].width, row.image[0].height), len(row.image))
         return height, width
 
     def cfg_scale(self, row: Row) -> float:
@@ -234,7 +256,7 @@ class _Flux2(Family):
         return autoencoder_cost.decode_bytes(self.vae.decoder, at)
 
 
-class Dev(_Flux2):
+class Dev(Flux2Family):
     """FLUX.2 dev: Mistral Small 3 reads the prompt; guidance is embedded."""
 
     name = "flux2-dev"
@@ -267,7 +289,7 @@ class Dev(_Flux2):
         return super().claims(config) and bool(config.get("guidance_embeds", True))
 
 
-class Klein(_Flux2):
+class Klein(Flux2Family):
     """FLUX.2 klein: Qwen3 reads the prompt. A base is guided away from the empty prompt; a distilled one has no
     guidance."""
 

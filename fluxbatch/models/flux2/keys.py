@@ -22,12 +22,12 @@ PUBLISHED = (1, 3)  # widths of the model and of its MLPs, in units of the model
 _SINGLE_TO = "single_blocks[{0}]."
 
 
-def _plain(pattern: str, target: str, rows: tuple[Rows, ...] = ((0, 1, 1),)) -> tuple[Rule, ...]:
+def plain(pattern: str, target: str, rows: tuple[Rows, ...] = ((0, 1, 1),)) -> tuple[Rule, ...]:
     return linear(pattern, target, rows, bias=False)
 
 
-def _gated(pattern: str, target: str) -> tuple[Rule, ...]:
-    return *_plain(pattern, f"{target}mlp_gate", GATE), *_plain(pattern, f"{target}mlp_up", UP)
+def gated(pattern: str, target: str) -> tuple[Rule, ...]:
+    return *plain(pattern, f"{target}mlp_gate", GATE), *plain(pattern, f"{target}mlp_up", UP)
 
 
 def _fused(pattern: str, sizes: tuple[int, int]) -> tuple[Rule, ...]:
@@ -36,7 +36,7 @@ def _fused(pattern: str, sizes: tuple[int, int]) -> tuple[Rule, ...]:
     ends, total = [0, width, 2 * width, 3 * width, 3 * width + hidden], 3 * width + 2 * hidden
     names = "qkv.q", "qkv.k", "qkv.v", "mlp_gate", "mlp_up"
     parts = zip(names, ends, [*ends[1:], total], strict=True)
-    return tuple(rule for name, a, b in parts for rule in _plain(pattern, _SINGLE_TO + name, ((a, b, total),)))
+    return tuple(rule for name, a, b in parts for rule in plain(pattern, _SINGLE_TO + name, ((a, b, total),)))
 
 
 def _diffusers_stream(
@@ -44,12 +44,12 @@ def _diffusers_stream(
 ) -> tuple[Rule, ...]:
     src, dst = r"transformer_blocks\.(\d+)\.", f"double_blocks[{{0}}].{stream}."
     return (
-        *(r for name, n in ((q, "q"), (k, "k"), (v, "v")) for r in _plain(src + rf"attn\.{name}", dst + f"qkv.{n}")),
+        *(r for name, n in ((q, "q"), (k, "k"), (v, "v")) for r in plain(src + rf"attn\.{name}", dst + f"qkv.{n}")),
         *norm(src + rf"attn\.{norms[0]}", dst + "qkv.query_norm", bias=False),
         *norm(src + rf"attn\.{norms[1]}", dst + "qkv.key_norm", bias=False),
-        *_plain(src + rf"attn\.{proj}", dst + "proj"),
-        *_gated(src + rf"{ff}\.linear_in", dst),
-        *_plain(src + rf"{ff}\.linear_out", dst + "mlp_out"),
+        *plain(src + rf"attn\.{proj}", dst + "proj"),
+        *gated(src + rf"{ff}\.linear_in", dst),
+        *plain(src + rf"{ff}\.linear_out", dst + "mlp_out"),
     )
 
 
@@ -58,17 +58,17 @@ def transformer_diffusers(sizes: tuple[int, int] = PUBLISHED) -> Table:
     single, embed = r"single_transformer_blocks\.(\d+)\.attn\.", r"time_guidance_embed\."
     return Table(
         (
-            *_plain("x_embedder", "img_in"),
-            *_plain("context_embedder", "txt_in"),
+            *plain("x_embedder", "img_in"),
+            *plain("context_embedder", "txt_in"),
             *(
                 r
                 for name, n in (("timestep", "time_in"), ("guidance", "guidance_in"))
                 for i, layer in enumerate(("in_layer", "out_layer"), 1)
-                for r in _plain(embed + rf"{name}_embedder\.linear_{i}", f"{n}.{layer}")
+                for r in plain(embed + rf"{name}_embedder\.linear_{i}", f"{n}.{layer}")
             ),
-            *_plain(r"double_stream_modulation_img\.linear", "img_mod"),
-            *_plain(r"double_stream_modulation_txt\.linear", "txt_mod"),
-            *_plain(r"single_stream_modulation\.linear", "single_mod"),
+            *plain(r"double_stream_modulation_img\.linear", "img_mod"),
+            *plain(r"double_stream_modulation_txt\.linear", "txt_mod"),
+            *plain(r"single_stream_modulation\.linear", "single_mod"),
             *_diffusers_stream("img", "to_q", "to_k", "to_v", ("norm_q", "norm_k"), r"to_out\.0", "ff"),
             *_diffusers_stream(
                 "txt",
@@ -80,29 +80,29 @@ def transformer_diffusers(sizes: tuple[int, int] = PUBLISHED) -> Table:
                 "ff_context",
             ),
             *_fused(single + "to_qkv_mlp_proj", sizes),
-            *_plain(single + "to_out", _SINGLE_TO + "out"),
+            *plain(single + "to_out", _SINGLE_TO + "out"),
             *norm(single + "norm_q", _SINGLE_TO + "qkv.query_norm", bias=False),
             *norm(single + "norm_k", _SINGLE_TO + "qkv.key_norm", bias=False),
             # diffusers stores scale, shift; the model (like BFL) has shift, scale
-            *_plain(r"norm_out\.linear", "final_mod", SWAP_HALVES),
-            *_plain("proj_out", "final_out"),
+            *plain(r"norm_out\.linear", "final_mod", SWAP_HALVES),
+            *plain("proj_out", "final_out"),
         )
     )
 
 
-def _scale(pattern: str, target: str) -> Rule:
+def scale(pattern: str, target: str) -> Rule:
     return Rule(rf"{pattern}\.(?:scale|weight)", f"{target}.scale")
 
 
 def _bfl_stream(stream: str) -> tuple[Rule, ...]:
     src, dst = rf"double_blocks\.(\d+)\.{stream}_", f"double_blocks[{{0}}].{stream}."
     return (
-        *(r for i, n in enumerate("qkv") for r in _plain(src + r"attn\.qkv", dst + f"qkv.{n}", ((i, i + 1, 3),))),
-        _scale(src + r"attn\.norm\.query_norm", dst + "qkv.query_norm"),
-        _scale(src + r"attn\.norm\.key_norm", dst + "qkv.key_norm"),
-        *_plain(src + r"attn\.proj", dst + "proj"),
-        *_gated(src + r"mlp\.0", dst),
-        *_plain(src + r"mlp\.2", dst + "mlp_out"),
+        *(r for i, n in enumerate("qkv") for r in plain(src + r"attn\.qkv", dst + f"qkv.{n}", ((i, i + 1, 3),))),
+        scale(src + r"attn\.norm\.query_norm", dst + "qkv.query_norm"),
+        scale(src + r"attn\.norm\.key_norm", dst + "qkv.key_norm"),
+        *plain(src + r"attn\.proj", dst + "proj"),
+        *gated(src + r"mlp\.0", dst),
+        *plain(src + r"mlp\.2", dst + "mlp_out"),
     )
 
 
@@ -111,24 +111,24 @@ def transformer_bfl(sizes: tuple[int, int] = PUBLISHED) -> Table:
     single = r"single_blocks\.(\d+)\."
     return Table(
         (
-            *(r for n in ("img_in", "txt_in") for r in _plain(n, n)),
+            *(r for n in ("img_in", "txt_in") for r in plain(n, n)),
             *(
                 r
                 for n in ("time_in", "guidance_in")
                 for part in ("in_layer", "out_layer")
-                for r in _plain(rf"{n}\.{part}", f"{n}.{part}")
+                for r in plain(rf"{n}\.{part}", f"{n}.{part}")
             ),
-            *_plain(r"double_stream_modulation_img\.lin", "img_mod"),
-            *_plain(r"double_stream_modulation_txt\.lin", "txt_mod"),
-            *_plain(r"single_stream_modulation\.lin", "single_mod"),
+            *plain(r"double_stream_modulation_img\.lin", "img_mod"),
+            *plain(r"double_stream_modulation_txt\.lin", "txt_mod"),
+            *plain(r"single_stream_modulation\.lin", "single_mod"),
             *_bfl_stream("img"),
             *_bfl_stream("txt"),
             *_fused(single + "linear1", sizes),
-            *_plain(single + "linear2", _SINGLE_TO + "out"),
-            _scale(single + r"norm\.query_norm", _SINGLE_TO + "qkv.query_norm"),
-            _scale(single + r"norm\.key_norm", _SINGLE_TO + "qkv.key_norm"),
-            *_plain(r"final_layer\.adaLN_modulation\.1", "final_mod"),
-            *_plain(r"final_layer\.linear", "final_out"),
+            *plain(single + "linear2", _SINGLE_TO + "out"),
+            scale(single + r"norm\.query_norm", _SINGLE_TO + "qkv.query_norm"),
+            scale(single + r"norm\.key_norm", _SINGLE_TO + "qkv.key_norm"),
+            *plain(r"final_layer\.adaLN_modulation\.1", "final_mod"),
+            *plain(r"final_layer\.linear", "final_out"),
         )
     )
 
@@ -162,10 +162,10 @@ def decoder(layers: tuple[int, ...], prefix: str, ignored: tuple[str, ...] = ())
             Rule(prefix + r"embed_tokens\.weight", "embed.table"),
             *norm(src + "input_layernorm", dst + "norm1", bias=False),
             *norm(src + "post_attention_layernorm", dst + "norm2", bias=False),
-            *(r for n in "qkvo" for r in _plain(attn + f"{n}_proj", dst + n)),
+            *(r for n in "qkvo" for r in plain(attn + f"{n}_proj", dst + n)),
             *norm(attn + "q_norm", dst + "query_norm", bias=False),
             *norm(attn + "k_norm", dst + "key_norm", bias=False),
-            *(r for n in ("gate", "up", "down") for r in _plain(mlp + f"{n}_proj", dst + n)),
+            *(r for n in ("gate", "up", "down") for r in plain(mlp + f"{n}_proj", dst + n)),
         ),
         ignored=(
             prefix + rf"layers\.(?!(?:{read})\.)\d+\..*",
@@ -261,26 +261,28 @@ def vae_sizes(shapes: Shapes, layers: Mapping[str, int]) -> dict[str, Any]:
 
 
 def transformer_constants(sizes: Mapping[str, Any]) -> dict[str, Any]:
-    return _published(sizes, "attention_head_dim", 128, dict(axes_dims_rope=(32, 32, 32, 32), rope_theta=2000))
+    return published(sizes, "attention_head_dim", 128, dict(axes_dims_rope=(32, 32, 32, 32), rope_theta=2000))
 
 
 def qwen3_constants(sizes: Mapping[str, Any]) -> dict[str, Any]:
-    return _published(sizes, "vocab_size", 151936, dict(rms_norm_eps=1e-6, rope_theta=1_000_000.0))
+    return published(sizes, "vocab_size", 151936, dict(rms_norm_eps=1e-6, rope_theta=1_000_000.0))
 
 
 def mistral_constants(sizes: Mapping[str, Any]) -> dict[str, Any]:
-    return _published(sizes, "vocab_size", 131072, dict(head_dim=128, rms_norm_eps=1e-5, rope_theta=1_000_000_000.0))
+    return published(sizes, "vocab_size", 131072, dict(head_dim=128, rms_norm_eps=1e-5, rope_theta=1_000_000_000.0))
 
 
 def vae_constants(sizes: Mapping[str, Any]) -> dict[str, Any]:
-    return _published(sizes, "latent_channels", 32, dict(norm_num_groups=32, batch_norm_eps=1e-4))
+    return published(sizes, "latent_channels", 32, dict(norm_num_groups=32, batch_norm_eps=1e-4))
 
 
-def _published(sizes: Mapping[str, Any], key: str, expected: int, values: dict[str, Any]) -> dict[str, Any]:
-    """FLUX.2's published values; ValueError when the sizes are not FLUX.2's, so that they would be a guess."""
+def published(
+    sizes: Mapping[str, Any], key: str, expected: int, values: dict[str, Any], model: str = "FLUX.2"
+) -> dict[str, Any]:
+    """A model's published values; ValueError when the sizes are not that model's, so that they would be a guess."""
     if (got := sizes[key]) != expected:
         raise ValueError(
-            f"{key} is {got}, FLUX.2's is {expected}: put the model's config.json beside the file, for "
+            f"{key} is {got}, {model}'s is {expected}: put the model's config.json beside the file, for "
             f"{', '.join(values)}"
         )
     return values

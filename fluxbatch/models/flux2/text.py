@@ -37,6 +37,7 @@ class Chat:
     template: dict[str, Any]  # what the chat template is told
     special: bool  # whether the tokenizer adds its own start and end to what the template wrote
     size: int  # tokens, at most, that stand around the prompt
+    padding_side: str | None = None  # None: the tokenizer's own
 
 
 KLEIN = Chat(klein_messages, {"add_generation_prompt": True, "enable_thinking": False}, True, 40)
@@ -97,8 +98,13 @@ class ChatTokenizer:
         return set()
 
     def _encoded(self, prompts: Sequence[str], **how: Any) -> Any:
+        side = {} if self._chat.padding_side is None else {"padding_side": self._chat.padding_side}
         return self._tokenizer(
-            [self.written(prompt) for prompt in prompts], add_special_tokens=self._chat.special, verbose=False, **how
+            [self.written(prompt) for prompt in prompts],
+            add_special_tokens=self._chat.special,
+            verbose=False,
+            **side,
+            **how,
         )
 
 
@@ -114,6 +120,10 @@ class ChatInput(TextInput):
 
     def shapes(self) -> tuple[tuple[int, ...], ...]:
         return (self.length,), (self.length,)
+
+    def _counts(self, texts: Sequence[str]) -> list[int]:
+        around = 0 if self.tokenizer.here else self.template  # what stands in for a tokenizer counts words
+        return [count + around for count in self.tokenizer.count(texts)]
 
     def doubtful(self, texts: Iterable[str]) -> set[str]:
         texts = set(texts)

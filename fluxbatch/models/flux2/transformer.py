@@ -181,7 +181,7 @@ def sinusoids(x: Array, channels: int) -> Array:
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
-def _there_and_back(t: Array) -> Array:
+def there_and_back(t: Array) -> Array:
     """Times as they come out of diffusers' scheduler, which has 1000 times them: an ulp may be lost."""
     return _apart(TIME_FACTOR * t.astype(jnp.float32)) / TIME_FACTOR
 
@@ -236,19 +236,22 @@ class Flux2(nnx.Module):
     # What the programs call: models/family.py, Denoiser
 
     def step_inputs(self, conditioning: PromptEmbeds, sigmas: Array, guidance: Array, dtype: Any) -> Modulation:
-        """The modulation of noise levels ``[B, S]``."""
-        return self._modulation(sigmas, guidance, dtype)
+        """The modulation of steps from noise levels ``[B, S + 1]``."""
+        return self._modulation(sigmas[:, :-1], guidance, dtype)
 
     def drop_step_layers(self) -> None:
         del self.time_in, self.guidance_in, self.img_mod, self.txt_mod, self.single_mod, self.final_mod
 
-    def embed(self, conditioning: PromptEmbeds, dtype: Any) -> Array:
+    def embed(self, conditioning: PromptEmbeds, positions: Any, dtype: Any) -> Array:
         """``[B, T, D]`` of the prompt."""
         return self._embed_text(conditioning.states, dtype)
 
     def embed_image(self, tokens: Array) -> Array:
         """``[B, L, C]`` → ``[B, L, D]``."""
         return self.residual(self.img_in(tokens))
+
+    def embed_references(self, tokens: Array, positions: Any) -> Array:
+        return self.embed_image(tokens)
 
     def velocity(
         self, img: Array, txt: Array, mod: Modulation, rope: tuple[Array, Array], references: Array | None = None
@@ -292,7 +295,7 @@ class Flux2(nnx.Module):
         self, latents: Array, conditioning: PromptEmbeds, positions: Any, dtype: Any
     ) -> tuple[Array, Array]:  # fmt: skip
         """Image and text ``[B, …, D]``."""
-        return self.embed_image(latents.astype(dtype)), self.embed(conditioning, dtype)
+        return self.embed_image(latents.astype(dtype)), self.embed(conditioning, positions, dtype)
 
     def block(
         self,
@@ -320,7 +323,7 @@ class Flux2(nnx.Module):
 
     def _modulation(self, t: Array, guidance: Array, dtype: Any) -> Modulation:
         """Of times ``[B, S]`` and one guidance for each image."""
-        vec = self.time_in(sinusoids(_there_and_back(t), self.cfg.timestep_guidance_channels).astype(dtype))
+        vec = self.time_in(sinusoids(there_and_back(t), self.cfg.timestep_guidance_channels).astype(dtype))
         if self.guidance_in is not None:
             vec = (
                 vec + self.guidance_in(sinusoids(guidance, self.cfg.timestep_guidance_channels).astype(dtype))[:, None]

@@ -120,7 +120,7 @@ class Canvas(nnx.Module):
     def drop_step_layers(self) -> None:
         del self.layers.time
 
-    def embed(self, conditioning: Any, dtype: Any) -> Array:
+    def embed(self, conditioning: Any, positions: Any, dtype: Any) -> Array:
         return self.whole(self.text_in(conditioning.states.astype(dtype)) * conditioning.mask[..., None].astype(dtype))
 
     def velocity(
@@ -159,6 +159,7 @@ class Canvas(nnx.Module):
         )
 
     def step_vector(self, conditioning: Any, sigmas: Array, guidance: Array, dtype: Any) -> tuple[Array, Array]:
+        sigmas = sigmas[:, :-1]
         features = jnp.stack([sigmas, sigmas**2, jnp.cos(3 * sigmas), jnp.sin(3 * sigmas)], axis=-1)
         vector = self.whole(jax.nn.silu(self.time_in(features.astype(dtype))))
         return vector, vector
@@ -166,7 +167,9 @@ class Canvas(nnx.Module):
     def embed_tokens(
         self, latents: Array, conditioning: Any, positions: Mapping[str, Array], dtype: Any
     ) -> tuple[Array, Array]:
-        return self._placed(self.latents_in(latents.astype(dtype)), positions), self.embed(conditioning, dtype)
+        return self._placed(self.latents_in(latents.astype(dtype)), positions), self.embed(
+            conditioning, positions, dtype
+        )
 
     def block(
         self,

@@ -1,0 +1,203 @@
+"""FLUX.3 through the command line, without torch: the golden as a flow map and as a base with guidance."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import GOLDEN, metadata, psnr
+from flax import nnx
+from test_flux2_run import MESHES, check_mixed_rows, drawn
+
+from fluxbatch.models.flux3 import references, transformer
+from fluxbatch.models.flux3.schedule import Flux3Schedule
+from fluxbatch.types import UserError
+
+WORDS = "max_sequence_length=8192", "hardware=cpu"
+BASE, KLEIN = GOLDEN / "flux3-base", GOLDEN / "flux3-klein"
+
+
+@pytest.fixture
+def model(tmp_path):
+    """The golden checkpoint, a flow map or not: they share all but the transformer."""
+
+    def make(flow_map, name="model"):
+        folder = tmp_path / name
+        folder.mkdir()
+        for part in ("text_encoder", "vae", "tokenizer"):
+            os.symlink(BASE / part, folder / part)
+        for part in ("transformer", "modular_model_index.json"):
+            os.symlink((KLEIN if flow_map else BASE) / part, folder / part)
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def draw(cli, tmp_path):
+    shutil.copy(GOLDEN / "flux3.png", tmp_path)
+    return lambda folder, rows, run, *words: drawn(cli, tmp_path, folder, rows, run, *WORDS, *words)
+
+
+def golden_rows(flow_map):
+    rows = [json.loads(line) for line in (GOLDEN / "flux3.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "negative_prompt" or not flow_map} for row in rows]
+
+
+@pytest.mark.parametrize("name", ["klein", pytest.param("base", marks=pytest.mark.slow)])
+def test_golden(model, draw, tmp_path, name):
+    """Pictures that diffusers drew, of prompts of one, two and three windows and of a reference on its canvas."""
+    expected = np.load(GOLDEN / f"flux3-{name}.npz")
+    rows = golden_rows(name == "klein")
+    rows = [row for row in rows if name == "base" or row["id"] != "g2"]
+    other = rows[0] | {"id": "other", "prompt": "quite another prompt"}
+    drawn = draw(model(name == "klein"), [*rows, other], name, "per_device_batch_size=2")
+    assert all(psnr(drawn[row["id"]], expected[row["id"]]) >= 50 for row in rows)
+    assert psnr(drawn["other"], drawn["g0"]) < 30  # what holds above is not blind to prompts
+    cropped = next(record for record in metadata(tmp_path / name) if record["id"] == "g3")
+    assert json.loads(cropped["crop"]) == [12, 20, 52, 43] and (cropped["height"], cropped["width"]) == (23, 40)
+
+
+def test_goldens_differ():
+    """Nor to the flow map and guidance."""
+    klein, base = (np.load(GOLDEN / f"flux3-{name}.npz") for name in ("klein", "base"))
+    assert all(psnr(klein[name], base[name]) < 30 for name in klein.files)
+
+
+def test_plan_says_the_windows(cli, model, tmp_path):
+    rows = golden_rows(False)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shutil.copy(GOLDEN / "flux3.png", tmp_path)
+    words = f"pretrained_model_name_or_path={model(False)}", f"manifest={tmp_path / 'rows.jsonl'}", *WORDS
+    code, said = cli(*words, f"output_dir={tmp_path}", entry="plan")
+    assert code == 0, said
+    for text in (
+        "32×32, with a negative prompt, 80 text tokens, 3 steps",
+        "32×48, with a negative prompt, 160 text tokens, 4 steps",
+        "32×32, with a negative prompt, 240 and 80 text tokens, 9 steps",
+        "64×64, with a negative prompt, 1 reference, 80 text tokens, 2 steps",
+        "3 × text, 3 × modulation",
+    ):
+        assert text in said
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        (dict(mask_image="flux3.png", image="flux3.png"), "mask_image: expected none: FLUX.3 reads reference pictures"),
+        (dict(negative_prompt="hens"), "negative_prompt: expected none"),
+    ],
+)
+def test_a_row_with_what_it_does_not_read(cli, model, tmp_path, field, message):
+    shutil.copy(GOLDEN / "flux3.png", tmp_path)
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "x"} | field))
+    words = f"pretrained_model_name_or_path={model(True)}", f"manifest={tmp_path / 'rows.jsonl'}", "resolution=32"
+    code, said = cli(*words, f"output_dir={tmp_path}", entry="plan")
+    assert code == 2 and f"rows.jsonl:1: {message}" in said
+
+
+def test_schedule():
+    """Steps of 3 as diffusers prints them; settings that would be for nothing are refused."""
+    schedule = Flux3Schedule.of({"shift": 6.93})
+    assert np.allclose(schedule.sigmas(3, 4), [1, 0.9327, 0.7760, 0], atol=5e-5)
+    assert np.array_equal(schedule.sigmas(3, 4), schedule.sigmas(3, 4096))
+    with pytest.raises(UserError, match="sampler.max_shift=1.15: expected null"):
+        Flux3Schedule.of({}, max_shift=1.15)
+    with pytest.raises(UserError, match="use_dynamic_shifting is true"):
+        Flux3Schedule.of({"use_dynamic_shifting": True})
+
+
+@pytest.mark.parametrize(
+    ("size", "kept", "canvas"),
+    [
+        ((40, 23), (40, 23), (64, 64)),
+        ((70, 100), (70, 100), (80, 112)),
+        ((2048, 2048), (2048, 2048), (2048, 2048)),
+        ((2049, 2048), (2048, 2048), (2048, 2048)),
+        ((9000, 30), (4096, 14), (4096, 64)),
+    ],
+)
+def test_canvas(size, kept, canvas):
+    assert references.whole(size, 16) == (kept, canvas)
+    left, top, right, bottom = references.box(size, 16)
+    assert (right - left, bottom - top) == kept and 0 <= left <= right <= canvas[0] and 0 <= top <= bottom <= canvas[1]
+
+
+TINY = transformer.Flux3Config(
+    in_channels=8, cond_in_channels=8, num_layers=2, num_single_layers=2, num_attention_heads=2, attention_head_dim=8,
+    joint_attention_dim=24, timestep_channels=32, mlp_ratio=3.0, axes_dims_rope=(2, 2, 2, 2), rope_theta=10_000,
+    flow_map=False,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("flow_map", [True, False])
+def test_what_rests_is_computed_once(flow_map):
+    """Text and references of a base pass their early blocks once for all steps, with the same result."""
+    graph, state = nnx.split(transformer.Flux3(dataclasses.replace(TINY, flow_map=flow_map), rngs=nnx.Rngs(0)))
+    rng = np.random.default_rng(0)
+    txt, img, refs = (jnp.float32(rng.normal(size=(2, n, c))) for n, c in ((5, 24), (6, 8), (4, 8)))
+    positions, text = transformer.rope_tables(TINY, 5, 2, 3, [(2, 2)]), transformer.PromptEmbeds(txt)
+    given = text, jnp.float32([[1, 0.6, 0.2]] * 2), jnp.ones(2), jnp.float32
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def at_once(state, i):
+        steps = nnx.merge(graph, state).step_inputs(*given)
+        assert (steps.text is None) == (steps.references is None) == (not flow_map)
+        flux = nnx.merge(graph, state)
+        flux.drop_step_layers()
+        embedded = flux.embed(text, positions, jnp.float32), flux.embed_references(refs, positions)
+        at = jax.tree.map(lambda x: x[:, i], steps)
+        return flux.velocity(img, embedded[0], at, positions, embedded[1])
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def in_parts(state, i):
+        flux = nnx.merge(graph, state)
+        shared = jax.tree.map(lambda x: x[:, i], flux.step_vector(*given)[1])
+        x = flux.embed_tokens(jnp.concatenate([img, refs], 1), text, positions, jnp.float32)
+        for name, count in flux.stream().blocks:
+            blocks, own = nnx.split(getattr(flux, name))
+            for k in range(count):
+                layer = nnx.merge(blocks, jax.tree.map(lambda leaf, k=k: leaf[k], own))
+                x = flux.block(layer, x, (), shared, positions)
+        return flux.finish(x, shared)
+
+    for i in range(2):
+        found = at_once(state, i)
+        assert np.allclose(found, in_parts(state, i), atol=1e-5) and np.abs(found).max() > 0.1
+
+
+# ---- slow
+
+
+def mixed():
+    """23 rows: two sizes, steps of 1 to 4, guidance at 1 and beside it, prompts of one and two windows."""
+    long = "with many words about all that is to be seen in it, near and far"
+    return [
+        dict(
+            id=f"r{i}",
+            prompt=f"picture {i % 17}" + (long if i % 5 == 0 else ""),
+            seed=i,
+            height=(32, 32, 16)[i % 3],
+            width=(32, 32, 48)[i % 3],
+            num_inference_steps=1 + i % 4,
+            guidance_scale=(1.0, 2.5)[i % 2],
+        )
+        for i in range(23)
+    ]
+
+
+@pytest.mark.slow
+def test_mixed_rows(model, draw):
+    check_mixed_rows(draw, model(False), MESHES, rows=mixed())
+
+
+@pytest.mark.slow
+def test_mixed_rows_of_a_flow_map(model, draw):
+    check_mixed_rows(draw, model(True), ["ddp 8", "fsdp 2", "tensor 2"], rows=mixed())
