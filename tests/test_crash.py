@@ -5,6 +5,7 @@ uninterrupted run made, and no more than a batch made twice for each kill.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -212,38 +213,62 @@ def test_sigkill_at_random_instants_with_shards(place, container):
     assert landed >= KILLS // 4, "most runs had ended before they were killed"
 
 
-@pytest.mark.parametrize("container", ["webdataset", *(["parquet"] if KILLS > 4 else [])])
-def test_sigkill_on_cloud_storage_with_shards(place, container, tmp_path):
-    """In a bucket that fails one request in ten."""
-    gcs_faults = pytest.importorskip("gcs_faults")
-    rows = (place / "rows.jsonl").read_text().splitlines()[:40]
+# What the shards lie in, their format, the share of requests that fail, and replicas, of which one is killed for good
+PLACES = [
+    ("gs", "webdataset", 0.1, 1), ("s3", "parquet", 0.1, 1), ("s3", "webdataset", 0.0, 2),
+    *([(scheme, container, rate, replicas) for scheme in ("file", "gs", "s3") for container in ("webdataset", "parquet")
+       for rate in (0.0, 0.1) for replicas in (1, 3) if scheme != "file" or not rate] if KILLS > 4 else []),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("scheme", "container", "rate", "replicas"), PLACES)
+def test_sigkill_with_shards_anywhere(place, scheme, container, rate, replicas, tmp_path):
+    """On disks and in buckets, some of which fail: no torn shard is ever there, and in the end every row in one."""
+    rng = random.Random(f"{scheme}{container}{rate}{replicas}{KILLS}")
+    rows = (place / "rows.jsonl").read_text().splitlines()[:64]
     (place / "fewer.jsonl").write_text("\n".join(rows) + "\n")
     ids = {json.loads(row)["id"] for row in rows}
     whole = {r["id"]: r["sha256"] for r in metadata(place / "whole") if r["id"] in ids}
-    options = {"output_dir": "gs://bucket/out", "manifest": place / "fewer.jsonl", "output": container}
-
-    def there():
-        return [name for name in store.list() if name.startswith("shard-")]
+    out = f"{tmp_path}/out" if scheme == "file" else f"{scheme}://bucket/out"
+    options = {"output_dir": out, "manifest": place / "fewer.jsonl", "output": container}
+    options |= {"rows_per_shard": 8, "shard_size": 8} | ({"replica_count": replicas} if replicas > 1 else {})
+    (tmp_path / "read").mkdir()
+    read, landed = set(), 0
 
     def found():
-        for name in there():
-            (tmp_path / name).write_bytes(store.read(name))
-        inside = shard_rows(tmp_path)
+        """(id, sha256) of all in shards: one that was there never changes."""
+        for name in [name for name in store.list() if name.startswith("shard-") and name not in read]:
+            (tmp_path / "read" / name).write_bytes(store.read(name))
+            read.add(name)
+        inside = shard_rows(tmp_path / "read")
         assert len(inside) == len(dict(inside)) and dict(inside).items() <= whole.items()
         return dict(inside)
 
-    with gcs_faults.serve(rate=0.1):
-        store = open_store("gs://bucket/out/run")
-        for n in range(max(1, KILLS // 4)):
-            process = start(place, "run", rows_per_shard=8, **options)
-            wait_until(process, lambda: len(there()) > n % 4)  # noqa: B023
-            process.kill()
-            process.wait()
+    server = {"file": None, "gs": "gcs_faults", "s3": "s3_faults"}[scheme]
+    with pytest.importorskip(server).serve(rate=rate) if server else contextlib.nullcontext():
+        store = open_store(f"{out}/run")
+        for _ in range(max(1, KILLS // 10)):
+            more = [{"replica_index": n, "replica_expiry": 6} for n in range(replicas)] if replicas > 1 else [{}]
+            started = [start(place, "run", **options, **each) for each in more]
+            victim, begun = rng.choice(started), len(list(store.list(".fluxbatch/records/")))
+            if rng.random() < 0.8:
+                wait_until(victim, lambda: len(list(store.list(".fluxbatch/records/"))) != begun)  # noqa: B023
+            else:
+                time.sleep(8 * rng.random())
+            time.sleep(rng.random())
+            victim.kill()
+            landed += victim.wait() == -signal.SIGKILL
             found()
-        assert start(place, "run", rows_per_shard=8, **options).wait() == 0
-        assert found() == whole
-        assert {json.loads(line)["id"] for line in store.read("metadata.jsonl").splitlines()} == ids
-        assert not list(store.list(".fluxbatch/spool/"))
+            codes = [each.wait(timeout=200) for each in started if each is not victim]
+            assert codes == [0] * (replicas - 1)
+            if codes:
+                break  # they have done all
+        assert start(place, "run", **options, **({"replica_index": 0} if replicas > 1 else {})).wait() == 0
+        assert found() == whole and read == {name for name in store.list() if name.startswith("shard-")}
+        records = [json.loads(line) for line in store.read("metadata.jsonl").splitlines()]
+        assert {r["id"]: r["sha256"] for r in records} == whole and {r["shard"] for r in records} == read
+        assert not [name for name in store.list(".fluxbatch/spool/") if not name.endswith(".tmp")]
+        print(f"{landed} killed at work")
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.1], ids=["a bucket", "a bucket that fails one request in ten"])

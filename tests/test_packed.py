@@ -27,7 +27,7 @@ from fluxbatch.results.card import write_card
 from fluxbatch.results.image_files import EXTENSIONS, decode, pixel_sha256
 from fluxbatch.results.ledger import Ledger, read_records
 from fluxbatch.results.packed import open_images
-from fluxbatch.results.shard_files import require_package
+from fluxbatch.results.shard_files import Item, require_package
 from fluxbatch.results.writer import Writer
 from fluxbatch.storage.registry import open_store
 from fluxbatch.types import UserError
@@ -265,6 +265,20 @@ def test_writers_side_by_side(container):
     assert len(shards(store)) == 12
     packer.finish(ledgers[0].images, ledgers[0].records, one.output)
     ledgers[0].merge()
+    check(store, rows)
+
+
+def test_a_row_in_two_shards_is_in_one_when_the_run_has_ended(container):
+    """A replica that was taken for lost lived on, and packed what another one had made again meanwhile."""
+    rows = [plain.row(k) for k in range(9)]
+    store = MemoryStore()
+    start(store, rows, job(container), batches=2, finish=False)  # rows 0 to 3, of which 0 to 2 are in a shard
+    images = open_images(store, container)
+    records = {record["id"]: record for record in read_records(store)}
+    items = [Item(records[id], images.read(records[id]["file_name"])) for id in ("1", "2", "3")]
+    images.pack(items)
+    assert len(list(contents(store))) == 6
+    start(store, rows, job(container))
     check(store, rows)
 
 

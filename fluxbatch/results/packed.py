@@ -37,6 +37,7 @@ class Packed:
         self._kinds: Mapping[str, str] = {}
         self._lock = threading.Lock()
         self._places: dict[str, tuple[str, Place]] | None = None  # file name → shard and place, as of the last look
+        self._again: set[str] = set()  # shards with an image that an earlier one has as well, likewise
 
     # ---- one by one
 
@@ -71,8 +72,12 @@ class Packed:
     def release(self, names: Iterable[str]) -> None:
         """Back into the spool with all that their shards hold; then these shards are deleted."""
         there = self._look()
-        for shard in sorted({there[name][0] for name in names if name in there}):
-            inside = {name: place for name, (where, place) in there.items() if where == shard}
+        self._dissolve({there[name][0] for name in names if name in there})
+
+    def _dissolve(self, shards: Set[str]) -> None:
+        """Back into the spool with what only these shards hold; then they are deleted."""
+        for shard in sorted(shards):
+            inside = {name: place for name, (where, place) in self._shards().items() if where == shard}
             in_parallel(lambda item: self._unpack(shard, *item), inside.items())  # noqa: B023
             self._store.delete(shard)
             self._store.delete(_index_of(shard))
@@ -130,7 +135,10 @@ class Packed:
                 self._places |= {name: (shard, place) for name, place in zip(names, places, strict=True)}
 
     def recover(self) -> None:
-        there = self._look()
+        self._look()
+        if self._again:  # a replica that was taken for lost lived on
+            self._dissolve(self._again)
+        there = self._shards()
         shards = {_index_of(shard) for shard, _ in there.values()}
         in_parallel(self._store.delete, [name for name in self._store.list(INDEX) if name not in shards])
         self.delete([name for name in self.spooled() if name in there])
@@ -145,11 +153,13 @@ class Packed:
         shards = [name.removeprefix(INDEX).removesuffix(".json") + self._format.extension for name in names]
         gone = self._store.missing(set(shards)) if shards else set()
         places: dict[str, tuple[str, Place]] = {}
+        again: set[str] = set()
         for shard, data in zip(shards, in_parallel(self._read_index, names), strict=True):
-            if shard not in gone:
-                places |= {name: (shard, (place[0], place[1])) for name, place in data.items()}
+            for name, place in data.items() if shard not in gone else ():
+                if places.setdefault(name, (shard, (place[0], place[1])))[0] != shard:
+                    again.add(shard)
         with self._lock:
-            self._places = places
+            self._places, self._again = places, again
         return places
 
     def _read_index(self, name: str) -> dict[str, Any]:
