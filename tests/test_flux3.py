@@ -6,15 +6,18 @@ import dataclasses
 import functools
 import json
 import os
+import re
 import shutil
 
 import jax
 import jax.numpy as jnp
+import lora_files as files
 import numpy as np
 import pytest
 from conftest import GOLDEN, metadata, psnr
 from flax import nnx
-from test_flux2_run import MESHES, check_mixed_rows, drawn
+from safetensors.numpy import load_file
+from test_flux2_run import WEIGHTS, change, check_mixed_rows, drawn, modules
 
 from fluxbatch.models.flux3 import references, transformer
 from fluxbatch.models.flux3.schedule import Flux3Schedule
@@ -173,31 +176,129 @@ def test_what_rests_is_computed_once(flow_map):
         assert np.allclose(found, in_parts(state, i), atol=1e-5) and np.abs(found).max() > 0.1
 
 
-# ---- slow
+@pytest.mark.slow
+def test_converted_streamed_resumed_and_replayed(cli, model, draw, tmp_path):
+    folder, rows = model(False), golden_rows(False)[1::2]
+    draw(folder, rows[:1], "run")
+    expected = draw(folder, rows, "run")  # the first is there
+    code, err = cli(f"pretrained_model_name_or_path={folder}", f"to={tmp_path / 'copy'}", entry="convert")
+    assert code == 0, err
+    copied, streamed = draw(tmp_path / "copy", rows, "copied"), draw(folder, rows, "streamed", "stream_blocks=true")
+    for row in rows:
+        assert np.array_equal(copied[row["id"]], expected[row["id"]])
+        assert np.abs(streamed[row["id"]].astype(int) - expected[row["id"]]).max() <= 1
+    for key in ("g1", "g3"):
+        code, err = cli(f"id={key}", f"output_dir={tmp_path}", "run_name=run", entry="replay")
+        assert code == 0, err
+    code, err = cli(f"output_dir={tmp_path}", "run_name=run", entry="verify")
+    assert code == 0, err
+    assert len({record["model_digest"] for run in ("run", "copied") for record in metadata(tmp_path / run)}) == 1
+
+
+# ---- Black Forest Labs' names, and adapters
+
+TO_BFL = [
+    (r"^timestep_embedder\.linear_1", "time_in.in_layer"), (r"^timestep_embedder\.linear_2", "time_in.out_layer"),
+    (r"^target_timestep_embedder\.linear_1", "ref_time_in.in_layer"),
+    (r"^target_timestep_embedder\.linear_2", "ref_time_in.out_layer"),
+    (r"^x_embedders\.", "emb_in."), (r"^context_embedder\.", "txt_in."), (r"^mode_blocks\.", "content_mode_blocks."),
+    (r"^single_transformer_blocks\.", "single_blocks."), (r"^proj_out", "final_layer.image.linear"),
+    (r"^norm_out\.linear", "final_layer.image.adaLN_modulation.1"),
+    (r"(stream_modulations\.\w+)\.linear", r"\1.lin"), (r"attn\.to_([qkv])\.", r"\1_proj."),
+    (r"attn\.to_out\.0", "attn_out"), (r"attn\.norm_q\.weight", "norm.query_norm.scale"),
+    (r"attn\.norm_k\.weight", "norm.key_norm.scale"), (r"ff\.linear_in", "mlp_in"), (r"ff\.linear_out", "mlp_out"),
+]  # fmt: skip
+
+
+def bfl_names(found):
+    """Tensors by the names of Black Forest Labs' files, of diffusers'."""
+
+    def renamed(name):
+        for pattern, new in TO_BFL:
+            name = re.sub(pattern, new, name)
+        return name
+
+    return {renamed(name): value for name, value in found.items()}
+
+
+def swapped(found, name):
+    """With shift before scale in the final modulation, or the other way round."""
+    return found | {name: np.concatenate(np.split(found[name], 2)[::-1])}
+
+
+@pytest.mark.slow
+def test_single_file(model, draw):
+    """Black Forest Labs' file, the rest in folders beside it."""
+    folder, row = model(True), golden_rows(True)[:1]
+    found = swapped(bfl_names(load_file(KLEIN / WEIGHTS)), "final_layer.image.adaLN_modulation.1.weight")
+    found["repa_projectors.0.weight"] = np.zeros((2, 2), np.float32)
+    file = folder / "flux-3-image-klein.safetensors"
+    files.save(file, {f"model.diffusion_model.{name}": x for name, x in found.items()})
+    assert np.array_equal(draw(file, row, "file")["g0"], draw(folder, row, "folder")["g0"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("naming", ["diffusers", "BFL"])
+def test_adapters(model, draw, tmp_path, naming):
+    """All linear layers changed: merged, and beside the weights, as a checkpoint that was changed by the formula."""
+    own, row, final = load_file(KLEIN / WEIGHTS), golden_rows(True)[0], "final_layer.image.adaLN_modulation.1"
+    named = own if naming == "diffusers" else swapped(bfl_names(own), f"{final}.weight")
+    prefix = "transformer." if naming == "diffusers" else "diffusion_model."
+    shapes = {prefix + module: shape for module, shape in modules(named).items()}
+    adapter = files.Maker(3, size=0.2, ranks=(2, 4), alphas=(1.0, 2.0)).peft(shapes)
+    files.save(tmp_path / "a.safetensors", adapter)
+    changed = {
+        name: x + 0.7 * change(adapter, prefix + name.removesuffix(".weight")).astype(np.float32) if x.ndim == 2 else x
+        for name, x in named.items()
+    }
+    folder, other = model(True), model(True, "changed")
+    if naming == "diffusers":
+        os.unlink(other / "transformer")
+        (other / "transformer").mkdir()
+        shutil.copy(KLEIN / "transformer/config.json", other / "transformer")
+        files.save(other / WEIGHTS, changed)
+    else:
+        files.save(other := other / "flux-3.safetensors", changed)
+    plain, expected = draw(folder, [row], "plain")["g0"], draw(other, [row], "changed")["g0"]
+    assert psnr(plain, expected) < 30
+    words = [
+        f"lora_config.{key}=[{value}]"
+        for key, value in {
+            "lora_model_name_or_path": tmp_path / "a.safetensors",
+            "weight_name": "null",
+            "adapter_name": "a",
+            "scale": 1.0,
+            "from_pt": "true",
+        }.items()
+    ]
+    merged = draw(folder, [row | {"lora": {"a": 0.7}}], "merged", *words)
+    rows = [row | {"lora": {"a": 0.7}}, row | {"id": "none", "lora": {}}]
+    beside = draw(folder, rows, "beside", "per_device_batch_size=2", *words)
+    assert psnr(merged["g0"], expected) >= 60 and psnr(beside["g0"], expected) >= 60
+    assert psnr(beside["none"], plain) >= 60
+
+
+# ---- mixed rows
 
 
 def mixed():
-    """23 rows: two sizes, steps of 1 to 4, guidance at 1 and beside it, prompts of one and two windows."""
+    """23 rows: two sizes, steps of 1 to 4, several strengths of guidance, prompts of one and of two windows."""
     long = "with many words about all that is to be seen in it, near and far"
     return [
         dict(
             id=f"r{i}",
-            prompt=f"picture {i % 17}" + (long if i % 5 == 0 else ""),
+            prompt=f"picture {i % 17}" + (long if i % 3 == 0 else ""),
             seed=i,
             height=(32, 32, 16)[i % 3],
             width=(32, 32, 48)[i % 3],
             num_inference_steps=1 + i % 4,
-            guidance_scale=(1.0, 2.5)[i % 2],
+            guidance_scale=(0.5, 2.5, 4.0)[i % 3],
         )
         for i in range(23)
     ]
 
 
 @pytest.mark.slow
-def test_mixed_rows(model, draw):
-    check_mixed_rows(draw, model(False), MESHES, rows=mixed())
-
-
-@pytest.mark.slow
-def test_mixed_rows_of_a_flow_map(model, draw):
-    check_mixed_rows(draw, model(True), ["ddp 8", "fsdp 2", "tensor 2"], rows=mixed())
+@pytest.mark.parametrize(("flow_map", "meshes"), [(False, ["ddp 8", "tensor 2"]), (True, ["fsdp 2"])])
+def test_mixed_rows(model, draw, flow_map, meshes):
+    check_mixed_rows(draw, model(flow_map), meshes, rows=mixed())
