@@ -2,49 +2,57 @@
 
 import datetime
 import json
+import time
 
 import plain
 import pytest
+import s3_faults
+from test_crash import start
 from test_ledger import FACTS, record
+from test_storage import gcs, s3, store  # noqa: F401 (fixtures)
 
 from fluxbatch import status
-from fluxbatch.results.ledger import Ledger, write_status
+from fluxbatch.results.ledger import Ledger, read_records, write_status
 from fluxbatch.results.location import CONFIG, REPLICAS
 from fluxbatch.results.watch import Watch
 from fluxbatch.storage.local import LocalStore
+from fluxbatch.storage.registry import open_store
 from fluxbatch.types import Reject
 
 ROWS = [plain.row(i) for i in range(40)]
 
 
-@pytest.fixture
-def run(tmp_path):
+class Run:
     """A run of 40 rows in three replicas: ``run.sign(replica, seconds ago, made, rejected, ...)``."""
 
-    class Run:
-        store = LocalStore(str(tmp_path / "out" / "run"))
+    def __init__(self, store):  # noqa: F811
+        self.store = store
+        Ledger(store, FACTS, writer_id="first")
+        store.write(CONFIG, b"replica_expiry: 60.0\n")
+        write_status(store, None, "running", {"before": 0, "left": 40})
 
-        def sign(self, replica, ago, made, rejected=0, **more):
-            time = (datetime.datetime.now(datetime.UTC) - datetime.timedelta(seconds=ago)).isoformat()
-            counts = {"made": made, "before": 0, "rejected": rejected}
-            sign = {"replica": replica, "start": f"s{replica}", "beat": 3, "counts": counts, **more, "time": time}
-            self.store.write(f"{REPLICAS}{replica}.json", json.dumps(sign).encode())
+    def sign(self, replica, ago, made, rejected=0, **more):
+        time = (datetime.datetime.now(datetime.UTC) - datetime.timedelta(seconds=ago)).isoformat()
+        counts = {"made": made, "before": 0, "rejected": rejected}
+        sign = {"replica": replica, "start": f"s{replica}", "beat": 3, "counts": counts, **more, "time": time}
+        self.store.write(f"{REPLICAS}{replica}.json", json.dumps(sign).encode())
 
-        def commit(self, replica, first, last):
-            ledger = Ledger(self.store, FACTS, writer_id=f"s{replica}-{first}")
-            ledger.remaining(ROWS)
-            for i in range(first, last):  # an object each, as batches are
-                ledger.commit([record(ledger, ROWS[i], f"flux_{i}.png")])
-            return ledger
-
-    run = Run()
-    Ledger(run.store, FACTS, writer_id="first")
-    run.store.write(CONFIG, b"replica_expiry: 60.0\n")
-    write_status(run.store, None, "running", {"before": 0, "left": 40})
-    return run
+    def commit(self, replica, first, last):
+        ledger = Ledger(self.store, FACTS, writer_id=f"s{replica}-{first}")
+        ledger.remaining(ROWS)
+        for i in range(first, last):  # an object each, as batches are
+            ledger.commit([record(ledger, ROWS[i], f"flux_{i}.png")])
+        return ledger
 
 
-def test_a_lost_replica_is_named_and_its_last_records_count(run, cli, tmp_path):
+@pytest.fixture
+def run(tmp_path):
+    return Run(LocalStore(str(tmp_path / "out" / "run")))
+
+
+def test_a_lost_replica_is_named_and_its_last_records_count(store, cli):  # noqa: F811
+    """On disks, GCS and S3."""
+    run = Run(store)
     run.commit(0, 0, 10)
     run.commit(1, 10, 18)
     ledger = run.commit(2, 20, 25)
@@ -52,7 +60,7 @@ def test_a_lost_replica_is_named_and_its_last_records_count(run, cli, tmp_path):
     run.sign(0, 5, 10, speed={"images_per_second": 1.5})
     run.sign(1, 61, 4, speed={"images_per_second": 2.0})  # it recorded four more, and was killed
     run.sign(2, 3, 5, rejected=1, speed={"images_per_second": 0.5})
-    code, out = cli(f"output_dir={tmp_path}/out", "run_name=run", entry="status")
+    code, out = cli(f"output_dir={store.url.removesuffix('/run')}", "run_name=run", entry="status")
     head, counts, _, *replicas, error = out.splitlines()
     assert code == 0 and head == f"{run.store.url}: running"
     assert counts == "  23 of 40 rows done (57.5%), 1 rejected, 2 images/s, 0:00:08 to go"
@@ -109,3 +117,38 @@ def test_a_run_by_itself_before_and_after_its_end(run, tmp_path, cli, monkeypatc
 def test_a_place_without_a_run_is_a_mistake(cli, tmp_path):
     code, err = cli(f"output_dir={tmp_path}/out", "run_name=no", entry="status")
     assert code == 2 and f"{tmp_path}/out/no: no run in it" in err
+
+
+@pytest.mark.slow
+def test_three_replicas_at_work_of_which_one_is_killed(tmp_path, cli):
+    """Processes that work in a bucket: the killed one is named while the others go on, and every record counts."""
+    rows = [{"id": f"r{i}", "prompt": f"prompt {i % 9}", "seed": i, "num_inference_steps": 4} for i in range(4000)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with s3_faults.serve():
+        replicas = {"output_dir": "s3://bucket/out", "replica_count": 3, "replica_expiry": 3, "shard_size": 32}
+        started = [start(tmp_path, "run", batch=4, replica_index=n, **replicas) for n in range(3)]
+        try:
+            there = open_store("s3://bucket/out/run")
+            end = time.monotonic() + 120
+
+            def wait(condition):
+                while not condition():
+                    assert time.monotonic() < end and all(each.poll() is None for each in started[::2])
+                    time.sleep(0.2)
+
+            wait(lambda: len(list(there.list(REPLICAS))) == 3)
+            watch = Watch(there)
+            wait(lambda: all(each.counts["made"] for each in watch.look().replicas))
+            started[1].kill()
+            wait(lambda: "lost" in [each.state for each in watch.look().replicas])
+            before = sum(1 for _ in read_records(there))
+            view = Watch(there).look()
+            assert before <= view.done <= sum(1 for _ in read_records(there)) < 4000 == view.rows
+            assert [each.state for each in view.replicas] == ["running", "lost", "running"]
+            _, out = cli("output_dir=s3://bucket/out", "run_name=run", entry="status")
+            assert [line.split()[:2] for line in out.splitlines() if line.split()[1:2] == ["lost"]] == [["1", "lost"]]
+        finally:
+            for each in started:
+                each.kill()
+                each.wait()
+        assert Watch(there).look().done == sum(1 for _ in read_records(there))
