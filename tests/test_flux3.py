@@ -18,6 +18,7 @@ from conftest import GOLDEN, metadata, psnr
 from flax import nnx
 from safetensors.numpy import load_file
 from test_flux2_run import WEIGHTS, change, check_mixed_rows, drawn, modules
+from test_published import cache, planned  # noqa: F401
 
 from fluxbatch.models.flux3 import references, transformer
 from fluxbatch.models.flux3.schedule import Flux3Schedule
@@ -34,8 +35,9 @@ def model(tmp_path):
     def make(flow_map, name="model"):
         folder = tmp_path / name
         folder.mkdir()
-        for part in ("text_encoder", "vae", "tokenizer"):
+        for part in ("text_encoder", "vae"):
             os.symlink(BASE / part, folder / part)
+        os.symlink(BASE / "tokenizer", folder / ("processor" if flow_map else "tokenizer"))
         for part in ("transformer", "modular_model_index.json"):
             os.symlink((KLEIN if flow_map else BASE) / part, folder / part)
         return folder
@@ -89,6 +91,13 @@ def test_plan_says_the_windows(cli, model, tmp_path):
         "3 × text, 3 × modulation",
     ):
         assert text in said
+
+
+def test_a_plan_without_the_checkpoint(planned, cache):  # noqa: F811
+    text = planned("model=flux3-klein-base", "target=h100", "negative_prompt=" + "hens " * 60)
+    assert "transformer 5.54 G, text_encoder 3.62 G, vae 49.6 M" in text
+    assert "80 and 160 text tokens, 50 steps" in text and "how long prompts are is guessed" in text
+    assert cache.asked == ["Qwen/Qwen3-VL-4B-Instruct"]  # for the tokenizer, which is small
 
 
 @pytest.mark.parametrize(
@@ -179,13 +188,19 @@ def test_what_rests_is_computed_once(flow_map):
 @pytest.mark.slow
 def test_converted_streamed_resumed_and_replayed(cli, model, draw, tmp_path):
     folder, rows = model(False), golden_rows(False)[1::2]
-    draw(folder, rows[:1], "run")
-    expected = draw(folder, rows, "run")  # the first is there
+    texts = f"text_cache_dir={tmp_path / 'texts'}"
+    draw(folder, rows[:1], "run", texts)
+    expected = draw(folder, rows, "run", texts)  # the first is there
+    again = draw(folder, rows, "again", texts)
+    status = json.loads((tmp_path / "again/status.json").read_text())
+    weights = [file for part in ("transformer", "vae") for file in (folder / part).resolve().glob("*.safetensors")]
+    assert status["load"]["bytes"] < sum(file.stat().st_size for file in weights) + 1  # no text encoder
     code, err = cli(f"pretrained_model_name_or_path={folder}", f"to={tmp_path / 'copy'}", entry="convert")
     assert code == 0, err
     copied, streamed = draw(tmp_path / "copy", rows, "copied"), draw(folder, rows, "streamed", "stream_blocks=true")
     for row in rows:
         assert np.array_equal(copied[row["id"]], expected[row["id"]])
+        assert np.array_equal(again[row["id"]], expected[row["id"]])
         assert np.abs(streamed[row["id"]].astype(int) - expected[row["id"]]).max() <= 1
     for key in ("g1", "g3"):
         code, err = cli(f"id={key}", f"output_dir={tmp_path}", "run_name=run", entry="replay")

@@ -67,6 +67,7 @@ class TokenizerFiles:
     vocabulary: int  # of the published encoder,
     repo: str | None  # whose tokenizer this public repository has; None: no public one is known to be the same
     open: Callable[[str], Tokenizer] | None = None  # of its folder; None: as those that read plain text are opened
+    folders: tuple[str, ...] = ()  # of a checkpoint, which may have it besides the one of its name
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -182,6 +182,8 @@ def truncated(inputs: Sequence[TextInput], rows: Sequence[Row]) -> Iterator[tupl
             count = sum(each.text(row) in doubtful for row in rows)
             others = f"{count:,} more" if hit else f"{count:,}"
             said.append(f"whether {others} rows are cut cannot be told, as its tokenizer is not here")
+        if each.multiple and not each.tokenizer.here:
+            said.append("how long prompts are is guessed from their words, as its tokenizer is not here")
         yield f"{each.name} reads {each.length} tokens", "; ".join(said) or None
 
 

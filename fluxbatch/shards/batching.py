@@ -77,7 +77,7 @@ def assign_units(costs: Sequence[float], count: int) -> list[list[int]]:
 
 def cost(row: Row) -> float:
     """About how long a row takes a device, in TFLOP of a 12B transformer: what tells rows apart, not a time."""
-    image, text = row.height * row.width / 256, 512  # tokens
+    image, text = row.height * row.width / 256, row.mode.text_tokens or 512  # tokens
     tokens = image + text
     step = 0.0129 * tokens + 7e-7 * tokens**2  # linear layers, attention
     passes = 2 if row.mode.negative else 1

@@ -170,7 +170,8 @@ def open_checkpoint(model: Model) -> Checkpoint:
     for name, published in family.tokenizers.items():
         known = published.repo if components[published.component].config.vocab_size == published.vocabulary else None
         home = opened[published.component][1]  # a model directory of its own has its tokenizer beside the weights
-        tokenizers[name] = find_tokenizer([*([home / name, home] if home else []), root / name], known)
+        homes = [*([home / name, home] if home else []), *(root / folder for folder in (*published.folders, name))]
+        tokenizers[name] = find_tokenizer(homes, known)
     # modular pipelines have theirs in code
     if (file or index_file == INDEXES[1]) and not root.exists("scheduler/scheduler_config.json"):
         scheduler = whole_family.published_scheduler()

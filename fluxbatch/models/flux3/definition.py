@@ -69,6 +69,7 @@ class Klein(Flux2Family):
             151936,
             "Qwen/Qwen3-VL-4B-Instruct",
             functools.partial(text.ChatTokenizer, chat=qwen3vl.CHAT),
+            folders=("processor",),
         )
     }
 
