@@ -139,18 +139,29 @@ def test_what_it_does_not_know_is_one_line(target, words):
     assert done.returncode and words in done.stderr and "Traceback" not in done.stderr
 
 
+def on_a_tpu(*words):
+    """What static.py prints of a slice: all of it, ms a step, GiB of arguments, GiB of temporaries."""
+    pytest.importorskip("libtpu", reason="needs .[tpu]")
+    done = subprocess.run([sys.executable, SCRIPT, *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = re.search(r": (\d+) ms a step .*?, ([\d.]+) GiB of arguments, ([\d.]+) GiB temp", done.stdout)
+    return done.stdout, *map(float, found.groups())
+
+
 @pytest.mark.slow
 def test_a_tpu_that_is_not_here():
     """FLUX.1 divided over four chips of 31 GiB: its weights are never waited for with nothing to compute, and little
     besides is held."""
-    pytest.importorskip("libtpu", reason="needs .[tpu]")
-    done = subprocess.run([sys.executable, SCRIPT, "v6e-4", "--sharding", "fsdp"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "all-gather, asynchronous: 16.0" in done.stdout and "all-gather, synchronous" not in done.stdout
-    milliseconds, arguments, temporary = map(
-        float, re.search(r": (\d+) ms a step .*?, ([\d.]+) GiB of arguments, ([\d.]+) GiB temp", done.stdout).groups()
-    )
+    said, milliseconds, arguments, temporary = on_a_tpu("v6e-4", "--sharding", "fsdp")
+    assert "all-gather, asynchronous: 16.0" in said and "all-gather, synchronous" not in said
     assert milliseconds < 230 and arguments < 4.1 and temporary < 0.6
+
+
+@pytest.mark.slow
+def test_a_model_that_one_small_tpu_holds():
+    """FLUX.2-klein-4B on one chip of 15.75 GiB, where a step reaches two thirds of the peak."""
+    _, milliseconds, arguments, temporary = on_a_tpu("v5e-1", "--model", "flux2-klein-4b")
+    assert milliseconds < 265 and arguments < 7 and temporary < 0.3
 
 
 @pytest.mark.slow
