@@ -9,11 +9,12 @@ from conftest import filled
 from flax import nnx
 
 from fluxbatch.models.autoencoder import Decoder, VaeConfig
+from fluxbatch.models.convolutions import Conv, GroupNorm
 from fluxbatch.models.dit import led, rotate, rotated_by_halves, rotated_by_product
 from fluxbatch.models.flux1.clip import ClipConfig, ClipTextEncoder
 from fluxbatch.models.flux1.t5 import T5Config, T5Encoder
 from fluxbatch.models.flux1.transformer import Flux, FluxConfig, rope_table
-from fluxbatch.models.layers import Conv, GroupNorm, Linear, from_heads, side_by_side, transposed
+from fluxbatch.models.layers import Linear, from_heads, layer_norm, side_by_side, transposed
 
 
 def conv(size, **options):
@@ -124,3 +125,13 @@ def test_shapes_that_annotations_name_are_checked():
     assert led(x, x, scale).shape == (2, 3, 4)
     with pytest.raises(jaxtyping.TypeCheckError, match="negative"):
         led(x, x[:, :2], scale)
+
+
+@pytest.mark.parametrize("mean", [0, 1, 30])
+def test_norm_of_half_precision_in_one_reading(mean):
+    """Nearer to the norm in float64 than half a step of bfloat16, also where the mean is far larger than the rest."""
+    x = jnp.asarray(mean + np.random.default_rng(0).normal(0, 1, (5, 3072)), jnp.bfloat16)
+    y = np.asarray(x, np.float64)
+    wanted = (y - y.mean(-1, keepdims=True)) / np.sqrt(y.var(-1, keepdims=True) + 1e-6)
+    assert np.abs(layer_norm(x, 1e-6) - wanted).max() < 2**-9 * np.abs(wanted).max() / 4
+    assert np.isfinite(layer_norm(jnp.full((1, 64), 1e4, jnp.bfloat16), 1e-6)).all()

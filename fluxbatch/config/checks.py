@@ -76,6 +76,9 @@ def _offenders(job: Job, rows: bool) -> Iterator[tuple[str, Any, str]]:  # noqa:
         yield "sampler.guidance_scale", sampler.guidance_scale, "a number from 0 (dev: 3 to 5)"
     if sampler.sigmas is not None and (wanted := sigmas_wanted(sampler.sigmas)):
         yield "sampler.sigmas", sampler.sigmas, wanted
+    weights, matmul = job.hardware.weights_dtype.name, job.hardware.matmul_dtype
+    if matmul is not None and weights not in ("auto", matmul.name):
+        yield "hardware.matmul_dtype", matmul.name, f"weights_dtype={matmul.name} or auto beside it, got {weights}"
     if not 0 <= sampler.step_cache_threshold <= 10:
         yield (
             "sampler.step_cache_threshold",

@@ -35,6 +35,11 @@ class WeightsDType(Enum):
     float8_e4m3fn = "float8_e4m3fn"
 
 
+class EightBits(Enum):
+    int8 = "int8"
+    float8_e4m3fn = "float8_e4m3fn"
+
+
 class StepCaching(Enum):
     first_block = "first_block"
 
@@ -126,6 +131,7 @@ class Hardware:
     platform: Platform = MISSING
     weights_dtype: WeightsDType = MISSING
     activations_dtype: DType = MISSING
+    matmul_dtype: EightBits | None = MISSING
     attention: Attention = MISSING
     split_head_dim: bool = MISSING
     offload_encoders: bool | str = MISSING
@@ -229,7 +235,8 @@ def default_run_name(job: Job) -> str:
         stem = place.parent.name if "*" in place.name else place.stem
         places = [*map(whereabouts, paths)]
         return f"{slug(stem, 'manifest')}-{digest(places[0] if len(places) == 1 else places)}"
-    dtypes = (job.hardware.weights_dtype, job.hardware.activations_dtype)
+    dtypes: tuple[Enum, ...] = (job.hardware.weights_dtype, job.hardware.activations_dtype)
+    dtypes += (job.hardware.matmul_dtype,) if job.hardware.matmul_dtype else ()
     text = (job.prompt, job.prompt_2, job.negative_prompt, job.negative_prompt_2, job.seed, job.num_images)
     pictures = (job.image, job.mask_image, job.control_image)
     groups: tuple[Any, ...] = (job.model, job.sampler, job.output, job.lora_config, *job.lora.values())

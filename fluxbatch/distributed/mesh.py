@@ -250,10 +250,15 @@ class Layout:
         names = [RULES[axis] if axis and self._divides(axis, size) else None for axis, size in sizes]
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, P(*names)))
 
+    @property
+    def divides_weights(self) -> bool:
+        """Whether layers must gather their weights before they compute."""
+        return self.mesh is not None and self.mesh.shape["fsdp"] > 1
+
     def gathered(self, value: jax.Array, axes: Sequence[Axis]) -> jax.Array:
         """A parameter as its layer computes with it. Said to the compiler, which may otherwise choose to
         gather the images instead."""
-        if self.mesh is None or self.mesh.shape["fsdp"] == 1:
+        if self.mesh is None or not self.divides_weights:
             return value
         return jax.lax.with_sharding_constraint(value, Placement.of(self.mesh, value.shape, axes).used)
 

@@ -53,6 +53,7 @@ class ModelSpec:
     mesh: jax.sharding.Mesh
     weights_dtype: str
     activations_dtype: str
+    products: bool  # whether the denoiser multiplies in eight bits
     cache_threshold: float | None  # of the step cache, if there is one
     stream: bool  # whether the transformer's blocks pass through the devices one at a time
     encoder_offload: str  # where the text encoders are while images are made
@@ -77,7 +78,7 @@ class ModelSpec:
 
     def precision(self, part: str) -> Precision:
         """What a component is held as."""
-        return _precision(self.family, part, self.weights_dtype, self.activations_dtype)
+        return _precision(self.family, part, self.weights_dtype, self.activations_dtype, self.products)
 
     @property
     def size_multiple(self) -> int:
@@ -234,9 +235,9 @@ def open_model_spec(
     processes = processes or jax.process_count()
     hardware, sampler, sharding = job.hardware, job.sampler, job.sharding
     default = "float32" if platform == "cpu" else "bfloat16"
-    weights, activations = (
-        default if name == "auto" else name for name in (hardware.weights_dtype.name, hardware.activations_dtype.name)
-    )
+    matmul = hardware.matmul_dtype and hardware.matmul_dtype.name
+    weights = (matmul or default) if hardware.weights_dtype.name == "auto" else hardware.weights_dtype.name
+    activations = default if hardware.activations_dtype.name == "auto" else hardware.activations_dtype.name
     try:
         inner = (
             sharding.ici_data_parallelism,
@@ -288,11 +289,13 @@ def open_model_spec(
     }
     caching = {"step_cache": cache or "", "step_cache_threshold": sampler.step_cache_threshold if cache else 0.0}
     facts |= caching if cache else {}  # nor did facts know of it before there was any
+    facts |= {"matmul_dtype": matmul} if matmul else {}  # likewise
     record = {"model": public(_name(job.model.pretrained_model_name_or_path)), "model_digest": facts["model_digest"]}
     record |= {"model_revision": checkpoint.revision or ""}
     record |= (
         {key: facts[key] for key in ("max_sequence_length", "weights_dtype", "activations_dtype")}
         | caching
+        | {"matmul_dtype": matmul or ""}
         | family.index()
     )
     record |= {
@@ -305,7 +308,8 @@ def open_model_spec(
     adapters = apply.read(job, plans, family)
     if adapters.adapters:
         facts["lora"] = adapters.fingerprint
-    held = {part: load.held(plan, mesh, _precision(family, part, weights, activations)) for part, plan in plans.items()}
+    precision = functools.partial(_precision, family, weights=weights, activations=activations, products=bool(matmul))
+    held = {part: load.held(plan, mesh, precision(part)) for part, plan in plans.items()}
     text = sum(held[part] for part in family.encoders)
     away, turns = device_weights.offload_policy(hardware.offload_encoders, mesh, text, group), "keep"
     if away != "keep" and not hardware.stream_blocks:
@@ -332,6 +336,7 @@ def open_model_spec(
         turns,
         hardware.stream_blocks,
         cache,
+        matmul,
     )
     identity = (
         tuple(plan.source.url for plan in plans.values()),
@@ -349,6 +354,7 @@ def open_model_spec(
         mesh,
         weights,
         activations,
+        bool(matmul),
         sampler.step_cache_threshold if cache else None,
         hardware.stream_blocks,
         away,
@@ -364,9 +370,9 @@ def open_model_spec(
     )
 
 
-def _precision(family: Family, part: str, weights: str, activations: str) -> Precision:
-    """Eight bits are for the denoiser and the text encoders alone."""
-    own = Precision.named(weights, activations)
+def _precision(family: Family, part: str, weights: str, activations: str, products: bool) -> Precision:
+    """Eight bits are for the denoiser and the text encoders alone, and products in them for the denoiser."""
+    own = Precision.named(weights, activations, products and part == family.denoiser)
     return own if part in (*family.encoders, family.denoiser) else Precision(own.rest)
 
 

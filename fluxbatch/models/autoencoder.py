@@ -13,7 +13,8 @@ from flax import nnx
 
 from fluxbatch.distributed.mesh import Layout
 from fluxbatch.models.attention import blocked, dot_product
-from fluxbatch.models.layers import Conv, GroupNorm, Linear
+from fluxbatch.models.convolutions import Conv, GroupNorm
+from fluxbatch.models.layers import Linear
 
 Array = jax.Array
 

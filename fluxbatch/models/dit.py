@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -94,12 +95,13 @@ class QKV(nnx.Module):
     def __init__(self, cfg: Any, *, bias: bool = True, rngs: nnx.Rngs | None):
         """``cfg``: of a model with ``width``, ``attention_head_dim`` and ``num_attention_heads``."""
         d, head = cfg.width, cfg.attention_head_dim
-        self.q = Linear(d, d, (Pairs("heads", head), "embed"), bias=bias, rngs=rngs)
-        self.k = Linear(d, d, (Pairs("heads", head), "embed"), bias=bias, rngs=rngs)
-        self.v = Linear(d, d, ("heads", "embed"), bias=bias, rngs=rngs)
+        self.heads = cfg.num_attention_heads
+        linear = functools.partial(Linear, d, d, bias=bias, rngs=rngs, heads=self.heads)
+        self.q = linear((Pairs("heads", head), "embed"))
+        self.k = linear((Pairs("heads", head), "embed"))
+        self.v = linear(("heads", "embed"))
         self.query_norm = RMSNorm(head, eps=EPS, rngs=rngs, axis=Pairs(None, head))
         self.key_norm = RMSNorm(head, eps=EPS, rngs=rngs, axis=Pairs(None, head))
-        self.heads = cfg.num_attention_heads
 
     def __call__(self, x: Array, split_head_dim: bool) -> tuple[Array, Array, Array]:
         q, k, v = (f.to_heads(x, self.heads, split_head_dim) for f in (self.q, self.k, self.v))

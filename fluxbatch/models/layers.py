@@ -1,4 +1,4 @@
-"""What the four models are made of. Shapes: B batch, L tokens, D width, H heads, K head width.
+"""What the models are made of. Shapes: B batch, L tokens, D width, H heads, K head width.
 
 Activations keep the dtype they arrive in and weights are cast to it, so a model's compute dtype
 is the dtype of its inputs; norms, softmax, rotary angles and timesteps are float32 throughout.
@@ -10,7 +10,6 @@ compiled program contracts over ``in``.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +22,8 @@ from fluxbatch.distributed.mesh import Axis, Layout
 
 Array = jax.Array
 Initializer = jax.nn.initializers.Initializer
-Padding = tuple[tuple[int, int], tuple[int, int]]  # before and after, of rows and of columns
+
+EIGHT_BITS = {"int8": 127.0, "float8_e4m3fn": 448.0}  # dtype → its largest number
 
 fan_in = jax.nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=-1, out_axis=-2)
 ones = jax.nn.initializers.ones
@@ -32,7 +32,7 @@ normal = jax.nn.initializers.normal
 
 
 def param(
-    rngs: nnx.Rngs | None, shape: tuple[int, ...], axes: tuple[Axis, ...], init: Initializer = fan_in
+    rngs: nnx.Rngs | None, shape: tuple[int, ...], axes: tuple[Axis, ...], init: Initializer = fan_in, **facts: Any
 ) -> nnx.Param[Any]:
     """A parameter with its logical axes; ``distributed/mesh.py`` says which mesh axis each lies on.
 
@@ -42,7 +42,7 @@ def param(
     if len(shape) != len(axes):
         raise ValueError(f"shape {shape} and axes {axes} differ in length")
     value = jax.ShapeDtypeStruct(shape, jnp.float32) if rngs is None else init(rngs.params(), shape, jnp.float32)
-    return nnx.Param(value, axes=axes)
+    return nnx.Param(value, axes=axes, **facts)
 
 
 class LowRank(nnx.Module):
@@ -81,22 +81,27 @@ class Linear(nnx.Module):
     """``y = x Wᵀ + b``: ``[..., in]`` → ``[..., out]``, or ``[B, L, in]`` → ``[B, H, L, K]``.
 
     A kernel in eight bits has a ``scale`` ``[out]`` beside it, put there by ``weights/load.py``: the product is of the
-    numbers as they are, cast to the activations' dtype, and each output is multiplied by its scale.
+    numbers as they are, cast to the activations' dtype, and each output is multiplied by its scale. Where the scale is
+    marked with ``products``, each token is brought to the kernel's dtype too, and the product is of eight bits.
     """
 
     def __init__(
         self, d_in: int, d_out: int, axes: tuple[Axis, Axis], *, bias: bool = True, rngs: nnx.Rngs | None,
-        init: Initializer = fan_in,
+        init: Initializer = fan_in, tokens: bool = True, heads: int | None = None,
     ):  # fmt: skip
-        self.kernel = param(rngs, (d_out, d_in), axes, init)
+        """``tokens``: what it reads; False where it is one vector a row, of which no product is worth eight bits.
+        ``heads``: that its outputs belong to, where ``to_heads`` makes them."""
+        self.tokens = tokens
+        self.kernel = param(rngs, (d_out, d_in), axes, init, heads=heads)
         self.bias = param(rngs, (d_out,), axes[:1], zeros) if bias else None
         self.scale: nnx.Param[Any] | None = nnx.data(None)
         self.lora: LowRank | None = nnx.data(None)
 
     def __call__(self, x: Array) -> Array:
-        kernel, wide = self.kernel[...].astype(x.dtype), self._wide
-        y = jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=wide)
-        y = self._finished(y, x.dtype, (-1,))
+        read, size = self._read(x)
+        kernel, wide = self.kernel[...].astype(read.dtype).reshape(-1, x.shape[-1]), self._wide(read)
+        y = jax.lax.dot_general(read, kernel, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=wide)
+        y = self._finished(y, size, x.dtype, (-1,))
         return y if self.lora is None else y + self.lora(x)
 
     def to_heads(self, x: Array, heads: int, split_head_dim: bool = True) -> Array:
@@ -104,27 +109,44 @@ class Linear(nnx.Module):
         layout (no transpose of activations); otherwise the flat product is reshaped."""
         if not split_head_dim:
             return split_heads(self(x), heads)
-        kernel = self.kernel[...].astype(x.dtype).reshape(heads, -1, x.shape[-1])
-        y = jnp.einsum("bld,hkd->bhlk", x, kernel, preferred_element_type=self._wide)
-        y = self._finished(y, x.dtype, (heads, 1, -1))
+        read, size = self._read(x)
+        kernel = self.kernel[...].astype(read.dtype).reshape(heads, -1, x.shape[-1])
+        y = jnp.einsum("bld,hkd->bhlk", read, kernel, preferred_element_type=self._wide(read))
+        y = self._finished(y, None if size is None else size[:, None], x.dtype, (heads, 1, -1))
         return y if self.lora is None else y + split_heads(self.lora(x), heads)
 
-    @property
-    def _wide(self) -> Any:
-        """The dtype of products: of integers they would leave float16, and be rounded twice in bfloat16."""
-        return None if self.scale is None else jnp.float32
+    def _read(self, x: Array) -> tuple[Array, Array | None]:
+        """What is multiplied, and the sizes of its tokens if they are in eight bits."""
+        if self.scale is None or not self.tokens or not self.scale.get_metadata().get("products"):
+            return x, None
+        return tokens_in(self.kernel[...].dtype, x)
 
-    def _finished(self, y: Array, dtype: Any, shape: tuple[int, ...]) -> Array:
+    def _wide(self, read: Array) -> Any:
+        """The dtype of products: of integers they would leave float16, and be rounded twice in bfloat16."""
+        return None if self.scale is None else jnp.int32 if read.dtype == jnp.int8 else jnp.float32
+
+    def _finished(self, y: Array, size: Array | None, dtype: Any, shape: tuple[int, ...]) -> Array:
         """The product scaled, if it is to be, and with its bias, in float32; ``shape``: of outputs beside ``y``.
 
         In bfloat16 XLA:GPU would have cuBLAS add the bias, and then copy each layer's weights out of their stack, 35 GB
         a step of FLUX.1, where a plain product reads them in place.
         """
         if self.scale is not None:
-            y = y * self.scale[...].reshape(shape)
+            y = y.astype(jnp.float32) * self.scale[...].reshape(shape)
+        if size is not None:
+            y = y * size
         if self.bias is not None:
             y = y.astype(jnp.float32) + self.bias[...].astype(jnp.float32).reshape(shape)
         return y.astype(dtype)
+
+
+def tokens_in(dtype: Any, x: Array) -> tuple[Array, Array]:
+    """``[..., D]`` in eight bits, and the float32 size ``[..., 1]`` of each token: its largest magnitude becomes the
+    largest number of ``dtype``. A token that is not finite has products that are not."""
+    wide = x.astype(jnp.float32)
+    size = jnp.max(jnp.abs(wide), axis=-1, keepdims=True) / EIGHT_BITS[dtype.name]
+    scaled = wide / jnp.where(size == 0, 1, size)
+    return (jnp.round(scaled) if dtype == jnp.int8 else scaled).astype(dtype), size
 
 
 def split_heads(x: Array, heads: int) -> Array:
@@ -183,10 +205,15 @@ class RMSNorm(nnx.Module):
 
 
 def layer_norm(x: Array, eps: float) -> Array:
-    """Norm over the last axis without parameters; returns float32."""
+    """Norm over the last axis without parameters; returns float32. The variance of half precision is taken in one
+    reading, with its mean: cancelling costs far less than ``x`` was rounded by."""
     y = x.astype(jnp.float32)
-    y = y - jnp.mean(y, axis=-1, keepdims=True)
-    return y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+    mean = jnp.mean(y, axis=-1, keepdims=True)
+    if x.dtype == jnp.float32:
+        variance = jnp.mean((y - mean) ** 2, axis=-1, keepdims=True)
+    else:
+        variance = jnp.maximum(jnp.mean(y * y, axis=-1, keepdims=True) - mean * mean, 0)
+    return (y - mean) * jax.lax.rsqrt(variance + eps)
 
 
 class LayerNorm(nnx.Module):
@@ -199,100 +226,6 @@ class LayerNorm(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         return (layer_norm(x, self.eps) * self.scale[...] + self.bias[...]).astype(x.dtype)
-
-
-class GroupNorm(nnx.Module):
-    """``[B, …, C]`` normed over pixels and the channels of a group, in float32."""
-
-    def __init__(self, channels: int, groups: int, *, eps: float, rngs: nnx.Rngs | None):
-        self.scale = param(rngs, (channels,), (None,), ones)
-        self.bias = param(rngs, (channels,), (None,), zeros)
-        self.groups, self.eps = groups, eps
-
-    def __call__(self, x: Array) -> Array:
-        # Pixels are reduced first, channel by channel: five times faster on a CPU than by groups.
-        y, pixels = x.astype(jnp.float32), tuple(range(1, x.ndim - 1))
-        y = y - self._over_groups(jnp.mean(y, pixels, keepdims=True))
-        factor = jax.lax.rsqrt(self._over_groups(jnp.mean(y * y, pixels, keepdims=True)) + self.eps)
-        return (y * (factor * self.scale[...]) + self.bias[...]).astype(x.dtype)
-
-    def _over_groups(self, means: Array) -> Array:
-        """``[B, 1, …, C]`` → the same, each channel with its group's mean."""
-        size = means.shape[-1] // self.groups
-        grouped = jnp.mean(means.reshape(*means.shape[:-1], self.groups, size), axis=-1)
-        # Given back by a product, which is exact here: of a broadcast XLA:CPU works out each channel's group for each
-        # pixel.
-        return jnp.matmul(grouped, np.repeat(np.eye(self.groups, dtype=np.float32), size, axis=1), precision="highest")
-
-
-class Conv(nnx.Module):
-    """Square convolution, ``[B, h, w, in]`` → ``[B, h', w', out]``, kernel ``[out, in, k, k]``.
-
-    Also ``[B, N, h, w, in]`` → ``[B, N, h, w, out]``: pictures in N bands of h rows, for a 3×3 kernel of stride 1.
-    A TPU convolves as many pictures at once as its vectors have rows, eight: of fewer it would make bands of its own,
-    before each convolution, and undo them behind it.
-    """
-
-    def __init__(
-        self, c_in: int, c_out: int, size: int, *, stride: int = 1, padding: Padding | None = None,
-        rngs: nnx.Rngs | None,
-    ):  # fmt: skip
-        init = normal(1 / math.sqrt(c_in * size * size))
-        self.kernel = param(rngs, (c_out, c_in, size, size), ("channels", None, None, None), init)
-        self.bias = param(rngs, (c_out,), ("channels",), zeros)
-        self.stride = stride
-        self.padding = ((size // 2, size // 2),) * 2 if padding is None else padding
-
-    def __call__(self, x: Array) -> Array:
-        kernel = self.kernel[...].astype(x.dtype)
-        if (
-            kernel.shape[2] == self.stride == 1
-        ):  # a matrix product, and three times as fast on a CPU if it is called one
-            y = jax.lax.dot_general(x, kernel[:, :, 0, 0], (((x.ndim - 1,), (1,)), ((), ())))
-        else:
-            y = self._convolved(x, kernel, self.padding)
-        return y + self.bias[...].astype(x.dtype)
-
-    def of_doubled(self, x: Array) -> Array:
-        """The same of ``x`` with each pixel repeated 2×2: ``[B, h, w, in]`` → ``[B, 2h, 2w, out]``, for a 3×3 kernel.
-
-        A window of 3×3 then sees 2×2 pixels, other ones for each of the four that come from one: four kernels of 2×2,
-        sums over the 3×3 one, do it with 4/9 of the work and without the larger picture. (In bands ``[B, N, h, w, in]``
-        it is made all the same: a TPU can put rows between rows, but not the four results.)
-        """
-        b, *bands, h, w, c = x.shape
-        if bands:
-            x = jnp.broadcast_to(x[:, :, :, None, :, None], (b, *bands, h, 2, w, 2, c))
-            return self(x.reshape(b, *bands, 2 * h, 2 * w, c))
-        kernel = self.kernel[...].astype(jnp.float32)
-        for axis in (2, 3):  # [out, in, 3, 3] → [out, in, 2, 3, 2] → [out, in, 2, 2, 2, 2]: after each axis, the parity
-            first, second, third = jnp.moveaxis(kernel, axis, 0)
-            pairs = [jnp.stack(pair, -1) for pair in ((first, first + second), (second + third, third))]
-            kernel = jnp.stack(pairs, axis)
-        kernel = kernel.transpose(4, 5, 0, 1, 2, 3).reshape(-1, *kernel.shape[1:4])
-        y = self._convolved(x, kernel.astype(x.dtype), ((1, 1), (1, 1))).reshape(b, h + 1, w + 1, 4, -1)
-        rows = [jnp.stack([y[:, i : i + h, j : j + w, 2 * i + j] for j in (0, 1)], 3) for i in (0, 1)]
-        return jnp.stack(rows, 2).reshape(b, 2 * h, 2 * w, -1) + self.bias[...].astype(x.dtype)
-
-    def _convolved(self, x: Array, kernel: Array, padding: Any) -> Array:
-        if x.ndim == 5:
-            y = self._convolved(
-                with_neighbours(x).reshape(-1, x.shape[2] + 2, *x.shape[3:]), kernel, ((0, 0), padding[1])
-            )
-            return y.reshape(*x.shape[:4], -1)
-        # XLA:CPU brings kernels into this order by itself, but not in loops: there its convolution takes eight times as
-        # long.
-        kernel = kernel.transpose(2, 3, 1, 0)
-        return jax.lax.conv_general_dilated(
-            x, kernel, (self.stride,) * 2, padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
-        )
-
-
-def with_neighbours(bands: Array) -> Array:
-    """``[B, N, h, w, C]`` → ``[B, N, h + 2, w, C]``: each band between the last row of the one above and the first row
-    of the one below; outside the picture there are zeros."""
-    last, first = (jnp.pad(bands[:, :, row], ((0, 0), (1, 1), (0, 0), (0, 0))) for row in (-1, 0))
-    return jnp.concatenate([last[:, :-2, None], bands, first[:, 2:, None]], axis=2)
 
 
 def stack(count: int, make: Callable[[nnx.Rngs | None], nnx.Module], rngs: nnx.Rngs | None) -> nnx.Module | None:
@@ -318,6 +251,8 @@ def scan(
     if layers is None:
         return carry
     graph, state = nnx.split(layers)
+    if not layout.divides_weights:
+        state = jax.tree.map(_by_heads, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
     def body(carry: Any, both: tuple[Any, Any]) -> tuple[Any, None]:
         layer, own = both
@@ -332,6 +267,13 @@ def scan(
         return body(carry, jax.tree.map(at, (state, beside)))[0]
 
     return jax.lax.fori_loop(places.start, places.stop, turn, carry)
+
+
+def _by_heads(leaf: nnx.Variable[Any]) -> nnx.Variable[Any]:
+    """The kernels ``[layers, H·K, in]`` of a stack as ``[layers, H, K, in]``, if their outputs are of heads: a layer's
+    own is then read where it lies, where XLA would copy it to reshape it (FLUX.1 on a v6e: 8 ms a step, estimated)."""
+    heads, value = leaf.get_metadata().get("heads"), leaf.get_value()
+    return leaf if heads is None else leaf.replace(value.reshape(len(value), heads, -1, value.shape[-1]))
 
 
 def each(layers: nnx.Module, call: Callable[..., Array], layout: Layout) -> Array:

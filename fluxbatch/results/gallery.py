@@ -241,7 +241,7 @@ def _columns(rows: Sequence[Record]) -> dict[str, Any]:
 
 def _shown(row: Record, adapters: bool) -> Record:
     """A record as people read it: without what says that there is nothing to say, or says it twice."""
-    nothing = ("mfu", 0), ("sigmas", "[]"), ("step_cache", ""), ("step_cache_threshold", 0)
+    nothing = ("mfu", 0), ("sigmas", "[]"), ("step_cache", ""), ("matmul_dtype", ""), ("step_cache_threshold", 0)
     said = {key: value for key, value in row.items() if key != "seed_text" and (key, value) not in nothing}
     return said | {"lora": mix(row) if adapters else None} if "lora" in row else said
 

@@ -163,13 +163,15 @@ def abstract(plan: Plan, mesh: jax.sharding.Mesh, dtype: Any) -> nnx.Module:
         shape, axes, path = leaf.get_value().shape, leaf.get_metadata()["axes"], path_of(keys)
         leaves.append((keys, leaf.replace(placed(shape, axes, precision.dtype(path, shape, axes)))))
         if precision.quantizes(path, shape, axes):
-            leaves.append(_scale(keys, placed(shape[:-1], axes[:1], SCALE), axes))
+            leaves.append(_scale(keys, placed(shape[:-1], axes[:1], SCALE), axes, precision))
     return _module(plan, leaves)
 
 
-def _scale(keys: tuple[Any, ...], value: Any, axes: Any) -> tuple[tuple[Any, ...], nnx.Param[Any]]:
-    """The parameter beside a kernel."""
-    return (*keys[:-1], "scale"), nnx.Param(value, axes=axes[:1])
+def _scale(
+    keys: tuple[Any, ...], value: Any, axes: Any, precision: Precision
+) -> tuple[tuple[Any, ...], nnx.Param[Any]]:
+    """The parameter beside a kernel, which says how products with it are made."""
+    return (*keys[:-1], "scale"), nnx.Param(value, axes=axes[:1], products=precision.products)
 
 
 def reload(
@@ -210,7 +212,7 @@ def _stream(
     for keys, leaf, buffer in loaded:
         found.append((keys, leaf.replace(buffer.array())))
         if isinstance(buffer, QuantizingBuffer):
-            found.append(_scale(keys, buffer.scales(), leaf.get_metadata()["axes"]))
+            found.append(_scale(keys, buffer.scales(), leaf.get_metadata()["axes"], precision))
     return found
 
 

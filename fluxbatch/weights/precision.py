@@ -17,18 +17,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from fluxbatch.distributed.mesh import Axis
+from fluxbatch.models.layers import EIGHT_BITS
 
-EIGHT_BITS = {"int8": 127.0, "float8_e4m3fn": 448.0}  # dtype → its largest number
 SCALE = np.dtype(np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
 class Precision:
-    """``rest``: of every parameter but the kernels that are held as ``kernels``, where that is not None. ``block``: the
-    component is a block by itself; blocks of others are known by their layer axis."""
+    """``rest``: of every parameter but the kernels that are held as ``kernels``, where that is not None. ``products``:
+    what they are multiplied by is brought to their dtype too. ``block``: the component is a block by itself; blocks of
+    others are known by their layer axis."""
 
     rest: np.dtype
     kernels: np.dtype | None = None
+    products: bool = False
     block: bool = False
 
     @classmethod
@@ -37,9 +39,11 @@ class Precision:
         return dtype if isinstance(dtype, cls) else cls(np.dtype(dtype))
 
     @classmethod
-    def named(cls, weights: str, activations: str) -> Precision:
+    def named(cls, weights: str, activations: str, products: bool = False) -> Precision:
         """Of ``hardware.weights_dtype``: beside kernels in eight bits all is in the dtype of activations."""
-        return cls(np.dtype(activations), np.dtype(weights)) if weights in EIGHT_BITS else cls(np.dtype(weights))
+        if weights in EIGHT_BITS:
+            return cls(np.dtype(activations), np.dtype(weights), products)
+        return cls(np.dtype(weights))
 
     def quantizes(self, path: str, shape: Sequence[int], axes: Sequence[Axis]) -> bool:
         """Whether the parameter is a kernel that is held in eight bits; ``shape``: with the layer axis."""

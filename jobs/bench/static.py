@@ -3,6 +3,7 @@
     python jobs/bench/static.py v6e-4 --sharding ddp fsdp     # FLUX.1-dev; needs fluxbatch[tpu]; a minute and two
     python jobs/bench/static.py v6e-4 --part decode           # three minutes
     python jobs/bench/static.py v5e-1 --model flux2-klein-4b  # any of conf/model that fluxbatch knows the sizes of
+    python jobs/bench/static.py v6e-1 --set weights_dtype=int8 matmul_dtype=int8
     python jobs/bench/static.py h100 --images 1 8             # needs jax[cuda12]; 15 seconds
 
 TPU: milliseconds are the sum of the cycles that libtpu writes beside each instruction, an estimate. It writes none
@@ -23,6 +24,7 @@ import os
 import re
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -76,10 +78,16 @@ def devices(target: chips.Target) -> list[jax.Device]:
     )
 
 
-def job_of(model: str, target: chips.Target, sharding: str, text: int) -> Job:
+def job_of(model: str, target: chips.Target, sharding: str, text: int, more: Sequence[str]) -> Job:
     """The job that a run would have."""
     found: list[Job] = []
-    words = f"model={model}", f"hardware={target.platform}", f"sharding={sharding}", f"max_sequence_length={text}"
+    words = (
+        f"model={model}",
+        f"hardware={target.platform}",
+        f"sharding={sharding}",
+        f"max_sequence_length={text}",
+        *more,
+    )
     with contextlib.suppress(SystemExit):
         application.main(lambda job: found.append(job) or 0, argv=[*words, "prompt=x"])
     return found[0] if found else sys.exit(2)  # it has said why
@@ -242,6 +250,7 @@ def main() -> None:
     parser.add_argument("--text", type=int, default=512)
     parser.add_argument("--images", type=int, nargs="+", default=[1], help="a chip")
     parser.add_argument("--part", choices=["denoise", "decode"], default="denoise", help="decode: of a TPU")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="other keys of a run")
     parser.add_argument("--save", help="directory for the compiled text")
     args = parser.parse_args()
     try:
@@ -250,7 +259,7 @@ def main() -> None:
         sys.exit(f"static.py: {error}")
     if args.part == "decode" and target.platform != "tpu":
         sys.exit(f"static.py: --part decode: expected a TPU slice, got {target.name}")
-    jobs = {sharding: job_of(args.model, target, sharding, args.text) for sharding in args.sharding}
+    jobs = {sharding: job_of(args.model, target, sharding, args.text, args.set) for sharding in args.sharding}
     hardware = jobs[args.sharding[0]].hardware
     set_compiler_flags(hardware.xla_flags, hardware.libtpu_init_args)  # which libtpu reads as it starts
     found = devices(target)

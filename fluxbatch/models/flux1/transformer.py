@@ -99,7 +99,7 @@ class Stream(nnx.Module):
 
     def __init__(self, cfg: FluxConfig, *, rngs: nnx.Rngs | None):
         d = cfg.width
-        self.mod = Linear(d, 6 * d, ("mlp", "embed"), rngs=rngs)
+        self.mod = Linear(d, 6 * d, ("mlp", "embed"), rngs=rngs, tokens=False)
         self.qkv = QKV(cfg, rngs=rngs)
         self.proj = Linear(d, d, ("embed", "heads"), rngs=rngs)
         self.mlp_in = Linear(d, 4 * d, ("mlp", "embed"), rngs=rngs)
@@ -139,7 +139,7 @@ class SingleBlock(nnx.Module):
 
     def __init__(self, cfg: FluxConfig, *, rngs: nnx.Rngs | None):
         d = cfg.width
-        self.mod = Linear(d, 3 * d, ("mlp", "embed"), rngs=rngs)
+        self.mod = Linear(d, 3 * d, ("mlp", "embed"), rngs=rngs, tokens=False)
         self.qkv = QKV(cfg, rngs=rngs)
         self.mlp_in = Linear(d, 4 * d, ("mlp", "embed"), rngs=rngs)
         self.out = Linear(5 * d, d, ("embed", (("heads", d), ("mlp", 4 * d))), rngs=rngs)  # reads attention, then MLP

@@ -12,8 +12,9 @@ from flax import nnx
 
 from fluxbatch.distributed.mesh import Layout
 from fluxbatch.models import attention as attn
+from fluxbatch.models.convolutions import Conv
 from fluxbatch.models.family import StreamParts
-from fluxbatch.models.layers import Conv, Embedding, Linear, RMSNorm, each, from_heads, layer_norm, scan, stack
+from fluxbatch.models.layers import Embedding, Linear, RMSNorm, each, from_heads, layer_norm, scan, stack
 
 Array = jax.Array
 EPS = 1e-5
