@@ -22,7 +22,7 @@ def run(job: Job, kept: KeptPipeline | None = None) -> int:
         with session.generator() as generator, session.writer() as writer:
             for shard in session.shards():  # 2. this replica's work; ends early when the run is asked to stop
                 embeds = generator.encode(shard)  # 3. each distinct prompt once
-                for batch in session.batches(shard, unreadable=writer.reject):
+                for batch in session.batches(unreadable=writer.reject):
                     latents = generator.denoise(batch, embeds)  # 4. from each row's own noise
                     writer.submit(batch, generator.decode(batch, latents))  # 5. files and records, behind the devices
                 writer.commit(shard)  # 6. its records become one object

@@ -122,6 +122,7 @@ class Row:
     mask_image: Picture | None = None  # white where the image is to be drawn anew
     control_image: Picture | None = None
     strength: float = 1.0  # how much of the start picture is noise: the share of the steps that are taken
+    padding_mask_crop: int | None = None  # pixels kept around what is to be drawn anew, which alone is; None: all is
     sized: bool = True  # whether height and width were asked for; else a row with an image has its size
     mode: Mode = PLAIN  # as the checkpoint's family decides
     crop: tuple[int, ...] = ()  # left, top, right and bottom of what is kept of the image; none: all. The family's too

@@ -40,6 +40,7 @@ def job(**changes) -> Job:
         image=None,
         mask_image=None,
         control_image=None,
+        padding_mask_crop=None,
         manifest=None,
         prompt_column=None,
         prompt_template=None,

@@ -18,7 +18,7 @@ from test_writer import start
 
 from fluxbatch.config.schema import Container
 from fluxbatch.results.card import write_card
-from fluxbatch.results.gallery import write_contact_sheet
+from fluxbatch.results.contact_sheet import write_contact_sheet
 from fluxbatch.results.image_files import pixel_sha256
 from fluxbatch.results.images import Files
 from fluxbatch.results.packed import open_images

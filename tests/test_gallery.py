@@ -1,5 +1,7 @@
 """The gallery: what is in the page, what is drawn from it in a real browser, and what must not run."""
 
+import base64
+import hashlib
 import html.parser
 import io
 import itertools
@@ -12,7 +14,8 @@ from collections import Counter
 import pytest
 from PIL import Image
 
-from fluxbatch.results import gallery
+from fluxbatch.results import contact_sheet, gallery
+from fluxbatch.results.contact_sheet import write_contact_sheet
 from fluxbatch.results.images import Files
 from fluxbatch.results.location import SHEET
 from fluxbatch.storage.local import LocalStore
@@ -207,7 +210,7 @@ def test_contact_sheet_shows_the_images_in_order(store):
     colors = [(200, 0, 0), (0, 200, 0), (0, 0, 200), (90, 90, 0), (0, 90, 90)]
     for i, color in enumerate(colors):
         store.write(f"flux_{i}.png", png(color, (64, 32) if i == 1 else (32, 32)))
-    gallery.write_contact_sheet(store, Files(store), map(record, range(5)), title="demo", side=32)
+    write_contact_sheet(store, Files(store), map(record, range(5)), title="demo", side=32)
     sheet = sheet_of(store)
     assert sheet.mode == "RGB"
     centers = [(x + 16, 50 + 16) for x in range(12, sheet.width - 32, 44)]
@@ -219,7 +222,7 @@ def test_contact_sheet_shows_the_images_in_order(store):
 def test_contact_sheet_is_bounded(store):
     store.write("flux_0.png", png("red"))
     records = (record(i, file_name="flux_0.png") for i in range(5000))
-    gallery.write_contact_sheet(store, Files(store), records, limit=100, side=160)
+    write_contact_sheet(store, Files(store), records, limit=100, side=160)
     sheet = sheet_of(store)
     assert sheet.width * sheet.height < 5_000_000
 
@@ -227,8 +230,8 @@ def test_contact_sheet_is_bounded(store):
 def test_contact_sheet_survives_missing_and_broken_images_and_no_images(store):
     store.write("flux_1.png", b"not an image")
     store.write("flux_2.png", png("red")[:40])
-    gallery.write_contact_sheet(store, Files(store), map(record, range(3)))
-    gallery.write_contact_sheet(store, Files(store), [], title="a very long title " * 40)
+    write_contact_sheet(store, Files(store), map(record, range(3)))
+    write_contact_sheet(store, Files(store), [], title="a very long title " * 40)
     assert sheet_of(store).width > 100
 
 
@@ -237,7 +240,7 @@ def test_contact_sheet_survives_missing_and_broken_images_and_no_images(store):
     [("a café,\n on  a table", "a café, on a table"), ("猫 cat \U0001f600", "cat"), ("猫", "flux_0.png"), (" \x00", "flux_0.png")],
 )  # fmt: skip
 def test_captions_are_what_the_font_can_write(prompt, caption):
-    assert gallery._caption(record(0, prompt)) == caption
+    assert contact_sheet._caption(record(0, prompt)) == caption
 
 
 # --- sweeps ---
@@ -335,6 +338,45 @@ def test_grid_without_rows_without_keys_and_without_jobs(store):
     store.write("0/status.json", b'{"reason": "no checkpoint"}')
     gallery.write_grid(store, {"0": {}, "1": {}})
     assert cells_of(page_of(store)) == {("0", "no row known", "0"): "the job made nothing: no checkpoint"}
+
+
+def made_of(store, index, **pictures):
+    """A record of an image that was made of pictures, which are there: field → colour."""
+    told = {}
+    for field, color in pictures.items():
+        store.write(f"{color}.png", data := png(color, (20, 10)))
+        sha256 = hashlib.sha256(data).hexdigest()
+        told[field] = [{"path": f"{color}.png", "sha256": sha256, "height": 10, "width": 20}]
+    return record(index, inputs=json.dumps(told), strength=1.0)
+
+
+def test_what_images_were_made_of_is_shown_beside_them(store, monkeypatch):
+    """Each picture once, small, in the page; of too many links; of one that is another by now nothing."""
+    records = [
+        made_of(store, 0, image="red", mask_image="white"),
+        made_of(store, 1, image="red"),
+        record(2, inputs="{}"),
+        made_of(store, 3, image="blue"),
+    ]
+    store.write("blue.png", png("green"))
+    gallery.write_gallery(store, records, [], "t", {}, folders=["/nowhere", store.url, ""])
+    page = page_of(store)
+    befores = [at_fields(page, row)["before"] for row in range(4)]
+    assert befores == [[["image", 0], ["mask_image", 1]], [["image", 0]], None, []]
+    assert at_fields(page, 0)["inputs"] == "image red.png 20×10, mask_image white.png 20×10"
+    assert at_fields(page, 2)["inputs"] is None and "strength" not in page.data["fields"]
+    red, _ = page.data["pictures"]
+    image = Image.open(io.BytesIO(base64.b64decode(red.partition(",")[2])))
+    assert image.size == (20, 10) and image.getpixel((9, 5))[0] > 250 > image.getpixel((9, 5))[1]
+
+    for name in [record["file_name"] for record in records]:
+        store.write(name, png("black", (160, 160)))
+    write_contact_sheet(store, Files(store), records, folders=[store.url])
+    sheet = Image.open(io.BytesIO(store.read(SHEET)))
+    assert sum(color == (255, 0, 0) for color in sheet.getdata()) > 2 * 20 * 9
+    monkeypatch.setattr(gallery.inputs, "MAX_CARRIED", 2)
+    gallery.write_gallery(store, records, [], "t", {}, folders=[store.url])
+    assert page_of(store).data["pictures"] == ["red.png", "white.png", "blue.png"]
 
 
 # --- in a browser ---
@@ -468,6 +510,27 @@ def test_browser_opens_a_page_of_100_000_rows_in_two_seconds(tmp_path):
     dom = browse(tmp_path / "index.html", tmp_path / "profile", script=script)
     seconds, pictures, there = re.search("<title>(.*?)</title>", dom)[1].split(",")
     assert float(seconds) < 2000 and (pictures, there) == ("40", "true") and "1–120 of 100,000 rows" in dom
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_browser_shows_before_and_after(store, tmp_path):
+    records = [record(0), made_of(store, 1, image="red", mask_image="white")]
+    for each in records:
+        store.write(each["file_name"], png("blue"))
+    gallery.write_gallery(store, records, [], "t", {}, folders=[store.url])
+    page = tmp_path / "run #1 50%" / "index.html"
+    script = """addEventListener('load', () => {
+      const said = [document.querySelectorAll('.card').length, document.querySelectorAll('.wide .before img').length];
+      document.querySelector('.before').click();
+      const sides = [...document.querySelectorAll('.sides figure')];
+      said.push(location.hash, ...sides.map(side => side.textContent));
+      const loaded = sides.map(side => side.querySelector('img').decode().then(() => side.querySelector('img').naturalWidth));
+      Promise.all(loaded).then(widths => { document.title = JSON.stringify([...said, ...widths]); });
+    });"""
+    dom = browse(page, tmp_path / "profile", script=script)
+    said = json.loads(re.search("<title>(.*?)</title>", dom)[1])
+    assert said == [2, 2, "#open=flux_1.png", "image", "mask_image", "after", 20, 20, 8]
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import http.server
 import io
 import json
@@ -17,8 +18,11 @@ from conftest import images, metadata
 from PIL import Image
 
 from fluxbatch.manifest import pictures
+from fluxbatch.manifest.digests import Digests
 from fluxbatch.storage import picture as files
+from fluxbatch.storage import versions
 from fluxbatch.storage.picture import located
+from fluxbatch.storage.registry import open_store
 from fluxbatch.types import Picture, UserError
 from fluxbatch.weights import checkpoint
 from fluxbatch.weights.headers import read_headers
@@ -73,6 +77,17 @@ def test_a_picture_that_changed_meanwhile_is_not_read(tmp_path):
         files.read(picture)
 
 
+def test_a_picture_of_a_record_is_the_one_of_its_digest(tmp_path):
+    """As manifests in several folders have pictures of one name."""
+    for seed, folder in enumerate("ab"):
+        (tmp_path / folder).mkdir()
+        saved(tmp_path / folder / "x.png", seed=seed)
+    folders = [str(tmp_path / folder) for folder in ("none", "a", "b", "none")]
+    told = dataclasses.replace(seen(tmp_path / "b" / "x.png"), path="x.png", url="")
+    assert files.found(told, folders).url == str(tmp_path / "b" / "x.png")
+    assert files.found(dataclasses.replace(told, sha256="0"), folders).url == str(tmp_path / "b" / "x.png")
+
+
 def test_a_picture_comes_from_a_server(tmp_path):
     saved(tmp_path / "a.png")
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
@@ -112,6 +127,58 @@ def test_what_is_no_picture_is_a_reject_and_what_is_missing_an_error(tmp_path):
     assert len(pictures.inspect([*rows, lost], [], True)[1]) == len(BROKEN) + 1
 
 
+def test_a_start_reads_only_pictures_that_may_have_changed(tmp_path, monkeypatch):
+    """Also one of the same size and times as before, or that is another file under its name."""
+    rows = []
+    for i in range(5):
+        saved(tmp_path / f"{i}.png", seed=i, size=(8, 8))
+        rows.append(plain.row(i, image=(Picture(f"{i}.png", str(tmp_path / f"{i}.png")),)))
+    (tmp_path / "bad.png").write_bytes(b"")
+    rows.append(plain.row(5, image=(Picture("bad.png", str(tmp_path / "bad.png")),)))
+    looked = []
+    monkeypatch.setattr(pictures, "look", lambda picture: looked.append(picture.path) or files.look(picture))
+
+    def start():
+        looked.clear()
+        digests = Digests(open_store(str(tmp_path)), "memory")
+        good, rejects = pictures.inspect(rows, [], False, digests)
+        digests.save()
+        assert [row.image[0].sha256 for row in good] == [
+            hashlib.sha256((tmp_path / f"{i}.png").read_bytes()).hexdigest() for i in range(5)
+        ]
+        assert [reject.id for reject in rejects] == ["5"] and all(row.image[0].height == 8 for row in good)
+        return sorted(looked)
+
+    everything = ["0.png", "1.png", "2.png", "3.png", "4.png", "bad.png"]
+    assert start() == everything and start() == everything  # they have only just been written
+    monkeypatch.setattr(versions, "_SETTLED", 0.0)
+    assert start() == everything and start() == ["bad.png"]
+
+    data, times = (tmp_path / "1.png").read_bytes(), os.stat(tmp_path / "1.png")
+    (tmp_path / "1.png").write_bytes(data[:-8] + b"\0" * 8)
+    os.utime(tmp_path / "1.png", ns=(times.st_atime_ns, times.st_mtime_ns))
+    saved(tmp_path / "new.png", seed=9, size=(8, 8))
+    (tmp_path / "new.png").rename(tmp_path / "3.png")
+    assert start() == ["1.png", "3.png", "bad.png"] and start() == ["bad.png"]
+    (tmp_path / "memory").write_bytes((tmp_path / "memory").read_bytes()[:-9])
+    assert start() == everything and start() == ["bad.png"]
+
+
+@pytest.mark.parametrize(("scheme", "server"), [("gs", "gcs_faults"), ("s3", "s3_faults")])
+def test_objects_have_other_versions_once_they_are_written_again(scheme, server):
+    with pytest.importorskip(server).serve(rate=0):
+        store, root = open_store(f"{scheme}://bucket/in"), f"{scheme}://bucket"
+        for name in ("x/a", "x/b", "y/c"):
+            store.write(name, name.encode())
+        urls = [f"{root}/in/{name}" for name in ("x/a", "x/b", "y/c", "y/none")] + ["https://a.b/c"]
+        before = versions.versions(urls)
+        assert list(before) == urls[:3] and len(set(before.values())) == 3 and versions.versions(urls) == before
+        store.write("x/b", b"another")
+        after = versions.versions(urls)
+        assert {url for url in after if after[url] != before[url]} == {f"{root}/in/x/b"}
+        assert versions.versions([f"{root}/in/x/a"]) == {f"{root}/in/x/a": before[f"{root}/in/x/a"]}
+
+
 def test_pictures_in_a_run(cli, golden, tmp_path):
     """Rows of every mode at any batch size; a truncated picture costs its row; only a changed one is made again."""
     saved(tmp_path / "a.png")
@@ -122,7 +189,16 @@ def test_pictures_in_a_run(cli, golden, tmp_path):
     base = dict(prompt="a fox", num_inference_steps=3, seed=1)
     rows = [
         dict(base, id="start", image="a.png", strength=0.5),
-        dict(base, id="mask", image="a.png", mask_image="mask.png", strength=0.5),
+        dict(
+            base,
+            id="mask",
+            image="a.png",
+            mask_image="mask.png",
+            strength=0.5,
+            padding_mask_crop=4,
+            height=16,
+            width=16,
+        ),
         dict(base, id="other", image="b.png", strength=0.5),
         dict(base, id="cut", image="cut.png"),
         dict(base, id="away", negative_prompt="hens", true_cfg_scale=3.0, height=32, width=32),
@@ -145,6 +221,8 @@ def test_pictures_in_a_run(cli, golden, tmp_path):
     records = {record["id"]: record for record in metadata(tmp_path / "one")}
     (told,) = json.loads(records["start"]["inputs"])["image"]
     assert told["path"] == "a.png" and (told["height"], told["width"]) == (40, 56) and len(told["sha256"]) == 64
+    assert first["mask"].shape == (40, 56, 3) and records["mask"]["height"] == 16
+    assert records["mask"]["padding_mask_crop"] == 4 and records["start"]["padding_mask_crop"] == -1
     assert records["plain"]["negative_prompt"] == "" and records["away"]["true_cfg_scale"] == 3.0
     assert run("three", "per_device_batch_size=3")[0] == 3
     assert all(np.abs(first[key].astype(int) - x).max() <= 1 for key, x in images(tmp_path / "three").items())
@@ -162,6 +240,7 @@ def test_pictures_in_a_run(cli, golden, tmp_path):
     words = f"output_dir={tmp_path}", "run_name=one", "id=mask"
     code, said = cli(*words, entry="replay")
     assert code == 0, said
+    assert cli(f"output_dir={tmp_path}", "run_name=one", entry="verify")[0] == 0
 
 
 @pytest.mark.parametrize(
@@ -174,10 +253,16 @@ def test_pictures_in_a_run(cli, golden, tmp_path):
         (dict(image="a.png", strength=1.5), "strength: got 1.5, expected a number from 0 to 1"),
         (dict(image="a.png", strength=0.0), "strength: got 0, expected a number above 0"),
         (dict(image="b.png"), "image: b.png: not found"),
+        (dict(image="a.png", padding_mask_crop=4), "padding_mask_crop: expected a model that keeps what lies outside"),
+        (
+            dict(image="a.png", mask_image="m.png", padding_mask_crop=4),
+            "mask_image: got 9×9, expected the image's 56×40",
+        ),
     ],
 )
 def test_what_a_row_cannot_have_is_one_line(cli, golden, tmp_path, row, wanted):
     saved(tmp_path / "a.png")
+    saved(tmp_path / "m.png", mode="L", size=(9, 9))
     (tmp_path / "m.jsonl").write_text(json.dumps({"prompt": "x"} | row))
     given = f"pretrained_model_name_or_path={golden / 'dev'}", f"manifest={tmp_path / 'm.jsonl'}"
     code, err = cli(*given, f"output_dir={tmp_path}", "hardware=cpu")

@@ -7,9 +7,12 @@ import inspect
 import json
 
 import numpy as np
+import plain
 import pytest
-from conftest import GOLDEN, images, psnr
+from conftest import GOLDEN, images, metadata, psnr
 from PIL import Image
+
+from fluxbatch.models.flux1 import pictures
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -123,6 +126,73 @@ def test_inpaint(dev, run, tmp_path, strength):
     expected = theirs(pipe, row, image=picture(1, 70, 45), mask_image=mask(3, 40, 60))
     assert psnr(found, expected) >= 50
     assert psnr(found, theirs(pipe, row, image=picture(1, 70, 45), mask_image=mask(4, 40, 60))) < 30
+
+
+@pytest.mark.parametrize(
+    ("box", "pad", "size"),
+    [((40, 30, 70, 52), 8, (64, 48)), ((0, 60, 20, 95), 3, (32, 64)), ((5, 5, 110, 20), 32, (64, 64))],
+)
+def test_padding_mask_crop(dev, run, tmp_path, box, pad, size):
+    """A soft mask in the middle, one at two edges, and one that is too wide for the picture to have its aspect."""
+    folder, pipe = dev
+    pipe = diffusers.FluxInpaintPipeline(**pipe.components)
+    pipe.set_progress_bar_config(disable=True)
+    picture(1, 98, 120).save(tmp_path / "in.png")
+    hole = Image.new("L", (120, 98))
+    hole.paste(mask(3, box[3] - box[1], box[2] - box[0]), box)
+    hole.save(tmp_path / "mask.png")
+    row = dict(id="a", prompt="a fox", num_inference_steps=4, guidance_scale=2.0, seed=5, strength=0.8)
+    row |= dict(image="in.png", mask_image="mask.png", padding_mask_crop=pad, height=size[0], width=size[1])
+    found = run(folder, [row], "crop")["a"]
+    expected = theirs(pipe, row, image=picture(1, 98, 120), mask_image=hole, padding_mask_crop=pad)
+    assert found.shape == (98, 120, 3) and psnr(found, expected) >= 50
+    kept = np.asarray(hole) == 0
+    np.testing.assert_array_equal(found[kept], np.asarray(picture(1, 98, 120))[kept])
+    inside = np.asarray(hole) > 127
+    assert psnr(found[inside], expected[inside]) >= 50
+    assert psnr(found[inside], np.asarray(picture(1, 98, 120))[inside]) < 25
+
+
+def test_crops_are_those_of_diffusers():
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        w, h, width, height = rng.integers(1, 200, 2).tolist() + (16 * rng.integers(1, 12, 2)).tolist()
+        (left, right), (top, bottom) = (np.sort(rng.choice(side + 1, 2, replace=False)).tolist() for side in (w, h))
+        hole = Image.new("L", (w, h))
+        hole.paste(1, (left, top, right, bottom))
+        pad = int(rng.integers(0, 40))
+        row = plain.row(0, width=width, height=height, padding_mask_crop=pad)
+        expected = diffusers.image_processor.VaeImageProcessor.get_crop_region(hole, width, height, pad)
+        assert pictures.crop_box(hole, row) == expected
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_step_cache(dev, run, tmp_path, masked):
+    """The rule of diffusers' first-block cache, which its own pipeline for pictures does not get to use."""
+    folder, pipe = dev
+    pipe = (diffusers.FluxInpaintPipeline if masked else diffusers.FluxImg2ImgPipeline)(**pipe.components)
+    pipe.set_progress_bar_config(disable=True)
+    picture(1, 70, 45).save(tmp_path / "in.png")
+    mask(3, 40, 60).save(tmp_path / "mask.png")
+    row = dict(id="a", prompt="a fox", num_inference_steps=14, guidance_scale=2.0, seed=5, strength=0.9)
+    row |= dict(image="in.png", height=64, width=48)
+    given = dict(image=picture(1, 70, 45))
+    if masked:
+        row["mask_image"], given["mask_image"] = "mask.png", mask(3, 40, 60)
+    found = run(folder, [row], "cached", "step_cache=first_block", "step_cache_threshold=0.8")["a"]
+    (record,) = metadata(tmp_path / "cached")
+    ran = []
+    hook = pipe.transformer.single_transformer_blocks[-1].proj_out.register_forward_hook(lambda *_: ran.append(1))
+    pipe.transformer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=0.8))
+    try:
+        with pipe.transformer.cache_context("cond"):
+            expected = theirs(pipe, row, **given)
+    finally:
+        pipe.transformer.disable_cache()
+        hook.remove()
+    assert psnr(found, expected) >= 50
+    assert len(ran) == record["computed_steps"] < 13
+    assert psnr(found, theirs(pipe, row, **given)) < 50
 
 
 def reader(name, channels, seed=4, factor=4):

@@ -86,7 +86,7 @@ def test_images_and_their_records(tmp_path):
     assert list(lines[3]) == [
         *("file_name", "id", "index", "prompt", "prompt_2", "seed", "height", "width"),
         *("num_inference_steps", "guidance_scale", "sigmas", "negative_prompt", "negative_prompt_2"),
-        *("true_cfg_scale", "strength", "inputs", "crop", "lora", "seed_text", *FACTS),
+        *("true_cfg_scale", "strength", "padding_mask_crop", "inputs", "crop", "lora", "seed_text", *FACTS),
         *("sha256", "computed_steps", "seconds", "mfu", "created", "flags", "key", "category"),
     ]
     assert {key: lines[3][key] for key in FACTS} == FACTS

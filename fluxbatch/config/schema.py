@@ -192,6 +192,7 @@ class Job:
     image: Any = MISSING  # a path or address, or a list of them
     mask_image: str | None = MISSING
     control_image: str | None = MISSING
+    padding_mask_crop: int | None = MISSING
     manifest: Any = MISSING  # a path or a pattern, a list of those, - for standard input, or None
     prompt_column: str | None = MISSING  # of a TSV/CSV or JSONL; None: found, or prompt
     prompt_template: str | None = MISSING  # over the fields of a row
@@ -238,7 +239,8 @@ def default_run_name(job: Job) -> str:
     dtypes: tuple[Enum, ...] = (job.hardware.weights_dtype, job.hardware.activations_dtype)
     dtypes += (job.hardware.matmul_dtype,) if job.hardware.matmul_dtype else ()
     text = (job.prompt, job.prompt_2, job.negative_prompt, job.negative_prompt_2, job.seed, job.num_images)
-    pictures = (job.image, job.mask_image, job.control_image)
+    crop = [] if job.padding_mask_crop is None else [job.padding_mask_crop]  # names are from before there was one
+    pictures = (job.image, job.mask_image, job.control_image, *crop)
     groups: tuple[Any, ...] = (job.model, job.sampler, job.output, job.lora_config, *job.lora.values())
     parts = [*(dataclasses.asdict(group) for group in groups), list(job.lora), text, pictures, dtypes]
     return f"{slug(job.prompt or '', 'prompt')}-{digest(parts)}"

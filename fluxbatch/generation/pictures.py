@@ -6,11 +6,12 @@ import dataclasses
 import itertools
 import os
 from collections import deque
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from fluxbatch.distributed.process_group import ProcessGroup
 from fluxbatch.models.family import Family
@@ -22,28 +23,36 @@ AHEAD = 2  # batches that are read while one is at work
 Prepared = Mapping[str, np.ndarray]
 
 
-def ahead(
-    batches: Sequence[Batch], family: Family, group: ProcessGroup
-) -> Generator[tuple[Batch, tuple[tuple[Row, Reject], ...]], None, None]:
-    """The batches with what their rows' pictures are prepared to; each without the rows whose pictures cannot be read,
-    which stand beside it."""
-    if not any(batch.mode.reads_pictures for batch in batches):
-        yield from ((batch, ()) for batch in batches)
-        return
-    with ThreadPoolExecutor(min(8, 2 * (os.cpu_count() or 1)), "picture") as pool:
-        waiting: deque[tuple[Batch, list[Future[Any]]]] = deque()
-        rest = iter(batches)
-        try:
-            while True:
-                for batch in itertools.islice(rest, AHEAD + 1 - len(waiting)):
-                    rows = batch.rows if batch.mode.reads_pictures else ()
-                    waiting.append((batch, [pool.submit(_prepared, row, family) for row in rows]))
-                if not waiting:
-                    return
-                batch, futures = waiting.popleft()
-                yield _read(batch, [future.result() for future in futures], group) if futures else (batch, ())
-        finally:
-            pool.shutdown(cancel_futures=True)
+class Reader:
+    """The batches of a shard, with what their rows' pictures are prepared to, each without the rows whose pictures
+    cannot be read, which stand beside it. It begins to read at once, while the shard's text is encoded; to be closed.
+    """
+
+    def __init__(self, batches: Sequence[Batch], family: Family, group: ProcessGroup):
+        self._family, self._group, self._rest = family, group, iter(batches)
+        reads = any(batch.mode.reads_pictures for batch in batches)
+        threads = min(8, 2 * (os.cpu_count() or 1))
+        self._pool = ThreadPoolExecutor(threads, "picture") if reads else None
+        self._waiting: deque[tuple[Batch, list[Future[Any]]]] = deque()
+        self._begin()
+
+    def _begin(self) -> None:
+        for batch in itertools.islice(self._rest, AHEAD + 1 - len(self._waiting)):
+            futures = []
+            if self._pool and batch.mode.reads_pictures:
+                futures = [self._pool.submit(_prepared, row, self._family) for row in batch.rows]
+            self._waiting.append((batch, futures))
+
+    def __iter__(self) -> Iterator[tuple[Batch, tuple[tuple[Row, Reject], ...]]]:
+        while self._waiting:
+            self._begin()
+            batch, futures = self._waiting.popleft()
+            yield _read(batch, [future.result() for future in futures], self._group) if futures else (batch, ())
+
+    def close(self) -> None:
+        """Read no more."""
+        if self._pool:
+            self._pool.shutdown(cancel_futures=True)
 
 
 def _read(
@@ -70,6 +79,16 @@ def _prepared(row: Row, family: Family) -> Prepared | str:
         return str(error)
 
 
+def finish(row: Row, pixels: np.ndarray, family: Family) -> np.ndarray:
+    """The row's image, uint8 ``[H, W, 3]``, of what was drawn for it. ValueError if that needs a picture that cannot be
+    read any more."""
+    return pixels if row.padding_mask_crop is None else family.finish(row, pixels, _pictures(row))
+
+
+def _pictures(row: Row) -> dict[str, list[Image.Image]]:
+    return {field: [read(picture) for picture in pictures] for field, pictures in row.pictures.items()}
+
+
 def prepare(row: Row, family: Family) -> Prepared:
     """What the family makes of the row's pictures; ValueError says why it cannot."""
-    return family.prepare(row, {field: [read(p) for p in pictures] for field, pictures in row.pictures.items()})
+    return family.prepare(row, _pictures(row))

@@ -225,7 +225,7 @@ class Pipeline:
         fresh = self._run(self._fresh_cache.lower, graph, self.dtype, state, latents)
         yield "fresh_cache", fresh
         cache = jax.tree.map(lambda x: self._shape(x.dtype, *x.shape), fresh.out_info)
-        more = everywhere(np.array(0, np.float32)), *scales
+        more = everywhere(np.array(0, np.float32)), noise, pictures, *scales
         yield (
             "denoise",
             self._run(self._denoise_cached.lower, graph, self.dtype, state, latents, cache, *_first(arguments), *more),
@@ -305,7 +305,7 @@ class Pipeline:
             if cache is None:
                 latents = self._launch(self._denoise, graph, self.dtype, state, latents, *arguments, *last, *scales)
             else:
-                given = state, latents, cache, *_first(arguments), threshold
+                given = state, latents, cache, *_first(arguments), threshold, *last[1:]
                 latents, cache = self._launch(self._denoise_cached, graph, self.dtype, *given, *scales)
         self.computed = cache and cache.computed
         return self._told(latents)  # by now: decoding may have to wait for its program

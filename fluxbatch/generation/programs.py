@@ -110,8 +110,7 @@ def denoise(
         references = model.embed_references(references.astype(dtype), positions[0])
 
     def body(i: Array, x: Array) -> Array:
-        channels = [x] if pictures.channels is None else [x, pictures.channels]
-        read = jnp.concatenate(channels, -1).astype(dtype)
+        read = _beside(x, pictures, dtype)
 
         def evaluate(prompt: tuple[Any, StepInputs, Positions]) -> Array:
             return model.velocity(read, *prompt, references)
@@ -140,21 +139,27 @@ def fresh_cache(graph: Graph, dtype: Any, state: State, latents: Latents) -> Ste
 def denoise_cached(
     scheduler_step: SchedulerStep, graph: Graph, dtype: Any, state: State, latents: Latents, cache: StepCache,
     conditioning: Conditioning, inputs: StepInputs, sigmas: Sigmas, left: Int[Array, " B"], turns: Count,
-    positions: Positions, threshold: Float[Array, ""], scales: Scales | None = None,
+    positions: Positions, threshold: Float[Array, ""], noise: Latents | None, pictures: Pictures,
+    scales: Scales | None = None,
 ) -> tuple[Latents, StepCache]:  # fmt: skip
-    """``denoise`` with a step cache, which goes on from call to call."""
+    """``denoise`` of one prompt, without references, with a step cache, which goes on from call to call."""
     model: CachedDenoiser = _model(graph, state, scales)
     model.drop_step_layers()
     embedded = model.embed(conditioning, positions, dtype)
 
     def body(i: Array, carry: tuple[Array, StepCache]) -> tuple[Array, StepCache]:
         x, cache = carry
-        velocity, cache = model.cached_velocity(
-            x.astype(dtype), embedded, _at(inputs, i), positions, cache, threshold, i < left
-        )
-        return _step(scheduler_step, x, velocity, i, sigmas, left, None, Pictures()), cache
+        read = _beside(x, pictures, dtype)
+        velocity, cache = model.cached_velocity(read, embedded, _at(inputs, i), positions, cache, threshold, i < left)
+        return _step(scheduler_step, x, velocity, i, sigmas, left, noise, pictures), cache
 
     return jax.lax.fori_loop(0, turns, body, (latents, cache))
+
+
+def _beside(latents: Latents, pictures: Pictures, dtype: Any) -> Float[Array, "B L _"]:
+    """The latents, and beside their channels those of a control map or a hole."""
+    channels = [latents] if pictures.channels is None else [latents, pictures.channels]
+    return jnp.concatenate(channels, -1).astype(dtype)
 
 
 def _alike(pytrees: Sequence[Any]) -> bool:

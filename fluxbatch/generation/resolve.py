@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from fluxbatch.generation import prompts
 from fluxbatch.lora.apply import Loras
 from fluxbatch.models.family import Family, TextInput
-from fluxbatch.types import PLAIN, Row, UserError
+from fluxbatch.types import Row, UserError
 
 _SHOWN = 50  # rows in one message
 
@@ -60,8 +60,10 @@ def _understood(row: Row, family: Family, cached: bool) -> Row:
         height, width = family.default_size(row)
         row = dataclasses.replace(row, height=height, width=width)
     row = family.resolve(row)
-    if cached and row.mode != PLAIN:
-        raise ValueError("sampler.step_cache: expected null: the cache is for rows without pictures and negatives")
+    if row.padding_mask_crop is not None and not row.mode.mask:
+        raise ValueError("padding_mask_crop: expected a model that keeps what lies outside a mask, and a mask_image")
+    if cached and (row.mode.negative or row.mode.references):
+        raise ValueError("sampler.step_cache: expected null: the cache is for rows without references and negatives")
     if row.steps < 1:
         raise ValueError(f"strength: got {row.strength:g}, expected a number above 0: no step is left")
     return row

@@ -20,7 +20,7 @@ _WHOLE = 2**53  # up to it a float that is whole is the integer that was meant
 _MAX_FLOAT = 1e4  # of guidance and LoRA scales: beyond it bfloat16 only makes NaN
 _MAX_IMAGES = 100_000  # per row
 _MAX_ID = 200  # bytes: with its extension it must fit a file name
-INTEGERS = ("seed", "height", "width", "num_inference_steps", "num_images")
+INTEGERS = ("seed", "height", "width", "num_inference_steps", "num_images", "padding_mask_crop")
 SURROGATES = re.compile("[\ud800-\udfff]")
 NUMBERS = ("guidance_scale", "true_cfg_scale", "strength")
 PICTURES = ("image", "mask_image", "control_image")
@@ -51,6 +51,8 @@ class Resolver:
             **{key: float(getattr(sampler, key)) for key in NUMBERS},
             "num_images": job.num_images,
         }
+        if job.padding_mask_crop is not None:
+            self._defaults["padding_mask_crop"] = job.padding_mask_crop
         problems: list[str] = []
         for key, text in self._texts.items():
             if text is not None:
@@ -115,6 +117,7 @@ class Resolver:
                 negative_prompt_2=negative if read["negative_prompt_2"] is None else read["negative_prompt_2"],
                 true_cfg_scale=numbers["true_cfg_scale"],
                 strength=numbers["strength"],
+                padding_mask_crop=numbers.get("padding_mask_crop"),
                 image=pictures["image"],
                 mask_image=next(iter(pictures["mask_image"]), None),
                 control_image=next(iter(pictures["control_image"]), None),
@@ -138,6 +141,7 @@ class Resolver:
             ("width", self._size_multiple, largest - largest % self._size_multiple, self._size_multiple),
             ("num_inference_steps", 1, MAX_STEPS, 1),
             ("num_images", 1, _MAX_IMAGES, 1),
+            ("padding_mask_crop", 0, MAX_SIDE, 1),
         ):
             if key not in given:
                 continue

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+from fluxbatch.manifest.digests import Digests, Seen
 from fluxbatch.storage.picture import Missing, look
 from fluxbatch.types import Picture, Reject, Row, UserError
 
@@ -13,16 +14,25 @@ _THREADS = 16
 _SHOWN = 50  # missing pictures in one message
 
 
-def inspect(rows: Sequence[Row], rejects: Sequence[Reject], quarantine: bool) -> tuple[list[Row], list[Reject]]:
+def inspect(
+    rows: Sequence[Row], rejects: Sequence[Reject], quarantine: bool, digests: Digests | None = None
+) -> tuple[list[Row], list[Reject]]:
     """The rows, with digest and size of each picture that they read; as rejects those that cannot have an image.
+    ``digests``: those of earlier starts, which gets those of this one.
 
     UserError names pictures that are not there, unless they are to be set aside (``quarantine``).
     """
     distinct = {p.url: p for row in rows for pictures in row.pictures.values() for p in pictures}
     if not distinct:
         return list(rows), list(rejects)
+    known = digests.known(distinct) if digests else {}
+    found: dict[str, Picture | ValueError] = {url: _as(distinct[url], seen) for url, seen in known.items()}
+    unknown = {url: picture for url, picture in distinct.items() if url not in known}
     with ThreadPoolExecutor(_THREADS, "picture") as pool:
-        found = dict(zip(distinct, pool.map(_inspected, distinct.values()), strict=True))
+        found |= zip(unknown, pool.map(_inspected, unknown.values()), strict=True)
+    if digests:
+        pictures = (found[url] for url in unknown)
+        digests.saw({p.url: (p.sha256, p.height, p.width) for p in pictures if isinstance(p, Picture)})
     good, bad, missing = [], list(rejects), []
     for row in rows:
         fault = next(_faults(row, found), None)
@@ -65,7 +75,11 @@ def _seen(row: Row, found: dict[str, Picture | ValueError]) -> Row:
 
 def _inspected(picture: Picture) -> Picture | ValueError:
     try:
-        sha256, height, width = look(picture)
+        return _as(picture, look(picture))
     except ValueError as error:
         return error
+
+
+def _as(picture: Picture, seen: Seen) -> Picture:
+    sha256, height, width = seen
     return dataclasses.replace(picture, sha256=sha256, height=height, width=width)

@@ -332,6 +332,10 @@ class Family(abc.ABC):
         ValueError for one that cannot be read so."""
         raise NotImplementedError
 
+    def finish(self, row: Row, pixels: np.ndarray, pictures: Mapping[str, Sequence[Image.Image]]) -> np.ndarray:
+        """The image of a row with ``padding_mask_crop``, uint8 ``[H, W, 3]``, of what was drawn for it."""
+        raise NotImplementedError
+
     def picture_shapes(self, height: int, width: int, mode: Mode) -> dict[str, tuple[int, ...]]:
         """Of what ``prepare`` makes; none where rows of this mode read no picture."""
         return {}

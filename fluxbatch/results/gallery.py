@@ -1,4 +1,4 @@
-"""What people open first after a run: ``index.html``, ``.fluxbatch/contact_sheet.png``, and a sweep's grid.
+"""What people open first after a run: ``index.html``, and a sweep's grid.
 
 All of it is built from records (lines of ``metadata.jsonl``), never from file names. A page is
 one file that asks for nothing but the run's own images: the records travel in it as JSON, column
@@ -22,10 +22,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
+from fluxbatch.results import inputs
 from fluxbatch.results.images import Images
-from fluxbatch.results.location import SHEET
 from fluxbatch.results.packed import open_images
 from fluxbatch.results.resume import mix
 from fluxbatch.storage.base import StorageError, Store, join
@@ -49,6 +49,7 @@ def write_gallery(
     title: str,
     summary: Mapping[str, Any],
     images: Images | None = None,
+    folders: Sequence[str] = (),
     *,
     note: str | None = None,
 ) -> None:
@@ -57,23 +58,29 @@ def write_gallery(
     ``summary`` is the line on top, label → value, in the order given (None: left out); the model
     is added from the records. Of more than ``MAX_ROWS`` images the page holds an even choice, and
     says so. ``images``: where they lie, if not in files that the page can show: it carries small
-    copies of at most ``MAX_THUMBNAILS`` then. ``note``: what it says instead of what is left out. Raises StorageError.
+    copies of at most ``MAX_THUMBNAILS`` then. ``folders``: where relative paths of the pictures that images were made
+    of may begin; these are shown beside the images. ``note``: what it says instead of what is left out. Raises
+    StorageError.
     """
     chosen, made = thin(records, MAX_THUMBNAILS if images else MAX_ROWS)
     failures, failed = thin(rejects, MAX_ROWS)
     if images:
         chosen = _with_thumbnails((images, record) for record in chosen)
     rows = sorted([*chosen, *map(_failure, failures)], key=_order)
-    store.write("index.html", _page(title, summary, rows, left_out=made + failed - len(rows), note=note))
+    pictures = inputs.addresses(rows, folders, store.url)
+    left_out = made + failed - len(rows)
+    store.write("index.html", _page(title, summary, rows, pictures, left_out=left_out, note=note))
 
 
-def write_grid(store: Store, jobs: Mapping[str, Mapping[str, Any]], title: str = "Sweep") -> None:
+def write_grid(
+    store: Store, jobs: Mapping[str, Mapping[str, Any]], title: str = "Sweep", folders: Sequence[str] = ()
+) -> None:
     """Write a multirun's ``index.html`` at the root of its output place.
 
     ``jobs`` maps each job's run directory, relative to ``store``, to its swept keys and values.
     A picture's place is its manifest row (id and prompt: the first axis) and its job's value of
     every key that has more than one. A job that ended without a record is shown as failed, one
-    that has not ended as empty cells. Raises StorageError.
+    that has not ended as empty cells. ``folders`` as in ``write_gallery``. Raises StorageError.
     """
     jobs = {job: sweep or {"job": job} for job, sweep in jobs.items()}
     keys = dict.fromkeys(key for sweep in jobs.values() for key in sweep)
@@ -110,42 +117,9 @@ def write_grid(store: Store, jobs: Mapping[str, Mapping[str, Any]], title: str =
     summary = {"jobs": len(jobs), "images": images, "failed": len(placed) - images, **fixed}
     images_of = {job: open_images(open_store(join(store.url, job))) for job in in_shards}
     records = _with_thumbnails((images_of.get(job), record) for _, job, record in shown)
-    store.write("index.html", _page(title, summary, records, left_out=len(placed) - len(shown), sweep=sweep))
-
-
-def write_contact_sheet(
-    store: Store, images: Images, records: Iterable[Record], *, title: str = "", limit: int = 100, side: int = 160
-) -> None:
-    """Write ``.fluxbatch/contact_sheet.png``: at most ``limit`` evenly chosen images, shrunk into squares of
-    ``side`` pixels, with short captions. An image that cannot be read stays an empty frame.
-    """
-    chosen, total = thin(records, limit)
-    with ThreadPoolExecutor(8) as pool:  # an object store answers one read in some 50 ms
-        thumbnails = list(pool.map(lambda record: _thumbnail(images, record, side), chosen))
-    font, small = ImageFont.load_default(18), ImageFont.load_default(12)
-    gap, caption = 12, 34
-    across = max(4, math.ceil(math.sqrt(1.5 * len(chosen))))
-    down = math.ceil(len(chosen) / across)
-    head = gap + 26
-    size = gap + across * (side + gap), head + gap + down * (side + caption + gap)
-    sheet = Image.new("RGB", size, "#f7f7f5")
-    draw = ImageDraw.Draw(sheet)
-    count = f"{total:,} image{'s' * (total != 1)}" + (f", {len(chosen)} shown" if total > len(chosen) else "")
-    width = small.getlength(count)
-    draw.text((size[0] - gap - width, gap + 5), count, "#6b6b68", small)
-    draw.text((gap, gap), _lines_of(title, font, size[0] - 3 * gap - width, 1)[0], "#1b1b1a", font)
-    for i, (record, thumbnail) in enumerate(zip(chosen, thumbnails, strict=True)):
-        x, y = gap + i % across * (side + gap), head + gap + i // across * (side + caption + gap)
-        draw.rectangle((x, y, x + side - 1, y + side - 1), "#ebebe8")
-        if thumbnail:
-            sheet.paste(thumbnail, (x + (side - thumbnail.width) // 2, y + (side - thumbnail.height) // 2))
-        else:
-            draw.text((x + side / 2, y + side / 2), "missing", "#b3261e", small, anchor="mm")
-        for n, line in enumerate(_lines_of(_caption(record), small, side, 2)):
-            draw.text((x, y + side + 4 + 14 * n), line, "#4a4a47", small)
-    out = io.BytesIO()
-    sheet.save(out, "PNG", compress_level=4)  # twice as fast as 6, and 3 % larger
-    store.write(SHEET, out.getvalue())
+    pictures = inputs.addresses(records, folders, store.url)
+    left_out = len(placed) - len(shown)
+    store.write("index.html", _page(title, summary, records, pictures, left_out=left_out, sweep=sweep))
 
 
 def thin(items: Iterable[T], limit: int) -> tuple[list[T], int]:
@@ -176,6 +150,7 @@ def _page(
     title: str,
     summary: Mapping[str, Any],
     rows: Sequence[Record],
+    pictures: Mapping[str, str],
     *,
     left_out: int,
     note: str | None = None,
@@ -195,7 +170,15 @@ def _page(
         "summary": "".join(
             f"<div><dt>{html.escape(label)}</dt><dd>{html.escape(figure)}</dd></div>" for label, figure in facts.items()
         ),
-        "data": _json({"count": len(rows), "note": note or more, **_columns(rows), "sweep": sweep}),
+        "data": _json(
+            {
+                "count": len(rows),
+                "note": note or more,
+                **_columns(rows, [*pictures]),
+                "sweep": sweep,
+                "pictures": [*pictures.values()],
+            }
+        ),
     }
     page = re.sub(r"@@(\w+)@@", lambda mark: filling[mark[1]], template)  # one pass: data is never searched
     return page.encode("utf-8", "xmlcharrefreplace")  # a lone surrogate can be in a title, not in UTF-8
@@ -214,11 +197,14 @@ def _template() -> tuple[str, str]:
     return template, "; ".join(allowed)
 
 
-def _columns(rows: Sequence[Record]) -> dict[str, Any]:
-    """``columns``: field → its value in every row; ``common``: field → the value all images share."""
+def _columns(rows: Sequence[Record], pictures: Sequence[str]) -> dict[str, Any]:
+    """``columns``: field → its value in every row; ``common``: field → the value all images share. ``pictures``: the
+    digests of those that can be shown, which ``before`` numbers."""
     adapters = any(mix(row) for row in rows if "lora" in row)
     brief = _DETAILS if len(rows) > MAX_DETAILED else frozenset()
-    rows = [{key: value for key, value in _shown(row, adapters).items() if key not in brief} for row in rows]
+    numbers = {digest: number for number, digest in enumerate(pictures)}
+    shown = (_shown(row, adapters, numbers) for row in rows)
+    rows = [{key: value for key, value in row.items() if key not in brief} for row in shown]
     fields = dict.fromkeys(field for row in rows for field in row)
     columns = {field: [row.get(field) for row in rows] for field in fields}
     if "prompt_2" in columns:  # worth telling only where it differs
@@ -239,10 +225,17 @@ def _columns(rows: Sequence[Record]) -> dict[str, Any]:
     }
 
 
-def _shown(row: Record, adapters: bool) -> Record:
+def _shown(row: Record, adapters: bool, numbers: Mapping[str, int]) -> Record:
     """A record as people read it: without what says that there is nothing to say, or says it twice."""
-    nothing = ("mfu", 0), ("sigmas", "[]"), ("step_cache", ""), ("matmul_dtype", ""), ("step_cache_threshold", 0)
+    nothing = (
+        ("mfu", 0), ("sigmas", "[]"), ("step_cache", ""), ("matmul_dtype", ""), ("step_cache_threshold", 0),
+        ("inputs", "{}"), ("strength", 1), ("true_cfg_scale", 1), ("padding_mask_crop", -1),
+    )  # fmt: skip
     said = {key: value for key, value in row.items() if key != "seed_text" and (key, value) not in nothing}
+    if "inputs" in said:
+        read = inputs.inputs_of(row)
+        said["inputs"] = ", ".join(f"{field} {p.path} {p.width}×{p.height}" for field in read for p in read[field])
+        said["before"] = [[field, numbers[p.sha256]] for field in read for p in read[field] if p.sha256 in numbers]
     return said | {"lora": mix(row) if adapters else None} if "lora" in row else said
 
 
@@ -319,7 +312,8 @@ def _status(store: Store, job: str) -> dict[str, Any]:
     return json.loads(store.read(name)) if store.exists(name) else {}
 
 
-def _thumbnail(images: Images, record: Record, side: int) -> Image.Image | None:
+def thumbnail(images: Images, record: Record, side: int) -> Image.Image | None:
+    """The record's image, shrunk into a square of ``side`` pixels; None where it cannot be read."""
     try:
         with Image.open(io.BytesIO(images.read(record["file_name"]))) as image:
             image.thumbnail((side, side), Image.Resampling.LANCZOS)
@@ -333,41 +327,9 @@ def _with_thumbnails(cells: Iterable[tuple[Images | None, Record]]) -> list[Reco
 
     def told(cell: tuple[Images | None, Record]) -> Record:
         images, record = cell
-        if images is None or "file_name" not in record or (thumbnail := _thumbnail(images, record, 256)) is None:
+        if images is None or "file_name" not in record or (small := thumbnail(images, record, 256)) is None:
             return record
-        out = io.BytesIO()
-        thumbnail.save(out, "JPEG", quality=80)
-        return {**record, "thumbnail": f"data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode()}"}
+        return {**record, "thumbnail": inputs.carried(small)}
 
     with ThreadPoolExecutor(8) as pool:
         return list(pool.map(told, cells))
-
-
-def _caption(record: Record) -> str:
-    """The prompt as far as Pillow's own font can write it (Latin), else the file's name."""
-    latin = re.sub(r"[^\s -~\xa0-\u024f\u2010-\u2026]", "", record["prompt"])
-    return " ".join(latin.split()) or record["file_name"]
-
-
-def _lines_of(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float, lines: int) -> list[str]:
-    """``text`` broken into at most ``lines`` lines of ``width`` pixels, the last one cut with "…"."""
-    rows = [""]
-    words = text[:500].split(" ")
-    for n, word in enumerate(words):
-        longer = f"{rows[-1]} {word}".strip()
-        if font.getlength(longer) <= width or not rows[-1]:
-            rows[-1] = longer
-        elif len(rows) < lines:
-            rows.append(word)
-        else:
-            rows[-1] = " ".join([rows[-1], *words[n:]])
-            break
-    return [_cut(row, font, width) for row in rows]
-
-
-def _cut(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> str:
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(text + "…") > width:
-        text = text[:-1]
-    return text.rstrip() + "…"

@@ -6,10 +6,11 @@ import contextlib
 import datetime
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from fluxbatch.results.gallery import thin, write_contact_sheet, write_gallery
+from fluxbatch.results.contact_sheet import write_contact_sheet
+from fluxbatch.results.gallery import thin, write_gallery
 from fluxbatch.results.images import Files, Images
 from fluxbatch.results.ledger import RECORDS
 from fluxbatch.results.location import HIDDEN
@@ -27,13 +28,22 @@ _MARK = HIDDEN + "pages.json"  # when one of several replicas last wrote them
 class LivePages:
     """Writes ``index.html`` and the contact sheet with a choice of what is recorded.
 
-    ``counts``: of this replica's rows. ``alone``: whether there is no other replica, or they take turns.
+    ``counts``: of this replica's rows. ``alone``: whether there is no other replica, or they take turns. ``folders``:
+    where relative paths of the pictures that images were made of may begin.
     """
 
     def __init__(
-        self, store: Store, images: Images, title: str, counts: Callable[[], Mapping[str, int]], *, alone: bool
+        self,
+        store: Store,
+        images: Images,
+        title: str,
+        counts: Callable[[], Mapping[str, int]],
+        *,
+        alone: bool,
+        folders: Sequence[str] = (),
     ):
         self._store, self._images, self._title, self._counts, self._alone = store, images, title, counts, alone
+        self._folders = folders
         self._next = 0.0  # on the monotonic clock
 
     def refresh(self) -> None:
@@ -66,8 +76,9 @@ class LivePages:
         if "left" in counts:
             summary |= {"left": counts["left"], "rejected": counts["rejected"] or None}
         note = f"The run was at work when this page was written, {now:%Y-%m-%d %H:%M} UTC: a choice of its images."
-        write_gallery(self._store, records, (), self._title, summary, self._images if in_shards else None, note=note)
-        write_contact_sheet(self._store, self._images, records, title=self._title)
+        images = self._images if in_shards else None
+        write_gallery(self._store, records, (), self._title, summary, images, self._folders, note=note)
+        write_contact_sheet(self._store, self._images, records, title=self._title, folders=self._folders)
 
     def _choice(self, limit: int) -> list[dict[str, Any]]:
         """Records from all over the ledger, by index; neighbours among them, as they lie in one shard."""

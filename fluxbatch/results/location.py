@@ -24,6 +24,7 @@ JOB = HIDDEN + "job.json"  # no start writes anything before it but the lock
 FORMAT = 2  # of all that lies in the hidden folder and of the records; job.json says it
 REPLICAS = HIDDEN + "replicas/"  # the sign of life of each, where there are several
 LOCK = HIDDEN + "lock"  # held by the start that is at work
+PICTURES = HIDDEN + "pictures.jsonl"  # digests of what rows read, so that the next start need not read it all again
 WAY_OUT = "give another run_name=…, or overwrite=true to replace what differs"
 
 

@@ -18,7 +18,7 @@ Record = dict[str, Any]
 RecordId = tuple[str, str]  # id, key
 
 # older records have none
-LATER = ("negative_prompt", "negative_prompt_2", "true_cfg_scale", "strength", "inputs", "crop")
+LATER = ("negative_prompt", "negative_prompt_2", "true_cfg_scale", "strength", "padding_mask_crop", "inputs", "crop")
 _SHOWN = 20  # changed rows in one message
 # What a record says besides its row's parameters and the model
 _OWN = ("file_name", "index", "seed_text", "sha256", "computed_steps", "seconds", "mfu", "created", "flags", "key")
@@ -53,6 +53,7 @@ def decisive(row: Row) -> dict[str, Any]:
         "negative_prompt_2": row.negative_prompt_2 or None if negative else None,
         "true_cfg_scale": row.true_cfg_scale if negative and row.true_cfg_scale != 1 else None,
         "strength": row.strength if row.mode.start and row.strength != 1 else None,
+        "padding_mask_crop": row.padding_mask_crop,
         "inputs": {field: [picture.sha256 for picture in pictures] for field, pictures in row.pictures.items()} or None,
         "crop": [*row.crop] or None,
     }
@@ -65,6 +66,7 @@ def parameters(row: Row) -> dict[str, Any]:
     given |= {key: given[key] or "" for key in ("negative_prompt", "negative_prompt_2")}
     given |= {key: 1.0 if given[key] is None else given[key] for key in ("true_cfg_scale", "strength")}
     lora = json.dumps(given.pop("lora") or {}, ensure_ascii=False)
+    given["padding_mask_crop"] = -1 if row.padding_mask_crop is None else row.padding_mask_crop
     text = {key: json.dumps(given[key] or []) for key in ("sigmas", "crop")} | {"lora": lora}
     return given | text | {"seed_text": str(row.seed)}  # the number may be more than 63 bits
 
@@ -96,10 +98,16 @@ def plain(record: Record) -> Record:
             "sigmas": [*levels(record)] or None,
             "true_cfg_scale": None if scale == 1 else scale,
             "strength": None if strength in (None, 1.0) else strength,
+            "padding_mask_crop": crop_padding(record),
             "inputs": {field: [p["sha256"] for p in pictures] for field, pictures in inputs.items()} or None,
             "crop": json.loads(record.get("crop") or "[]") or None,
         }
     )
+
+
+def crop_padding(record: Mapping[str, Any]) -> int | None:
+    """The record's ``padding_mask_crop``; None where the image is all that was drawn."""
+    return None if record.get("padding_mask_crop") in (None, -1) else record["padding_mask_crop"]
 
 
 def mix(record: Mapping[str, Any]) -> dict[str, float]:

@@ -57,6 +57,7 @@ class Writer:
     ``facts``: what a record says besides its row and its file (model, digests, dtypes, …).
     ``roofline``: the least seconds a row's image takes on this process's devices, where that is known: its record then
     has the share of their peak (MFU) that it reached.
+    ``finish``: the row's image of what was drawn for it; ValueError says why there is none.
     ``retry``: makes a row again that came out non-finite → (uint8 [H, W, 3], finite).
     ``on_image``: called once for every row, with whether it has its image now; from a thread.
     """
@@ -68,6 +69,7 @@ class Writer:
         *,
         facts: Mapping[str, Any],
         roofline: Callable[[Row], float | None] = lambda row: None,
+        finish: Callable[[Row, np.ndarray], np.ndarray] = lambda row, pixels: pixels,
         retry: Callable[[Row], tuple[np.ndarray, bool]] | None = None,
         on_image: Callable[[Row, bool], None] | None = None,
     ):
@@ -78,6 +80,7 @@ class Writer:
         self._failures_that_end = 1 if job.on_error.name == "stop" else job.max_failures
         self._facts = dict(facts)
         self._roofline = roofline
+        self._finish = finish
         self._retry = retry
         self._retrying = threading.Lock()  # it may need the device's memory: one row at a time
         self._on_image = on_image
@@ -176,7 +179,7 @@ class Writer:
         pixels = np.asarray(pixels)[: len(rows)]  # waits for the device
         finite = np.asarray(finite)[: len(rows)]
         now = time.monotonic()
-        steps = [row.num_inference_steps for row in rows] if computed is None else np.asarray(computed)[: len(rows)]
+        steps = [row.steps for row in rows] if computed is None else np.asarray(computed)[: len(rows)]
         share = (seconds() if seconds else now - self._begun) / len(rows)
         self._begun = now
         outcomes = list(
@@ -228,7 +231,10 @@ class Writer:
                     pixels, finite = self._retry(row)
             if not finite:
                 return self._reject(row, "the image is not finite (NaN or infinity)")
-            pixels = cropped(row, pixels)
+            try:
+                pixels = self._finish(row, cropped(row, pixels))
+            except ValueError as error:
+                return self._reject(row, str(error))
             record = self._record(row, name, np.ascontiguousarray(pixels), seconds, steps)
             self._attempt(self._encode_and_write, record, pixels)
             return record
@@ -245,7 +251,7 @@ class Writer:
             self.bytes += len(data)
 
     def _record(self, row: Row, name: str, pixels: np.ndarray, seconds: float, steps: int) -> Record:
-        roofline = self._roofline(dataclasses.replace(row, num_inference_steps=steps))
+        roofline = self._roofline(dataclasses.replace(row, num_inference_steps=steps, strength=1.0))
         record = {
             "file_name": name,
             "id": row.id,

@@ -17,7 +17,9 @@ from fluxbatch.generation.model_spec import ModelSpec
 from fluxbatch.reporting.terminal import Report
 from fluxbatch.results import packer
 from fluxbatch.results.card import write_card
-from fluxbatch.results.gallery import write_contact_sheet, write_gallery, write_grid
+from fluxbatch.results.contact_sheet import write_contact_sheet
+from fluxbatch.results.gallery import write_gallery, write_grid
+from fluxbatch.results.inputs import folders_of
 from fluxbatch.results.ledger import Ledger, Tally
 from fluxbatch.results.location import CONFIG, JOB, METADATA, REJECTS, SHEET
 from fluxbatch.shards.assignment import Work
@@ -127,8 +129,9 @@ class Outcome:
                 images = self.ledger.images
                 figures = self.report.figures(counts, own)
                 in_shards = images if self.job.output.container is not Container.files else None
-                write_gallery(self.store, self._lines(METADATA), rejects, title, figures, in_shards)
-                write_contact_sheet(self.store, images, self._lines(METADATA), title=title)
+                folders = folders_of(self.job)
+                write_gallery(self.store, self._lines(METADATA), rejects, title, figures, in_shards, folders)
+                write_contact_sheet(self.store, images, self._lines(METADATA), title=title, folders=folders)
                 pages.append(f"look at    {join(self.store.url, 'index.html')} or {join(self.store.url, SHEET)}")
                 if self.job.sweep:
                     pages.append(f"the sweep  {_write_grid(self.job)}")
@@ -198,5 +201,6 @@ def _write_grid(job: Job) -> str:
             begun.add(folder)
         if file == CONFIG and folder in begun:
             jobs[folder] = yaml.safe_load(root.read(name)).get("sweep") or {}
-    write_grid(root, dict(sorted(jobs.items(), key=lambda item: (len(item[0]), item[0]))), job.run_name.split("/")[-2])
+    in_order = dict(sorted(jobs.items(), key=lambda item: (len(item[0]), item[0])))
+    write_grid(root, in_order, job.run_name.split("/")[-2], folders_of(job))
     return join(root.url, "index.html")

@@ -8,6 +8,7 @@ from typing import Self
 from fluxbatch.config.schema import Job
 from fluxbatch.distributed.process_group import ProcessGroup
 from fluxbatch.generation.model_spec import ModelSpec
+from fluxbatch.generation.pictures import finish
 from fluxbatch.reporting.terminal import Report
 from fluxbatch.results.ledger import Ledger
 from fluxbatch.results.live import LivePages
@@ -34,7 +35,12 @@ class Output:
         self._group, self._names, self._work, self._report, self._pages = group, names, work, report, pages
         self._progress = work.progress
         self._writer = Writer(
-            ledger, job, facts=spec.provenance, roofline=spec.roofline_seconds, on_image=self._on_image
+            ledger,
+            job,
+            facts=spec.provenance,
+            roofline=spec.roofline_seconds,
+            finish=lambda row, pixels: finish(row, pixels, spec.family),
+            on_image=self._on_image,
         )
 
     def submit(self, batch: Batch, images: Images) -> None:

@@ -14,24 +14,25 @@ import numpy as np
 import yaml
 from omegaconf import OmegaConf
 
-from fluxbatch.config.schema import DType, Job, WeightsDType, manifests
+from fluxbatch.config.schema import DType, Job, WeightsDType
 from fluxbatch.distributed import backend
 from fluxbatch.generation import prompts
 from fluxbatch.generation.model_spec import ModelSpec, open_model_spec
-from fluxbatch.generation.pictures import prepare
+from fluxbatch.generation.pictures import finish, prepare
 from fluxbatch.results.damage import fault_of
 from fluxbatch.results.image_files import EXTENSIONS, cropped, decode, pixel_sha256
+from fluxbatch.results.inputs import folders_of, inputs_of
 from fluxbatch.results.ledger import METADATA, Record, read_records
 from fluxbatch.results.location import CONFIG
 from fluxbatch.results.packed import open_images
-from fluxbatch.results.resume import difference, levels, mix
+from fluxbatch.results.resume import crop_padding, difference, levels, mix
 from fluxbatch.results.writer import PROGRAM, encoded
 from fluxbatch.storage import cache
 from fluxbatch.storage.base import NotFound, Store, join
 from fluxbatch.storage.log import object_of
-from fluxbatch.storage.picture import located
+from fluxbatch.storage.picture import found
 from fluxbatch.storage.registry import open_store
-from fluxbatch.types import Exit, Picture, Row, UserError
+from fluxbatch.types import Exit, Row, UserError
 
 OF_A_ROW = ("index", "id", "prompt", "prompt_2", "seed", "height", "width", "num_inference_steps", "guidance_scale")
 
@@ -109,12 +110,11 @@ def _spec(recorded: Job, anew: Sequence[str]) -> ModelSpec:
 def _made(spec: ModelSpec, recorded: Job, records: Sequence[Record], record: Record) -> np.ndarray | None:
     """uint8 ``[H, W, 3]``, made by the programs that the run had; None where it is not finite."""
     # all rows decide how adapters are applied, as they did then
-    folder = next(iter(manifests(recorded)), "").rpartition("/")[0]
-    made_of = {id(each): _row(each, folder) for each in records}
+    made_of = {id(each): _row(each) for each in records}
     resolved = spec.resolve(list(made_of.values()))
     spec = spec.reading(resolved)
     pipeline = spec.pipeline(resolved)
-    (row,) = spec.resolve([made_of[id(record)]])
+    (row,) = spec.resolve([_row(record, folders_of(recorded))])
     # by the same programs: rounding is another in a batch of another size
     rows = [row] * (spec.data_parallel_size * recorded.sharding.per_device_batch_size)
     states = prompts.encode(rows, spec.inputs, pipeline, len(rows))
@@ -125,7 +125,7 @@ def _made(spec: ModelSpec, recorded: Job, records: Sequence[Record], record: Rec
         raise UserError(f"{row.id}: {error}; expected the pictures that the row was made of") from None
     latents = pipeline.denoise(rows, states.batch(rows), prepared)
     pixels, finite = pipeline.decode(latents, row.height, row.width)
-    return cropped(row, np.asarray(pixels)[0]) if np.asarray(finite)[0] else None
+    return finish(row, cropped(row, np.asarray(pixels)[0]), spec.family) if np.asarray(finite)[0] else None
 
 
 def _compared(spec: ModelSpec, store: Store, record: Record, made: np.ndarray) -> tuple[str, Exit]:
@@ -163,11 +163,11 @@ def _place_of(path: str) -> tuple[Store, str, str]:
     return store, name, form
 
 
-def _row(record: dict[str, Any], folder: str) -> Row:
-    """``folder``: where the manifest lies, in which relative paths of pictures begin."""
+def _row(record: dict[str, Any], folders: Sequence[str] = ()) -> Row:
+    """``folders``: where relative paths of its pictures may begin; if none is given, they are not looked for."""
     pictures = {
-        field: tuple(Picture(**each, url=located(each["path"], folder)) for each in found)
-        for field, found in json.loads(record.get("inputs") or "{}").items()
+        field: tuple(found(picture, folders) if folders else picture for picture in each)
+        for field, each in inputs_of(record).items()
     }
     return Row(
         **{key: record[key] for key in OF_A_ROW},
@@ -178,6 +178,7 @@ def _row(record: dict[str, Any], folder: str) -> Row:
         negative_prompt_2=record.get("negative_prompt_2"),
         true_cfg_scale=record.get("true_cfg_scale") or 1.0,
         strength=1.0 if record.get("strength") is None else record["strength"],
+        padding_mask_crop=crop_padding(record),
         image=pictures.get("image", ()),
         mask_image=next(iter(pictures.get("mask_image", ())), None),
         control_image=next(iter(pictures.get("control_image", ())), None),

@@ -11,18 +11,20 @@ from fluxbatch.config.schema import STANDARD_INPUT, Job, manifests
 from fluxbatch.distributed import backend
 from fluxbatch.distributed.process_group import ProcessGroup
 from fluxbatch.distributed.shutdown import Drain, drain_on_signals
-from fluxbatch.generation import pictures
 from fluxbatch.generation.kept import KeptPipeline
 from fluxbatch.generation.model_spec import ModelSpec, open_model_spec
+from fluxbatch.generation.pictures import Reader
 from fluxbatch.generation.prompts import TextCache
+from fluxbatch.manifest.digests import Digests
 from fluxbatch.manifest.pictures import inspect
 from fluxbatch.manifest.rows import read_rows
 from fluxbatch.reporting import startup_warnings
 from fluxbatch.reporting.terminal import Report
 from fluxbatch.results.image_files import EXTENSIONS
+from fluxbatch.results.inputs import folders_of
 from fluxbatch.results.ledger import Ledger
 from fluxbatch.results.live import LivePages
-from fluxbatch.results.location import LOCK, open_location
+from fluxbatch.results.location import LOCK, PICTURES, open_location
 from fluxbatch.results.shard_files import require_package
 from fluxbatch.results.writer import TooManyFailures
 from fluxbatch.session.finalize import Outcome
@@ -54,6 +56,7 @@ class Session:
     outcome: Outcome
     batch_size: int
     kept: KeptPipeline | None
+    reader: Reader | None = None  # of the pictures of the shard at hand
     exit_code: int = 1
 
     def shards(self) -> Iterator[Shard]:
@@ -61,21 +64,22 @@ class Session:
         if self.drain.asked():
             return
         for shard in self.work.shards(self.drain):
-            yield shard
+            with contextlib.closing(Reader(shard.batches, self.spec.family, self.group)) as self.reader:
+                yield shard
             if self.drain.stopped:
                 return
 
-    def batches(self, shard: Shard, unreadable: Callable[[Sequence[tuple[Row, Reject]]], None]) -> Iterator[Batch]:
-        """The batches of a shard, with what their rows read of pictures, until the run is asked to stop.
+    def batches(self, unreadable: Callable[[Sequence[tuple[Row, Reject]]], None]) -> Iterator[Batch]:
+        """The batches of the shard at hand, with what their rows read of pictures, until the run is asked to stop.
         ``unreadable``: told of rows that are left out, as their pictures cannot be read."""
-        with contextlib.closing(pictures.ahead(shard.batches, self.spec.family, self.group)) as batches:
-            for batch, rejects in batches:
-                if self.drain.asked():
-                    return
-                if rejects:
-                    unreadable(rejects)
-                if batch.rows:
-                    yield batch
+        assert self.reader is not None
+        for batch, rejects in self.reader:
+            if self.drain.asked():
+                return
+            if rejects:
+                unreadable(rejects)
+            if batch.rows:
+                yield batch
 
     def generator(self) -> Generator:
         """What generates the images; to be used with ``with``."""
@@ -88,8 +92,9 @@ class Session:
         """What writes the images; to be used with ``with``, within the generator's."""
         pages = None
         if self.job.output.gallery and self.group.is_first:
-            title, alone = self.job.run_name or "", self.work.alone
-            pages = LivePages(self.store, self.ledger.images, title, lambda: self.work.progress.counts, alone=alone)
+            title, alone, folders = self.job.run_name or "", self.work.alone, folders_of(self.job)
+            counts = lambda: self.work.progress.counts  # noqa: E731
+            pages = LivePages(self.store, self.ledger.images, title, counts, alone=alone, folders=folders)
         return Output(self.job, self.group, self.ledger, self.names, self.spec, self.work, self.report, pages)
 
 
@@ -116,10 +121,11 @@ def open_session(job: Job, kept: KeptPipeline | None = None) -> Iterator[Session
             require_package(job.output.container)
             spec = open_model_spec(job, platform, group=group)
             given, bad_lines = read_rows(job, size_multiple=spec.size_multiple)
-            given, bad_lines = inspect(given, bad_lines, quarantine=job.manifest_errors.name == "quarantine")
+            store = open_location(job)
+            digests = Digests(store, PICTURES)
+            given, bad_lines = inspect(given, bad_lines, job.manifest_errors.name == "quarantine", digests)
             rows = spec.resolve(given)  # each row with its LoRA weights
             spec = spec.reading(rows)
-            store = open_location(job)
             facts = {**spec.facts, **job.output.fingerprint()}
             start = group.start_id()
             with group.first_goes_first():
@@ -148,6 +154,7 @@ def open_session(job: Job, kept: KeptPipeline | None = None) -> Iterator[Session
             outcome = Outcome(job, group, spec, store, ledger, report, work, **counted)
             outcome.started()
             if group.is_first:
+                digests.save()
                 unlisted, lost = (
                     startup_warnings.unlisted(ledger.unlisted, job.overwrite),
                     startup_warnings.lost(ledger.lost),

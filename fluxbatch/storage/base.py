@@ -74,6 +74,13 @@ class Store(Protocol):
         let each other in. ``StorageError`` when another has it. Does nothing where there are no locks."""
 
 
+class Bucket(Store, Protocol):
+    """A store of objects."""
+
+    def versions(self, prefix: str = "") -> Iterator[tuple[str, str]]:
+        """Names that begin with ``prefix``, sorted, with what tells the object from any other of its name."""
+
+
 def join(url: str, *names: str) -> str:
     """``url/name/…`` for local paths and addresses alike."""
     return "/".join([url.rstrip("/"), *names]) if names else url

@@ -23,7 +23,7 @@ from google.cloud import storage
 from google.cloud.storage.exceptions import DataCorruption
 from requests.adapters import HTTPAdapter
 
-from fluxbatch.storage.base import NotFound, StorageError, Store, check_name, join
+from fluxbatch.storage.base import Bucket, NotFound, StorageError, check_name, join
 from fluxbatch.storage.objects import PieceReader, content_type
 from fluxbatch.types import UserError
 
@@ -136,6 +136,10 @@ class GcsStore:
         there = (blob.name.removeprefix(self._prefix) for blob in self._blobs("", "name,size") if blob.size)
         return set(names).difference(there)
 
+    def versions(self, prefix: str = "") -> Iterator[tuple[str, str]]:
+        blobs = self._blobs(prefix, "name,generation")
+        return ((blob.name.removeprefix(self._prefix), str(blob.generation)) for blob in blobs)
+
     def _blobs(self, prefix: str, fields: str) -> Iterator[storage.Blob]:
         with _translated(self.url, missing="the bucket does not exist"):
             blobs = self._client.list_blobs(
@@ -202,7 +206,7 @@ class GcsStore:
             return self._retry(action)()
 
 
-def open_bucket(url: str) -> Store:
+def open_bucket(url: str) -> Bucket:
     """The store, which is there and may be used."""
     store = GcsStore(url)
     store.check()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import http.client
 import io
 import os
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from typing import cast
 
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -44,6 +46,19 @@ def look(picture: Picture) -> tuple[str, int, int]:
     return hashlib.sha256(data).hexdigest(), height, width
 
 
+def found(picture: Picture, folders: Sequence[str]) -> Picture:
+    """The picture of a record, where it lies: in the first of these folders, in which a relative path may begin, that
+    has a file of its digest; if none has, in the last."""
+    places = [*dict.fromkeys(located(picture.path, folder) for folder in folders)]
+    for url in places[:-1]:
+        try:
+            if look(dataclasses.replace(picture, url=url))[0] == picture.sha256:
+                return dataclasses.replace(picture, url=url)
+        except ValueError:
+            continue
+    return dataclasses.replace(picture, url=places[-1])
+
+
 def _turned(image: Image.Image) -> bool:
     if image.format != "PNG":  # which Pillow decodes whole for it
         return image.getexif().get(_ORIENTATION, 1) >= _SIDEWAYS
@@ -52,9 +67,10 @@ def _turned(image: Image.Image) -> bool:
     return exif.get(_ORIENTATION, 1) >= _SIDEWAYS
 
 
-def read(picture: Picture) -> Image.Image:
+def read(picture: Picture, side: int | None = None) -> Image.Image:
     """The picture, upright, as RGB, or L if it is grey; what is transparent is white. ValueError says why it cannot be
-    read, or that it is another one than when the job was opened."""
+    read, or that it is another one than when the job was opened. ``side``: of a square that it is to fill or more:
+    then a JPEG is decoded to no more pixels than need be."""
     data = _data(picture)
     if hashlib.sha256(data).hexdigest() != picture.sha256:
         raise ValueError(f"{picture.path}: changed while the job ran")
@@ -62,6 +78,8 @@ def read(picture: Picture) -> Image.Image:
         with _opened(picture, data) as image:
             if image.format == "PNG":  # the checksums of its pixels, which Pillow passes over as it decodes
                 Image.open(io.BytesIO(data)).verify()
+            if side:
+                image.draft(None, (side, side))
             image.load()
             upright = ImageOps.exif_transpose(image)
             if upright.mode.startswith("I;16") or upright.mode == "I":

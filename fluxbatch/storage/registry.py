@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Any, BinaryIO
 
-from fluxbatch.storage.base import Store, join
+from fluxbatch.storage.base import Bucket, Store, join
 from fluxbatch.storage.local import LocalStore, open_file
 from fluxbatch.types import UserError
 
@@ -27,6 +27,12 @@ def open_store(url: str) -> Store:
         return LocalStore(url)
     store: Store = library.open_bucket(url)
     return store
+
+
+def open_bucket(url: str) -> Bucket:
+    """The same for an address in a bucket."""
+    bucket: Bucket = _library(url).open_bucket(url)
+    return bucket
 
 
 def open_stream(url: str) -> contextlib.AbstractContextManager[BinaryIO]:

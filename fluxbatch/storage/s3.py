@@ -18,7 +18,7 @@ from typing import IO, Any, BinaryIO, TypeVar, cast
 from google.api_core import exceptions as api
 from google.api_core.retry import Retry
 
-from fluxbatch.storage.base import NotFound, StorageError, Store, check_name, join
+from fluxbatch.storage.base import Bucket, NotFound, StorageError, check_name, join
 from fluxbatch.storage.objects import PieceReader, content_type
 from fluxbatch.types import UserError
 
@@ -128,19 +128,23 @@ class S3Store:
         self._attempt(name, upload, missing="the bucket does not exist")
 
     def list(self, prefix: str = "") -> Iterator[str]:
-        return (name for name, _ in self._objects(prefix))
+        return (each["path"] for each in self._objects(prefix))
 
     def missing(self, names: Set[str]) -> set[str]:
-        return set(names).difference(name for name, size in self._objects("") if size)
+        return set(names).difference(each["path"] for each in self._objects("") if each["size"])
 
-    def _objects(self, prefix: str) -> Iterator[tuple[str, int]]:
-        """(name, size); whole folders are listed, a page at a time and each from where the last one ended."""
+    def versions(self, prefix: str = "") -> Iterator[tuple[str, str]]:
+        parts = ("e_tag", "version", "last_modified", "size")
+        return ((each["path"], " ".join(str(each.get(part)) for part in parts)) for each in self._objects(prefix))
+
+    def _objects(self, prefix: str) -> Iterator[Any]:
+        """What is said of each; whole folders are listed, a page at a time and each from where the last one ended."""
         folder, last = prefix.rpartition("/")[0], None
         while True:
             page = self._attempt("", lambda: self._page(folder, last))  # noqa: B023 (called at once)
             for each in page:
                 if each["path"].startswith(prefix):
-                    yield each["path"], each["size"]
+                    yield each
             if len(page) < _PAGE:
                 return
             last = page[-1]["path"]
@@ -186,7 +190,7 @@ class S3Store:
             return self._retry(action)()
 
 
-def open_bucket(url: str) -> Store:
+def open_bucket(url: str) -> Bucket:
     """The store, which is there and may be used."""
     store = S3Store(url)
     store.check()

@@ -250,6 +250,10 @@ class Flux1(Family):
             raise ValueError(f"image: got {len(row.image)}, expected one: it is what the row starts from")
         if row.mask_image and not row.image:
             raise ValueError("mask_image: expected an image that it is the mask of")
+        if row.mask_image and row.padding_mask_crop is not None:
+            (h, w), (mask_h, mask_w) = ((p.height, p.width) for p in (row.image[0], row.mask_image))
+            if (h, w) != (mask_h, mask_w):
+                raise ValueError(f"mask_image: got {mask_w}×{mask_h}, expected the image's {w}×{h} to crop both alike")
         negative = row.true_cfg_scale > 1 and row.negative_prompt is not None
         mode = Mode(negative=negative, start=bool(row.image), mask=row.mask_image is not None)
         if mode == PLAIN:  # as most rows of a million: no second object for each
@@ -260,6 +264,9 @@ class Flux1(Family):
 
     def prepare(self, row: Row, pictures_: Mapping[str, Sequence[Image.Image]]) -> dict[str, np.ndarray]:
         return pictures.prepare(row, pictures_, self.vae)
+
+    def finish(self, row: Row, pixels: np.ndarray, pictures_: Mapping[str, Sequence[Image.Image]]) -> np.ndarray:
+        return pictures.pasted(row, pixels, pictures_["image"][0], pictures_["mask_image"][0])
 
     def picture_shapes(self, height: int, width: int, mode: Mode) -> dict[str, tuple[int, ...]]:
         if not mode.start:
