@@ -36,6 +36,7 @@ class Proxy(http.server.ThreadingHTTPServer):
         self.upstream = upstream
         self.stall = stall  # seconds
         self.rate = 0.0
+        self.delay = 0.0  # seconds before every answer
         self.faults: deque[str] = deque()
         self.random = random.Random(0)
         self.met: Counter[str] = Counter()  # what happened to the requests
@@ -62,6 +63,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         body = self._body()
         self.server.requests.append((self.command, self.path))
         fault = self.server.next_fault()
+        time.sleep(self.server.delay)
         if fault == "reset":
             return self._reset()
         if fault == "stall":

@@ -333,3 +333,19 @@ def test_pages_carry_small_copies_of_images_in_shards(tmp_path, container):
     assert (tmp_path / "0/index.html").read_text().count("data:image/jpeg;base64,") == 4
     gallery.write_grid(open_store(str(tmp_path)), {"0": {"seed": 0}, "1": {"seed": 1}})
     assert (tmp_path / "index.html").read_text().count("data:image/jpeg;base64,") == 8
+
+
+def test_what_waits_is_packed_without_reading_it_again_as_far_as_memory_goes(container, monkeypatch):
+    class Reads(MemoryStore):
+        def read(self, name):
+            if name.startswith(".fluxbatch/spool/"):
+                reads.append(name)
+            return super().read(name)
+
+    rows, one = [plain.row(k) for k in range(12)], job(container)
+    for room, most in ((10**9, 0), (2 * 1500 + 100, 12), (0, 12)):
+        reads, store = [], Reads()
+        monkeypatch.setattr(packer, "HELD_BYTES", room)
+        start(store, rows, one)
+        check(store, rows)
+        assert len(reads) == most if room != 3100 else 0 < len(reads) < most

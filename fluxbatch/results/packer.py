@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 
@@ -14,6 +14,8 @@ from fluxbatch.results.shard_files import Item
 from fluxbatch.storage.log import in_parallel
 
 SHARD_BYTES = 1_000_000_000  # of images, where nothing says how many rows a shard has
+HELD_BYTES = 256_000_000  # of images that wait, kept in memory too: they need not be read again to be packed
+_NOTHING: Mapping[str, bytes] = {}
 _AT_ONCE = 32  # images read before the next are asked for
 
 
@@ -31,9 +33,11 @@ class Packer:
         self._lock = threading.Lock()
         self._waiting: list[Record] = []
         self._bytes = 0  # of these
+        self._held: dict[str, bytes] = {}  # file name → some of them
+        self._room = HELD_BYTES  # for more, with those that are being packed
 
-    def add(self, records: Sequence[Record], size: int) -> None:
-        """Images that are recorded, of ``size`` bytes in all. Raises what went wrong with earlier ones."""
+    def add(self, records: Sequence[Record], files: Mapping[str, bytes]) -> None:
+        """Images that are recorded: ``files``, by name. Raises what went wrong with earlier ones."""
         for task in self._tasks:
             if task.done():
                 task.result()
@@ -41,14 +45,24 @@ class Packer:
             return
         with self._lock:
             self._waiting += records
-            self._bytes += size
+            self._bytes += (size := sum(map(len, files.values())))
+            if size <= self._room:
+                self._held |= files
+                self._room -= size
             if not _is_full(self._output, len(self._waiting), self._bytes):
                 return
             count = self._output.rows_per_shard or len(self._waiting)
             full = len(self._waiting) // count * count
             whole, self._waiting = self._waiting[:full], self._waiting[full:]
             self._bytes = 0  # where rows count it decides nothing
-        self.then(lambda: pack(self._images, whole, self._output))
+            names = [record["file_name"] for record in whole]
+            held = {name: self._held.pop(name) for name in names if name in self._held}
+        self.then(lambda: self._pack(whole, held))
+
+    def _pack(self, records: Sequence[Record], held: Mapping[str, bytes]) -> None:
+        pack(self._images, records, self._output, held)
+        with self._lock:
+            self._room += sum(map(len, held.values()))
 
     def then(self, task: Callable[[], None]) -> Future[None]:
         """Call it once all that is full by now is packed."""
@@ -63,12 +77,15 @@ class Packer:
             task.result()
 
 
-def pack(images: Packed | None, records: Iterable[Record], output: Output) -> None:
-    """Pack all of them, in their order. An image that is gone from the spool is passed over."""
+def pack(
+    images: Packed | None, records: Iterable[Record], output: Output, held: Mapping[str, bytes] = _NOTHING
+) -> None:
+    """Pack all of them, in their order. An image that is gone from the spool is passed over. ``held``: what some of
+    them are there, which need not be read."""
     assert images is not None
     items: list[Item] = []
     size = 0
-    for record, image in _spooled(images, records):
+    for record, image in _spooled(images, records, held):
         if image is None:
             continue
         items.append(Item(record, image))
@@ -99,8 +116,14 @@ def _is_full(output: Output, rows: int, size: int) -> bool:
     return size >= SHARD_BYTES if output.rows_per_shard is None else rows >= output.rows_per_shard
 
 
-def _spooled(images: Packed, records: Iterable[Record]) -> Iterator[tuple[Record, bytes | None]]:
+def _spooled(
+    images: Packed, records: Iterable[Record], held: Mapping[str, bytes]
+) -> Iterator[tuple[Record, bytes | None]]:
+    there = set(images.spooled()) if held else set()  # one look for all that need not be read
+
+    def read(name: str) -> bytes | None:
+        return held[name] if name in there and name in held else images.from_spool(name)
+
     records = iter(records)
     while window := list(islice(records, _AT_ONCE)):
-        names = [record["file_name"] for record in window]
-        yield from zip(window, in_parallel(images.from_spool, names), strict=True)
+        yield from zip(window, in_parallel(read, [record["file_name"] for record in window]), strict=True)

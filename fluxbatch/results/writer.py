@@ -75,7 +75,7 @@ class Writer:
     ):
         self._ledger = ledger
         self._packer = Packer(ledger.images, job.output)
-        self._sizes: dict[str, int] = {}  # bytes of the batch's files
+        self._files: dict[str, bytes] = {}  # of the batch, by name
         self._output = job.output
         self._failures_that_end = 1 if job.on_error.name == "stop" else job.max_failures
         self._facts = dict(facts)
@@ -197,7 +197,8 @@ class Writer:
         rejects = [outcome for outcome in outcomes if isinstance(outcome, Reject)]
         fatal = next((outcome for outcome in outcomes if isinstance(outcome, StorageError)), None)
         self._attempt(self._ledger.commit, records)
-        self._packer.add(records, sum(self._sizes.pop(record["file_name"], 0) for record in records))
+        self._packer.add(records, {record["file_name"]: self._files[record["file_name"]] for record in records})
+        self._files.clear()
         self._attempt(self._ledger.reject, rejects)
         self._count(rows, outcomes)
         if fatal:
@@ -247,7 +248,7 @@ class Writer:
         data = encoded(record, pixels, self._output.format.name, self._output)
         self._ledger.images.write(record["file_name"], data)
         with self._lock:
-            self._sizes[record["file_name"]] = len(data)
+            self._files[record["file_name"]] = data
             self.bytes += len(data)
 
     def _record(self, row: Row, name: str, pixels: np.ndarray, seconds: float, steps: int) -> Record:
