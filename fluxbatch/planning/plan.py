@@ -25,7 +25,7 @@ from fluxbatch.reporting import startup_warnings
 from fluxbatch.results.ledger import read_records
 from fluxbatch.results.location import FORMAT, container_facts, read_job
 from fluxbatch.results.packed import open_images
-from fluxbatch.results.resume import difference, digest, key_under, match
+from fluxbatch.results.resume import difference, digest, id_of, key_under, match
 from fluxbatch.storage.base import NotFound, join
 from fluxbatch.storage.registry import open_store
 from fluxbatch.types import Exit, Row, UserError
@@ -73,7 +73,7 @@ def _todo(job: Job, spec: ModelSpec, rows: Sequence[Row]) -> Sequence[Row]:
         lost = open_images(store).missing({record["file_name"] for record in read_records(store)})
         for line in startup_warnings.lost(sorted(lost)):
             print(f"fluxbatch: {line}", file=sys.stderr)
-        done = {(r["id"], r["key"]) for r in read_records(store) if r["file_name"] not in lost}
+        done = {id_of(r) for r in read_records(store) if r["file_name"] not in lost}
         return match(
             rows, functools.partial(key_under, facts_digest=digest(own)), done, lambda: read_records(store)
         ).todo

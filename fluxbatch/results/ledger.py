@@ -13,7 +13,6 @@ import sys
 import threading
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from hashlib import blake2b
 from typing import Any
 
 from fluxbatch.config.schema import Container
@@ -42,9 +41,11 @@ from fluxbatch.results.resume import (
     describe,
     difference,
     digest,
+    id_of,
     key_under,
     match,
     paths_of,
+    record_id,
     row_key,
     with_extra,
 )
@@ -120,7 +121,7 @@ class Ledger:
         self._rows: dict[str, Row] = {}  # id → row of the manifest
         self._bad_lines: tuple[Reject, ...] = ()
         self._moved: dict[RecordId, Row] = {}  # record → the row that it makes done, under another id or key
-        self._files: tuple[list[str | None], list[str]] = [], []  # ids of rows and the names of their images
+        self._files: tuple[list[RecordId], list[str]] = [], []  # records and the names of their images
         self.unlisted = 0  # records that belong to no row of the manifest, as ``remaining`` saw them
         self.lost: list[str] = []  # images that were recorded and are not there, as ``remaining`` saw them
         self.compactions = 0  # calls of ``compact`` that are through
@@ -152,7 +153,7 @@ class Ledger:
         names, also, scanned = NamesSeen(), set[str](), set()
         for name, _, record in self._records.scan():
             scanned.add(name)
-            if (identity := _id(record)) not in left:
+            if (identity := id_of(record)) not in left:
                 left.add(identity)
                 identities.append(identity)
                 files.append(record["file_name"])
@@ -171,28 +172,29 @@ class Ledger:
         self._moved, todo, changed = match(rows, self.key, left, self.records)
         if changed and not self._overwrite:
             raise UserError(*describe(changed), WAY_OUT)
-        gone = {_id(record) for _, record in changed}
+        gone = {id_of(record) for _, record in changed}
         unlisted = left - self._moved.keys() - gone
         self.unlisted = len(unlisted)
         if self._overwrite and not bad_lines:  # a bad line may be that of a row which has its image
             gone |= unlisted
         if gone:
-            self._remove(lambda record: _id(record) in gone)
+            self._remove(lambda record: id_of(record) in gone)
         self._rows = {row.id: row for row in rows}
         self.images.expect(row.extra for row in rows)
         self._bad_lines = tuple(bad_lines)
-        self._files = [], []
-        for identity, file in zip(identities, files, strict=True):
-            if identity not in gone:
-                row = self._moved.get(identity) or (None if identity in left else self._rows[identity[0]])
-                self._files[0].append(None if row is None else row.id)
-                self._files[1].append(file)
+        if gone:
+            files = [file for identity, file in zip(identities, files, strict=True) if identity not in gone]
+            identities = [identity for identity in identities if identity not in gone]
+        self._files = identities, files
         return todo
 
     def names(self, todo: Sequence[Row], template: str, extension: str) -> dict[int, str]:
-        """The second half: the names do not depend on records of ``todo`` that came meanwhile, from others."""
-        todo_ids = {row.id for row in todo}
-        taken = [file for id, file in zip(*self._files, strict=True) if id is None or id not in todo_ids]
+        """The second half, once: the names do not depend on records of ``todo`` that came meanwhile, from others."""
+        ids = {row.id for row in todo}
+        theirs = {identity for identity, row in self._moved.items() if row.id in ids}
+        theirs |= {record_id(row.id, self.key(row)) for row in todo} if self._files[0] else set()
+        taken = [file for identity, file in zip(*self._files, strict=True) if identity not in theirs]
+        self._files = [], []  # a fifth of a gigabyte of a million
         encoding = "utf-8" if "://" in self._store.url else sys.getfilesystemencoding()
         return Namer(template, extension, encoding).assign(todo, taken)
 
@@ -249,7 +251,7 @@ class Ledger:
                 for name, line, said in self._records.scan():
                     first = objects.setdefault(name, array("q"))
                     names.saw(said)
-                    identity = blake2b("\0".join(_id(said)).encode("utf-8", "surrogatepass"), digest_size=16).digest()
+                    identity = id_of(said)
                     if identity in seen or said["file_name"] in twice:  # these are to be made again
                         continue
                     seen.add(identity)
@@ -317,7 +319,7 @@ class Ledger:
         self._records.delete(small)
 
     def _row_made_by(self, record: Record) -> Row | None:
-        if moved := self._moved.get(_id(record)):
+        if self._moved and (moved := self._moved.get(id_of(record))):
             return moved
         row = self._rows.get(record["id"])
         return row if row is not None and self.key(row) == record["key"] else None
@@ -366,8 +368,8 @@ def read_records(store: Store) -> Iterator[Record]:
 def _once(log: Log) -> Iterator[Record]:
     seen: set[RecordId] = set()
     for _, _, record in log.scan():
-        if _id(record) not in seen:
-            seen.add(_id(record))
+        if id_of(record) not in seen:
+            seen.add(id_of(record))
             yield record
 
 
@@ -385,7 +387,3 @@ def remove(store: Store, log: Log, unwanted: Callable[[Record], bool], images: I
     images.release(sorted(files - kept))
     log.drop(unwanted, scanned)
     images.delete(sorted(files - kept))
-
-
-def _id(record: Record) -> RecordId:
-    return record["id"], record["key"]

@@ -15,7 +15,7 @@ import numpy as np
 from fluxbatch.types import Row
 
 Record = dict[str, Any]
-RecordId = tuple[str, str]  # id, key
+RecordId = bytes  # of a record's id and key: a million are held at once
 
 # older records have none
 LATER = ("negative_prompt", "negative_prompt_2", "true_cfg_scale", "strength", "padding_mask_crop", "inputs", "crop")
@@ -27,6 +27,14 @@ _OWN = ("file_name", "index", "seed_text", "sha256", "computed_steps", "seconds"
 def row_key(row: Row, job_facts: Mapping[str, Any]) -> str:
     """Digest (32 hex digits) of everything that decides the pixels: not the place, id or batch."""
     return key_under(row, digest(job_facts))
+
+
+def record_id(id: str, key: str) -> RecordId:
+    return hashlib.blake2b(f"{id}\0{key}".encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+def id_of(record: Record) -> RecordId:
+    return record_id(record["id"], record["key"])
 
 
 def key_under(row: Row, facts_digest: str) -> str:
@@ -184,30 +192,31 @@ def match(
     row_of: dict[RecordId, Row] = {}
     todo: dict[str, tuple[Row, str]] = {}  # by id
     for row in rows:
-        record_id = row.id, key(row)
-        if record_id in left:
-            left.discard(record_id)
+        own = record_id(row.id, row_key := key(row))
+        if own in left:
+            left.discard(own)
         else:
-            todo[row.id] = row, record_id[1]
+            todo[row.id] = row, row_key
 
-    ids = {known for id, _ in left for known in (id, f"{id}-0")}
-    if not left or not any(id in ids or not row.named for id, (row, _) in todo.items()):
+    over = (record["id"] for record in records() if id_of(record) in left) if left and todo else ()
+    ids = {known for id in over for known in (id, f"{id}-0")}
+    if not ids or not any(id in ids or not row.named for id, (row, _) in todo.items()):
         return Match(row_of, [row for row, _ in todo.values()], [])
 
     def pair(named: bool, handle_of_record: Callable[[Record], Any], handle_of_row: Callable[[Row, str], Any]) -> None:
         """Makes rows with ids of their own, or those without, done by the records that have the same handle,
         each record once."""
-        by_handle: dict[Any, deque[tuple[str, str]]] = defaultdict(deque)
+        by_handle: dict[Any, deque[RecordId]] = defaultdict(deque)
         for record in remembered:
             # an id that is not the index was given by a manifest, and only its own row may have the record
-            if (record["id"], record["key"]) not in row_of and (named or record["id"] == str(record["index"])):
-                by_handle[handle_of_record(record)].append((record["id"], record["key"]))
+            if id_of(record) not in row_of and (named or record["id"] == str(record["index"])):
+                by_handle[handle_of_record(record)].append(id_of(record))
         for row, key in list(todo.values()):
             if row.named == named and (alike := by_handle.get(handle_of_row(row, key))):
                 row_of[alike.popleft()] = row
                 del todo[row.id]
 
-    remembered = [record for record in records() if (record["id"], record["key"]) in left]
+    remembered = [record for record in records() if id_of(record) in left]
     remembered.sort(key=lambda record: record["index"])
     # A row without a seed of its own that stands elsewhere would get another seed now. It is the
     # same row when all else is equal and its seed was as far from its place.
@@ -227,9 +236,7 @@ def match(
     pair(False, lambda r: r["key"], lambda _, key: key)
     pair(False, lambda r: _but_place(plain(r), r["index"]), lambda row, _: _but_place(decisive(row), row.index))
     changed = [
-        (todo[record["id"]][0], record)
-        for record in remembered
-        if (record["id"], record["key"]) not in row_of and record["id"] in todo
+        (todo[record["id"]][0], record) for record in remembered if id_of(record) not in row_of and record["id"] in todo
     ]
     return Match(row_of, [row for row, _ in todo.values()], changed)
 

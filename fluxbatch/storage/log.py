@@ -11,6 +11,7 @@ import itertools
 import json
 import re
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Set
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -18,6 +19,7 @@ from typing import Any, TypeVar
 from fluxbatch.storage.base import NotFound, StorageError, Store, join
 
 _PARALLEL = 16  # objects read or deleted at once: on object storage each one waits for the network
+_AT_ONCE = 32 << 20  # bytes of large ones that are read at once
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -55,12 +57,17 @@ class Log:
         for listing in itertools.count():
             names = [name for name in self.names(writer) if name not in read]
             read.update(names)
-            vanished = False
-            for start in range(0, len(names), _PARALLEL):
-                window = names[start : start + _PARALLEL]
-                for name, data in zip(window, in_parallel(self._read, window), strict=True):
+            vanished, count, left = False, 2, deque(names)
+            while left:
+                window = [left.popleft() for _ in range(min(count, len(left)))]
+                found = deque(zip(window, in_parallel(self._read, window), strict=True))
+                largest = max(len(data or b"") for _, data in found)
+                count = max(2, min(_PARALLEL, _AT_ONCE // max(1, largest)))
+                while found:  # what is through is not held
+                    name, data = found.popleft()
                     vanished |= data is None
                     yield from self._lines(name, data)
+                    del data
             if not names or (listing and not vanished):
                 return
 

@@ -230,7 +230,8 @@ def _translated(place: str, missing: str = "") -> Iterator[None]:
         if isinstance(error, FileNotFoundError):
             raise NotFound(f"{place}: no such object") from None
         if "169.254.169.254" in text:  # where a machine's role would be found
-            advice = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give the machine a role"
+            profile = 'of a profile by: eval "$(aws configure export-credentials --format env)"'
+            advice = f"set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY ({profile}), or give the machine a role"
             raise StorageError(f"{place}: no usable AWS credentials; {advice}", fatal=True) from None
         raise StorageError(f"{place}: {_reason(error)}", fatal=(_code(error) or 500) < 500) from None
     except exceptions.UnauthenticatedError:

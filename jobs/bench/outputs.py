@@ -23,15 +23,15 @@ import numpy as np
 ROOT = pathlib.Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import gcs_faults
-import plain
-import s3_faults
+import gcs_faults  # noqa: E402
+import plain  # noqa: E402
+import s3_faults  # noqa: E402
 
-from fluxbatch.config.schema import Container
-from fluxbatch.results import packer
-from fluxbatch.results.ledger import Ledger
-from fluxbatch.results.writer import Writer
-from fluxbatch.storage.registry import open_store
+from fluxbatch.config.schema import Container  # noqa: E402
+from fluxbatch.results import packer  # noqa: E402
+from fluxbatch.results.ledger import Ledger  # noqa: E402
+from fluxbatch.results.writer import Writer  # noqa: E402
+from fluxbatch.storage.registry import open_store  # noqa: E402
 
 SERVERS = {"file": None, "gs": gcs_faults.serve, "s3": s3_faults.serve}
 FACTS = {"model": "none"}
