@@ -1,5 +1,7 @@
 """What the models are made of, against the same written plainly."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import jaxtyping
@@ -14,7 +16,7 @@ from fluxbatch.models.dit import led, rotate, rotated_by_halves, rotated_by_prod
 from fluxbatch.models.flux1.clip import ClipConfig, ClipTextEncoder
 from fluxbatch.models.flux1.t5 import T5Config, T5Encoder
 from fluxbatch.models.flux1.transformer import Flux, FluxConfig, rope_table
-from fluxbatch.models.layers import Linear, from_heads, layer_norm, side_by_side, transposed
+from fluxbatch.models.layers import Linear, from_heads, layer_norm, norm_in_one_reading, side_by_side, transposed
 
 
 def conv(size, **options):
@@ -133,5 +135,15 @@ def test_norm_of_half_precision_in_one_reading(mean):
     x = jnp.asarray(mean + np.random.default_rng(0).normal(0, 1, (5, 3072)), jnp.bfloat16)
     y = np.asarray(x, np.float64)
     wanted = (y - y.mean(-1, keepdims=True)) / np.sqrt(y.var(-1, keepdims=True) + 1e-6)
-    assert np.abs(layer_norm(x, 1e-6) - wanted).max() < 2**-9 * np.abs(wanted).max() / 4
-    assert np.isfinite(layer_norm(jnp.full((1, 64), 1e4, jnp.bfloat16), 1e-6)).all()
+    assert np.abs(norm_in_one_reading(x, eps=1e-6) - wanted).max() < 2**-9 * np.abs(wanted).max() / 4
+    assert np.isfinite(norm_in_one_reading(jnp.full((1, 64), 1e4, jnp.bfloat16), eps=1e-6)).all()
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_layer_norm_is_the_plain_one(dtype):
+    """As compiled for what is no TPU, in the program of a batch."""
+    x = jnp.asarray(np.random.default_rng(1).normal(3, 2, (2, 5, 64)), dtype)
+    y = np.asarray(x, np.float64)
+    wanted = (y - y.mean(-1, keepdims=True)) / np.sqrt(y.var(-1, keepdims=True) + 1e-6)
+    found = jax.jit(functools.partial(layer_norm, eps=1e-6))(x)
+    assert found.dtype == jnp.float32 and np.allclose(found, wanted, atol=1e-5)

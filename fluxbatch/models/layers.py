@@ -10,6 +10,7 @@ compiled program contracts over ``in``.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -205,14 +206,25 @@ class RMSNorm(nnx.Module):
 
 
 def layer_norm(x: Array, eps: float) -> Array:
-    """Norm over the last axis without parameters; returns float32. The variance of half precision is taken in one
-    reading, with its mean: cancelling costs far less than ``x`` was rounded by."""
+    """Norm over the last axis without parameters; returns float32."""
+    if x.dtype == jnp.float32:
+        return norm_in_two_readings(x, eps=eps)
+    one, two = (functools.partial(norm, eps=eps) for norm in (norm_in_one_reading, norm_in_two_readings))
+    return jax.lax.platform_dependent(x, tpu=one, default=two)
+
+
+def norm_in_two_readings(x: Array, *, eps: float) -> Array:
+    y = x.astype(jnp.float32)
+    y = y - jnp.mean(y, axis=-1, keepdims=True)
+    return y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+
+
+def norm_in_one_reading(x: Array, *, eps: float) -> Array:
+    """The same for a TPU and half precision: cancelling costs far less than ``x`` was rounded by. (A GPU would move
+    3 GB more in a step of FLUX.1, as XLA 0.10 compiles it.)"""
     y = x.astype(jnp.float32)
     mean = jnp.mean(y, axis=-1, keepdims=True)
-    if x.dtype == jnp.float32:
-        variance = jnp.mean((y - mean) ** 2, axis=-1, keepdims=True)
-    else:
-        variance = jnp.maximum(jnp.mean(y * y, axis=-1, keepdims=True) - mean * mean, 0)
+    variance = jnp.maximum(jnp.mean(y * y, axis=-1, keepdims=True) - mean * mean, 0)
     return (y - mean) * jax.lax.rsqrt(variance + eps)
 
 
