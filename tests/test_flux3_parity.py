@@ -60,7 +60,7 @@ def rows_of(generate, wide):
 
 SIZES = {"a": (70, 100), "b": (101, 64), "c": (40, 23), "d": (9, 12)}  # the last two are less than a token, or a canvas
 WIDE = dict(heads=2, axes=(4, 4, 4, 4), layers=2, joint=3, channels=2)
-ODD = dict(heads=3, axes=(2, 4, 6, 4), layers=1, joint=1, channels=4, width=8, mlp_ratio=2.0, rope_theta=500)
+ODD = dict(heads=3, axes=(2, 4, 6, 4), layers=1, joint=2, channels=2, width=8, mlp_ratio=2.0, rope_theta=500)
 
 
 @pytest.mark.parametrize(("flow_map", "sizes"), [(True, WIDE), (False, WIDE), (True, ODD), (False, ODD)])
