@@ -225,6 +225,8 @@ def test_what_jax_cannot_read_is_one_line(environment, monkeypatch):
 
 
 MEETING = """
+import faulthandler
+faulthandler.dump_traceback_later(90, exit=True)
 import jax
 from fluxbatch.distributed import backend
 from fluxbatch.distributed.process_group import ProcessGroup

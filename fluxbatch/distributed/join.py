@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import socket
@@ -43,6 +44,8 @@ def join(heartbeat: int, shutdown: int) -> None:
         except (ValueError, LookupError, RuntimeError, OSError) as error:
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise UserError(f"{peers.evidence}: JAX cannot join them: {reason}; {_remedy(peers)}") from error
+    # Runs before JAX's own, which first closes XLA's connections: a peer still in a collective would wait for ever.
+    atexit.register(jax.distributed.shutdown)
 
 
 def _remedy(peers: Peers) -> str:
