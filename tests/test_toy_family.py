@@ -134,6 +134,7 @@ def test_both_families_are_found():
         "flux2-klein",
         "flux3-klein",
         "toy",
+        "zimage",
     ]
 
 

@@ -92,16 +92,17 @@ class MLPEmbedder(nnx.Module):
 class QKV(nnx.Module):
     """Normed queries and keys, and values: ``[B, L, D]`` → three of ``[B, H, L, K]``."""
 
-    def __init__(self, cfg: Any, *, bias: bool = True, rngs: nnx.Rngs | None):
-        """``cfg``: of a model with ``width``, ``attention_head_dim`` and ``num_attention_heads``."""
+    def __init__(self, cfg: Any, *, bias: bool = True, eps: float = EPS, rngs: nnx.Rngs | None):
+        """``cfg``: of a model with ``width``, ``attention_head_dim`` and ``num_attention_heads``; ``eps``: of the
+        norms."""
         d, head = cfg.width, cfg.attention_head_dim
         self.heads = cfg.num_attention_heads
         linear = functools.partial(Linear, d, d, bias=bias, rngs=rngs, heads=self.heads)
         self.q = linear((Pairs("heads", head), "embed"))
         self.k = linear((Pairs("heads", head), "embed"))
         self.v = linear(("heads", "embed"))
-        self.query_norm = RMSNorm(head, eps=EPS, rngs=rngs, axis=Pairs(None, head))
-        self.key_norm = RMSNorm(head, eps=EPS, rngs=rngs, axis=Pairs(None, head))
+        self.query_norm = RMSNorm(head, eps=eps, rngs=rngs, axis=Pairs(None, head))
+        self.key_norm = RMSNorm(head, eps=eps, rngs=rngs, axis=Pairs(None, head))
 
     def __call__(self, x: Array, split_head_dim: bool) -> tuple[Array, Array, Array]:
         q, k, v = (f.to_heads(x, self.heads, split_head_dim) for f in (self.q, self.k, self.v))

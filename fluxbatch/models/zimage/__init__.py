@@ -1,0 +1,1 @@
+"""Z-Image: text and image with blocks of their own before joint ones, Qwen3, and FLUX.1's VAE."""
