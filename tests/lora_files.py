@@ -31,6 +31,19 @@ class Size:
 
 
 FULL = Size()
+# tests/golden/dev: two blocks of each kind, guidance
+DEV = Size(
+    width=32,
+    double=2,
+    single=2,
+    channels=16,
+    context=32,
+    pooled=32,
+    head=16,
+    factor=4,
+    clip=(32, 64, 2),
+    t5=(32, 32, 64, 2),
+)
 
 
 def bfl(s: Size) -> Shapes:
@@ -303,3 +316,10 @@ def norms(s: Size, m: Maker) -> Tensors:
     ]
     names += [f"single_blocks.{i}.norm.{n}_norm.scale" for i in range(s.single) for n in ("query", "key")]
     return {name: np.asarray(1, m.dtype) + m.normal(s.head) for name in names}
+
+
+def control(s: Size, m: Maker, norm: bool = True) -> Tensors:
+    """A control LoRA as Black Forest Labs writes it: the first layer reads a control image beside the latents."""
+    wide = m.peft({"img_in": (s.width, 2 * s.channels)}, bias=True)
+    wide["img_in.lora_A.weight"][:, s.channels :] *= 4  # so that another image moves what is made
+    return m.peft(bfl(s), bias=True) | wide | (norms(s, m) if norm else {})

@@ -495,7 +495,7 @@ WRONG = [
     ("jax_cache_dir=/dev/null", "jax_cache_dir=/dev/null", "a directory, found a file"),
     ("clip_model_name_or_path=", "model.clip_model_name_or_path=", "a path or name"),
     ("+sampler/num_inference_steps=8", "sampler/num_inference_steps", "no key"),
-    ("lora=null", "lora=null", "expected one of none, outline, pixel-art"),
+    ("lora=null", "lora=null", "expected one of flux-canny, flux-depth, none, outline, pixel-art"),
     ("sampler=1", "sampler=1", "expected one of canny"),
     ("lora=[outline,outlin]", "lora=outlin", "did you mean outline?"),
     ("adapter_name=[a,b]", "lora_config.lora_model_name_or_path", "equal length"),

@@ -38,19 +38,7 @@ spec.loader.exec_module(generate)
 CACHE = tempfile.mkdtemp(prefix="fluxbatch-test-xla-")
 atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
 
-# dev: two blocks of each kind, guidance
-SIZE = files.Size(
-    width=32,
-    double=2,
-    single=2,
-    channels=16,
-    context=32,
-    pooled=32,
-    head=16,
-    factor=4,
-    clip=(32, 64, 2),
-    t5=(32, 32, 64, 2),
-)
+SIZE = files.DEV
 ROW = {
     "prompt": "a red apple on a blue background",
     "height": 32,
@@ -67,10 +55,8 @@ def model(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def pipe(model, monkeypatch):
-    """diffusers' pipeline; its converters, which know only FLUX.1's own size, are told this one's."""
-    from diffusers import FluxPipeline
+def tell_converters(monkeypatch):
+    """diffusers' converters, which know only FLUX.1's own size, are told this one's."""
     from diffusers.loaders import lora_conversion_utils as converters
     from diffusers.loaders import lora_pipeline
 
@@ -93,6 +79,14 @@ def pipe(model, monkeypatch):
         scope = dict(vars(converters))
         exec(source, scope)
         monkeypatch.setattr(lora_pipeline, name, scope[name])
+
+
+@pytest.fixture
+def pipe(model, monkeypatch):
+    """diffusers' pipeline."""
+    from diffusers import FluxPipeline
+
+    tell_converters(monkeypatch)
     pipe = FluxPipeline.from_pretrained(model)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -141,6 +135,16 @@ def ours(model, tmp_path, monkeypatch, adapters, all_lora_weights, **options) ->
     return list(np.asarray(pixels))
 
 
+def alike(maker):
+    """The last layer's modulation with an A of equal halves: diffusers swaps them, though they are not shift and
+    scale."""
+    half, module = maker.normal(1, SIZE.width), "final_layer.adaLN_modulation.1"
+    return {
+        f"{module}.lora_A.weight": np.concatenate([half, half]),
+        f"{module}.lora_B.weight": maker.normal(2 * SIZE.width, 2),
+    }
+
+
 # What diffusers loads, all of it (of kohya's files it drops the layers outside the blocks).
 DIFFUSERS = (
     "diffusers",
@@ -167,12 +171,8 @@ def test_as_diffusers_does(pipe, model, tmp_path, monkeypatch, name):
         tensors = files.FORMATS[name](SIZE, maker)
         if name == "OneTrainer":  # diffusers knows the attention layers of its blocks
             tensors = {k: v for k, v in tensors.items() if "_blocks_" not in k or "_attn_" in k}
-        if (
-            name == "BFL control"
-        ):  # diffusers swaps the halves of the last layer's A, which has none; equal ones do not notice
-            half = maker.normal(1, SIZE.width)
-            tensors["final_layer.adaLN_modulation.1.lora_A.weight"] = np.concatenate([half, half])
-            tensors["final_layer.adaLN_modulation.1.lora_B.weight"] = maker.normal(2 * SIZE.width, 2)
+        if name == "BFL control":
+            tensors |= alike(maker)
         if name in ("diffusers with alphas", "OneTrainer"):  # and wants an alpha for every layer
             for key in [key for key in tensors if key.endswith(("lora_A.weight", "lora_down.weight"))]:
                 tensors.setdefault(

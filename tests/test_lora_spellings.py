@@ -314,7 +314,7 @@ def test_what_comfyui_sets_and_adds(golden, tmp_path):
     }
     changed = {name: value[name] for name in names["set"]} | {name: whole[name] + value[name] for name in names["add"]}
     check(golden, tmp_path, tensors, changed, scale=1.0)
-    half = {name: (whole[name] + changed[name]) / 2 for name in changed}
+    half = changed | {name: whole[name] + value[name] / 2 for name in names["add"]}
     check(golden, tmp_path, tensors, half, scale=0.5)
 
 

@@ -20,13 +20,13 @@ from fluxbatch.distributed import chips
 from fluxbatch.distributed.mesh import Layout, data_parallel_size_of, open_mesh
 from fluxbatch.distributed.process_group import ProcessGroup
 from fluxbatch.generation import prompts
+from fluxbatch.generation.components import open_parts
 from fluxbatch.generation.kept import KeptPipeline
 from fluxbatch.generation.observer import ProgressObserver
 from fluxbatch.generation.pipeline import Pipeline
 from fluxbatch.generation.prompts import TextCache
 from fluxbatch.generation.resolve import resolved
 from fluxbatch.generation.tokenizers import Absent, Tokenizer
-from fluxbatch.lora import apply
 from fluxbatch.lora.apply import Loras
 from fluxbatch.models import attention
 from fluxbatch.models.autoencoder import TPU_BANDS
@@ -47,6 +47,7 @@ class ModelSpec:
     """Everything about the model that can be known, and be wrong, before a weight is read."""
 
     checkpoint: Checkpoint
+    family: Family  # the checkpoint's, or what an adapter makes of it
     plans: Mapping[str, load.Plan]
     inputs: tuple[TextInput, ...]  # what the text encoders read of a row
     scheduler: Scheduler
@@ -71,10 +72,6 @@ class ModelSpec:
     def data_parallel_size(self) -> int:
         """How many devices, or groups of devices that make the same images, a batch is dealt over."""
         return data_parallel_size_of(self.mesh)
-
-    @property
-    def family(self) -> Family:
-        return self.checkpoint.family
 
     def precision(self, part: str) -> Precision:
         """What a component is held as."""
@@ -260,11 +257,8 @@ def open_model_spec(
         )
     layout = Layout(mesh if mesh.size > 1 else None)
     options = family.options(layout.attention(attend), hardware.split_head_dim, TPU_BANDS if platform == "tpu" else 1)
-    makers = {
-        name: functools.partial(component.plan, layout=layout, **options.get(name, {}))
-        for name, component in checkpoint.components.items()
-    }
-    plans = _collect(makers)
+    parts = open_parts(job, checkpoint, layout, options)
+    family = parts.family
     opening = {name: files.open or Tokenizer for name, files in family.tokenizers.items()}
     tokenizers: dict[str, Any] = {  # a plan's stand-in is never called
         name: opening[name](folder) if folder else Absent() for name, folder in checkpoint.tokenizers.items()
@@ -305,11 +299,10 @@ def open_model_spec(
     }
     record |= {"device_count": mesh.size, "per_device_batch_size": sharding.per_device_batch_size}
     record |= {"quality": 100 if job.output.format.name == "png" else job.output.quality}
-    adapters = apply.read(job, plans, family)
-    if adapters.adapters:
-        facts["lora"] = adapters.fingerprint
+    if parts.lora.adapters:
+        facts["lora"] = parts.lora.fingerprint
     precision = functools.partial(_precision, family, weights=weights, activations=activations, products=bool(matmul))
-    held = {part: load.held(plan, mesh, precision(part)) for part, plan in plans.items()}
+    held = {part: load.held(plan, mesh, precision(part)) for part, plan in parts.plans.items()}
     text = sum(held[part] for part in family.encoders)
     away, turns = device_weights.offload_policy(hardware.offload_encoders, mesh, text, group), "keep"
     if away != "keep" and not hardware.stream_blocks:
@@ -328,6 +321,7 @@ def open_model_spec(
             "sharding=single or ddp"
         )
     programs = (
+        family.name,
         type(scheduler),
         hardware.attention.name,
         hardware.split_head_dim,
@@ -339,7 +333,7 @@ def open_model_spec(
         matmul,
     )
     identity = (
-        tuple(plan.source.url for plan in plans.values()),
+        tuple(plan.source.url for plan in parts.plans.values()),
         facts["model_digest"],
         weights,
         activations,
@@ -348,7 +342,8 @@ def open_model_spec(
     )
     return ModelSpec(
         checkpoint,
-        plans,
+        family,
+        parts.plans,
         inputs,
         scheduler,
         mesh,
@@ -361,8 +356,8 @@ def open_model_spec(
         turns,
         facts,
         record,
-        adapters,
-        functools.partial(makers[family.decoder], encoder=True),
+        parts.lora,
+        parts.open_encoder,
         identity,
         family.warnings(job.model.flux_name),
         bool(job.sweep),
@@ -381,17 +376,3 @@ def _name(given: str) -> str:
     its query, which may hold a token."""
     path = os.path.abspath(os.path.expanduser(given.removeprefix("file://")))
     return os.path.basename(path) if os.path.exists(path) else given.partition("?")[0]
-
-
-def _collect(makers: Mapping[str, Callable[[], load.Plan]]) -> dict[str, load.Plan]:
-    """Every component's plan, or one error with the complaints of all of them."""
-    plans: dict[str, load.Plan] = {}
-    lines: list[str] = []
-    for name, make in makers.items():
-        try:
-            plans[name] = make()
-        except UserError as error:
-            lines += error.lines
-    if lines:
-        raise UserError(*lines)
-    return plans

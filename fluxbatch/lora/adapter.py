@@ -74,6 +74,19 @@ class Adapter:
                     return "it changes an embedding"
         return None
 
+    def inputs(self, keys: LoraKeys) -> int:
+        """Of each token that it has the denoiser read; 0 if it does not say."""
+        delta = self.changes.get(keys.main, {}).get((keys.inputs[0], 0)) if keys.inputs else None
+        return delta.shape[1] if delta else 0
+
+    def widened(self, keys: LoraKeys, inputs: int) -> Adapter:
+        """On a denoiser that reads so many."""
+        if not self.inputs(keys) or not keys.inputs:
+            return self
+        own, at = self.changes[keys.main], (keys.inputs[0], 0)
+        changes = {**self.changes, keys.main: {**own, at: own[at].widened(inputs)}}
+        return dataclasses.replace(self, changes=changes)
+
     def coverage(self) -> dict[str, Any]:
         """What the metadata say of it."""
         about = {"file": self.file, "digest": self.digest, "format": self.format, "scale": self.spec.scale}
@@ -205,6 +218,8 @@ class _Reader:
                         self.zeros.append(site.module)
                     continue  # a bias or an embedding as it was is no reason to use this adapter with no other
                 _, shape = self.plans[site.component].shapes[path]
+                if self.keys.inputs and path == self.keys.inputs[0]:
+                    shape = shape[0], max(part.shape[-1], shape[1])  # more make it another model: Adapter.inputs
                 if part.shape != shape:
                     raise ValueError(f"shape {list(part.shape)}, the model expects {list(shape)} for {path}")
                 if (path, target.layer) in found | self.changes.get(site.component, {}):

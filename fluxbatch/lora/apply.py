@@ -18,9 +18,9 @@ from flax import nnx
 from fluxbatch.config.schema import Job
 from fluxbatch.distributed.mesh import Placement, put
 from fluxbatch.lora.adapter import Adapter, LayerPath, read_adapter
-from fluxbatch.lora.deltas import Delta
+from fluxbatch.lora.deltas import Delta, Replacement
 from fluxbatch.lora.files import specs
-from fluxbatch.models.family import Family
+from fluxbatch.models.family import Family, LoraKeys
 from fluxbatch.models.layers import LowRank
 from fluxbatch.types import Row, UserError
 from fluxbatch.weights.load import Edit, Edits, Plan
@@ -75,6 +75,10 @@ class Loras:
     def distinct(self, rows: Iterable[Row]) -> list[LoraWeights]:
         """The different LoRA weights of resolved rows, in order of appearance."""
         return list(dict.fromkeys(_effective(row.lora) for row in rows))
+
+    def widened(self, keys: LoraKeys, inputs: int) -> Loras:
+        """On a denoiser that reads so many channels of a token."""
+        return dataclasses.replace(self, adapters=tuple(each.widened(keys, inputs) for each in self.adapters))
 
     def changes(self, component: str, weights: LoraWeights) -> dict[LayerPath, list[tuple[Delta, float]]]:
         found: dict[LayerPath, list[tuple[Delta, float]]] = {}
@@ -166,7 +170,7 @@ def _edit(changes: list[tuple[Delta, float]]) -> Edit:
     def edit(old: np.ndarray) -> np.ndarray:
         new = old.copy()
         for delta, scale in changes:
-            new += delta.change(old, scale).reshape(old.shape)
+            new += delta.change(new if isinstance(delta, Replacement) else old, scale).reshape(old.shape)
         return new
 
     return edit

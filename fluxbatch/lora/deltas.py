@@ -22,6 +22,11 @@ def _cut(x: np.ndarray, rows: Rows) -> np.ndarray:
     return np.concatenate([x[a:b] for a, b in rows]) if len(rows) > 1 else x[slice(*rows[0])]
 
 
+def _wider(x: np.ndarray, columns: int) -> np.ndarray:
+    """``x`` with zeros behind its columns, so that it has so many."""
+    return np.pad(x, ((0, 0), (0, columns - x.shape[1])))
+
+
 def _norm2(a: np.ndarray, b: np.ndarray) -> float:
     """The square of the Frobenius norm of B A."""
     return float(np.vdot(a @ a.T, b.T @ b))
@@ -46,6 +51,10 @@ class Delta(abc.ABC):
     @abc.abstractmethod
     def take(self, rows: Rows) -> Delta:
         """What it does to these rows: a fused layer's adapter is shared by the layers it fuses."""
+
+    def widened(self, inputs: int) -> Delta:
+        """The same on a weight that has more inputs, which it does not read."""
+        return Whole(_wider(self.full(), inputs))
 
     @abc.abstractmethod
     def full(self) -> np.ndarray:
@@ -84,6 +93,9 @@ class Product(Delta):
 
     def take(self, rows: Rows) -> Product:
         return dataclasses.replace(self, b=_cut(self.b, rows))
+
+    def widened(self, inputs: int) -> Product:
+        return dataclasses.replace(self, a=_wider(self.a, inputs))
 
     def full(self) -> np.ndarray:
         return (wide(self.b) * np.float32(self.scale)) @ wide(self.a)
@@ -208,17 +220,20 @@ class Whole(Delta):
     def take(self, rows: Rows) -> Whole:
         return dataclasses.replace(self, value=_cut(self.value, rows))
 
+    def widened(self, inputs: int) -> Whole:
+        return dataclasses.replace(self, value=_wider(self.value, inputs))
+
     def full(self) -> np.ndarray:
         return wide(self.value) * np.float32(self.scale)
 
 
 class Replacement(Whole):
-    """A new value for a parameter; at a scale below 1, part of the way there."""
+    """A new value for a parameter, at any scale."""
 
     merged_only = "it replaces weights"
 
     def change(self, old: np.ndarray, scale: float) -> np.ndarray:
-        return np.float32(scale) * (self.full() - old)
+        return self.full() - old
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,6 +264,10 @@ class Decomposed(Delta):
     def take(self, rows: Rows) -> Decomposed:
         magnitude = _cut(self.magnitude, rows) if self.magnitude.shape[1] == 1 else self.magnitude
         return dataclasses.replace(self, inner=self.inner.take(rows), magnitude=magnitude)
+
+    def widened(self, inputs: int) -> Decomposed:
+        magnitude = self.magnitude if self.magnitude.shape[1] == 1 else _wider(self.magnitude, inputs)
+        return dataclasses.replace(self, inner=self.inner.widened(inputs), magnitude=magnitude)
 
     def full(self) -> np.ndarray:
         return self.inner.full()

@@ -16,6 +16,8 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from flax import nnx
+
 from fluxbatch.config.schema import Model, shown
 from fluxbatch.models.family import Component, Family
 from fluxbatch.models.key_tables import NATIVE, Table, shapes_of
@@ -60,6 +62,11 @@ class Opened:
             if line := quantized.in_config(self.declared, self.where) or next(filter(None, noted), None):
                 raise UserError(line) from error
             raise
+
+    def widened(self, config: Any, plan: load.Plan, **options: Any) -> load.Plan:
+        """``plan`` for a module with this config, which reads more inputs: their weights are zeros."""
+        graph, state = nnx.split(self.definition.module(config, rngs=None, **options), nnx.Param, ...)[:2]
+        return dataclasses.replace(plan, graph=graph, state=state)
 
     @property
     def has_encoder(self) -> bool:

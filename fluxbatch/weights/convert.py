@@ -58,7 +58,8 @@ class Block(StagingBuffer):
 
     def __init__(self, array: Array, first: int, last: int):
         shape = (last - first, *array.shape[1:]) if array.stacked else array.shape
-        self.buffer, self._array, self._first = np.empty(shape, array.dtype), array, first
+        self.shape, self._array, self._first = array.shape, array, first
+        self.buffer = np.empty(shape, array.dtype)
 
     def open(self, layer: int, dtype: np.dtype) -> list[tuple[Index, np.ndarray]]:
         buffer = self.buffer[layer - self._first] if self._array.stacked else self.buffer

@@ -123,7 +123,8 @@ def to_read(
             parts = local_parts(shape, Placement.of(mesh, shape, axes).read, devices)
             local = [index[len(shape) - len(axes) :] for index in parts]
             for layer, piece in enumerate(plan.pieces[path]):
-                total += sum(b - a for a, b in _ranges(local, piece, (path, layer) in edits)) * piece.tensor.row_bytes
+                whole = (path, layer) in edits or _is_narrow(piece, shape)
+                total += sum(b - a for a, b in _ranges(local, piece, whole)) * piece.tensor.row_bytes
                 if piece.tensor.scale is not None:
                     scales[id(piece.tensor)] = piece.tensor.scale
     return total + sum(math.prod(scale.shape) * scale.dtype.itemsize for scale in scales.values())
@@ -293,6 +294,8 @@ def fill(
 ) -> None:
     """Starts the reads of one layer: one for each distinct range of rows, whoever shares it."""
     tensor = piece.tensor
+    if edit is None and _is_narrow(piece, buffer.shape):
+        edit = lambda whole: whole  # noqa: E731
     parts = buffer.open(layer, tensor.dtype if edit is None else np.dtype(np.float32))
     scale = _by_row(scale, piece, parts[0][1].ndim)
     if edit is not None:
@@ -303,6 +306,11 @@ def fill(
             left.add()
             reader.read(tensor, first, last, Rows(parts, row, buffer.scale(scale), left.done))
     left.done()
+
+
+def _is_narrow(piece: Piece, shape: tuple[int, ...]) -> bool:
+    """Whether the parameter has more columns than its tensor: they are zeros."""
+    return len(piece.tensor.shape) == len(shape) == 2 and piece.tensor.shape[1] < shape[1]
 
 
 def _by_row(scale: np.ndarray | None, piece: Piece, axes: int) -> np.ndarray | None:
@@ -332,7 +340,7 @@ def _fill_edited(
     parts: list[tuple[Index, np.ndarray]],
 ) -> None:  # fmt: skip
     """Starts the reads of a whole layer, which is changed before its parts are cut from it."""
-    whole = np.empty(buffer.shape[1:] if buffer.stacked else buffer.shape, np.float32)
+    whole = np.zeros(buffer.shape[1:] if buffer.stacked else buffer.shape, np.float32)
 
     def finish() -> None:
         changed = edit(whole)
@@ -344,9 +352,10 @@ def _fill_edited(
 
 
 def _read_whole(piece: Piece, scale: np.ndarray | None, reader: Reader, whole: np.ndarray, left: _Countdown) -> None:
+    part = whole[:, : piece.tensor.shape[1]] if _is_narrow(piece, whole.shape) else whole
     for first, last, row in _reads(piece, (0, len(whole)), reader.source.piece):
         left.add()
-        parts = [(tuple((0, n) for n in whole.shape), whole)]
+        parts = [(tuple((0, n) for n in part.shape), part)]
         reader.read(piece.tensor, first, last, Rows(parts, row, scale, left.done))
     left.done()
 
@@ -354,7 +363,7 @@ def _read_whole(piece: Piece, scale: np.ndarray | None, reader: Reader, whole: n
 def read_layer(plan: Plan, path: str, layer: int) -> np.ndarray:
     """One layer of a parameter (0 of one that is not stacked) as the checkpoint has it, float32."""
     piece, reader = plan.pieces[path][layer], Reader(plan.source, lambda _: None)
-    whole = np.empty(plan.shapes[path][1], np.float32)
+    whole = np.zeros(plan.shapes[path][1], np.float32)
     scale = read_scales([piece], reader).get(id(piece.tensor))
     _read_whole(piece, _by_row(scale, piece, whole.ndim), reader, whole, _Countdown(lambda: None))
     reader.drain()

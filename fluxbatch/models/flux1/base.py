@@ -245,7 +245,7 @@ class Flux1(Family):
     def resolve(self, row: Row) -> Row:
         """True guidance needs a scale above 1 and a negative prompt; an image is what a row starts from."""
         if row.control_image:
-            raise ValueError("control_image: expected none: this model reads no control image")
+            raise ValueError("control_image: expected none: this model reads none, nor has an adapter it read one")
         if len(row.image) > 1:
             raise ValueError(f"image: got {len(row.image)}, expected one: it is what the row starts from")
         if row.mask_image and not row.image:

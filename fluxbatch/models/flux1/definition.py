@@ -129,7 +129,7 @@ class Control(Flux1):
     def resolve(self, row: Row) -> Row:
         _refuse(row, "image", "mask_image", "negative_prompt")
         if not row.control_image:
-            raise ValueError("control_image: expected one: this model follows a map")
+            raise ValueError("control_image: expected one: this model, or an adapter of the job, follows a map")
         mode = Mode(guided_by="a control image")
         row = dataclasses.replace(row, mode=mode, strength=1.0)
         return dataclasses.replace(row, negative_prompt=None, negative_prompt_2=None, true_cfg_scale=1.0)

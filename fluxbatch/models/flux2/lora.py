@@ -22,7 +22,6 @@ PREFIXES = (
     ("lora_unet_", "transformer", "kohya"),
     ("lora_transformer_", "transformer", "OneTrainer"),
     ("lycoris_", "transformer", "LyCORIS"),
-    ("", "transformer", "bare"),
 )
 
 
