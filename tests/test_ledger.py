@@ -69,11 +69,12 @@ class MemoryStore:
         self._step()
         return iter(sorted(name for name in list(self.objects) if name.startswith(prefix)))
 
-    def delete(self, name):
-        check_name(name)
-        self._step()
-        self.objects.pop(name, None)
-        self._step()
+    def delete(self, *names):
+        for name in names:
+            check_name(name)
+            self._step()
+            self.objects.pop(name, None)
+            self._step()
 
     def exists(self, name):
         return name in self.objects

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tarfile
 import threading
+import time
 
 import numpy as np
 import plain
@@ -26,9 +27,11 @@ from fluxbatch.results import gallery, packer
 from fluxbatch.results.card import write_card
 from fluxbatch.results.image_files import EXTENSIONS, decode, pixel_sha256
 from fluxbatch.results.ledger import Ledger, read_records
-from fluxbatch.results.packed import open_images
+from fluxbatch.results.packed import Packed, open_images
 from fluxbatch.results.shard_files import Item, require_package
+from fluxbatch.results.spool import Spool
 from fluxbatch.results.writer import Writer
+from fluxbatch.storage.base import NotFound, StorageError
 from fluxbatch.storage.registry import open_store
 from fluxbatch.types import UserError
 from fluxbatch.weights.published import license_of
@@ -214,9 +217,86 @@ def test_what_waits_in_the_spool_goes_into_shards_of_a_later_start(container, tm
     rows = [plain.row(k) for k in range(7)]
     store = open_store(str(tmp_path))
     start(store, rows, job(container), batches=1)
-    assert not shards(store) and len(list(store.list(".fluxbatch/spool/"))) == 2
+    assert not shards(store) and len(list(store.list(".fluxbatch/spool/"))) == 1  # both in one object
     assert len(start(store, rows, job(container))) == 5
     check(store, rows)
+
+
+def test_of_two_images_of_a_name_the_newer_counts_and_others_stay_when_one_is_deleted():
+    """A start was killed before it had recorded one, and the next made the row again."""
+    store = MemoryStore()
+    spool = Spool(store)
+    spool.write({"a": b"old", "b": b"b", "c": b"c"})
+    Spool(store).write({"a": b"new"})
+    store.write(".fluxbatch/spool/mine.png", b"\x89PNG\r\n")
+    spool.look()
+    assert spool.read_all("abcd") == {"a": b"new", "b": b"b", "c": b"c"}
+    spool.delete(["b", "x"])
+    for seen in (spool, Spool(store)):
+        seen.look()
+        assert seen.read_all("abc") == {"a": b"new", "c": b"c"} and seen.names() == {"a", "c"}
+    spool.delete("a")
+    spool.look()
+    assert spool.read_all("abc") == {"c": b"c"}
+    spool.delete("c")
+    assert list(store.objects) == [".fluxbatch/spool/mine.png"]
+    spool.write({f"{k:0100}": bytes([k]) * k for k in range(200)})  # the first line is long
+    again = Spool(store)
+    again.look()
+    assert again.read_all(again.names()) == {
+        f"{k:0100}": bytes([k]) * k for k in range(1, 200)
+    }  # what is empty counts for nothing
+    with pytest.raises(NotFound):
+        again.read("a")
+
+
+def test_a_kill_costs_what_waits_and_what_is_being_written(container):
+    """However slow a bucket is: no more than ``together`` batches wait, in memory as well."""
+
+    class Slow(MemoryStore):
+        def write(self, name, data, *, if_absent=False):
+            if name.startswith(".fluxbatch/spool/"):
+                begun.release()
+                assert go.acquire(timeout=20)
+            return super().write(name, data, if_absent=if_absent)
+
+    begun, go, put = threading.Semaphore(0), threading.Semaphore(0), []
+    rows, one, store = [plain.row(k) for k in range(40)], job(container, 40), Slow()
+    ledger = Ledger(store, FACTS, writer_id="slow", container=container)
+    todo, names = ledger.assign(rows, template="{i:05}", extension=".png")
+
+    def work():
+        with Writer(ledger, one, facts=FACTS) as writer:
+            for row in todo:
+                writer.put([row], names, plain.pixels(row)[None], [True])
+                put.append(row)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    for _ in range(4):
+        assert begun.acquire(timeout=20)
+        time.sleep(0.05)
+        recorded = sum(1 for _ in read_records(store))
+        assert len(put) - recorded <= 2 * Packed.together + 2  # one is being encoded, and the device has one
+        go.release()
+    go.release(40)
+    thread.join()
+    assert sum(1 for _ in read_records(store)) == 40
+
+
+def test_images_that_cannot_be_written_are_rejects(container, monkeypatch):
+    class Broken(MemoryStore):
+        def write(self, name, data, *, if_absent=False):
+            if name.startswith(".fluxbatch/spool/"):
+                raise StorageError("the bucket is out")
+            return super().write(name, data, if_absent=if_absent)
+
+    monkeypatch.setattr("fluxbatch.results.writer._BACKOFF", 0.0)
+    store, rows = Broken(), [plain.row(k) for k in range(3)]
+    assert sorted(start(store, rows, job(container))) == ["0", "1", "2"]  # what each came to
+    rejects = [json.loads(line) for line in store.read("rejects.jsonl").splitlines()]
+    assert [line["reason"] for line in rejects] == ["the bucket is out"] * 3 and not list(read_records(store))
+    assert start(MemoryStore(store.objects), rows, job(container)) and len(list(contents(store))) == 3
 
 
 def test_another_container_is_another_configuration(container, tmp_path):
@@ -337,15 +417,18 @@ def test_pages_carry_small_copies_of_images_in_shards(tmp_path, container):
 
 def test_what_waits_is_packed_without_reading_it_again_as_far_as_memory_goes(container, monkeypatch):
     class Reads(MemoryStore):
-        def read(self, name):
-            if name.startswith(".fluxbatch/spool/"):
-                reads.append(name)
-            return super().read(name)
+        def read_range(self, name, begin, size):
+            data = super().read_range(name, begin, size)
+            if begin and name.startswith(".fluxbatch/spool/"):  # else it is the first line
+                reads.append(len(data))
+            return data
 
-    rows, one = [plain.row(k) for k in range(12)], job(container)
-    for room, most in ((10**9, 0), (2 * 1500 + 100, 12), (0, 12)):
+    monkeypatch.setattr(Packed, "together", 0)  # batch by batch
+    rows, one, found = [plain.row(k) for k in range(12)], job(container), []
+    for room in (10**9, 2 * 1500 + 100, 0):
         reads, store = [], Reads()
         monkeypatch.setattr(packer, "HELD_BYTES", room)
         start(store, rows, one)
         check(store, rows)
-        assert len(reads) == most if room != 3100 else 0 < len(reads) < most
+        found.append(sum(reads))
+    assert found[0] == 0 < found[1] < found[2] == sum(len(image) for _, image, _ in contents(store))

@@ -73,6 +73,19 @@ def test_what_is_written_is_read(store):
         store.read("a.png")
 
 
+def test_many_are_deleted_at_once(store):
+    names = [f"deep/{k} é&<.png" for k in range(30)] + ["a"]
+    for name in names:
+        store.write(name, b"data")
+    store.delete(*names[1:], "never/there", names[1])
+    assert list(store.list()) == names[:1]
+    store.delete()
+    store.delete(names[0])
+    assert not list(store.list())
+    with pytest.raises(StorageError, match="not a name"):
+        store.delete("a", "../b")
+
+
 def test_only_one_writer_creates(store):
     assert store.write("job.json", b"first", if_absent=True) is True
     assert store.write("job.json", b"second", if_absent=True) is False

@@ -7,19 +7,26 @@ from typing import Any, Protocol
 
 from fluxbatch.results.location import IMAGES, SHEET
 from fluxbatch.storage.base import Store
-from fluxbatch.storage.log import in_parallel
 
 Record = dict[str, Any]
 
 
 class Images(Protocol):
-    """Images by the ``file_name`` of their records. Every method raises StorageError and is safe in threads."""
+    """Images by the ``file_name`` of their records. Every method raises StorageError and is safe in threads.
+
+    ``together``: batches that may wait to be written together; 0: each image is written by itself.
+    """
+
+    together: int
 
     def read(self, name: str) -> bytes:
         """The image's file. ``NotFound`` when it is not there."""
 
     def write(self, name: str, data: bytes) -> None:
-        """Put it there, durably."""
+        """Put it there, durably, if images are written by themselves."""
+
+    def write_together(self, images: Mapping[str, bytes]) -> None:
+        """Put them there, durably, if they are not."""
 
     def missing(self, names: Set[str]) -> set[str]:
         """Those of ``names`` that are not there, or are empty."""
@@ -46,6 +53,8 @@ class Images(Protocol):
 class Files:
     """Each image a file of its own."""
 
+    together = 0
+
     def __init__(self, store: Store):
         self._store = store
         self.read = store.read
@@ -54,6 +63,9 @@ class Files:
     def write(self, name: str, data: bytes) -> None:
         self._store.write(name, data)
 
+    def write_together(self, images: Mapping[str, bytes]) -> None:
+        """Nothing: they are written."""
+
     def list(self) -> Iterator[str]:
         return (name for name in self._store.list() if name.endswith(IMAGES) and name != SHEET)
 
@@ -61,7 +73,7 @@ class Files:
         """Nothing: they are."""
 
     def delete(self, names: Iterable[str]) -> None:
-        in_parallel(self._store.delete, names)
+        self._store.delete(*names)
 
     def recover(self) -> None:
         """Nothing: a file is whole or not there."""

@@ -9,14 +9,12 @@ from itertools import islice
 
 from fluxbatch.config.schema import Output
 from fluxbatch.results.images import Images, Record
-from fluxbatch.results.packed import Packed
+from fluxbatch.results.packed import AT_ONCE, Packed
 from fluxbatch.results.shard_files import Item
-from fluxbatch.storage.log import in_parallel
 
 SHARD_BYTES = 1_000_000_000  # of images, where nothing says how many rows a shard has
 HELD_BYTES = 256_000_000  # of images that wait, kept in memory too: they need not be read again to be packed
 _NOTHING: Mapping[str, bytes] = {}
-_AT_ONCE = 32  # images read before the next are asked for
 
 
 class Packer:
@@ -105,11 +103,11 @@ def finish(images: Images, records: Callable[[], Iterable[Record]], output: Outp
     if not isinstance(images, Packed):
         return
     images.recover()
-    left = set(images.spooled())
+    left = images.spooled()
     if left:
         waiting = [record for record in records() if record["file_name"] in left]
         pack(images, sorted(waiting, key=lambda record: record["index"]), output)
-        images.delete(set(images.spooled()) & left)
+        images.delete(images.spooled() & left)
 
 
 def _is_full(output: Output, rows: int, size: int) -> bool:
@@ -119,11 +117,9 @@ def _is_full(output: Output, rows: int, size: int) -> bool:
 def _spooled(
     images: Packed, records: Iterable[Record], held: Mapping[str, bytes]
 ) -> Iterator[tuple[Record, bytes | None]]:
-    there = set(images.spooled()) if held else set()  # one look for all that need not be read
-
-    def read(name: str) -> bytes | None:
-        return held[name] if name in there and name in held else images.from_spool(name)
-
+    there = images.still_spooled(held.keys()) if held else set[str]()  # one look for all that need not be read
     records = iter(records)
-    while window := list(islice(records, _AT_ONCE)):
-        yield from zip(window, in_parallel(read, [record["file_name"] for record in window]), strict=True)
+    while window := list(islice(records, AT_ONCE)):
+        names = [record["file_name"] for record in window]
+        found = images.from_spool(name for name in names if name not in there)
+        yield from zip(window, (held[name] if name in there else found.get(name) for name in names), strict=True)

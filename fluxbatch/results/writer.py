@@ -2,7 +2,9 @@
 
 A batch is copied back from the device, its images are encoded and written in parallel, and then
 it is recorded. One batch at a time is on this way while the device makes the next: memory is
-bounded, and a kill costs no more than what was not yet recorded of that one.
+bounded, and a kill costs no more than what was not yet recorded of that one. Of images that are to lie
+in shards a batch is one write, and batches that come while others are being written wait, to go together: a kill costs
+these too, at most ``Images.together`` that wait and as many that are being written.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from fluxbatch.config.schema import Job, Output
+from fluxbatch.results.grouped import Grouped
 from fluxbatch.results.image_files import INFOTEXT, OWN, cropped, encode, infotext, is_flat, pixel_sha256
 from fluxbatch.results.ledger import Ledger, Record, utc_now
 from fluxbatch.results.packer import Packer
@@ -32,6 +35,8 @@ PROGRAM = ("fluxbatch_version", "jax_version", "device_kind", "device_count", "p
 
 # What else in a record does not decide the pixels
 _UNSTABLE = ("file_name", "shard", "index", "seed_text", "computed_steps", "seconds", "mfu", "created", "flags")
+
+Outcome = Record | Reject | StorageError  # of a row: its record, its reject, or the error that ends the job
 
 _ATTEMPTS = 3
 _BACKOFF = 0.5  # seconds before the second attempt, doubled before the third
@@ -75,6 +80,7 @@ class Writer:
     ):
         self._ledger = ledger
         self._packer = Packer(ledger.images, job.output)
+        self._behind = Grouped(self._guarded(self._record_batches), ledger.images.together)
         self._files: dict[str, bytes] = {}  # of the batch, by name
         self._output = job.output
         self._failures_that_end = 1 if job.on_error.name == "stop" else job.max_failures
@@ -133,15 +139,14 @@ class Writer:
     def compact(self, first: Callable[[], None] | None = None) -> None:
         """At the end of a shard: its records become one object, in the background, once its last batch is recorded.
         ``first``: called before that, in the thread that packs."""
-        self._submit(self._compact, first)
+        self._submit(self._behind.then, self._guarded(lambda: self._compact(first)))
 
     def close(self) -> None:
         """Waits until everything that was put is written and recorded.
 
         Raises what ended the job, if anything did.
         """
-        self._batches.shutdown()
-        self._images.shutdown()
+        self._finish_all()
         self._packer.close()
         if self._error:
             raise self._error
@@ -153,19 +158,27 @@ class Writer:
         if kind is None:
             self.close()
             return
-        self._batches.shutdown()  # what was put is finished all the same; the first error stays
-        self._images.shutdown()
+        self._finish_all()  # the first error stays
         with contextlib.suppress(Exception):
             self._packer.close()
 
+    def _finish_all(self) -> None:
+        """Wait for all that was put."""
+        self._batches.shutdown()
+        self._images.shutdown()
+        self._behind.close()
+
     def _submit(self, task: Callable[..., None], *arguments: Any) -> Future[None]:
-        def run() -> None:
+        return self._batches.submit(self._guarded(task), *arguments)
+
+    def _guarded(self, task: Callable[..., None]) -> Callable[..., None]:
+        def run(*arguments: Any) -> None:
             try:
                 task(*arguments)
             except BaseException as error:  # raised by the next put, or by close
                 self._error = self._error or error
 
-        return self._batches.submit(run)
+        return run
 
     def _write_batch(
         self,
@@ -193,12 +206,23 @@ class Writer:
                 steps,
             )
         )
+        files, self._files = self._files, {}
+        self._behind.add((rows, outcomes, files))
+
+    def _record_batches(self, batches: Sequence[tuple[Sequence[Row], Sequence[Outcome], Mapping[str, bytes]]]) -> None:
+        rows = [row for batch, _, _ in batches for row in batch]
+        outcomes = [outcome for _, found, _ in batches for outcome in found]
+        files = {name: data for *_, images in batches for name, data in images.items()}
+        try:
+            self._attempt(self._ledger.images.write_together, files)
+        except (StorageError, OSError) as error:
+            failed = [self._failed(row, error) for row in rows]
+            outcomes = [new if isinstance(old, dict) else old for old, new in zip(outcomes, failed, strict=True)]
         records = [outcome for outcome in outcomes if isinstance(outcome, dict)]
         rejects = [outcome for outcome in outcomes if isinstance(outcome, Reject)]
         fatal = next((outcome for outcome in outcomes if isinstance(outcome, StorageError)), None)
         self._attempt(self._ledger.commit, records)
-        self._packer.add(records, {record["file_name"]: self._files[record["file_name"]] for record in records})
-        self._files.clear()
+        self._packer.add(records, {record["file_name"]: files[record["file_name"]] for record in records})
         self._attempt(self._ledger.reject, rejects)
         self._count(rows, outcomes)
         if fatal:
@@ -224,8 +248,7 @@ class Writer:
 
     def _write_image(
         self, row: Row, name: str, pixels: np.ndarray, finite: bool, seconds: float, steps: int
-    ) -> Record | Reject | StorageError:
-        """The row's record, its reject, or the error that ends the job."""
+    ) -> Outcome:
         try:
             if not finite and self._retry:
                 with self._retrying:
@@ -239,10 +262,13 @@ class Writer:
             record = self._record(row, name, np.ascontiguousarray(pixels), seconds, steps)
             self._attempt(self._encode_and_write, record, pixels)
             return record
-        except StorageError as error:
-            return error if error.fatal else self._reject(row, str(error))
         except Exception as error:  # one image never costs the others
-            return self._reject(row, f"{type(error).__name__}: {error}")
+            return self._failed(row, error)
+
+    def _failed(self, row: Row, error: Exception) -> Reject | StorageError:
+        if isinstance(error, StorageError):
+            return error if error.fatal else self._reject(row, str(error))
+        return self._reject(row, f"{type(error).__name__}: {error}")
 
     def _encode_and_write(self, record: Record, pixels: np.ndarray) -> None:
         data = encoded(record, pixels, self._output.format.name, self._output)
@@ -284,7 +310,7 @@ class Writer:
                     raise
                 time.sleep(_BACKOFF * 2**attempt)
 
-    def _count(self, rows: Sequence[Row], outcomes: Sequence[Record | Reject | StorageError]) -> None:
+    def _count(self, rows: Sequence[Row], outcomes: Sequence[Outcome]) -> None:
         with self._lock:
             for row, outcome in zip(rows, outcomes, strict=True):
                 self.written += isinstance(outcome, dict)

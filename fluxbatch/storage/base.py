@@ -61,8 +61,8 @@ class Store(Protocol):
     def missing(self, names: Set[str]) -> set[str]:
         """Those of ``names`` that are not there, or are empty: cheap for a million."""
 
-    def delete(self, name: str) -> None:
-        """Remove the object; one that is not there is fine."""
+    def delete(self, *names: str) -> None:
+        """Remove the objects, in any order; one that is not there is fine."""
 
     def exists(self, name: str) -> bool: ...
 

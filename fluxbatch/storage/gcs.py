@@ -24,6 +24,7 @@ from google.cloud.storage.exceptions import DataCorruption
 from requests.adapters import HTTPAdapter
 
 from fluxbatch.storage.base import Bucket, NotFound, StorageError, check_name, join
+from fluxbatch.storage.log import in_parallel
 from fluxbatch.storage.objects import PieceReader, content_type
 from fluxbatch.types import UserError
 
@@ -153,7 +154,10 @@ class GcsStore:
                 if not blob.name.endswith("/"):  # consoles make such objects to show folders
                     yield blob
 
-    def delete(self, name: str) -> None:
+    def delete(self, *names: str) -> None:
+        in_parallel(self._delete, names)
+
+    def _delete(self, name: str) -> None:
         with contextlib.suppress(NotFound):
             self._attempt(name, lambda: self._blob(name).delete(timeout=self._timeout, retry=None))
 

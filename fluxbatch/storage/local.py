@@ -104,11 +104,16 @@ class LocalStore:
             return os.stat(f"{self.url}/{name}").st_size
         return 0
 
-    def delete(self, name: str) -> None:
-        path = self._path(name)
-        with _translated(self._place(name)), contextlib.suppress(FileNotFoundError):
-            path.unlink()
-            _sync_directory(path.parent)
+    def delete(self, *names: str) -> None:
+        directories = set()
+        for name in names:
+            path = self._path(name)
+            with _translated(self._place(name)), contextlib.suppress(FileNotFoundError):
+                path.unlink()
+                directories.add(path.parent)
+        for directory in directories:
+            with _translated(str(directory)):
+                _sync_directory(directory)
 
     def exists(self, name: str) -> bool:
         with _translated(self._place(name)):

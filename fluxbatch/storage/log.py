@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from fluxbatch.storage.base import NotFound, StorageError, Store, join
 
-_PARALLEL = 16  # objects read or deleted at once: on object storage each one waits for the network
+_PARALLEL = 16  # objects read at once: on object storage each one waits for the network
 _AT_ONCE = 32 << 20  # bytes of large ones that are read at once
 
 A = TypeVar("A")
@@ -75,7 +75,7 @@ class Log:
         return list(self._store.list(self._prefix + writer))
 
     def delete(self, names: Iterable[str]) -> None:
-        in_parallel(self._store.delete, names)
+        self._store.delete(*names)
 
     def drop(self, unwanted: Callable[[dict[str, Any]], bool], objects: Set[str]) -> None:
         """Removes lines from ``objects``: what has some is written again without them, and then deleted."""

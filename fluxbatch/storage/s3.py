@@ -152,10 +152,12 @@ class S3Store:
     def _page(self, folder: str, last: str | None) -> Any:
         return next(iter(obstore.list(self._client, folder or None, offset=last, chunk_size=_PAGE)), [])
 
-    def delete(self, name: str) -> None:
-        check_name(name)
-        with contextlib.suppress(NotFound):
-            self._attempt(name, lambda: obstore.delete(self._client, name))
+    def delete(self, *names: str) -> None:
+        for name in names:
+            check_name(name)
+        if names:
+            with contextlib.suppress(NotFound):
+                self._attempt(names[0], lambda: obstore.delete(self._client, names))
 
     def exists(self, name: str) -> bool:
         check_name(name)
