@@ -3,6 +3,7 @@ the same rows."""
 
 import bz2
 import datetime
+import gc
 import gzip
 import json
 import lzma
@@ -10,6 +11,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import warnings
 
 import plain
 import pyarrow
@@ -17,7 +19,7 @@ import pyarrow.parquet
 import pytest
 
 from fluxbatch.config.schema import LoraAdapter, ManifestErrors, default_run_name
-from fluxbatch.manifest import files
+from fluxbatch.manifest import files, rows
 from fluxbatch.manifest.rows import read_rows
 from fluxbatch.types import UserError
 
@@ -69,6 +71,24 @@ def test_formats_and_packings_are_layers(tmp_path, kind, packing):
     assert read(path) == (WANTED, [])
     (tmp_path / f"n.{kind}").write_bytes(PACK[packing](TEXTS[kind].encode()))  # the bytes tell, whatever the name
     assert read(tmp_path / f"n.{kind}") == (WANTED, [])
+
+
+@pytest.mark.parametrize("name", ["m.jsonl", "m.json", "m.csv", "m.txt", "m.csv.gz", "m.jsonl.zst"])
+def test_no_file_is_left_open(tmp_path, name):
+    """Read to its end, or to a line at which somebody has had enough."""
+    _, kind, packing = f"{name}.".split(".")[:3]
+    data = TEXTS.get(kind, "a fox\n" * 50).encode()
+    (tmp_path / name).write_bytes(PACK[packing and f".{packing}"](data))
+    job = plain.job(manifest=str(tmp_path / name))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        assert len(list(rows._read(job))) == 50
+        reading = rows._read(job)
+        next(reading)
+        reading.close()
+        del reading
+        gc.collect()
+    assert not told
 
 
 @pytest.mark.parametrize("packing", [*PACK][1:])

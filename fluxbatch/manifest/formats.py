@@ -300,20 +300,24 @@ def _raw_lines(stream: BinaryIO) -> Iterator[_Raw]:
     """(number, text) of every line, without its end: LF, CR LF, or CR."""
     decoded = io.TextIOWrapper(stream, "utf-8", errors="surrogateescape")
     number = 0
-    while text := decoded.readline(MAX_LINE + 1):
-        number += 1
-        if len(text) > MAX_LINE and not text.endswith("\n"):
-            while (rest := decoded.readline(1 << 20)) and not rest.endswith("\n"):
-                pass
-            yield number, BadLine(f"longer than {MAX_LINE // 1_000_000} MB")
-            continue
-        text = text.removesuffix("\n").removeprefix(_BOM)  # editors on Windows begin files so, which may be joined
-        if not text.isascii() and (bad := re.search("[\udc80-\udcff]", text)):
-            byte, column = ord(bad[0]) & 0xFF, len(text[: bad.start()].encode()) + 1
-            hint = "is it Latin-1 or Windows-1252? Save the file as UTF-8"
-            yield number, BadLine(f"not UTF-8: byte 0x{byte:02x} at column {column}; {hint}")
-        else:
-            yield number, BadLine("contains a NUL byte") if "\0" in text else text
+    try:
+        while text := decoded.readline(MAX_LINE + 1):
+            number += 1
+            if len(text) > MAX_LINE and not text.endswith("\n"):
+                while (rest := decoded.readline(1 << 20)) and not rest.endswith("\n"):
+                    pass
+                yield number, BadLine(f"longer than {MAX_LINE // 1_000_000} MB")
+                continue
+            text = text.removesuffix("\n").removeprefix(_BOM)  # editors on Windows begin files so, which may be joined
+            if not text.isascii() and (bad := re.search("[\udc80-\udcff]", text)):
+                byte, column = ord(bad[0]) & 0xFF, len(text[: bad.start()].encode()) + 1
+                hint = "is it Latin-1 or Windows-1252? Save the file as UTF-8"
+                yield number, BadLine(f"not UTF-8: byte 0x{byte:02x} at column {column}; {hint}")
+            else:
+                yield number, BadLine("contains a NUL byte") if "\0" in text else text
+    finally:
+        if not stream.closed:  # by its owner, where reading ends early
+            decoded.detach()  # it would complain of the stream that it does not close
 
 
 def described(value: Any) -> str:
