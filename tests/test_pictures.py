@@ -10,6 +10,7 @@ import io
 import json
 import os
 import threading
+import time
 
 import numpy as np
 import plain
@@ -98,6 +99,68 @@ def test_a_picture_comes_from_a_server(tmp_path):
         assert files.read(picture).size == (56, 40)
         with pytest.raises(files.Missing, match="the server answers 404"):
             files.read(dataclasses.replace(picture, url=f"{address}/b.png"))
+        server.shutdown()
+
+
+class Served(http.server.BaseHTTPRequestHandler):
+    """Pictures that say of themselves what their names say: a tag, a weak one, a date, one of just now, nothing."""
+
+    def answer(self, send):
+        self.server.asked.append(f"{self.command} {self.path}")
+        data, changed = self.server.files[self.path]
+        refused = self.command == "HEAD" and "refused" in self.path
+        self.send_response_only(403 if refused else 200)
+        now = time.time()
+        self.send_header("Date", self.date_time_string(now))
+        self.send_header("Content-Length", str(len(data)))
+        digest = hashlib.md5(data).hexdigest()
+        for name, key, value in (
+            ("tag", "ETag", f'"{digest}"'),
+            ("weak", "ETag", f'W/"{digest}"'),
+            ("date", "Last-Modified", self.date_time_string(changed)),
+            ("fresh", "Last-Modified", self.date_time_string(now)),
+        ):
+            if name in self.path:
+                self.send_header(key, value)
+        self.end_headers()
+        if send:
+            self.wfile.write(data)
+
+    def do_GET(self):
+        self.answer(True)
+
+    def do_HEAD(self):
+        self.answer(False)
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_server_is_asked_for_what_is_known_and_not_sent_for_it(tmp_path):
+    """Unless it does not say of which version a picture is."""
+    data = [saved(tmp_path / f"{i}.png", seed=i, size=(8, 8)).read_bytes() for i in range(2)]
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Served) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        names = ["/tag", "/weak-date", "/date", "/weak", "/fresh", "/none", "/tag-refused"]
+        server.files, server.asked = dict.fromkeys(names, (data[0], 1e9)), []
+        address = f"http://127.0.0.1:{server.server_port}"
+        rows = [plain.row(i, image=(Picture(f"{address}{n}", f"{address}{n}"),)) for i, n in enumerate(names)]
+
+        def start():
+            server.asked.clear()
+            digests = Digests(open_store(str(tmp_path)), "memory")
+            good, rejects = pictures.inspect(rows, [], False, digests)
+            digests.save()
+            served = [hashlib.sha256(server.files[name][0]).hexdigest() for name in names]
+            assert not rejects and [row.image[0].sha256 for row in good] == served
+            return sorted(each for each in server.asked if each.startswith("GET"))
+
+        everything = sorted(f"GET {name}" for name in names)
+        sent = sorted(f"GET /{name}" for name in ("weak", "fresh", "none", "tag-refused"))
+        assert start() == everything and not [each for each in server.asked if each.startswith("HEAD")]
+        assert start() == sent and len(server.asked) == len(sent) + 4
+        server.files |= {"/tag": (data[1], 1e9), "/date": (data[1], 1e9 + 1)}
+        assert start() == sorted([*sent, "GET /tag", "GET /date"]) and start() == sent
         server.shutdown()
 
 

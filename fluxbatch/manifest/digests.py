@@ -7,9 +7,9 @@ import json
 from collections.abc import Iterable, Mapping
 
 from fluxbatch.storage.base import NotFound, Store
+from fluxbatch.storage.picture import Seen
 from fluxbatch.storage.versions import versions
-
-Seen = tuple[str, int, int]  # SHA-256 of the file, height and width of what is seen
+from fluxbatch.storage.web import SCHEMES
 
 
 class Digests:
@@ -25,7 +25,8 @@ class Digests:
 
     def known(self, urls: Iterable[str]) -> dict[str, Seen]:
         """What earlier starts found in those that are as they were."""
-        self._versions = versions(urls)
+        # a server is asked only for what may be known: with a file comes its version
+        self._versions = versions(url for url in urls if not url.startswith(SCHEMES) or _handle(url) in self._before)
         found = {}
         for url, version in self._versions.items():
             before = self._before.get(_handle(url))
@@ -36,14 +37,18 @@ class Digests:
 
     def saw(self, seen: Mapping[str, Seen]) -> None:
         """What has been found in others, after ``known``."""
-        for url, version in versions(url for url in seen if url in self._versions).items():
+        for url, each in seen.items():
+            if each.version:
+                self._now[_handle(url)] = each.version, each._replace(version=None)
+        alone = (url for url, each in seen.items() if url in self._versions and not each.version)
+        for url, version in versions(alone).items():
             if version == self._versions[url]:  # it has not changed while it was read
                 self._now[_handle(url)] = version, seen[url]
 
     def save(self) -> None:
         """Raises StorageError."""
         if self._now != self._before:
-            lines = (json.dumps([handle, version, *seen]) for handle, (version, seen) in self._now.items())
+            lines = (json.dumps([handle, version, *seen[:3]]) for handle, (version, seen) in self._now.items())
             self._store.write(self._name, "".join(f"{line}\n" for line in lines).encode())
 
     def _read(self) -> dict[str, tuple[str, Seen]]:
@@ -52,7 +57,7 @@ class Digests:
             found = {}
             for line in lines:
                 handle, version, sha256, height, width = json.loads(line)
-                found[handle] = version, (sha256, height, width)
+                found[handle] = version, Seen(sha256, height, width)
             return found
         except (NotFound, ValueError, TypeError):
             return {}

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from fluxbatch.manifest.digests import Digests, Seen
-from fluxbatch.storage.picture import Missing, look
+from fluxbatch.manifest.digests import Digests
+from fluxbatch.storage.picture import Missing, Seen, look
 from fluxbatch.types import Picture, Reject, Row, UserError
 
 _THREADS = 16
@@ -25,14 +25,13 @@ def inspect(
     distinct = {p.url: p for row in rows for pictures in row.pictures.values() for p in pictures}
     if not distinct:
         return list(rows), list(rejects)
-    known = digests.known(distinct) if digests else {}
-    found: dict[str, Picture | ValueError] = {url: _as(distinct[url], seen) for url, seen in known.items()}
-    unknown = {url: picture for url, picture in distinct.items() if url not in known}
+    found: dict[str, Seen | ValueError] = {**digests.known(distinct)} if digests else {}
+    unknown = {url: picture for url, picture in distinct.items() if url not in found}
     with ThreadPoolExecutor(_THREADS, "picture") as pool:
-        found |= zip(unknown, pool.map(_inspected, unknown.values()), strict=True)
+        looked = dict(zip(unknown, pool.map(_inspected, unknown.values()), strict=True))
     if digests:
-        pictures = (found[url] for url in unknown)
-        digests.saw({p.url: (p.sha256, p.height, p.width) for p in pictures if isinstance(p, Picture)})
+        digests.saw({url: seen for url, seen in looked.items() if isinstance(seen, Seen)})
+    found |= looked
     good, bad, missing = [], list(rejects), []
     for row in rows:
         fault = next(_faults(row, found), None)
@@ -48,22 +47,22 @@ def inspect(
     return good, bad
 
 
-def _faults(row: Row, found: dict[str, Picture | ValueError]) -> Iterator[tuple[str, ValueError]]:
+def _faults(row: Row, found: Mapping[str, Seen | ValueError]) -> Iterator[tuple[str, ValueError]]:
     for field, pictures in row.pictures.items():
         for picture in pictures:
             if isinstance(fault := found[picture.url], ValueError):
                 yield field, fault
 
 
-def _seen(row: Row, found: dict[str, Picture | ValueError]) -> Row:
-    """The row with what was found out about its pictures, under the paths that it has for them."""
+def _seen(row: Row, found: Mapping[str, Seen | ValueError]) -> Row:
+    """The row with what was found out about its pictures."""
 
     def seen(picture: Picture | None) -> Picture | None:
         if picture is None:
             return None
         known = found[picture.url]
-        assert isinstance(known, Picture)
-        return dataclasses.replace(known, path=picture.path)
+        assert isinstance(known, Seen)
+        return dataclasses.replace(picture, sha256=known.sha256, height=known.height, width=known.width)
 
     if not row.pictures:
         return row
@@ -73,13 +72,8 @@ def _seen(row: Row, found: dict[str, Picture | ValueError]) -> Row:
     )
 
 
-def _inspected(picture: Picture) -> Picture | ValueError:
+def _inspected(picture: Picture) -> Seen | ValueError:
     try:
-        return _as(picture, look(picture))
+        return look(picture)
     except ValueError as error:
         return error
-
-
-def _as(picture: Picture, seen: Seen) -> Picture:
-    sha256, height, width = seen
-    return dataclasses.replace(picture, sha256=sha256, height=height, width=width)

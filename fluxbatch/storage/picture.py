@@ -8,18 +8,17 @@ import http.client
 import io
 import os
 import urllib.error
-import urllib.request
 from collections.abc import Sequence
-from typing import cast
+from typing import NamedTuple
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from fluxbatch.storage import web
 from fluxbatch.storage.base import NotFound, StorageError
 from fluxbatch.storage.registry import read_bytes
 from fluxbatch.types import Picture, public
 
 MAX_PIXELS = 1 << 28  # of a picture that is read: more is taken for an attack, or a mistake
-_SECONDS = 30  # without a byte from a server
 _ORIENTATION, _SIDEWAYS = 0x0112, 5  # EXIF: from 5 on height and width are exchanged
 # How Pillow calls what has a plain meaning as RGB
 _PLAIN = ("1", "L", "P", "RGB", "CMYK", "YCbCr", "HSV", "LAB")
@@ -38,12 +37,21 @@ def located(path: str, folder: str) -> str:
     return whole if "://" in whole else os.path.abspath(whole)
 
 
-def look(picture: Picture) -> tuple[str, int, int]:
-    """SHA-256 of the file, and height and width of what is seen. ValueError says why there is nothing to see."""
-    data = _data(picture)
+class Seen(NamedTuple):
+    """What is found in a picture."""
+
+    sha256: str  # of the file
+    height: int  # of what is seen
+    width: int
+    version: str | None = None  # of the file, where a web server says so as it sends it
+
+
+def look(picture: Picture) -> Seen:
+    """ValueError says why there is nothing to see."""
+    data, version = _data(picture)
     with _opened(picture, data) as image:
         width, height = image.size[::-1] if _turned(image) else image.size
-    return hashlib.sha256(data).hexdigest(), height, width
+    return Seen(hashlib.sha256(data).hexdigest(), height, width, version)
 
 
 def found(picture: Picture, folders: Sequence[str]) -> Picture:
@@ -52,7 +60,7 @@ def found(picture: Picture, folders: Sequence[str]) -> Picture:
     places = [*dict.fromkeys(located(picture.path, folder) for folder in folders)]
     for url in places[:-1]:
         try:
-            if look(dataclasses.replace(picture, url=url))[0] == picture.sha256:
+            if look(dataclasses.replace(picture, url=url)).sha256 == picture.sha256:
                 return dataclasses.replace(picture, url=url)
         except ValueError:
             continue
@@ -71,7 +79,7 @@ def read(picture: Picture, side: int | None = None) -> Image.Image:
     """The picture, upright, as RGB, or L if it is grey; what is transparent is white. ValueError says why it cannot be
     read, or that it is another one than when the job was opened. ``side``: of a square that it is to fill or more:
     then a JPEG is decoded to no more pixels than need be."""
-    data = _data(picture)
+    data, _ = _data(picture)
     if hashlib.sha256(data).hexdigest() != picture.sha256:
         raise ValueError(f"{picture.path}: changed while the job ran")
     try:
@@ -92,14 +100,14 @@ def read(picture: Picture, side: int | None = None) -> Image.Image:
         raise ValueError(f"{picture.path}: not a whole picture: {error}") from None
 
 
-def _data(picture: Picture) -> bytes:
+def _data(picture: Picture) -> tuple[bytes, str | None]:
+    """The file, and its version if a web server says so."""
     try:
-        if picture.url.startswith(("http://", "https://")):
-            with urllib.request.urlopen(picture.url, timeout=_SECONDS) as answer:
-                return cast(bytes, answer.read())
+        if picture.url.startswith(web.SCHEMES):
+            return web.read(picture.url)
         if "://" not in picture.url and not _is_plain(picture.url):
             raise ValueError(f"{picture.path}: a pipe or a device, expected a file")
-        return read_bytes(picture.url)
+        return read_bytes(picture.url), None
     except urllib.error.HTTPError as error:
         kind = Missing if error.code in (404, 410) else ValueError
         raise kind(f"{public(picture.path)}: the server answers {error.code} {error.reason}") from None

@@ -9,6 +9,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable
 
+from fluxbatch.storage import web
 from fluxbatch.storage.base import StorageError
 from fluxbatch.storage.registry import SCHEMES, open_bucket
 
@@ -20,6 +21,7 @@ def versions(urls: Iterable[str]) -> dict[str, str]:
     """Of each file its version; of none that is not there, that has just changed, or of which nobody can tell."""
     found: dict[str, str] = {}
     in_buckets: defaultdict[str, set[str]] = defaultdict(set)
+    on_servers: list[str] = []
     now = time.time()
     for url in urls:
         scheme, _, rest = url.partition("://")
@@ -29,9 +31,11 @@ def versions(urls: Iterable[str]) -> dict[str, str]:
         elif scheme in SCHEMES:
             bucket, _, name = rest.partition("/")
             in_buckets[f"{scheme}://{bucket}"].add(name)
+        elif url.startswith(web.SCHEMES):
+            on_servers.append(url)
     for bucket, names in in_buckets.items():
         found |= {f"{bucket}/{name}": version for name, version in _of_objects(bucket, names)}
-    return found
+    return found | web.versions(on_servers)
 
 
 def _of_file(path: str, now: float) -> str | None:
