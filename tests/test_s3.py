@@ -133,13 +133,81 @@ def test_what_cannot_be_is_one_line(server, monkeypatch):
             assert error.value.fatal and "\n" not in str(error.value)
 
 
-def test_credentials_that_are_missing_are_asked_for(monkeypatch):
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """Writes the files of a home directory, which is all that tells of AWS."""
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
+    for name, value in {"HOME": tmp_path, "AWS_EC2_METADATA_DISABLED": "true"}.items():
+        monkeypatch.setenv(name, str(value))
+    (tmp_path / ".aws").mkdir()
+
+    def write(**files):
+        for name, text in files.items():
+            (tmp_path / ".aws" / name).write_text(text)
+
+    return write
+
+
+def test_credentials_that_are_missing_are_asked_for(home, monkeypatch):
     monkeypatch.setattr("fluxbatch.storage.s3.obstore.list", no_role)
-    with pytest.raises(StorageError, match="no usable AWS credentials; set AWS_ACCESS_KEY_ID") as error:
+    with pytest.raises(StorageError, match="no usable AWS credentials; set AWS_PROFILE, or AWS_ACCESS_KEY_ID") as error:
         open_store("s3://bucket/x")
     assert error.value.fatal
+
+
+PROCESS = """printf '{"Version": 1, "AccessKeyId": "theirs", "SecretAccessKey": "s", "SessionToken": "t"}'"""
+
+
+def test_profiles_are_read(server, home, tmp_path, monkeypatch, capfd):
+    """By outputs and by weights; keys of the environment come first."""
+    endpoint = f"http://127.0.0.1:{server.server_port}"
+    (tmp_path / "keys.sh").write_text(PROCESS)
+    home(
+        credentials="[default]\naws_access_key_id = mine\naws_secret_access_key = s\n[other]\n"
+        "aws_access_key_id = others\naws_secret_access_key = s\n",
+        config=f"[default]\nregion = eu-west-1\nendpoint_url = {endpoint}\n[profile other]\nregion = us-west-2\n"
+        f"endpoint_url = {endpoint}\ns3 =\n  max_concurrent_requests = 3\n[profile theirs]\nendpoint_url = {endpoint}\n"
+        f"region = us-east-1\ncredential_process = sh {tmp_path / 'keys.sh'}\n[profile bare]\nregion = us-east-1\n",
+    )
+    signed, forward = [], gcs_faults._Handler._forward
+
+    def noted(self, body):
+        signed.append(self.headers.get("Authorization", "").partition("Credential=")[2].split("/"))
+        return forward(self, body)
+
+    monkeypatch.setattr(gcs_faults._Handler, "_forward", noted)
+    for profile, key, region in ((None, "mine", "eu-west-1"), ("other", "others", "us-west-2"),
+                                 ("theirs", "theirs", "us-east-1"), ("other", "env", "us-west-2")):  # fmt: skip
+        if profile:
+            monkeypatch.setenv("AWS_PROFILE", profile)
+        if key == "env":
+            monkeypatch.setenv("AWS_ACCESS_KEY_ID", "env")
+            monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "s")
+        open_store("s3://bucket/profiles").write(f"{key}.json", b"{}")
+        assert Source("s3://bucket/profiles").read(f"{key}.json") == b"{}"
+        assert {(each[0], each[2]) for each in signed if each[0]} == {(key, region)} and signed
+        signed.clear()
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_profile_that_has_no_credentials_is_one_line(home, monkeypatch):
+    home(
+        config="[profile bare]\nregion = us-east-1\n[profile half]\naws_access_key_id = a\n[profile broken]\n"
+        "credential_process = false\n[profile role]\nrole_arn = r\n"
+    )
+    monkeypatch.setattr("fluxbatch.storage.s3.obstore.list", no_role)
+    for profile, reason in (
+        ("no", "~/.aws: The config profile .no. could not be found"),
+        ("half", "profile half in ~/.aws: Partial credentials found"),
+        ("role", "profile role in ~/.aws: Partial credentials found"),
+        ("broken", "profile broken in ~/.aws: Error when retrieving credentials from custom-process"),
+        ("bare", "s3://bucket/x: no usable AWS credentials"),  # of the machine either
+    ):
+        monkeypatch.setenv("AWS_PROFILE", profile)
+        with pytest.raises(StorageError, match=f"^{reason}") as error:
+            open_store("s3://bucket/x")
+        assert error.value.fatal and "\n" not in str(error.value)
 
 
 def no_role(*_, **__):

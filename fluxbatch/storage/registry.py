@@ -41,6 +41,11 @@ def open_stream(url: str) -> contextlib.AbstractContextManager[BinaryIO]:
     return open_file(url) if library is None else library.open_object(url)
 
 
+def tensorstore_options(url: str) -> dict[str, Any]:
+    """What TensorStore is to be told of a bucket besides its name: where AWS's settings are, and nothing elsewhere."""
+    return _library(url).tensorstore_options() if url.startswith("s3://") else {}
+
+
 def find_files(pattern: str) -> list[str]:
     """The files that a pattern (``*``, ``?``, ``[…]``, and ``**`` for any directories) matches, by name; the address
     itself where it is none, or of a file that is called so."""

@@ -1,5 +1,5 @@
-"""S3, and what speaks its language, behind the ``Store`` interface. Credentials, region and endpoint are those of AWS's
-own environment variables (``AWS_ACCESS_KEY_ID``, ``AWS_REGION``, ``AWS_ENDPOINT_URL`` …) or of the machine's role.
+"""S3, and what speaks its language, behind the ``Store`` interface. Credentials, region and endpoint are found where
+AWS's own tools find them: environment, profile, the machine's role.
 
 Every operation is tried again with growing pauses until its deadline. All of them may be
 repeated: objects are written whole, so a doubled write leaves what a single one does.
@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import io
-import os
 import re
 from collections.abc import Callable, Iterator, Set
 from typing import IO, Any, BinaryIO, TypeVar, cast
@@ -26,8 +25,11 @@ try:
     import obstore
     from obstore import exceptions
     from obstore.store import S3Store as Client
-except ImportError:
-    missing = 's3://… needs obstore, which is not installed: pip install "fluxbatch[s3]"'
+
+    from fluxbatch.storage import aws
+except ImportError as error:
+    name = (error.name or "").partition(".")[0]
+    missing = f's3://… needs {name}, which is not installed: pip install "fluxbatch[s3]"'
     raise UserError(missing) from None
 
 _TIMEOUT = (10.0, 60.0)  # seconds to connect, and for one request
@@ -56,15 +58,18 @@ class S3Store:
         bucket, _, prefix = self.url.removeprefix("s3://").partition("/")
         if not re.fullmatch(r"[a-z0-9][a-z0-9._-]*[a-z0-9]", bucket):
             raise UserError(f"{url}: expected s3://bucket/prefix")
-        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+        found = aws.Settings()
+        given = {"endpoint": found.endpoint, "region": found.region}
+        config: Any = {name: value for name, value in given.items() if value}
 
         def client(seconds: float) -> Client:
             connect, request = (datetime.timedelta(seconds=each) for each in (timeout[0], seconds))
-            is_http = bool(endpoint and endpoint.startswith("http://"))
+            is_http = bool(found.endpoint and found.endpoint.startswith("http://"))
             return Client(
                 bucket,
                 prefix=prefix or None,
-                config={"endpoint": endpoint} if endpoint else {},
+                config=config,
+                credential_provider=found.provider(),
                 client_options={"connect_timeout": connect, "timeout": request, "allow_http": is_http},
                 retry_config={"max_retries": 0, "retry_timeout": datetime.timedelta(seconds=deadline)},  # it is ours
             )
@@ -209,6 +214,11 @@ def open_object(url: str) -> Iterator[BinaryIO]:
         yield stream
 
 
+def tensorstore_options() -> dict[str, Any]:
+    """What TensorStore's driver is to be told besides bucket and path."""
+    return aws.Settings().of_tensorstore()
+
+
 class _Taken(StorageError):
     """``if_absent``, and the name was taken."""
 
@@ -232,8 +242,7 @@ def _translated(place: str, missing: str = "") -> Iterator[None]:
         if isinstance(error, FileNotFoundError):
             raise NotFound(f"{place}: no such object") from None
         if "169.254.169.254" in text:  # where a machine's role would be found
-            profile = 'of a profile by: eval "$(aws configure export-credentials --format env)"'
-            advice = f"set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY ({profile}), or give the machine a role"
+            advice = "set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give the machine a role"
             raise StorageError(f"{place}: no usable AWS credentials; {advice}", fatal=True) from None
         raise StorageError(f"{place}: {_reason(error)}", fatal=(_code(error) or 500) < 500) from None
     except exceptions.UnauthenticatedError:

@@ -21,6 +21,7 @@ import ml_dtypes
 import numpy as np
 import tensorstore as ts
 
+from fluxbatch.storage.registry import tensorstore_options
 from fluxbatch.types import UserError
 
 FLOATS = {
@@ -189,13 +190,8 @@ def store_spec(url: str) -> dict[str, Any]:
         return {"driver": "gcs", "bucket": bucket, "path": f"{prefix}/" if prefix else ""}
     if url.startswith("s3://"):
         bucket, _, prefix = url[5:].partition("/")
-        spec: dict[str, Any] = {"driver": "s3", "bucket": bucket, "path": f"{prefix}/" if prefix else ""}
-        # what AWS's own tools read; keys and roles TensorStore finds by itself
-        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-        region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-        if os.environ.get("AWS_ACCESS_KEY_ID"):  # else it looks through files and roles, and says so
-            spec["aws_credentials"] = {"type": "environment"}
-        return spec | ({"endpoint": endpoint} if endpoint else {}) | ({"aws_region": region} if region else {})
+        spec = {"driver": "s3", "bucket": bucket, "path": f"{prefix}/" if prefix else ""}
+        return spec | tensorstore_options(url)
     if "://" in url:
         parts = urlsplit(url)
         return {"driver": "http", "base_url": f"{parts.scheme}://{parts.netloc}", "path": f"{parts.path}/"}
