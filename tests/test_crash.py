@@ -119,17 +119,24 @@ def test_sigkill_at_random_instants(place, exact):
     assert landed >= KILLS // 4, "most runs had ended before they were killed"
 
 
-MODES = (
-    {},
-    {"negative_prompt": "hens", "true_cfg_scale": 2.0},
-    {"image": True, "strength": 0.5},
-    {"image": True, "strength": 0.5, "mask_image": "mask.png"},
-    {"image": True, "strength": 0.5, "negative_prompt": "", "true_cfg_scale": 3.0},
+# of each model, with how many pictures each mode reads
+MODES = {
+    "dev": (
+        {},
+        {"negative_prompt": "hens", "true_cfg_scale": 2.0},
+        {"image": 1, "strength": 0.5},
+        {"image": 1, "strength": 0.5, "mask_image": "mask.png"},
+        {"image": 1, "strength": 0.5, "negative_prompt": "", "true_cfg_scale": 3.0},
+    ),
+    "flux2-klein": ({}, {"image": 1}, {"image": 2}),
+}
+
+
+@pytest.mark.parametrize(
+    ("model", "count", "side", "kills"), [("dev", 200, 16, KILLS // 2), ("flux2-klein", 48, 64, 1)]
 )
-
-
-def test_rows_of_every_mode(tmp_path):
-    """200 rows with and without pictures, masks and negative prompts, killed at random: every row once, and its pixels
+def test_rows_of_every_mode(tmp_path, model, count, side, kills):
+    """Rows with and without pictures, masks and negative prompts, killed at random: every row once, and its pixels
     those of the uninterrupted run. Ten pictures that are replaced then: their rows are made again, and no others."""
     random_pixels = np.random.default_rng(0)
 
@@ -137,34 +144,36 @@ def test_rows_of_every_mode(tmp_path):
         Image.fromarray(random_pixels.integers(0, 256, shape, np.uint8)).save(tmp_path / name)
 
     draw("mask.png", 16, 16)
+    draw("shared.png", side, side, 3)
     rows = []
-    for i in range(200):
-        row = {"id": f"r{i}", "prompt": f"prompt {i % 20}", "seed": i, "num_inference_steps": 4, **MODES[i % 5]}
+    for i in range(count):
+        mode = MODES[model][i % len(MODES[model])]
+        row = {"id": f"r{i}", "prompt": f"prompt {i % 20}", "seed": i, "num_inference_steps": 4, **mode}
         if "image" in row:
-            row["image"] = f"{i}.png"
-            draw(f"{i}.png", 24, 20, 3)
+            row["image"] = [f"{i}.png", "shared.png"][: row["image"]]
+            draw(f"{i}.png", side + 8, side + 4, 3)
         rows.append({**row, "height": 16, "width": 16})
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    options = {"pretrained_model_name_or_path": GOLDEN / "dev"}
+    options = {"pretrained_model_name_or_path": GOLDEN / model, "max_sequence_length": 64}
     assert start(tmp_path, "whole", **options).wait() == 0
     rng, run, landed, lost = random.Random(1), tmp_path / "killed", 0, set()
-    while landed < KILLS // 2:
+    while landed < kills:
         process = start(tmp_path, "killed", **options)
-        goal = images_on_disk(run) + rng.randrange(200 // KILLS)
+        goal = images_on_disk(run) + rng.randrange(count // KILLS)
         wait_until(process, lambda: images_on_disk(run) >= goal)  # noqa: B023
         time.sleep(rng.random() * 0.1)
         process.kill()
         landed += process.wait() == -signal.SIGKILL
         # Those of the kill before may still be there: rows of another mode are perhaps made first.
         before, lost = lost, {path.name for path in run.glob("flux_*.png")} - recorded(run, "file_name")
-        assert len(lost - before) <= BATCH and images_on_disk(run) < 200
+        assert len(lost - before) <= BATCH and images_on_disk(run) < count
     assert start(tmp_path, "killed", **options).wait() == 0
     check(tmp_path, "killed")
 
     before, made = {r["id"]: r for r in metadata(run)}, {p.name: p.stat().st_mtime_ns for p in run.glob("flux_*.png")}
-    replaced = rng.sample([i for i in range(200) if "image" in rows[i]], 10)
+    replaced = rng.sample([i for i in range(count) if "image" in rows[i]], 10)
     for i in replaced:
-        draw(f"{i}.png", 24, 20, 3)
+        draw(f"{i}.png", side + 8, side + 4, 3)
     assert start(tmp_path, "killed", overwrite="true", **options).wait() == 0
     after = {r["id"]: r for r in metadata(run)}
     names = {record["file_name"] for record in after.values()}
