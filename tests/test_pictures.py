@@ -74,7 +74,7 @@ def test_a_picture_is_read_as_it_is_seen(tmp_path):
 def test_a_picture_that_changed_meanwhile_is_not_read(tmp_path):
     picture = seen(saved(tmp_path / "a.png"))
     saved(tmp_path / "a.png", seed=1)
-    with pytest.raises(ValueError, match="changed while the job ran"):
+    with pytest.raises(ValueError, match="changed since the job was opened"):
         files.read(picture)
 
 

@@ -56,15 +56,17 @@ def look(picture: Picture) -> Seen:
 
 def found(picture: Picture, folders: Sequence[str]) -> Picture:
     """The picture of a record, where it lies: in the first of these folders, in which a relative path may begin, that
-    has a file of its digest; if none has, in the last."""
-    places = [*dict.fromkeys(located(picture.path, folder) for folder in folders)]
-    for url in places[:-1]:
+    has a file of its digest; if none has, in the last that has a picture of its name, or in the last."""
+    places = [dataclasses.replace(picture, url=url) for url in dict.fromkeys(located(picture.path, f) for f in folders)]
+    alike = []
+    for place in places if len(places) > 1 else ():
         try:
-            if look(dataclasses.replace(picture, url=url)).sha256 == picture.sha256:
-                return dataclasses.replace(picture, url=url)
+            if look(place).sha256 == picture.sha256:
+                return place
+            alike.append(place)
         except ValueError:
             continue
-    return dataclasses.replace(picture, url=places[-1])
+    return (alike or places)[-1]
 
 
 def _turned(image: Image.Image) -> bool:
@@ -81,7 +83,7 @@ def read(picture: Picture, side: int | None = None) -> Image.Image:
     then a JPEG is decoded to no more pixels than need be."""
     data, _ = _data(picture)
     if hashlib.sha256(data).hexdigest() != picture.sha256:
-        raise ValueError(f"{picture.path}: changed while the job ran")
+        raise ValueError(f"{picture.path}: changed since the job was opened")
     try:
         with _opened(picture, data) as image:
             if image.format == "PNG":  # the checksums of its pixels, which Pillow passes over as it decodes
