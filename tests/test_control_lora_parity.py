@@ -8,7 +8,7 @@ import lora_files as files
 import pytest
 import test_lora_parity as adapters
 from conftest import images, psnr
-from test_pictures_parity import LENGTH, loaded, louder, picture, theirs
+from test_pictures_parity import LENGTH, loaded, louder, picture, reader, theirs
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -58,3 +58,29 @@ def test_as_diffusers_does(dev, cli, tmp_path, monkeypatch, mix):
     assert psnr(found, theirs(pipe, row, control_image=picture(2, 90, 70))) < 30
     pipe.set_adapters(list(mix), [scale / 2 for scale in mix.values()])
     assert psnr(found, theirs(pipe, row, control_image=picture(1, 90, 70))) < 30
+
+
+def test_a_plain_adapter_on_a_checkpoint_that_reads_maps(cli, tmp_path):
+    """It changes what is read of the latents."""
+    pipe = reader("FluxControlPipeline", 2 * adapters.SIZE.channels)
+    pipe.save_pretrained(tmp_path / "model")
+    maker = files.Maker(1, size=0.15)
+    file = files.save(
+        tmp_path / "s.safetensors", maker.peft(files.dots("transformer.", files.diffusers(adapters.SIZE)))
+    )
+    picture(1, 90, 70).save(tmp_path / "map.png")
+    row = dict(id="a", prompt="a fox", num_inference_steps=3, guidance_scale=10.0, seed=5)
+    row |= dict(control_image="map.png", height=64, width=48)
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    before = theirs(pipe, row, control_image=picture(1, 90, 70))
+    pipe.load_lora_weights(str(file))
+    code, err = cli(
+        f"pretrained_model_name_or_path={tmp_path}/model", f"manifest={tmp_path}/rows.jsonl", "run_name=r",
+        "hardware=cpu", f"max_sequence_length={LENGTH}", f"output_dir={tmp_path}", "lora_config.weight_name=[null]",
+        f"lora_config.lora_model_name_or_path=[{file}]", "lora_config.adapter_name=[s]", "lora_config.scale=[1.0]",
+        "lora_config.from_pt=[true]",
+    )  # fmt: skip
+    assert code == 0, err
+    found = images(tmp_path / "r")["a"]
+    assert psnr(found, theirs(pipe, row, control_image=picture(1, 90, 70))) >= 50
+    assert psnr(found, before) < 30

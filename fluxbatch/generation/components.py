@@ -40,7 +40,7 @@ def open_parts(job: Job, checkpoint: Checkpoint, layout: Layout, options: Mappin
     plans = _collect(makers)
     lora = apply.read(job, plans, family)
     if family.lora.inputs:
-        path, field = family.lora.inputs
+        path, field, _ = family.lora.inputs
         inputs = plans[name].shapes[path][1][1]
         widest = max(lora.adapters, key=lambda adapter: adapter.inputs(family.lora), default=None)
         if widest is not None and (wanted := widest.inputs(family.lora)) > inputs:

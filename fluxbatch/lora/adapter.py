@@ -219,6 +219,9 @@ class _Reader:
                     continue  # a bias or an embedding as it was is no reason to use this adapter with no other
                 _, shape = self.plans[site.component].shapes[path]
                 if self.keys.inputs and path == self.keys.inputs[0]:
+                    plain = self.plans[site.component].shapes[self.keys.inputs[2]][1][0]
+                    if part.shape[-1] == plain < shape[1]:  # an adapter of latents alone
+                        part = part.widened(shape[1])
                     shape = shape[0], max(part.shape[-1], shape[1])  # more make it another model: Adapter.inputs
                 if part.shape != shape:
                     raise ValueError(f"shape {list(part.shape)}, the model expects {list(shape)} for {path}")

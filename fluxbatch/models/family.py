@@ -80,8 +80,9 @@ class LoraKeys:
     namings: Mapping[str, Mapping[str, tuple[Rule, ...]]]  # component → name of the naming → its rules
     # component → pattern of modules that inference never reads
     unread: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    # kernel of the main component that an adapter may give more inputs, and the entry of the config that counts them
-    inputs: tuple[str, str] | None = None
+    # kernel of the main component that an adapter may give more inputs, the entry of the config that counts them, and
+    # the kernel whose outputs are what a plain adapter reads there
+    inputs: tuple[str, str, str] | None = None
     split_stacks: tuple[str, ...] = ()  # stacks whose parts are reported apart
     main: str = "transformer"  # the component that reports do not name
     writers: tuple[str, ...] = ()  # namings that one trainer alone writes, whatever the prefix

@@ -119,7 +119,7 @@ LORA = LoraKeys(
     },
     # parts of CLIP that FLUX never reads: an adapter of them does nothing
     unread={"text_encoder": r"(?:text_model[._])?(?:text_projection|visual_projection|logit_scale)"},
-    inputs=("img_in.kernel", "in_channels"),
+    inputs=("img_in.kernel", "in_channels", "final_out.kernel"),
     split_stacks=("double_blocks",),
     writers=("XLabs", "DiffSynth"),
 )
