@@ -81,25 +81,16 @@ def named(arrays: Mapping[str, np.ndarray], table: Table) -> dict[str, np.ndarra
 
 def write(
     folder: pathlib.Path,
-    vae: dict,
+    vae: dict | None,
     flux: dict,
     text: Mapping[str, dict],
     vae_params: Any,
     params: Mapping[str, Any],
     scheduler: dict = SCHEDULER,
+    index: dict = INDEX,
 ) -> None:
-    """Configs and weights (bfloat16) beside the tokenizers that are there already."""
+    """Configs and weights (bfloat16) beside the tokenizers that are there already; and the VAE, unless it is too."""
     parts_of = lambda state, table: named(arrays_of(state), table)  # noqa: E731
-    levels = len(vae["block_out_channels"])
-    vae = {
-        "_class_name": "AutoencoderKL",
-        "act_fn": "silu",
-        "in_channels": 3,
-        "out_channels": 3,
-        "force_upcast": False,
-        "down_block_types": ["DownEncoderBlock2D"] * levels,
-        "up_block_types": ["UpDecoderBlock2D"] * levels,
-    } | vae
     parts = {
         "transformer": (
             {"_class_name": "FluxTransformer2DModel", "patch_size": 1} | flux,
@@ -119,12 +110,23 @@ def write(
             | text["t5"],
             parts_of(params["t5"], keys.T5),
         ),
-        "vae": (
+    }
+    if vae is not None:
+        levels = len(vae["block_out_channels"])
+        vae = {
+            "_class_name": "AutoencoderKL",
+            "act_fn": "silu",
+            "in_channels": 3,
+            "out_channels": 3,
+            "force_upcast": False,
+            "down_block_types": ["DownEncoderBlock2D"] * levels,
+            "up_block_types": ["UpDecoderBlock2D"] * levels,
+        } | vae
+        parts["vae"] = (
             vae,
             parts_of(vae_params[0], autoencoder_keys.VAE_ENCODER)
             | parts_of(vae_params[1], autoencoder_keys.VAE_DECODER),
-        ),
-    }
+        )
     for name, (config, tensors) in parts.items():
         (folder / name).mkdir(parents=True, exist_ok=True)
         (folder / name / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -136,4 +138,4 @@ def write(
         )
     (folder / "scheduler").mkdir(exist_ok=True)
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler, indent=2) + "\n")
-    (folder / "model_index.json").write_text(json.dumps(INDEX, indent=2) + "\n")
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")

@@ -1,7 +1,7 @@
 """Trains flux-mini with the project's own models.
 
     python jobs/flux-mini/train.py                    # all stages: hours on two cores, minutes on a GPU
-    python jobs/flux-mini/train.py vae|flow|decoder|guidance|adapters|export [--work DIR] [--pixels 64|128] [--steps N]
+    python jobs/flux-mini/train.py vae|flow|decoder|guidance|adapters|kontext|export [--work DIR] [--pixels 64|128] [--steps N]
 
 Every stage goes on from what it saved last (every few minutes) in ``--work``. The results lie in
 ``WORK/flux-mini`` and ``WORK/flux-mini-dev``, in the diffusers layout, as ``fluxbatch/checkpoints`` has them.
@@ -18,6 +18,7 @@ import autoencoder
 import export
 import flow
 import guidance
+import kontext
 from loop import Work
 
 STAGES = {
@@ -26,11 +27,15 @@ STAGES = {
     "decoder": (autoencoder.train_decoder, 600),
     "guidance": (guidance.train_guidance, 650),
     "adapters": (adapters.train_adapters, 160),
+    "kontext": (kontext.train_kontext, 1500),
 }
 
 
 def write(work: Work) -> None:
-    """Both checkpoints, and the adapters; of a stage still in training, its average so far."""
+    """The checkpoints, and the adapters; of a stage still in training, its average so far."""
+    kontext.write(work)
+    if work.result("flow") is None:
+        return
     stats = flow.pools(work)[1]
     vae = autoencoder.VAE | {"scaling_factor": 1 / stats["std"], "shift_factor": stats["mean"]}
     folder = work.folder / "flux-mini"

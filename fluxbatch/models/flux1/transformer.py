@@ -194,13 +194,22 @@ class Flux(nnx.Module):
         self.final_out = Linear(d, cfg.out_channels, (None, "embed"), rngs=rngs)
 
     def __call__(
-        self, img: Array, txt: Array, pooled: Array, t: Array, guidance: Array, rope: tuple[Array, Array]
+        self,
+        img: Array,
+        txt: Array,
+        pooled: Array,
+        t: Array,
+        guidance: Array,
+        rope: tuple[Array, Array],
+        references: Array | None = None,
     ) -> Array:
         """img ``[B, L, C]``, txt ``[B, T, joint_attention_dim]``, pooled ``[B, P]``, t and guidance
-        ``[B]`` (guidance is read only if the model was distilled with it), rope from ``rope_table``."""
+        ``[B]`` (guidance is read only if the model was distilled with it), rope from ``rope_table``, references
+        ``[B, R, C]``."""
         vec = self._vector(pooled, t[:, None], guidance, img.dtype)
         mod = jax.tree.map(lambda x: x[:, 0], self._modulation(vec))
-        return self.velocity(img, self._embed_text(txt, img.dtype), mod, rope)
+        read = None if references is None else self.embed_image(references)
+        return self.velocity(img, self._embed_text(txt, img.dtype), mod, rope, read)
 
     # What the programs call: models/family.py, Denoiser
 
