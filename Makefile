@@ -9,9 +9,10 @@ PYTEST = $(RUN) -m pytest
 demo: $(VENV)/.base
 	$(RUN) -m fluxbatch.run manifest=jobs/demo/prompts.jsonl run_name=demo
 
-# Does flux-mini draw what it is told? 200 held-out captions, scored without the model
+# Do the miniatures do what they are told? 200 held-out captions and edits, scored without the models
 eval: $(VENV)/.base
 	$(RUN) jobs/flux-mini/evaluate.py
+	$(RUN) jobs/flux-mini/evaluate_edits.py
 
 # LLVM is told to do little: of the longest test of `make test` it took 30 of 71 s. Parity, TPU and demo run what it makes of all.
 test slow: export XLA_FLAGS += --xla_backend_optimization_level=0

@@ -117,12 +117,11 @@ def table(result: dict[str, tuple[int, int]]) -> str:
 
 
 def draw(
-    scenes: list[data.Scene], folder: pathlib.Path, program: list[str], overrides: list[str]
+    rows: list[dict[str, Any]], folder: pathlib.Path, program: list[str], overrides: list[str]
 ) -> list[dict[str, Any]]:
-    """The records of a run over the scenes' captions, each with the scene's object, color and place."""
+    """The records of a run over these rows."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     manifest = folder.parent / "eval.jsonl"
-    rows = [{"prompt": s.caption, "object": s.items[0].name, "color": s.color, "place": s.place} for s in scenes]
     manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
     subprocess.run(
         [
@@ -174,7 +173,10 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", help="more for fluxbatch.run, such as guidance_scale=2")
     args = parser.parse_args()
 
-    scenes = data.held_out_scenes(args.count)
+    scenes = [
+        {"prompt": s.caption, "object": s.items[0].name, "color": s.color, "place": s.place}
+        for s in data.held_out_scenes(args.count)
+    ]
     overrides = [f"pretrained_model_name_or_path={args.model}", f"num_inference_steps={args.steps}", *args.overrides]
     folder = args.output_dir / "eval"
     records = draw(scenes, folder, ["-m", "fluxbatch.run"], overrides)

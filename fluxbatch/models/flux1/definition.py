@@ -35,15 +35,25 @@ class Kontext(Flux1):
     pipelines = ("FluxKontextPipeline",)
     file_words = ("kontext",)
 
+    def __init__(self, configs: Mapping[str, Any], index: Mapping[str, Any] | None = None):
+        super().__init__(configs, index)
+        # pixels of a square reference; a key of ours, which diffusers does not look at
+        self.reference_resolution = int((index or {}).get("_reference_resolution", pictures.REFERENCE))
+
     @classmethod
     def claims(cls, config: Mapping[str, Any]) -> bool:
         return False  # its config is dev's: only model_index.json tells
+
+    def index(self) -> dict[str, Any]:
+        own = self.reference_resolution
+        return {} if own == pictures.REFERENCE else {"_reference_resolution": own}
 
     def resolve(self, row: Row) -> Row:
         _refuse(row, "mask_image", "control_image")
         if len(row.image) > 1:
             raise ValueError(f"image: got {len(row.image)}, expected one: the model was trained on single pictures")
-        sizes = tuple(pictures.reference_size(p.height, p.width, self.size_multiple) for p in row.image)
+        own = self.size_multiple, self.reference_resolution
+        sizes = tuple(pictures.reference_size(p.height, p.width, *own) for p in row.image)
         image, row = row.image, super().resolve(dataclasses.replace(row, image=()))
         return dataclasses.replace(row, image=image, mode=row.mode._replace(references=sizes))
 

@@ -33,6 +33,7 @@ def draws(seed: int, count: int, height: int, width: int, vae: VaeConfig) -> lis
     return list(torch_normal(seed, count * int(np.prod(shape))).reshape(count, *shape))
 
 
+REFERENCE = 1024
 # Width and height of what Kontext was trained on: the one of the nearest aspect is what the VAE sees of a picture.
 PREFERRED = (
     (672, 1568), (688, 1504), (720, 1456), (752, 1392), (800, 1328), (832, 1248), (880, 1184), (944, 1104),
@@ -41,10 +42,12 @@ PREFERRED = (
 )  # fmt: skip
 
 
-def reference_size(height: int, width: int, multiple: int) -> tuple[int, int]:
-    """Height and width of a reference picture of this size as Kontext reads it."""
+def reference_size(height: int, width: int, multiple: int, resolution: int = REFERENCE) -> tuple[int, int]:
+    """Height and width of a reference picture of this size as Kontext, trained on references of about
+    ``resolution`` × ``resolution`` pixels, reads it."""
     ratio = (width // multiple * multiple) / (height // multiple * multiple)
     _, width, height = min((abs(ratio - w / h), w, h) for w, h in PREFERRED)
+    height, width = (side * resolution // REFERENCE for side in (height, width))
     return height // multiple * multiple, width // multiple * multiple
 
 
