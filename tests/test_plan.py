@@ -397,6 +397,22 @@ def test_what_makes_it_fit(golden):
     }
 
 
+def test_eight_bits_are_proposed_where_all_else_is_slow_or_too_large(cli, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "x"}\n')
+
+    def planned(target):
+        words = f"manifest={tmp_path / 'rows.jsonl'}", f"output_dir={tmp_path}", "model=flux-dev", "aot=false"
+        status, text = cli(*words, f"target={target}", entry="plan")
+        assert status == 0, text
+        return text
+
+    text = planned("v5e-1")
+    assert "fits with stream_blocks=true: the same images, which is slow\n" in text
+    assert "fits with weights_dtype=int8: images 44 to 49 dB" in text
+    text = planned("v5e-4")
+    assert "fits with sharding=fsdp: the same images\n" in text and "int8" not in text
+
+
 def test_what_makes_it_fit_on_what_is_there(golden):
     """Chips that stand idle, encoders that ``sharding=fsdp`` keeps unless it is told otherwise, a CPU's host memory,
     and scores that another attention does not write; the slow way only where there is no other."""

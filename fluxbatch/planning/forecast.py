@@ -192,9 +192,14 @@ def _memory(job: Job, spec: ModelSpec, target: Target, work: Work) -> Iterator[s
         verdict += "; the transformer and the text encoders do not fit together, and take turns for every shard"
     yield _line("", verdict)
     if worst.total > limit:
-        settings = situation.remedy(limit)
-        nothing = "nothing here makes it fit: smaller images, or more or larger devices"
-        yield _line("", f"fits with {' '.join(settings)}" if settings else nothing)
+        exact, other = situation.remedy(limit), situation.inexact_remedy(limit)
+        if exact:
+            slow = ", which is slow" if memory.STREAM in exact else ""
+            yield _line("", f"fits with {' '.join(exact)}: the same images{slow}")
+        if other and (not exact or memory.STREAM in exact):
+            yield _line("", f"fits with {' '.join(other)}: images 44 to 49 dB from the exact ones (jobs/docs/speed.md)")
+        if not (exact or other):
+            yield _line("", "nothing here makes it fit: smaller images, or more or larger devices")
 
 
 def _compiled(job: Job, spec: ModelSpec, target: Target, work: Work) -> Iterator[str]:

@@ -24,10 +24,12 @@ from fluxbatch.generation.programs import pixels_at_once, together
 from fluxbatch.generation.steps import STEPS
 from fluxbatch.models import attention
 from fluxbatch.models.family import Footprint, padded_to
+from fluxbatch.models.layers import EIGHT_BITS
 from fluxbatch.types import Mode
 from fluxbatch.weights import device_weights, load
 
 Size = tuple[int, int, Mode]  # height, width
+STREAM, EIGHT = "stream_blocks=true", "weights_dtype=int8"
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,8 @@ class Situation:
         )
 
     def remedy(self, limit: int) -> tuple[str, ...]:
-        """The fewest settings with which every phase fits in ``limit``, slow ones last; none if nothing does."""
+        """The fewest settings, all of them exact, with which every phase fits in ``limit``, slow ones last; none if
+        nothing does."""
         spec = self.spec
         options: dict[str, dict[str, Any]] = {}
         offload = "offload_encoders=free" if self.platform == "cpu" else "offload_encoders=true"
@@ -131,10 +134,10 @@ class Situation:
             mesh = make_mesh((1, len(self.devices)), devices=self.devices)
             options["sharding=fsdp"] = {"spec": replace(spec, mesh=mesh), "stay": True}  # as its file says
         if whole and not spec.stream:
-            options["stream_blocks=true"] = {"spec": replace(spec, stream=True)}
+            options[STREAM] = {"spec": replace(spec, stream=True)}
         tried = [names for count in range(1, len(options) + 1) for names in itertools.combinations(options, count)]
-        for names in sorted(tried, key=lambda names: "stream_blocks=true" in names):
-            if len({"sharding=fsdp", "stream_blocks=true"} & {*names}) < 2:
+        for names in sorted(tried, key=lambda names: STREAM in names):
+            if len({"sharding=fsdp", STREAM} & {*names}) < 2:
                 last = sorted(names, key=offload.__eq__)  # it wins over what sharding=fsdp says of it
                 changed = replace(
                     self, limit=limit, **{key: value for name in last for key, value in options[name].items()}
@@ -142,6 +145,15 @@ class Situation:
                 if all(phase.total <= limit for phase in changed.phases()):
                     return names
         return ()
+
+    def inexact_remedy(self, limit: int) -> tuple[str, ...]:
+        """The same with weights in eight bits, which draw slightly other images."""
+        if self.spec.weights_dtype in EIGHT_BITS:
+            return ()
+        own = replace(self, spec=replace(self.spec, weights_dtype="int8"), limit=limit)
+        if all(phase.total <= limit for phase in own.phases()):
+            return (EIGHT,)
+        return (EIGHT, *found) if (found := own.remedy(limit)) else ()
 
 
 def tokens(spec: ModelSpec, size: Size) -> int:
