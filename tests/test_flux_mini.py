@@ -20,8 +20,8 @@ def room():
     sys.path.insert(0, str(ROOM))
     yield
     sys.path.remove(str(ROOM))
-    for name in ("data", "words", "evaluate", "export", "train", "loop", "autoencoder", "flow", "guidance", "adapters"):
-        sys.modules.pop(name, None)
+    for file in ROOM.glob("*.py"):
+        sys.modules.pop(file.stem, None)
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +101,33 @@ def test_scorer_is_not_pleased_by_anything_else(data):
         assert right <= 0.3 * of
     others = [evaluate.score(data.render(s)) for s in asked[1:] + asked[:1]]
     assert evaluate.tally(wanted, others)["object"][0] <= 4
+
+
+def test_edits_are_of_pairs_that_were_never_trained(data):
+    import edits
+
+    rng = np.random.default_rng(2)
+    trained, asked = [edits.sample(rng) for _ in range(500)], edits.held_out_edits(200)
+    assert {edit.kind for edit in trained} == {edit.kind for edit in asked} == set(edits.KINDS)
+    scenes = [scene for edit in trained for scene in (edit.before, edit.after)]
+    assert not any(data.held_out(scene.items[0].name, scene.color) for scene in scenes)
+    assert all(data.held_out(edit.after.items[0].name, edit.after.color) for edit in asked)
+    assert not any(np.array_equal(*edit.pictures()) for edit in asked)
+
+
+def test_edits_are_scored(data):
+    import edits
+    import evaluate_edits
+
+    asked = edits.held_out_edits(16)
+    rng = np.random.default_rng(0)
+    noise = rng.normal(0, 12, (16, 128, 128, 3))
+    drawn = [np.clip(edit.pictures()[1] + noise[i], 0, 255).astype(np.uint8) for i, edit in enumerate(asked)]
+    assert evaluate_edits.table(asked, drawn)[1] and all(map(evaluate_edits.is_right, asked, drawn))
+    table, enough = evaluate_edits.table(asked, [edit.pictures()[0] for edit in asked])
+    assert not enough and "| recolor | 0 | 4 | 0.0% |" in table
+    others = drawn[4:] + drawn[:4]  # of the same kinds
+    assert sum(map(evaluate_edits.is_right, asked, others)) <= 1
 
 
 def test_tokenizers_know_every_caption_and_survive_any_text(data, scenes, tmp_path):
@@ -204,6 +231,30 @@ def test_recipe_exports_what_the_runner_runs(trained, tmp_path, cli):
         picture(cli, tmp_path, f"g{g}", dev, f"guidance_scale={g}", "num_inference_steps=6") for g in (1.0, 5.0)
     )
     assert not np.array_equal(weak, strong), "the strength of guidance is read"
+
+
+@pytest.mark.slow
+def test_an_editor_is_trained_from_the_embedded_checkpoint(data, tmp_path, cli, monkeypatch):
+    optax = pytest.importorskip("optax")
+    import kontext
+    import loop
+    import train
+
+    monkeypatch.setattr(kontext, "POOL", 8)
+    monkeypatch.setattr(kontext, "PLAIN", 8)
+    monkeypatch.setattr(kontext, "PLAIN_EVERY", 2)  # one step of each kind
+    monkeypatch.setattr(kontext, "train", lambda *args, decay, **options: loop.train(*args, **options))
+    monkeypatch.setattr(kontext, "matrices_by_muon", lambda peak, adam_peak, steps: optax.adam(1e-4))
+    work = loop.Work(tmp_path, 128)
+    kontext.train_kontext(work, 2, size=4)
+    train.write(work)
+    Image.fromarray(data.render(data.sample(np.random.default_rng(3)))).save(tmp_path / "one.png")
+    model = f"pretrained_model_name_or_path={tmp_path / 'flux-mini-kontext'}"
+    asked = "prompt=make the background green", "resolution=128"
+    edited = picture(cli, tmp_path, "edited", model, *asked, f"image={tmp_path / 'one.png'}")
+    assert metadata(tmp_path / "edited")[0]["inputs"].endswith('"read_as": [128, 128]}]}')
+    assert edited.shape == (128, 128, 3)
+    assert not np.array_equal(edited, picture(cli, tmp_path, "drawn", model, *asked))
 
 
 @pytest.mark.slow

@@ -32,7 +32,10 @@ def folders_of(job: Job) -> list[str]:
 def inputs_of(record: Mapping[str, Any]) -> dict[str, list[Picture]]:
     """The pictures of a record by field; where they lie is not known."""
     inputs = json.loads(record.get("inputs") or "{}")
-    return {field: [Picture(**each, url="") for each in pictures] for field, pictures in inputs.items()}
+    return {
+        field: [Picture(each["path"], "", each["sha256"], each["height"], each["width"]) for each in pictures]
+        for field, pictures in inputs.items()
+    }
 
 
 def addresses(records: Iterable[Mapping[str, Any]], folders: Sequence[str], page: str) -> dict[str, str]:

@@ -80,11 +80,14 @@ def parameters(row: Row) -> dict[str, Any]:
 
 
 def inputs_of(row: Row) -> str:
-    """JSON: of each field the pictures, with the path that the row has, and digest and size of the file."""
+    """JSON: of each field the pictures, with the path that the row has, and digest and size of the file; of references
+    the size, height first, at which the model reads them. Other pictures are read at the image's."""
     found = {
         field: [{"path": p.path, "sha256": p.sha256, "height": p.height, "width": p.width} for p in pictures]
         for field, pictures in row.pictures.items()
     }
+    for reference, size in zip(found.get("image", ()), row.mode.references, strict=False):  # a mode may have none
+        reference["read_as"] = [*size]
     return json.dumps(found, ensure_ascii=False)
 
 
