@@ -78,7 +78,7 @@ def sample(rng: np.random.Generator) -> Edit:
     names, colors = list(data.OBJECTS), list(data.COLORS)
     while True:
         place = (*data.PLACES, None, None, None, None)[rng.integers(8)]
-        kind = KINDS[rng.choice(4, p=(0.3, 0.35, 0.25, 0.1))]
+        kind = KINDS[rng.choice(4, p=(0.25, 0.3, 0.2, 0.25))]
         edit = make(rng, kind, names[rng.integers(len(names))], colors[rng.integers(len(colors))], place)
         if not any(data.held_out(s.items[0].name, s.color) for s in (edit.before, edit.after)):
             return edit
