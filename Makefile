@@ -6,8 +6,10 @@ PYTEST = $(RUN) -m pytest
 
 .PHONY: demo eval test lint parity slow tpu soak bench clean
 
+# Images of prompts, and edits of some of them
 demo: $(VENV)/.base
 	$(RUN) -m fluxbatch.run manifest=jobs/demo/prompts.jsonl run_name=demo
+	$(RUN) -m fluxbatch.run model=flux-mini-kontext manifest=jobs/demo/edits.jsonl run_name=demo-edits
 
 # Do the miniatures do what they are told? 200 held-out captions and edits, scored without the models
 eval: $(VENV)/.base
