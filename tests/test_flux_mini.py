@@ -294,7 +294,12 @@ def test_both_formats_say_what_training_multiplies(data, tmp_path, cli):
 @pytest.mark.parity
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize(
-    ("model", "asked"), [("flux-mini", {}), ("flux-mini-dev", {"num_inference_steps": 6, "guidance_scale": 2.0})]
+    ("model", "asked"),
+    [
+        ("flux-mini", {}),
+        ("flux-mini-dev", {"num_inference_steps": 6, "guidance_scale": 2.0}),
+        ("flux-mini-kontext", {"image": "before.png"}),
+    ],
 )
 def test_embedded_checkpoint_draws_the_same_in_diffusers(tmp_path, cli, model, asked):
     torch = pytest.importorskip("torch")
@@ -302,6 +307,11 @@ def test_embedded_checkpoint_draws_the_same_in_diffusers(tmp_path, cli, model, a
 
     folder = pathlib.Path(__file__).parents[1] / "fluxbatch" / "checkpoints" / model
     prompt, size = "a red apple on a blue background", 128
+    if edits := "image" in asked:
+        prompt = "make the background green"
+        before = Image.fromarray(np.random.default_rng(0).integers(0, 256, (4, 4, 3), np.uint8)).resize((size, size))
+        before.save(tmp_path / asked["image"])
+        asked = {"image": tmp_path / asked["image"]}
     arguments = [
         f"model={model}",
         f"resolution={size}",
@@ -313,10 +323,12 @@ def test_embedded_checkpoint_draws_the_same_in_diffusers(tmp_path, cli, model, a
     code, err = cli(f"prompt={prompt}", *arguments, "seed=3", *(f"{key}={value}" for key, value in asked.items()))
     assert code == 0, err
     record = metadata(tmp_path / "one")[0]
-    pipe = diffusers.FluxPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    kind = diffusers.FluxKontextPipeline if edits else diffusers.FluxPipeline
+    pipe = kind.from_pretrained(folder, torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     expected = pipe(
-        prompt,
+        **({"image": before, "_auto_resize": False, "max_area": size * size} if edits else {}),
+        prompt=prompt,
         height=size,
         width=size,
         num_inference_steps=record["num_inference_steps"],
