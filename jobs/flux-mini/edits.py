@@ -1,4 +1,4 @@
-"""What flux-mini-kontext learns from: a picture, what is to be done with it in words, and the picture that comes out."""
+"""What flux-mini-kontext learns from: a picture, what is to be done with it, and the picture that comes out."""
 
 from __future__ import annotations
 
@@ -90,6 +90,4 @@ def held_out_edits(count: int = 200, seed: int = 0) -> list[Edit]:
     pairs = [(name, color) for name in data.OBJECTS for color in data.COLORS if data.held_out(name, color)]
     order = rng.permutation(len(pairs))
     places = (*data.PLACES, None, None)
-    return [
-        make(rng, KINDS[i % 4], *pairs[order[i % len(pairs)]], places[i // 4 % len(places)]) for i in range(count)
-    ]
+    return [make(rng, KINDS[i % 4], *pairs[order[i % len(pairs)]], places[i // 4 % len(places)]) for i in range(count)]

@@ -28,7 +28,9 @@ def is_right(edit: edits.Edit, image: np.ndarray) -> bool:
     (item,) = edit.after.items
     if edit.kind != "outline":
         return evaluate.score(image) == {"object": item.name, "color": edit.after.color, "place": edit.after.place}
-    known = {name: dataclasses.replace(edit.after, items=(dataclasses.replace(item, name=name),)) for name in data.OBJECTS}
+    known = {
+        name: dataclasses.replace(edit.after, items=(dataclasses.replace(item, name=name),)) for name in data.OBJECTS
+    }
     distance = {
         name: np.square(data.outline(data.render(scene)).astype(np.float32) - image).mean()
         for name, scene in known.items()
@@ -48,7 +50,9 @@ def table(asked: list[edits.Edit], images: list[np.ndarray]) -> tuple[str, bool]
     kinds = np.array([edit.kind for edit in asked])
     for kind, chosen in [*((kind, kinds == kind) for kind in edits.KINDS), ("all", kinds != "")]:
         share = right[chosen].mean()
-        lines.append(f"| {kind} | {right[chosen].sum()} | {chosen.sum()} | {share:.1%} | {near[chosen].mean():.1f} dB |")
+        lines.append(
+            f"| {kind} | {right[chosen].sum()} | {chosen.sum()} | {share:.1%} | {near[chosen].mean():.1f} dB |"
+        )
     return "\n".join(lines), bool(right.mean() >= REQUIRED)
 
 

@@ -66,7 +66,9 @@ def tokens(folder: pathlib.Path, texts: list[str]) -> dict[str, np.ndarray]:
     pad = dict(padding="max_length", truncation=True, return_tensors="np")
     lengths = {"clip": ("tokenizer", words.CLIP_LENGTH), "t5": ("tokenizer_2", flow.TOKENS)}
     return {
-        name: AutoTokenizer.from_pretrained(folder / where)(texts, max_length=length, **pad)["input_ids"].astype(np.int32)
+        name: AutoTokenizer.from_pretrained(folder / where)(texts, max_length=length, **pad)["input_ids"].astype(
+            np.int32
+        )
         for name, (where, length) in lengths.items()
     }
 

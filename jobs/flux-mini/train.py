@@ -1,10 +1,11 @@
 """Trains flux-mini with the project's own models.
 
     python jobs/flux-mini/train.py                    # all stages: hours on two cores, minutes on a GPU
-    python jobs/flux-mini/train.py vae|flow|decoder|guidance|adapters|kontext|export [--work DIR] [--pixels 64|128] [--steps N]
+    python jobs/flux-mini/train.py STAGE|export [--work DIR] [--pixels 64|128] [--steps N]
 
-Every stage goes on from what it saved last (every few minutes) in ``--work``. The results lie in
-``WORK/flux-mini`` and ``WORK/flux-mini-dev``, in the diffusers layout, as ``fluxbatch/checkpoints`` has them.
+Every stage goes on from what it saved last (every few minutes) in ``--work``; ``kontext`` begins with the embedded
+flux-mini. The results lie in ``WORK/flux-mini``, ``-dev`` and ``-kontext``, in the diffusers layout, as
+``fluxbatch/checkpoints`` has them.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ STAGES = {
     "decoder": (autoencoder.train_decoder, 600),
     "guidance": (guidance.train_guidance, 650),
     "adapters": (adapters.train_adapters, 160),
-    "kontext": (kontext.train_kontext, 1500),
+    "kontext": (kontext.train_kontext, 3000),
 }
 
 
