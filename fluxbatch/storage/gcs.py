@@ -1,23 +1,17 @@
-"""Google Cloud Storage behind the ``Store`` interface. ``STORAGE_EMULATOR_HOST`` is honoured.
-
-Every operation is tried again with growing pauses until its deadline. All of them may be
-repeated: objects are written whole, so a doubled write leaves what a single one does.
-"""
+"""Google Cloud Storage behind the ``Store`` interface. ``STORAGE_EMULATOR_HOST`` is honoured."""
 
 from __future__ import annotations
 
 import contextlib
 import gzip
 import io
-import re
 import zlib
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Iterator, Set
 from typing import IO, Any, BinaryIO, TypeVar, cast
 
 import requests
 import urllib3
 from google.api_core import exceptions as api
-from google.api_core.retry import Retry
 from google.auth import exceptions as auth
 from google.cloud import storage
 from google.cloud.storage.exceptions import DataCorruption
@@ -25,8 +19,7 @@ from requests.adapters import HTTPAdapter
 
 from fluxbatch.storage.base import Bucket, NotFound, StorageError, check_name, join
 from fluxbatch.storage.log import in_parallel
-from fluxbatch.storage.objects import PieceReader, content_type
-from fluxbatch.types import UserError
+from fluxbatch.storage.objects import ObjectStore, PieceReader, Taken, content_type, place_and_name
 
 _CONNECTIONS = 64  # at once; requests' own 10 would throw away connections of the parallel writers
 _TIMEOUT = (10.0, 60.0)  # seconds to connect, and without a byte from the server
@@ -52,30 +45,24 @@ def _may_pass(error: BaseException) -> bool:
     return isinstance(error, _PASSING) or getattr(error, "code", None) in _PASSING_CODES
 
 
-class GcsStore:
+class GcsStore(ObjectStore):
     """``gs://bucket/prefix``. Raises StorageError when there are no credentials.
 
     ``timeout``: seconds to connect, and to wait for the next byte. ``deadline``: seconds for one
     operation with all its attempts.
     """
 
+    scheme = "gs"
+
     def __init__(self, url: str, *, timeout: tuple[float, float] = _TIMEOUT, deadline: float = _DEADLINE):
-        self.url = url.rstrip("/")
-        bucket, _, prefix = self.url.removeprefix("gs://").partition("/")
-        if not re.fullmatch(r"[a-z0-9][a-z0-9._-]*[a-z0-9]", bucket):
-            raise UserError(f"{url}: expected gs://bucket/prefix")
-        self._prefix = prefix and prefix + "/"
+        super().__init__(url, _may_pass, deadline)
+        self._prefix = self._prefix and self._prefix + "/"
         self._timeout = timeout
-        self._retry = Retry(predicate=_may_pass, initial=0.2, maximum=20.0, multiplier=2.0, timeout=deadline)
         with _translated(self.url):
             self._client = storage.Client(project=None)
             for scheme in ("https://", "http://"):
                 self._client._http.mount(scheme, HTTPAdapter(pool_maxsize=_CONNECTIONS))
-        self._bucket = self._client.bucket(bucket)
-
-    def check(self) -> None:
-        """Raises StorageError when the bucket is not there or may not be used: now, not in an hour."""
-        next(self.list(), None)
+        self._bucket = self._client.bucket(self._bucket_name)
 
     def read(self, name: str) -> bytes:
         def download() -> bytes:
@@ -96,26 +83,16 @@ class GcsStore:
 
         return self._attempt(name, download) if size else b""
 
-    def write(self, name: str, data: bytes, *, if_absent: bool = False) -> bool:
-        def upload() -> None:
-            self._blob(name).upload_from_string(
-                data,
-                content_type=content_type(name),
-                if_generation_match=0 if if_absent else None,
-                timeout=self._timeout,
-                checksum="crc32c",
-                # a large object goes up in pieces, and only a lost piece is sent again
-                retry=self._retry if len(data) > _PIECE else None,
-            )
-
-        try:
-            self._attempt(name, upload, missing="the bucket does not exist")
-        except _Taken:
-            # perhaps by an earlier attempt of ours, whose answer was lost
-            with contextlib.suppress(NotFound):  # and was deleted meanwhile, as claims are at the end of all
-                return self.read(name) == data
-            return False
-        return True
+    def _put(self, name: str, data: bytes, if_absent: bool) -> None:
+        self._blob(name).upload_from_string(
+            data,
+            content_type=content_type(name),
+            if_generation_match=0 if if_absent else None,
+            timeout=self._timeout,
+            checksum="crc32c",
+            # a large object goes up in pieces, and only a lost piece is sent again
+            retry=self._retry if len(data) > _PIECE else None,
+        )
 
     def write_file(self, name: str, file: IO[bytes]) -> None:
         def upload() -> None:
@@ -164,13 +141,6 @@ class GcsStore:
     def exists(self, name: str) -> bool:
         return self._attempt(name, lambda: self._blob(name).exists(timeout=self._timeout, retry=None))
 
-    def sweep(self) -> None:
-        """Nothing: an upload that is cut off leaves no object."""
-
-    def hold(self, name: str, *, shared: bool) -> contextlib.AbstractContextManager[None]:
-        """Nothing: a lock on an object would outlive a killed process."""
-        return contextlib.nullcontext()
-
     def stream(self, name: str) -> BinaryIO:
         """The object as a buffered stream, always of the version that was there at the start; unpacked if it is
         stored with ``Content-Encoding: gzip``. The stream raises what the gzip module does where it is not."""
@@ -205,9 +175,8 @@ class GcsStore:
         check_name(name)
         return self._bucket.blob(self._prefix + name)
 
-    def _attempt(self, name: str, action: Callable[[], T], missing: str = "") -> T:
-        with _translated(join(self.url, name), missing):
-            return self._retry(action)()
+    def _translated(self, place: str, missing: str = "") -> contextlib.AbstractContextManager[None]:
+        return _translated(place, missing)
 
 
 def open_bucket(url: str) -> Bucket:
@@ -220,18 +189,12 @@ def open_bucket(url: str) -> Bucket:
 @contextlib.contextmanager
 def open_object(url: str) -> Iterator[BinaryIO]:
     """The object at a ``gs://`` address as a stream. Raises StorageError."""
-    place, _, name = url.rpartition("/")
-    if place == "gs:/" or not name:
-        raise UserError(f"{url}: expected gs://bucket/name")
+    place, name = place_and_name(url)
     with GcsStore(place).stream(name) as stream:
         try:
             yield stream
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise StorageError(f"{url}: stored with Content-Encoding: gzip, but cannot be unpacked: {error}") from None
-
-
-class _Taken(StorageError):
-    """``if_absent``, and the name was taken."""
 
 
 @contextlib.contextmanager
@@ -245,7 +208,7 @@ def _translated(place: str, missing: str = "") -> Iterator[None]:
             f"{place}: gave up after many attempts: {_reason(cause) if cause else 'no answer'}", unforeseen=True
         ) from None
     except api.PreconditionFailed:
-        raise _Taken(f"{place}: is there already") from None
+        raise Taken(f"{place}: is there already") from None
     except api.NotFound as error:
         if missing or "bucket does not exist" in _reason(error):  # an object's message has the bucket's name in it
             raise StorageError(f"{place}: {missing or 'the bucket does not exist'}", fatal=True) from None

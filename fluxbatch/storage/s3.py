@@ -1,8 +1,5 @@
 """S3, and what speaks its language, behind the ``Store`` interface. Credentials, region and endpoint are found where
 AWS's own tools find them: environment, profile, the machine's role.
-
-Every operation is tried again with growing pauses until its deadline. All of them may be
-repeated: objects are written whole, so a doubled write leaves what a single one does.
 """
 
 from __future__ import annotations
@@ -11,14 +8,13 @@ import contextlib
 import datetime
 import io
 import re
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Iterator, Set
 from typing import IO, Any, BinaryIO, TypeVar, cast
 
 from google.api_core import exceptions as api
-from google.api_core.retry import Retry
 
-from fluxbatch.storage.base import Bucket, NotFound, StorageError, check_name, join
-from fluxbatch.storage.objects import PieceReader, content_type
+from fluxbatch.storage.base import Bucket, NotFound, StorageError, check_name
+from fluxbatch.storage.objects import ObjectStore, PieceReader, Taken, content_type, place_and_name
 from fluxbatch.types import UserError
 
 try:
@@ -49,15 +45,14 @@ def _may_pass(error: BaseException) -> bool:
     return code is None or code in (408, 409, 429) or code >= 500
 
 
-class S3Store:
+class S3Store(ObjectStore):
     """``s3://bucket/prefix``. ``timeout``: seconds to connect, and for one request. ``deadline``: seconds for one
     operation with all its attempts."""
 
+    scheme = "s3"
+
     def __init__(self, url: str, *, timeout: tuple[float, float] = _TIMEOUT, deadline: float = _DEADLINE):
-        self.url = url.rstrip("/")
-        bucket, _, prefix = self.url.removeprefix("s3://").partition("/")
-        if not re.fullmatch(r"[a-z0-9][a-z0-9._-]*[a-z0-9]", bucket):
-            raise UserError(f"{url}: expected s3://bucket/prefix")
+        super().__init__(url, _may_pass, deadline)
         found = aws.Settings()
         given = {"endpoint": found.endpoint, "region": found.region}
         config: Any = {name: value for name, value in given.items() if value}
@@ -66,8 +61,8 @@ class S3Store:
             connect, request = (datetime.timedelta(seconds=each) for each in (timeout[0], seconds))
             is_http = bool(found.endpoint and found.endpoint.startswith("http://"))
             return Client(
-                bucket,
-                prefix=prefix or None,
+                self._bucket_name,
+                prefix=self._prefix or None,
                 config=config,
                 credential_provider=found.provider(),
                 client_options={"connect_timeout": connect, "timeout": request, "allow_http": is_http},
@@ -76,11 +71,6 @@ class S3Store:
 
         with _translated(self.url):
             self._client, self._patient = client(timeout[1]), client(_LONG)
-        self._retry = Retry(predicate=_may_pass, initial=0.2, maximum=20.0, multiplier=2.0, timeout=deadline)
-
-    def check(self) -> None:
-        """Raises StorageError when the bucket is not there or may not be used: now, not in an hour."""
-        next(self.list(), None)
 
     def read(self, name: str) -> bytes:
         check_name(name)
@@ -98,29 +88,17 @@ class S3Store:
 
         return self._attempt(name, download) if size else b""
 
-    def write(self, name: str, data: bytes, *, if_absent: bool = False) -> bool:
+    def _put(self, name: str, data: bytes, if_absent: bool) -> None:
         check_name(name)
-
         is_large = len(data) > _LARGE
-
-        def upload() -> None:
-            obstore.put(
-                self._patient if is_large and if_absent else self._client,
-                name,
-                data,
-                mode="create" if if_absent else "overwrite",
-                use_multipart=is_large and not if_absent,
-                attributes={"Content-Type": content_type(name)},
-            )
-
-        try:
-            self._attempt(name, upload, missing="the bucket does not exist")
-        except _Taken:
-            # perhaps by an earlier attempt of ours, whose answer was lost
-            with contextlib.suppress(NotFound):  # and was deleted meanwhile, as claims are at the end of all
-                return self.read(name) == data
-            return False
-        return True
+        obstore.put(
+            self._patient if is_large and if_absent else self._client,
+            name,
+            data,
+            mode="create" if if_absent else "overwrite",
+            use_multipart=is_large and not if_absent,
+            attributes={"Content-Type": content_type(name)},
+        )
 
     def write_file(self, name: str, file: IO[bytes]) -> None:
         check_name(name)
@@ -172,13 +150,6 @@ class S3Store:
             return False
         return True
 
-    def sweep(self) -> None:
-        """Nothing: an upload that is cut off leaves no object."""
-
-    def hold(self, name: str, *, shared: bool) -> contextlib.AbstractContextManager[None]:
-        """Nothing: a lock on an object would outlive a killed process."""
-        return contextlib.nullcontext()
-
     def stream(self, name: str) -> BinaryIO:
         """The object as a buffered stream, always of the version that was there at the start."""
         check_name(name)
@@ -192,9 +163,8 @@ class S3Store:
         reader = PieceReader(size, lambda start: self._attempt(name, lambda: piece(start)))
         return cast(BinaryIO, io.BufferedReader(reader, _PIECE))
 
-    def _attempt(self, name: str, action: Callable[[], T], missing: str = "") -> T:
-        with _translated(join(self.url, name) if name else self.url, missing):
-            return self._retry(action)()
+    def _translated(self, place: str, missing: str = "") -> contextlib.AbstractContextManager[None]:
+        return _translated(place, missing)
 
 
 def open_bucket(url: str) -> Bucket:
@@ -207,9 +177,7 @@ def open_bucket(url: str) -> Bucket:
 @contextlib.contextmanager
 def open_object(url: str) -> Iterator[BinaryIO]:
     """The object at an ``s3://`` address as a stream. Raises StorageError."""
-    place, _, name = url.rpartition("/")
-    if place == "s3:/" or not name:
-        raise UserError(f"{url}: expected s3://bucket/name")
+    place, name = place_and_name(url)
     with S3Store(place).stream(name) as stream:
         yield stream
 
@@ -217,10 +185,6 @@ def open_object(url: str) -> Iterator[BinaryIO]:
 def tensorstore_options() -> dict[str, Any]:
     """What TensorStore's driver is to be told besides bucket and path."""
     return aws.Settings().of_tensorstore()
-
-
-class _Taken(StorageError):
-    """``if_absent``, and the name was taken."""
 
 
 @contextlib.contextmanager
@@ -232,7 +196,7 @@ def _translated(place: str, missing: str = "") -> Iterator[None]:
         reason = _reason(error.cause) if error.cause else "no answer"
         raise StorageError(f"{place}: gave up after many attempts: {reason}", unforeseen=True) from None
     except exceptions.AlreadyExistsError:
-        raise _Taken(f"{place}: is there already") from None
+        raise Taken(f"{place}: is there already") from None
     except (exceptions.PreconditionError, exceptions.NotModifiedError):
         raise StorageError(f"{place}: changed while it was being read") from None
     except (FileNotFoundError, exceptions.GenericError) as error:
