@@ -1,4 +1,5 @@
-"""What Hugging Face's `datasets` reads of real output, by the oldest version that is supported and by the newest."""
+"""What Hugging Face's `datasets` and `webdataset` read of real output, by the oldest versions that are supported and by
+the newest."""
 
 from __future__ import annotations
 
@@ -61,17 +62,33 @@ for folder in sys.argv[1:]:
 """
 
 
-@pytest.fixture(params=["2.21.0", "newest"])
+LOAD_TARS = """
+import glob, hashlib, io, json, sys
+import numpy, webdataset
+from PIL import Image
+for folder in sys.argv[1:]:
+    found = []
+    for sample in webdataset.WebDataset(sorted(glob.glob(f"{folder}/*.tar")), shardshuffle=False):
+        said, pixels = json.loads(sample["json"]), numpy.asarray(Image.open(io.BytesIO(sample["png"])))
+        digest = hashlib.sha256("x".join(map(str, pixels.shape)).encode() + pixels.tobytes()).hexdigest()
+        found.append([said["id"], sample["txt"].decode(), said["seed_text"], said["note"], digest])
+    print(json.dumps(found))
+"""
+
+READERS = {"oldest": ("datasets==2.21.0", "webdataset==0.2.100"), "newest": ("datasets", "webdataset")}
+
+
+@pytest.fixture(params=READERS)
 def load(request, tmp_path):
-    """Loads folders in an environment of that version, made once: a list of types and rows."""
-    folder = FOLDERS / f"datasets-{request.param}"
+    """Loads folders in an environment of these versions, made once: a list of types and rows."""
+    folder = FOLDERS / f"readers-{request.param}"
     python = folder / "bin/python"
     if not (folder / "made").exists():
         venv.create(folder, clear=True, with_pip=True)
-        wanted = "datasets" if request.param == "newest" else f"datasets=={request.param}"
+        wanted = READERS[request.param]
         install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--retries=1"]
-        if (pip := subprocess.run([*install, wanted, "pillow"], capture_output=True, text=True)).returncode:
-            pytest.skip(f"pip does not install {wanted} here: {pip.stderr.strip().splitlines()[-1]}")
+        if (pip := subprocess.run([*install, *wanted, "pillow"], capture_output=True, text=True)).returncode:
+            pytest.skip(f"pip does not install {', '.join(wanted)} here: {pip.stderr.strip().splitlines()[-1]}")
         (folder / "made").touch()
 
     def call(*folders, script=LOAD):
@@ -129,4 +146,5 @@ def test_every_output_loads_as_it_lies_with_each_row_once_and_its_pixels(tmp_pat
         write_contact_sheet(store, open_images(store), metadata(folders[-1]))
         write_card(store, one, {"images": 7, "rejected": 1}, "apache-2.0")
     found = load(*folders, script=LOAD_SHARDS)
-    assert len(found) == 5 and all(sorted(each) == wanted for each in found)
+    found += load(folders[list(Container).index(Container.webdataset)], script=LOAD_TARS)
+    assert len(found) == 6 and all(sorted(each) == wanted for each in found)
