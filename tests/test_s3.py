@@ -171,6 +171,16 @@ def test_the_library_is_named_with_its_extra():
     assert done.stdout == 's3://… needs obstore, which is not installed: pip install "fluxbatch[s3]"\n', done.stderr
 
 
+def test_one_of_many_that_may_not_be_deleted_is_one_line_at_once(server, monkeypatch):
+    store = impatient("s3://bucket/faults")
+    error = b"<Error><Key>faults/b</Key><Code>AccessDenied</Code><Message>no\n</Message></Error>"
+    body = b'<?xml version="1.0"?><DeleteResult>%s</DeleteResult>' % error
+    monkeypatch.setattr(gcs_faults._Handler, "_forward", lambda self, _: (200, {"Content-Type": "text/xml"}, body))
+    with pytest.raises(StorageError, match="^s3://bucket/faults/a: permission denied: it may not be deleted$") as found:
+        store.delete("a", "b")
+    assert found.value.fatal
+
+
 def test_manifests_are_read_from_there(server, tmp_path):
     store = impatient("s3://bucket/manifests")
     store.write("a.parquet", parquet(tmp_path / "a.parquet", ROWS, row_group_size=7).read_bytes())

@@ -38,8 +38,11 @@ _PAGE = 1000  # names listed at once
 T = TypeVar("T")
 
 
+_KEPT = "(code: AccessDenied)"  # of one of many objects that are deleted at once: the answer as a whole is a good one
+
+
 def _may_pass(error: BaseException) -> bool:
-    if not isinstance(error, exceptions.GenericError) or "169.254.169.254" in str(error):
+    if not isinstance(error, exceptions.GenericError) or "169.254.169.254" in str(error) or _KEPT in str(error):
         return False
     code = _code(error)
     return code is None or code in (408, 409, 429) or code >= 500
@@ -208,6 +211,8 @@ def _translated(place: str, missing: str = "") -> Iterator[None]:
         if "169.254.169.254" in text:  # where a machine's role would be found
             advice = "set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give the machine a role"
             raise StorageError(f"{place}: no usable AWS credentials; {advice}", fatal=True) from None
+        if _KEPT in text:
+            raise StorageError(f"{place}: permission denied: it may not be deleted", fatal=True) from None
         raise StorageError(f"{place}: {_reason(error)}", fatal=(_code(error) or 500) < 500) from None
     except exceptions.UnauthenticatedError:
         raise StorageError(f"{place}: the AWS credentials were refused", fatal=True) from None
