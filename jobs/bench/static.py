@@ -273,6 +273,7 @@ def main() -> None:
             program, temporaries = compiled(spec, args.side, images, args.part)
             if args.save:
                 name = f"{args.model}-{target.name}-{args.part}-{sharding}-{images}.txt"
+                Path(args.save).mkdir(parents=True, exist_ok=True)
                 Path(args.save, name).write_text(program.as_text())
             held, seconds = program.memory_analysis(), time.monotonic() - start
             said, lines = report(target, program, needed, images, args.part)
