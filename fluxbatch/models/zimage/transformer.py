@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -242,15 +242,12 @@ class ZImage(nnx.Module):
         x, rope = self._embed_text(conditioning, dtype), self._joined([positions.text])
         return scan(self.text_blocks, lambda block, x: block(x, None, rope, self), x, self.layout)
 
-    def embed_references(self, tokens: Array, positions: Positions) -> Array:
-        raise NotImplementedError  # the family reads no pictures
-
     def velocity(
         self, img: Array, txt: Array, vec: Array, positions: Positions, references: Array | None = None
     ) -> Array:
         """Of patches ``[B, L, C]``, text past its blocks ``[B, T, D]`` and the vector of one step."""
         counts = self._counts(img)
-        rope = self._joined(list(zip(*(jnp.split(x, counts[:1]) for x in positions.image), strict=True))[: len(counts)])
+        rope = self._joined(zip(*(jnp.split(jnp.asarray(x), counts[:-1]) for x in positions.image), strict=True))
         x = self._embed_image(img)
         x = scan(self.image_blocks, lambda block, x: block(x, vec, rope, self), x, self.layout)
         both, ropes = self.layout.join([x, txt], 1, "tokens"), self._joined([rope, positions.text])
@@ -303,7 +300,7 @@ class ZImage(nnx.Module):
         count = img.shape[1]
         return (count, padding(count)) if padding(count) else (count,)
 
-    def _joined(self, ropes: Sequence[Any]) -> Rope:
+    def _joined(self, ropes: Iterable[Any]) -> Rope:
         """The rotary table of groups, in the order in which their tokens are joined."""
         cos, sin = (self.layout.join([jnp.asarray(x) for x in part], 0, "tokens") for part in zip(*ropes, strict=True))
         return cos, sin
