@@ -57,6 +57,8 @@ CASES = {
     "dev": Case(16, 1024, 28, 3.5, 512, (1, 4, 8), "dev"),
     "klein-tiny": Case(4, 64, 2, 1.0, 128, (2,), "klein-tiny"),
     "klein-4b": Case(48, 1024, 4, 1.0, 512, (1, 4, 8), "klein-4b"),
+    "z-image-tiny": Case(4, 64, 2, 0.0, 128, (2,), "z-image-tiny"),
+    "z-image": Case(48, 1024, 8, 0.0, 512, (1, 4, 8), "z-image"),
     "flux2-dev": Case(8, 1024, 50, 4.0, 512, (1, 4), "flux2-dev"),  # 112 GB of disk, and a GPU of 80 GB and more
 }
 

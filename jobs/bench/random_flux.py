@@ -1,10 +1,11 @@
-"""Writes FLUX pipelines of random weights in diffusers' layout, by diffusers itself; FLUX.1's with flux-mini's
-tokenizers, FLUX.2's with one token a byte.
+"""Writes pipelines of random weights in diffusers' layout, by diffusers itself; FLUX.1's with flux-mini's tokenizers,
+the others with one token a byte.
 
 python jobs/bench/random_flux.py DIR middle      # 0.3 G parameters, float32: for a CPU
 python jobs/bench/random_flux.py DIR dev         # FLUX.1's sizes, 12 G + T5-XXL, bfloat16: 34 GB, made on the GPU
 python jobs/bench/random_flux.py DIR klein-4b    # FLUX.2 klein's, 4 G + Qwen3-4B: 16 GB
 python jobs/bench/random_flux.py DIR flux2-dev   # 32 G + Mistral Small 3: 112 GB
+python jobs/bench/random_flux.py DIR z-image     # Z-Image-Turbo's, 6 G + Qwen3-4B: 21 GB
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import importlib.util
 import pathlib
 import shutil
 import sys
+from types import ModuleType
+from typing import Any
 
 import torch
 import yaml
@@ -24,6 +27,8 @@ from diffusers import (
     Flux2Pipeline,
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from transformers import (
     CLIPTextConfig,
@@ -39,6 +44,7 @@ from transformers import (
 ROOT = pathlib.Path(__file__).parents[2]
 MINI = ROOT / "fluxbatch/checkpoints/flux-mini"
 FLUX2 = {"klein-tiny": "FLUX.2-klein-4B", "klein-4b": "FLUX.2-klein-4B", "flux2-dev": "FLUX.2-dev"}  # sizes by file
+Z_IMAGE = {"z-image-tiny": "z-image-turbo", "z-image": "z-image-turbo"}
 SIZES = {  # double, single, heads; T5's blocks, width and hidden width; VAE's channels; guidance
     "tiny": (1, 1, 1, 1, 64, 128, (32, 32, 32, 32), False),  # to try the bench
     "middle": (4, 8, 9, 2, 512, 1024, (64, 128, 256, 256), False),
@@ -102,16 +108,12 @@ def write(folder: pathlib.Path, name: str) -> int:
 def write_flux2(folder: pathlib.Path, name: str) -> int:
     """FLUX.2 by the sizes that come with fluxbatch, ``klein-tiny`` with few and narrow layers of everything; returns
     the transformer's parameters."""
-    known = yaml.safe_load((ROOT / "fluxbatch/checkpoints" / f"{FLUX2[name]}.yaml").read_text())
-    flux, words, vae = (dict(known["components"][part]) for part in ("transformer", "text_encoder", "vae"))
+    known, flux, words, vae = _known(FLUX2[name])
     if small := name == "klein-tiny":
         flux |= dict(num_attention_heads=1, num_layers=1, num_single_layers=1, joint_attention_dim=3 * 64)
         words |= dict(hidden_size=64, intermediate_size=128, num_attention_heads=1, num_key_value_heads=1)
         vae |= dict(block_out_channels=[32] * 4)
     klein = known["pipeline"] == "Flux2KleinPipeline"
-    spec = importlib.util.spec_from_file_location("generate_flux2", ROOT / "tests/golden/generate_flux2.py")
-    golden = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(golden)
     rope = {"rope_type": "default", "rope_theta": float(words.pop("rope_theta"))}
     torch.manual_seed(0)
     torch.set_default_dtype(torch.float32 if small else torch.bfloat16)
@@ -130,7 +132,7 @@ def write_flux2(folder: pathlib.Path, name: str) -> int:
         transformer=transformer,
         text_encoder=encoder,
         vae=autoencoder,
-        tokenizer=golden.tokenizer("distilled" if klein else "dev"),
+        tokenizer=_golden("generate_flux2").tokenizer("distilled" if klein else "dev"),
         scheduler=FlowMatchEulerDiscreteScheduler(**known["scheduler"]),
     )
     pipe = Flux2KleinPipeline(**parts, is_distilled=True) if klein else Flux2Pipeline(**parts)
@@ -138,8 +140,54 @@ def write_flux2(folder: pathlib.Path, name: str) -> int:
     return sum(p.numel() for p in transformer.parameters())
 
 
+def write_z_image(folder: pathlib.Path, name: str) -> int:
+    """Z-Image by the sizes that come with fluxbatch, ``z-image-tiny`` with few and narrow layers of everything; returns
+    the transformer's parameters."""
+    known, sizes, words, vae = _known(Z_IMAGE[name])
+    if small := name == "z-image-tiny":
+        sizes |= dict(n_heads=1, n_kv_heads=1, dim=128, n_layers=1, n_refiner_layers=1, cap_feat_dim=64)
+        words |= dict(hidden_size=64, intermediate_size=128, num_attention_heads=1, num_key_value_heads=1)
+        vae |= dict(block_out_channels=[32] * 4)
+    rope = {"rope_type": "default", "rope_theta": float(words.pop("rope_theta"))}
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float32 if small else torch.bfloat16)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        transformer = ZImageTransformer2DModel(**sizes)
+        for pad in (transformer.x_pad_token, transformer.cap_pad_token):  # what the class leaves as memory has it
+            torch.nn.init.normal_(pad, std=0.02)
+        levels = len(vae["block_out_channels"])
+        autoencoder = AutoencoderKL(
+            down_block_types=["DownEncoderBlock2D"] * levels, up_block_types=["UpDecoderBlock2D"] * levels, **vae
+        )
+        encoder = Qwen3ForCausalLM(Qwen3Config(**words, rope_parameters=rope, tie_word_embeddings=True))
+    ZImagePipeline(
+        transformer=transformer,
+        text_encoder=encoder,
+        vae=autoencoder,
+        tokenizer=_golden("generate_flux2").tokenizer("klein"),
+        scheduler=FlowMatchEulerDiscreteScheduler(**known["scheduler"]),
+    ).save_pretrained(folder)
+    return sum(p.numel() for p in transformer.parameters())
+
+
+def _known(file: str) -> tuple[dict[str, Any], ...]:
+    """All that comes with fluxbatch of a published checkpoint, and of it the transformer's sizes, the text encoder's and
+    the VAE's."""
+    known = yaml.safe_load((ROOT / "fluxbatch/checkpoints" / f"{file}.yaml").read_text())
+    return known, *(dict(known["components"][part]) for part in ("transformer", "text_encoder", "vae"))
+
+
+def _golden(name: str) -> ModuleType:
+    """A module that makes goldens of the tests, for its tokenizer."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"tests/golden/{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 if __name__ == "__main__":
-    if len(sys.argv) != 3 or sys.argv[2] not in (*SIZES, *FLUX2):
+    makers = dict.fromkeys(SIZES, write) | dict.fromkeys(FLUX2, write_flux2) | dict.fromkeys(Z_IMAGE, write_z_image)
+    if len(sys.argv) != 3 or sys.argv[2] not in makers:
         sys.exit(__doc__)
-    maker = write_flux2 if sys.argv[2] in FLUX2 else write
+    maker = makers[sys.argv[2]]
     print(f"{maker(pathlib.Path(sys.argv[1]), sys.argv[2]):,} parameters in the transformer")
