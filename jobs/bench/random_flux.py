@@ -171,8 +171,7 @@ def write_z_image(folder: pathlib.Path, name: str) -> int:
 
 
 def _known(file: str) -> tuple[dict[str, Any], ...]:
-    """All that comes with fluxbatch of a published checkpoint, and of it the transformer's sizes, the text encoder's and
-    the VAE's."""
+    """All that comes with fluxbatch of a checkpoint, and of it the sizes of transformer, text encoder and VAE."""
     known = yaml.safe_load((ROOT / "fluxbatch/checkpoints" / f"{file}.yaml").read_text())
     return known, *(dict(known["components"][part]) for part in ("transformer", "text_encoder", "vae"))
 
