@@ -9,7 +9,7 @@ import json
 import numpy as np
 import plain
 import pytest
-from conftest import GOLDEN, images, metadata, psnr
+from conftest import GOLDEN, images, metadata, pixels, psnr
 from PIL import Image
 
 from fluxbatch.models.flux1 import pictures
@@ -286,7 +286,7 @@ def test_references(run, tmp_path, kind):
     def expected(row, **more):
         paths = [row["image"]] if isinstance(row.get("image"), str) else row.get("image", [])
         given = {key: row[key] for key in ("prompt", "height", "width", "num_inference_steps") if key in row}
-        pictures = [Image.open(tmp_path / path) for path in paths] or None
+        pictures = [Image.fromarray(pixels(tmp_path / path)) for path in paths] or None
         layers = {} if kind == "dev" else {"guidance_scale": row["guidance_scale"]}
         given |= {"image": pictures, "max_sequence_length": length, "guidance_scale": row["guidance_scale"]} | layers
         return np.asarray(pipe(**given | more, generator=torch.Generator("cpu").manual_seed(row["seed"])).images[0])
