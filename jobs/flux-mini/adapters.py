@@ -77,7 +77,8 @@ def train_adapters(work: Work, steps: int, size: int = 32) -> None:
     for name, style in data.STYLES.items():
         rng = np.random.default_rng(4)
         scenes = [data.sample(rng) for _ in range(POOL)]
-        pool = {"latents": flow.latents(work, scenes, style)} | flow.tokens(work, [scene.caption for scene in scenes])
+        words = flow.tokens(work.folder / "flux-mini", [scene.caption for scene in scenes])
+        pool = {"latents": flow.latents(work, scenes, style)} | words
 
         def batch(rng, step, pool=pool):
             return flow.batch_of(pool, stats, rng.integers(0, len(pool["t5"]), size)), params

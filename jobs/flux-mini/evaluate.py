@@ -138,14 +138,19 @@ def draw(
     return [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
 
 
+def psnr(image: np.ndarray, other: np.ndarray) -> float:
+    """In dB, of arrays in 0..255; infinite where they are equal."""
+    squared = np.mean((image.astype(np.float32) - other) ** 2)
+    return float(10 * np.log10(255**2 / squared)) if squared else np.inf
+
+
 def decibels(records: list[dict[str, Any]], folder: pathlib.Path, other: pathlib.Path) -> float:
     """PSNR between the pictures of two runs over the same rows; infinite where none differs."""
     pairs = [
         [np.asarray(Image.open(run / r["file_name"]).convert("RGB"), np.float32) for run in (folder, other)]
         for r in records
     ]
-    squared = np.mean([(a - b) ** 2 for a, b in pairs])
-    return float(10 * np.log10(255**2 / squared)) if squared else np.inf
+    return psnr(*map(np.stack, zip(*pairs, strict=True)))
 
 
 def judged(records: list[dict[str, Any]], folder: pathlib.Path) -> list[dict[str, str | None]]:

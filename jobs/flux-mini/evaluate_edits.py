@@ -38,14 +38,10 @@ def is_right(edit: edits.Edit, image: np.ndarray) -> bool:
     return min(distance, key=distance.__getitem__) == item.name
 
 
-def psnr(image: np.ndarray, other: np.ndarray) -> float:
-    return float(10 * np.log10(255**2 / max(np.square(image.astype(np.float32) - other).mean(), 1e-9)))
-
-
 def table(asked: list[edits.Edit], images: list[np.ndarray]) -> tuple[str, bool]:
     """What was right by kind, and whether it is enough."""
     right = np.array([is_right(edit, image) for edit, image in zip(asked, images, strict=True)])
-    near = np.array([psnr(edit.pictures()[1], image) for edit, image in zip(asked, images, strict=True)])
+    near = np.array([evaluate.psnr(edit.pictures()[1], image) for edit, image in zip(asked, images, strict=True)])
     lines = ["| edit | right | of | share | PSNR to the drawn |", "|---|---|---|---|---|"]
     kinds = np.array([edit.kind for edit in asked])
     for kind, chosen in [*((kind, kinds == kind) for kind in edits.KINDS), ("all", kinds != "")]:

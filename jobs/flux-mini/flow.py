@@ -49,11 +49,9 @@ CLIP = dict(hidden_size=96, intermediate_size=192, num_hidden_layers=2, num_atte
             layer_norm_eps=1e-5, max_position_embeddings=words.CLIP_LENGTH)  # fmt: skip
 
 
-def tokens(work: Work, captions: list[str]) -> dict[str, np.ndarray]:
-    """CLIP and T5 ids ``[N, T]``."""
-    clip, t5 = (
-        AutoTokenizer.from_pretrained(work.folder / "flux-mini" / name) for name in ("tokenizer", "tokenizer_2")
-    )
+def tokens(folder: pathlib.Path, captions: list[str]) -> dict[str, np.ndarray]:
+    """CLIP and T5 ids ``[N, T]``, by the tokenizers in ``folder``."""
+    clip, t5 = (AutoTokenizer.from_pretrained(folder / name) for name in ("tokenizer", "tokenizer_2"))
     pad = dict(padding="max_length", truncation=True, return_tensors="np")
     lengths = {"clip": (clip, words.CLIP_LENGTH), "t5": (t5, TOKENS)}
     return {
@@ -82,7 +80,7 @@ def pools(work: Work) -> tuple[list[dict[str, np.ndarray]], dict[str, float]]:
     made = []
     for group in scenes:
         captions = ["" if rng.random() < UNSAID else scene.caption for scene in group]
-        made.append({"latents": latents(work, group)} | tokens(work, captions))
+        made.append({"latents": latents(work, group)} | tokens(work.folder / "flux-mini", captions))
     square = made[0]["latents"]
     stats = {"mean": float(square.mean()), "std": float(square.std())}
     work.save("pools", (made, stats))

@@ -35,7 +35,7 @@ def train_guidance(work: Work, steps: int, size: int = 32) -> None:
     graphs, _ = flow.split(flow.modules(work.folder / "flux-mini"))
     teacher = work.result("flow")
     graph, params = student(teacher["flux"])
-    silence = flow.tokens(work, [""])
+    silence = flow.tokens(work.folder / "flux-mini", [""])
 
     def batch(rng, step):
         pool = shaped[1 + step // flow.OTHER_SHAPES % 2 if step % flow.OTHER_SHAPES == 0 else 0]

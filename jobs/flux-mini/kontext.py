@@ -16,13 +16,13 @@ import flow
 import jax
 import jax.numpy as jnp
 import numpy as np
-import words
 from flax import nnx
 from loop import Work, matrices_by_muon, train
 from transformers import AutoTokenizer
 
 from fluxbatch.config.schema import Model, Verify
 from fluxbatch.distributed.mesh import make_mesh
+from fluxbatch.models.flux1 import pictures
 from fluxbatch.models.flux1.t5 import T5Encoder
 from fluxbatch.models.flux1.transformer import rope_table
 from fluxbatch.weights import load
@@ -46,8 +46,8 @@ def loaded(name: str, **options: Any) -> nnx.Module:
     return load.load(start().components[name].plan(**options), make_mesh((1, 1)), np.float32)
 
 
-def write_tokenizers(folder: pathlib.Path) -> int:
-    """flux-mini's, the T5 one with the words of edits behind its own. The vocabulary's size."""
+def write_tokenizers(folder: pathlib.Path) -> None:
+    """flux-mini's, the T5 one with the words of edits behind its own."""
     for name in ("tokenizer", "tokenizer_2"):
         shutil.copytree(EMBEDDED / "flux-mini" / name, folder / name, dirs_exist_ok=True)
     file = folder / "tokenizer_2" / "tokenizer.json"
@@ -58,33 +58,15 @@ def write_tokenizers(folder: pathlib.Path) -> int:
     known = {piece for piece, _ in vocabulary}
     vocabulary += [["▁" + word, -6.0] for word in sorted(said) if "▁" + word not in known]
     file.write_text(json.dumps(whole, indent=2, ensure_ascii=False))
-    return len(vocabulary)
-
-
-def tokens(folder: pathlib.Path, texts: list[str]) -> dict[str, np.ndarray]:
-    """CLIP and T5 ids ``[N, T]``."""
-    pad = dict(padding="max_length", truncation=True, return_tensors="np")
-    lengths = {"clip": ("tokenizer", words.CLIP_LENGTH), "t5": ("tokenizer_2", flow.TOKENS)}
-    return {
-        name: AutoTokenizer.from_pretrained(folder / where)(texts, max_length=length, **pad)["input_ids"].astype(
-            np.int32
-        )
-        for name, (where, length) in lengths.items()
-    }
 
 
 def encoded(images: list[np.ndarray]) -> np.ndarray:
     """``[N, L, 4C]`` float16 of images ``[h, w, 3]`` uint8, as the transformer reads them."""
     vae = start().components["vae"].config
     graph, params = nnx.split(loaded("vae", encoder=True).encoder)
-    encode = jax.jit(lambda params, images: nnx.merge(graph, params)(images)[0])
-    grid = np.concatenate(
-        [encode(params, np.stack(images[i : i + 40]).astype(np.float32) / 127.5 - 1) for i in range(0, len(images), 40)]
-    )
-    grid = (grid - vae.shift_factor) * vae.scaling_factor
-    n, h, w, c = grid.shape
-    packed = grid.reshape(n, h // 2, 2, w // 2, 2, c).transpose(0, 1, 3, 5, 2, 4).reshape(n, -1, 4 * c)
-    return packed.astype(np.float16)
+    encode = jax.jit(lambda params, x: pictures.encode(nnx.merge(graph, params), x, None, vae, np.float32))
+    chunks = (np.stack(images[i : i + 40]).astype(np.float32) / 127.5 - 1 for i in range(0, len(images), 40))
+    return np.concatenate([np.asarray(encode(params, chunk), np.float16) for chunk in chunks])
 
 
 def pools(work: Work) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
@@ -97,9 +79,10 @@ def pools(work: Work) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     changes = [edits.sample(rng) for _ in range(POOL)]
     before, after = zip(*(edit.pictures() for edit in changes), strict=True)
     scenes = [data.sample(rng) for _ in range(PLAIN)]
+    asked, captions = [edit.instruction for edit in changes], [scene.caption for scene in scenes]
     made = (
-        {"before": encoded(before), "after": encoded(after)} | tokens(folder, [edit.instruction for edit in changes]),
-        {"after": encoded([data.render(scene) for scene in scenes])} | tokens(folder, [s.caption for s in scenes]),
+        {"before": encoded(before), "after": encoded(after)} | flow.tokens(folder, asked),
+        {"after": encoded([data.render(scene) for scene in scenes])} | flow.tokens(folder, captions),
     )
     work.save("kontext-pools", made)
     return made
