@@ -328,7 +328,7 @@ class Family(abc.ABC):
     def decoder_width(self) -> int:
         """Channels of the decoder's finest level."""
 
-    # Pictures that rows read
+    # Pictures that rows read. A family without any leaves these out, as its ``resolve`` refuses such rows
 
     def prepare(self, row: Row, pictures: Mapping[str, Sequence[Image.Image]]) -> dict[str, np.ndarray]:
         """What ``encode_pictures`` reads of a row, without a batch axis, float32. ``pictures``: by field, upright.
