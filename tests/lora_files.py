@@ -323,3 +323,15 @@ def control(s: Size, m: Maker, norm: bool = True) -> Tensors:
     wide = m.peft({"img_in": (s.width, 2 * s.channels)}, bias=True)
     wide["img_in.lora_A.weight"][:, s.channels :] *= 4  # so that another image moves what is made
     return m.peft(bfl(s), bias=True) | wide | (norms(s, m) if norm else {})
+
+
+def arrays(adapters: Mapping[str, object], scale: float = 1.0) -> list[str]:
+    """Words of a command line for adapters by their names: a path each."""
+    values = {
+        "lora_model_name_or_path": adapters.values(),
+        "weight_name": ["null"] * len(adapters),
+        "adapter_name": adapters,
+        "scale": [scale] * len(adapters),
+        "from_pt": ["true"] * len(adapters),
+    }
+    return [f"lora_config.{key}=[{','.join(map(str, value))}]" for key, value in values.items()]

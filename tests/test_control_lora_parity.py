@@ -76,9 +76,7 @@ def test_a_plain_adapter_on_a_checkpoint_that_reads_maps(cli, tmp_path):
     pipe.load_lora_weights(str(file))
     code, err = cli(
         f"pretrained_model_name_or_path={tmp_path}/model", f"manifest={tmp_path}/rows.jsonl", "run_name=r",
-        "hardware=cpu", f"max_sequence_length={LENGTH}", f"output_dir={tmp_path}", "lora_config.weight_name=[null]",
-        f"lora_config.lora_model_name_or_path=[{file}]", "lora_config.adapter_name=[s]", "lora_config.scale=[1.0]",
-        "lora_config.from_pt=[true]",
+        "hardware=cpu", f"max_sequence_length={LENGTH}", f"output_dir={tmp_path}", *files.arrays({"s": file}),
     )  # fmt: skip
     assert code == 0, err
     found = images(tmp_path / "r")["a"]

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from conftest import images, metadata, psnr
 from flax import nnx
-from test_lora import adapters, arrays  # noqa: F401
+from lora_files import arrays
+from test_lora import adapters  # noqa: F401
 from test_weights import plans
 from test_weights_memory import ALLOWED, bench, written
 

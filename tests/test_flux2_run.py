@@ -119,6 +119,17 @@ MESHES = {
 }
 
 
+def check_adapter(draw, folder, row, file, scale, plain, expected):
+    """The adapter makes of ``row`` what weights that it has changed make: merged, and beside a row without it."""
+    assert psnr(plain, expected) < 30
+    words, named = files.arrays({"a": file}), row["id"]
+    merged = draw(folder, [row | {"lora": {"a": scale}}], "merged", *words)
+    rows = [row | {"lora": {"a": scale}}, row | {"id": "none", "lora": {}}]
+    beside = draw(folder, rows, "beside", "per_device_batch_size=2", *words)
+    assert psnr(merged[named], expected) >= 60 and psnr(beside[named], expected) >= 60
+    assert psnr(beside["none"], plain) >= 60
+
+
 def check_mixed_rows(draw, folder, meshes, *words, rows=None):
     """The same pictures at any batch size on any mesh, to one of 255 levels."""
     rows = rows or mixed()
@@ -355,25 +366,4 @@ def test_adapters(model, draw, tmp_path, name):
     row = golden_rows()[0]
     plain = draw(model(False), [row], "plain")["g0"]
     expected = draw(model(False, "changed", changed), [row], "changed")["g0"]
-    assert psnr(plain, expected) < 30
-    words = [
-        f"lora_config.{key}=[{value}]"
-        for key, value in {
-            "lora_model_name_or_path": tmp_path / "a.safetensors",
-            "weight_name": "null",
-            "adapter_name": "a",
-            "scale": 1.0,
-            "from_pt": "true",
-        }.items()
-    ]
-    merged = draw(tmp_path / "model", [row | {"lora": {"a": scale}}], "merged", *words)
-    beside = draw(
-        tmp_path / "model",
-        [row | {"lora": {"a": scale}}, row | {"id": "none", "lora": {}}],
-        "beside",
-        "per_device_batch_size=2",
-        *words,
-    )
-    assert (
-        psnr(merged["g0"], expected) >= 60 and psnr(beside["g0"], expected) >= 60 and psnr(beside["none"], plain) >= 60
-    )
+    check_adapter(draw, tmp_path / "model", row, tmp_path / "a.safetensors", scale, plain, expected)

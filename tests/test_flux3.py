@@ -17,7 +17,7 @@ import pytest
 from conftest import GOLDEN, metadata, psnr
 from flax import nnx
 from safetensors.numpy import load_file
-from test_flux2_run import WEIGHTS, change, check_mixed_rows, drawn, modules
+from test_flux2_run import WEIGHTS, change, check_adapter, check_mixed_rows, drawn, modules
 from test_published import cache, planned  # noqa: F401
 
 from fluxbatch.models.flux3 import references, transformer
@@ -275,22 +275,7 @@ def test_adapters(model, draw, tmp_path, naming):
     else:
         files.save(other := other / "flux-3.safetensors", changed)
     plain, expected = draw(folder, [row], "plain")["g0"], draw(other, [row], "changed")["g0"]
-    assert psnr(plain, expected) < 30
-    words = [
-        f"lora_config.{key}=[{value}]"
-        for key, value in {
-            "lora_model_name_or_path": tmp_path / "a.safetensors",
-            "weight_name": "null",
-            "adapter_name": "a",
-            "scale": 1.0,
-            "from_pt": "true",
-        }.items()
-    ]
-    merged = draw(folder, [row | {"lora": {"a": 0.7}}], "merged", *words)
-    rows = [row | {"lora": {"a": 0.7}}, row | {"id": "none", "lora": {}}]
-    beside = draw(folder, rows, "beside", "per_device_batch_size=2", *words)
-    assert psnr(merged["g0"], expected) >= 60 and psnr(beside["g0"], expected) >= 60
-    assert psnr(beside["none"], plain) >= 60
+    check_adapter(draw, folder, row, tmp_path / "a.safetensors", 0.7, plain, expected)
 
 
 # ---- mixed rows

@@ -6,6 +6,7 @@ import pathlib
 import shutil
 import sys
 
+import lora_files as files
 import numpy as np
 import pytest
 from conftest import metadata, pixels, psnr
@@ -205,18 +206,6 @@ def picture(cli, folder: pathlib.Path, name: str, *overrides: str) -> np.ndarray
     return pixels(folder / name / metadata(folder / name)[0]["file_name"])
 
 
-def arrays(path: pathlib.Path, scale: float = 1.0) -> list[str]:
-    """One adapter, from the command line."""
-    values = {
-        "lora_model_name_or_path": path,
-        "weight_name": "null",
-        "adapter_name": "mine",
-        "scale": scale,
-        "from_pt": "true",
-    }
-    return [f"lora_config.{key}=[{value}]" for key, value in values.items()]
-
-
 @pytest.mark.slow
 def test_recipe_exports_what_the_runner_runs(trained, tmp_path, cli):
     plain = f"pretrained_model_name_or_path={trained / 'flux-mini'}"
@@ -224,8 +213,8 @@ def test_recipe_exports_what_the_runner_runs(trained, tmp_path, cli):
     assert first.shape == (64, 64, 3)
     for name in ("pixel-art", "outline"):
         path = trained / "flux-mini" / "loras" / f"{name}.safetensors"
-        assert not np.array_equal(picture(cli, tmp_path, name, plain, *arrays(path, 4.0)), first)
-        assert np.array_equal(picture(cli, tmp_path, f"{name}-off", plain, *arrays(path, 0.0)), first)
+        assert not np.array_equal(picture(cli, tmp_path, name, plain, *files.arrays({"mine": path}, 4.0)), first)
+        assert np.array_equal(picture(cli, tmp_path, f"{name}-off", plain, *files.arrays({"mine": path}, 0.0)), first)
     dev = f"pretrained_model_name_or_path={trained / 'flux-mini-dev'}"
     weak, strong = (
         picture(cli, tmp_path, f"g{g}", dev, f"guidance_scale={g}", "num_inference_steps=6") for g in (1.0, 5.0)
@@ -280,7 +269,7 @@ def test_both_formats_say_what_training_multiplies(data, tmp_path, cli):
     drawn = {"off": picture(cli, tmp_path, "off")}
     for name, tensors in {"peft": adapters.peft(adapter, flux), "kohya": adapters.kohya(adapter)}.items():
         save_file(tensors, tmp_path / f"{name}.safetensors")
-        drawn[name] = picture(cli, tmp_path, name, *arrays(tmp_path / f"{name}.safetensors"))
+        drawn[name] = picture(cli, tmp_path, name, *files.arrays({"mine": tmp_path / f"{name}.safetensors"}))
     assert psnr(drawn["peft"], drawn["kohya"]) >= 50
     merged = tmp_path / "merged"
     shutil.copytree(mini, merged)

@@ -404,19 +404,6 @@ def test_peft_keeps_alpha_beside_its_file(tmp_path):
 
 # ---- a small model with adapters ----
 
-SMALL = files.Size(
-    width=32,
-    double=2,
-    single=2,
-    channels=16,
-    context=32,
-    pooled=32,
-    head=16,
-    factor=4,
-    clip=(32, 64, 2),
-    t5=(32, 32, 64, 2),
-)
-
 
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory):
@@ -425,21 +412,10 @@ def adapters(tmp_path_factory):
     kinds = {"peft": "diffusers", "kohya": "kohya with T5", "loha": "kohya LoHa", "lokr": "SimpleTuner LoKr"}
     return {
         name: files.save(
-            folder / f"{name}.safetensors", files.FORMATS[kind](SMALL, files.Maker(i, size=0.12, keep=0.7))
+            folder / f"{name}.safetensors", files.FORMATS[kind](files.DEV, files.Maker(i, size=0.12, keep=0.7))
         )
         for i, (name, kind) in enumerate(kinds.items())
     }
-
-
-def arrays(adapters, scale=1.0):
-    values = {
-        "lora_model_name_or_path": adapters.values(),
-        "weight_name": ["null"] * len(adapters),
-        "adapter_name": adapters,
-        "scale": [scale] * len(adapters),
-        "from_pt": ["true"] * len(adapters),
-    }
-    return [f"lora_config.{key}=[{','.join(map(str, value))}]" for key, value in values.items()]
 
 
 MIXES = [
@@ -503,7 +479,7 @@ def test_eight_rows_of_eight_mixes(opened, adapters):
         }
         for i, lora_weights in enumerate(MIXES)
     ]
-    engine, rows = opened(rows, *arrays(adapters))
+    engine, rows = opened(rows, *files.arrays(adapters))
     pipeline = engine.pipeline(rows)
     together = draw(engine, pipeline, rows)
     assert np.abs(draw(engine, pipeline, rows[::-1])[::-1] - together).max() <= 1
@@ -524,13 +500,13 @@ def test_mixes_do_not_depend_on_the_sharding(opened, adapters):
     ]
     drawn = []
     for sizes in ((), ("ici_fsdp_parallelism=2", "ici_tensor_parallelism=2")):
-        engine, resolved = opened(rows, *arrays(adapters), *sizes, sweep=False)
+        engine, resolved = opened(rows, *files.arrays(adapters), *sizes, sweep=False)
         drawn.append(draw(engine, engine.pipeline(resolved), resolved))
     assert np.abs(drawn[0] - drawn[1]).max() <= 1
 
 
 def test_a_hundred_swaps_leave_no_trace(opened, adapters):
-    engine, _ = opened([{"prompt": "x"}], *arrays(adapters))
+    engine, _ = opened([{"prompt": "x"}], *files.arrays(adapters))
     row = Row(0, "0", "x", "x", 0, 32, 32, 1, 1.0)
     all_lora_weights = [tuple(sorted(lora_weights.items())) for lora_weights in MIXES[1:]]
     kept = KeptPipeline()
@@ -558,31 +534,31 @@ def test_merging_does_not_depend_on_the_sharding(opened, adapters):
     rows = [{"prompt": "x", "lora": MIXES[-1]}]
     found = []
     for sharding in ("single", "fsdp"):
-        engine, resolved = opened(rows, *arrays(adapters), f"sharding={sharding}", sweep=False)
+        engine, resolved = opened(rows, *files.arrays(adapters), f"sharding={sharding}", sweep=False)
         found.append(states(engine.pipeline(resolved)))
     assert all(jax.tree.leaves(jax.tree.map(lambda a, b: np.asarray(a).tobytes() == np.asarray(b).tobytes(), *found)))
 
 
 def test_dora_rows_must_agree(opened, adapters, tmp_path):
-    dora = files.save(tmp_path / "dora.safetensors", files.FORMATS["kohya DoRA"](SMALL, files.Maker(0)))
+    dora = files.save(tmp_path / "dora.safetensors", files.FORMATS["kohya DoRA"](files.DEV, files.Maker(0)))
     rows = [{"prompt": "x", "lora": {"dora": 1.0}}, {"prompt": "x", "lora": {"dora": 0.5}}]
     with pytest.raises(UserError) as error:
-        opened(rows, *arrays({"dora": dora}))
+        opened(rows, *files.arrays({"dora": dora}))
     assert "DoRA" in str(error.value) and "rows.jsonl:2" in str(error.value)
-    opened(rows[:1] * 2, *arrays({"dora": dora}))
+    opened(rows[:1] * 2, *files.arrays({"dora": dora}))
 
 
 def test_an_adapter_that_no_row_uses_may_be_of_any_kind(opened, adapters, tmp_path):
     """It takes no place beside those that the rows do use."""
     one = "lora_unet_single_blocks_0_linear2"
-    files.save(tmp_path / "biases.safetensors", {f"{one}.diff_b": files.Maker(0).normal(SMALL.width)})
+    files.save(tmp_path / "biases.safetensors", {f"{one}.diff_b": files.Maker(0).normal(files.DEV.width)})
     rows = [
         {"prompt": "x", "seed": 1, "height": 32, "width": 32, "num_inference_steps": 1, "lora": lora_weights}
         for lora_weights in ({"peft": 1.0}, {"peft": 0.5})
     ]
     drawn = []
     for named in ({"peft": adapters["peft"]}, {"biases": tmp_path / "biases.safetensors", "peft": adapters["peft"]}):
-        engine, resolved = opened(rows, *arrays(named), sweep=False)
+        engine, resolved = opened(rows, *files.arrays(named), sweep=False)
         drawn.append(draw(engine, engine.pipeline(resolved), resolved))
     assert np.array_equal(*drawn)
 
@@ -601,7 +577,7 @@ def test_a_run_says_which_adapters_it_used(cli, golden, tmp_path, adapters):
         "num_inference_steps=1",
         "seed=3",
     ]
-    code, err = cli(*common, "run_name=a", *arrays(two, 0.5))
+    code, err = cli(*common, "run_name=a", *files.arrays(two, 0.5))
     assert code == 0, err
     records = metadata(tmp_path / "a")
     assert [record["lora"] for record in records] == ['{"loha": 0.5, "peft": 0.5}', '{"peft": 0.25}', "{}"]
@@ -614,7 +590,9 @@ def test_a_run_says_which_adapters_it_used(cli, golden, tmp_path, adapters):
         'lora: 1 of 3 rows have none (the first is rows.jsonl:1) and get loha 0.5, peft 0.5; "lora": {} in a row is '
         "for none\n"
     )
-    assert f"fluxbatch: {warned}" in err and warned in cli(*common, "run_name=a", *arrays(two, 0.5), entry="plan")[1]
+    assert (
+        f"fluxbatch: {warned}" in err and warned in cli(*common, "run_name=a", *files.arrays(two, 0.5), entry="plan")[1]
+    )
     for row in "012":
         code, output = cli(f"output_dir={tmp_path}", "run_name=a", f"id={row}", entry="replay")
         assert code == 0, output
@@ -624,8 +602,8 @@ def test_a_run_says_which_adapters_it_used(cli, golden, tmp_path, adapters):
         '{"prompt": "x", "lora": {}}\n{"prompt": "y", "lora": {"peft": 1}}\n',
     ):  # no row differs in that
         manifest.write_text(text)
-        assert "rows have none" not in cli(*common, "run_name=plain", "overwrite=true", *arrays(two, 0.5))[1]
+        assert "rows have none" not in cli(*common, "run_name=plain", "overwrite=true", *files.arrays(two, 0.5))[1]
 
     manifest.write_text('{"prompt": "x", "lora": {"pift": 1}}\n')
-    code, err = cli(*common, "run_name=b", *arrays(two))
+    code, err = cli(*common, "run_name=b", *files.arrays(two))
     assert code == 2 and "rows.jsonl:1" in err and "pift" in err

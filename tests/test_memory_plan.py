@@ -10,7 +10,8 @@ import jax
 import numpy as np
 import pytest
 from conftest import images
-from test_lora import adapters, arrays, opened, states  # noqa: F401
+from lora_files import arrays
+from test_lora import adapters, opened, states  # noqa: F401
 from test_weights import FLUX, copy, plans  # noqa: F401
 
 from fluxbatch.distributed.mesh import make_mesh

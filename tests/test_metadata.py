@@ -11,7 +11,6 @@ import lora_files
 import plain
 import pytest
 from conftest import metadata
-from test_lora import SMALL, arrays
 from test_run import flags
 from test_writer import start
 
@@ -39,12 +38,15 @@ def documented():
 @pytest.fixture
 def runs(cli, golden, tmp_path):
     """A folder of two runs that differ in all that may: adapters row by row, and the format."""
-    tensors = lora_files.FORMATS["diffusers"](SMALL, lora_files.Maker(0, size=0.12))
+    tensors = lora_files.FORMATS["diffusers"](lora_files.DEV, lora_files.Maker(0, size=0.12))
     adapter = lora_files.save(tmp_path / "peft.safetensors", tensors)
     rows = [{"prompt": "a fox"}, {"prompt": "a cat", "lora": {}}, {"prompt": "a dog", "lora": {"peft": 0.5}}]
     common = {"resolution": 32, "num_inference_steps": 1, "gallery": "true"}
     out = tmp_path / "out"
-    for name, few, more in (("plain", rows[:1], []), ("styled", rows, ["output=webp", *arrays({"peft": adapter})])):
+    for name, few, more in (
+        ("plain", rows[:1], []),
+        ("styled", rows, ["output=webp", *lora_files.arrays({"peft": adapter})]),
+    ):
         manifest = tmp_path / f"{name}.jsonl"
         manifest.write_text("".join(json.dumps(row) + "\n" for row in few))
         code, err = cli(*flags(golden, out, name, manifest=manifest, **common), *more)

@@ -239,9 +239,7 @@ def test_what_is_done_is_found_without_the_checkpoint(cli, planned, small, golde
 def test_adapters_on_this_machine_are_read(planned, tmp_path):
     path, maker = tmp_path / "a.safetensors", files.Maker(0, ranks=(4,), dtype=np.float16)
     files.save(path, maker.lora({"lora_unet_double_blocks_0_img_attn_proj": (3072, 3072)}))
-    words = [f"lora_config.lora_model_name_or_path=[{path}]", "lora_config.weight_name=[null]",
-             "lora_config.adapter_name=[a]", "lora_config.scale=[1.0]", "lora_config.from_pt=[true]"]  # fmt: skip
-    text = planned("model=flux-dev", "target=h100", *words)
+    text = planned("model=flux-dev", "target=h100", *files.arrays({"a": path}))
     assert UNSEEN in text and "lora      a × 1: LoRA as kohya names it, 24,576 parameters" in text
 
 

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from conftest import metadata
 from safetensors.numpy import load_file, save_file
-from test_lora import SMALL, opened  # noqa: F401 (a fixture)
+from test_lora import opened  # noqa: F401 (a fixture)
 
 from fluxbatch.distributed import backend
 from fluxbatch.generation import pipeline
@@ -310,7 +310,7 @@ def scale_weights(folder, factor):
 
 def adapter(folder):
     """One that changes the transformer and both encoders."""
-    path = files.save(folder / "a.safetensors", files.FORMATS["kohya with T5"](SMALL, files.Maker(1, size=0.12)))
+    path = files.save(folder / "a.safetensors", files.FORMATS["kohya with T5"](files.DEV, files.Maker(1, size=0.12)))
     return [
         f"lora_config.lora_model_name_or_path=[{path}]",
         "lora_config.weight_name=[null]",

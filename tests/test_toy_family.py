@@ -13,8 +13,8 @@ import numpy as np
 import plain
 import pytest
 from conftest import images, metadata, psnr
+from lora_files import arrays
 from safetensors.numpy import save_file
-from test_lora import arrays
 from toy_family import straight
 
 from fluxbatch import models

@@ -10,8 +10,9 @@ import jax
 import numpy as np
 import pytest
 from conftest import images
+from lora_files import arrays
 from safetensors.numpy import load_file
-from test_lora import adapters, arrays  # noqa: F401
+from test_lora import adapters  # noqa: F401
 from test_weights import plans
 from test_weights_memory import ALLOWED, bench, written
 

@@ -15,7 +15,7 @@ import pytest
 from conftest import GOLDEN, metadata, psnr
 from flax import nnx
 from safetensors.numpy import load_file
-from test_flux2_run import WEIGHTS, change, check_mixed_rows, drawn, modules
+from test_flux2_run import WEIGHTS, change, check_adapter, check_mixed_rows, drawn, modules
 from test_published import cache, planned  # noqa: F401
 
 from fluxbatch.lora.formats import read_key
@@ -302,22 +302,7 @@ def test_adapters(draw, beside, tmp_path, name):
     shutil.copy(MODEL / "transformer/config.json", folder / "transformer")
     files.save(folder / WEIGHTS, changed)
     plain, expected = draw(MODEL, [row], "plain")["g3"], draw(folder, [row], "changed")["g3"]
-    assert psnr(plain, expected) < 30
-    words = [
-        f"lora_config.{key}=[{value}]"
-        for key, value in {
-            "lora_model_name_or_path": tmp_path / "a.safetensors",
-            "weight_name": "null",
-            "adapter_name": "a",
-            "scale": 1.0,
-            "from_pt": "true",
-        }.items()
-    ]
-    merged = draw(MODEL, [row | {"lora": {"a": 0.7}}], "merged", *words)
-    rows = [row | {"lora": {"a": 0.7}}, row | {"id": "none", "lora": {}}]
-    mixed = draw(MODEL, rows, "beside", "per_device_batch_size=2", *words)
-    assert psnr(merged["g3"], expected) >= 60 and psnr(mixed["g3"], expected) >= 60
-    assert psnr(mixed["none"], plain) >= 60
+    check_adapter(draw, MODEL, row, tmp_path / "a.safetensors", 0.7, plain, expected)
 
 
 # ---- mixed rows
