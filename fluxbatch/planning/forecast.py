@@ -197,7 +197,7 @@ def _memory(job: Job, spec: ModelSpec, target: Target, work: Work) -> Iterator[s
             slow = ", which is slow" if memory.STREAM in exact else ""
             yield _line("", f"fits with {' '.join(exact)}: the same images{slow}")
         if other and (not exact or memory.STREAM in exact):
-            yield _line("", f"fits with {' '.join(other)}: images 44 to 49 dB from the exact ones (jobs/docs/speed.md)")
+            yield _line("", f"fits with {' '.join(other)}: slightly other images (jobs/docs/speed.md says how much)")
         if not (exact or other):
             yield _line("", "nothing here makes it fit: smaller images, or more or larger devices")
 
