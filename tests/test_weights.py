@@ -197,6 +197,14 @@ BROKEN = {
         lambda p: set_json(p / "model_index.json", _class_name="StableDiffusionPipeline"),
         ["StableDiffusionPipeline"],
     ),
+    "a resolution of references in words": (
+        lambda p: set_json(p / "model_index.json", _class_name="FluxKontextPipeline", _reference_resolution="low"),
+        ['model_index.json: _reference_resolution is "low", expected a whole number from 16'],
+    ),
+    "no resolution of references": (
+        lambda p: set_json(p / "model_index.json", _class_name="FluxKontextPipeline", _reference_resolution=0),
+        ["model_index.json: _reference_resolution is 0, expected a whole number from 16"],
+    ),
     "T5 v1.0": (lambda p: set_json(p / "text_encoder_2/config.json", feed_forward_proj="relu"), ["feed_forward_proj"]),
     "another activation of T5": (
         lambda p: set_json(p / "text_encoder_2/config.json", dense_act_fn="relu"),

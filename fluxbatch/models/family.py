@@ -193,7 +193,7 @@ class Family(abc.ABC):
     leftovers: ClassVar[str] = r"(?!)"  # names in a whole checkpoint that belong to no component
 
     def __init__(self, configs: Mapping[str, Config], index: Mapping[str, Any] | None = None):
-        """``index``: what ``model_index.json`` says."""
+        """``index``: what ``model_index.json`` says; ValueError for a value that it cannot have."""
         self.configs = dict(configs)
 
     # The checkpoint

@@ -172,7 +172,10 @@ def open_checkpoint(model: Model) -> Checkpoint:
         single_files.check_whole(whole, list(prefixes), family.leftovers, root.path(file))
     if model.verify.name == "digest" and marker is None:  # a converted copy has checksums of its own
         verify(files(components))
-    whole_family = agreed(family, components, family.index_of(file) if file else index)
+    try:
+        whole_family = agreed(family, components, family.index_of(file) if file else index)
+    except ValueError as error:
+        raise UserError(f"{root.path(file or index_file or '')}: {error}") from None
     tokenizers = {}
     for name, published in family.tokenizers.items():
         known = published.repo if components[published.component].config.vocab_size == published.vocabulary else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -38,7 +39,11 @@ class Kontext(Flux1):
     def __init__(self, configs: Mapping[str, Any], index: Mapping[str, Any] | None = None):
         super().__init__(configs, index)
         # pixels of a square reference; a key of ours, which diffusers does not look at
-        self.reference_resolution = int((index or {}).get("_reference_resolution", pictures.REFERENCE))
+        self.reference_resolution = (index or {}).get("_reference_resolution", pictures.REFERENCE)
+        least = 2 * self.size_multiple
+        if type(self.reference_resolution) is not int or self.reference_resolution < least:
+            got = json.dumps(self.reference_resolution)
+            raise ValueError(f"_reference_resolution is {got}, expected a whole number from {least}")
 
     @classmethod
     def claims(cls, config: Mapping[str, Any]) -> bool:
