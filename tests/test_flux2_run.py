@@ -119,6 +119,20 @@ MESHES = {
 }
 
 
+def check_bytes(tmp_path, folder, times):
+    """In the run "streamed" tensors whose names begin so were read so many ``times``, and all others once, as in
+    "copied" all were."""
+    runs = ("copied", "streamed")
+    read = {run: json.loads((tmp_path / run / "status.json").read_text())["load"]["bytes"] for run in runs}
+    more = sum(
+        (count - 1) * array.nbytes
+        for name, array in load_file(folder / WEIGHTS).items()
+        for start, count in times.items()
+        if name.startswith(start)
+    )
+    assert read["streamed"] == read["copied"] + more > read["copied"]
+
+
 def check_adapter(draw, folder, row, file, scale, plain, expected):
     """The adapter makes of ``row`` what weights that it has changed make: merged, and beside a row without it."""
     assert psnr(plain, expected) < 30

@@ -17,7 +17,7 @@ import pytest
 from conftest import GOLDEN, metadata, psnr
 from flax import nnx
 from safetensors.numpy import load_file
-from test_flux2_run import WEIGHTS, change, check_adapter, check_mixed_rows, drawn, modules
+from test_flux2_run import WEIGHTS, change, check_adapter, check_bytes, check_mixed_rows, drawn, modules
 from test_published import cache, planned  # noqa: F401
 
 from fluxbatch.models.flux3 import references, transformer
@@ -151,7 +151,8 @@ TINY = transformer.Flux3Config(
 
 @pytest.mark.parametrize("flow_map", [True, False])
 def test_what_rests_is_computed_once(flow_map):
-    """Text and references of a base pass their early blocks once for all steps, with the same result."""
+    """Text and references of a base pass their early blocks once for all steps, with the same result; also those that
+    come one at a time."""
     graph, state = nnx.split(transformer.Flux3(dataclasses.replace(TINY, flow_map=flow_map), rngs=nnx.Rngs(0)))
     rng = np.random.default_rng(0)
     txt, img, refs = (jnp.float32(rng.normal(size=(2, n, c))) for n, c in ((5, 24), (6, 8), (4, 8)))
@@ -171,9 +172,11 @@ def test_what_rests_is_computed_once(flow_map):
     @functools.partial(jax.jit, static_argnums=1)
     def in_parts(state, i):
         flux = nnx.merge(graph, state)
-        shared = jax.tree.map(lambda x: x[:, i], flux.step_vector(*given)[1])
+        inputs, parts = flux.step_vector(*given)[1], flux.stream()
+        assert bool(parts.still) == (not flow_map)
         x = flux.embed_tokens(jnp.concatenate([img, refs], 1), text, positions, jnp.float32)
-        for name, count in flux.stream().blocks:
+        for name, count in parts.blocks:
+            shared = jax.tree.map(lambda x, at=0 if name in parts.still else i: x[:, at], inputs)
             blocks, own = nnx.split(getattr(flux, name))
             for k in range(count):
                 layer = nnx.merge(blocks, jax.tree.map(lambda leaf, k=k: leaf[k], own))
@@ -198,6 +201,8 @@ def test_converted_streamed_resumed_and_replayed(cli, model, draw, tmp_path):
     code, err = cli(f"pretrained_model_name_or_path={folder}", f"to={tmp_path / 'copy'}", entry="convert")
     assert code == 0, err
     copied, streamed = draw(tmp_path / "copy", rows, "copied"), draw(folder, rows, "streamed", "stream_blocks=true")
+    times = {"txt_mode": 2, "mode_blocks.image_cond.": 1, "mode_blocks.image.": 6, "single_transformer": 6}
+    check_bytes(tmp_path, folder, times)
     for row in rows:
         assert np.array_equal(copied[row["id"]], expected[row["id"]])
         assert np.array_equal(again[row["id"]], expected[row["id"]])

@@ -15,7 +15,7 @@ import pytest
 from conftest import GOLDEN, metadata, psnr
 from flax import nnx
 from safetensors.numpy import load_file
-from test_flux2_run import WEIGHTS, change, check_adapter, check_mixed_rows, drawn, modules
+from test_flux2_run import WEIGHTS, change, check_adapter, check_bytes, check_mixed_rows, drawn, modules
 from test_published import cache, planned  # noqa: F401
 
 from fluxbatch.lora.formats import read_key
@@ -155,9 +155,10 @@ def test_parts_are_the_whole(size):
     @jax.jit
     def in_parts(state, i):
         model = nnx.merge(graph, state)
-        shared = jnp.take(model.step_vector(*given)[1], i, 1)
+        inputs, parts = model.step_vector(*given)[1], model.stream()
         x = model.embed_tokens(img, text, positions, jnp.float32)
-        for name, count in model.stream().blocks:
+        for name, count in parts.blocks:
+            shared = jnp.take(inputs, 0 if name in parts.still else i, 1)
             blocks, own = nnx.split(getattr(model, name))
             for k in range(count):
                 layer = nnx.merge(blocks, jax.tree.map(lambda leaf, k=k: leaf[k], own))
@@ -182,6 +183,7 @@ def test_converted_streamed_resumed_and_replayed(cli, draw, tmp_path):
     code, err = cli(f"pretrained_model_name_or_path={MODEL}", f"to={tmp_path / 'copy'}", entry="convert")
     assert code == 0, err
     copied, streamed = draw(tmp_path / "copy", rows, "copied"), draw(MODEL, rows, "streamed", "stream_blocks=true")
+    check_bytes(tmp_path, MODEL, {"context_refiner": 2, "noise_refiner": 5, "layers": 5})
     for row in rows:
         assert np.array_equal(copied[row["id"]], expected[row["id"]])
         assert np.array_equal(again[row["id"]], expected[row["id"]])

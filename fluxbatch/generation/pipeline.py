@@ -342,17 +342,19 @@ class Pipeline:
                 )
                 for name, layer in layers
             }
-        steps = counts.max()
-        with network.blocks(steps, self.observer.streaming) as blocks:
-            for i in range(steps):
+        passes = network.passes(int(counts.max()), last[-1].references is not None)
+        still: list[dict[str, Any]] = [{} for _ in positions]
+        with network.blocks(itertools.chain(*passes), self.observer.streaming) as blocks:
+            for i, names in enumerate(passes):
                 embed = functools.partial(self._launch, self._embed, graph, self.dtype, state, latents)
-                x = self._told([embed(*each, last[-1]) for each in zip(conditioning, positions, strict=True)])
-                for name, (block_graph, block) in itertools.islice(blocks, len(network)):
+                x = self._told([embed(*each, last[-1]) for each in zip(conditioning, positions, still, strict=True)])
+                for name, (block_graph, block) in itertools.islice(blocks, len(names)):
                     run = functools.partial(self._launch, self._block, block_graph, graph, block, state)
                     own = [[inputs[layer][k] for layer in network.step_layers_of(name)] for k in range(len(x))]
                     given = zip(x, own, shared, positions, strict=True)
                     x = [run(each, mine, common, i, places) for each, mine, common, places in given]
                     jax.block_until_ready(self._told(x))  # or blocks would pile up behind the computation
+                    still = [kept | network.still(name, each) for kept, each in zip(still, x, strict=True)]
                 latents = self._launch(self._step, graph, state, latents, x, shared, i, sigmas, left, *last)
         return latents
 

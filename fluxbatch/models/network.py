@@ -73,6 +73,10 @@ class StreamParts:
     # one block (without step layers) or step layer, by path
     makers: Mapping[str, Callable[[nnx.Rngs | None], nnx.Module]]
     rest: Callable[[nnx.Rngs | None], nnx.Module]  # what lies in no block
+    # stacks whose blocks are the same in all steps, the first ones in order → the field that they make of what
+    # ``block`` hands on, which then is a NamedTuple
+    still: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    references: tuple[str, ...] = ()  # stacks that only reference pictures pass
 
 
 class StreamedDenoiser(Denoiser, Protocol):

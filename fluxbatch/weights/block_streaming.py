@@ -1,7 +1,8 @@
 """A transformer one block at a time, for devices and hosts smaller than the transformer.
 
 Every step goes through the blocks anew; the next one is read and put on the devices while this one computes.
-The layers that make their step inputs have passed before, once for all steps.
+The layers that make their step inputs have passed before, once for all steps. Blocks that are the same in all steps
+pass in the first one alone.
 They come from the checkpoint, that is from the page cache as long as the host's memory holds the file, else from
 disk or bucket; or, where they are held, from pinned host memory after the first step. At most two blocks (0.9 GB
 of a 12B transformer in bfloat16) are on the devices, and in the host's memory if it does not hold them all.
@@ -13,7 +14,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -48,9 +49,6 @@ class StreamedWeights(DeviceWeights):
         super().__init__(load.Plan(plan.source, graph, state, pieces), mesh, dtype, edits)
         self._block_dtype = dataclasses.replace(self.dtype, block=True)
 
-    def __len__(self) -> int:
-        return len(self._names)
-
     def merge(self, edits: load.Edits) -> None:
         super().merge(edits)
         self._held.clear()
@@ -66,11 +64,19 @@ class StreamedWeights(DeviceWeights):
         """The names of a block's own."""
         return [(layer, name[1]) for layer in self._stream.step_layers[name[0]]]
 
-    def blocks(self, steps: int, reading: Reading = _unreported) -> Ahead:
-        """All blocks in their order with their names, ``steps`` times over; as ``step_layers``."""
-        return _ahead(
-            itertools.chain.from_iterable(itertools.repeat(self._names, steps)), functools.partial(self._part, reading)
-        )
+    def passes(self, steps: int, references: bool) -> list[list[Name]]:
+        """The names of the blocks that each step needs, in order; ``references``: whether there are such pictures."""
+        first = [name for name in self._names if references or name[0] not in self._stream.references]
+        return [first, *[[name for name in first if name[0] not in self._stream.still]] * (steps - 1)]
+
+    def still(self, name: Name, x: Any) -> dict[str, Any]:
+        """What later steps need of ``x`` after the block of this name, which they are without."""
+        field = self._stream.still.get(name[0])
+        return {field: getattr(x, field)} if field else {}
+
+    def blocks(self, names: Iterable[Name], reading: Reading = _unreported) -> Ahead:
+        """The blocks of these names; as ``step_layers``."""
+        return _ahead(iter(names), functools.partial(self._part, reading))
 
     def _part(self, reading: Reading, name: Name) -> Part:
         if name in self._held:

@@ -266,13 +266,16 @@ class Flux3(nnx.Module):
     def stream(self) -> StreamParts:
         cfg = self.cfg
         bare = dataclasses.replace(cfg, num_layers=0, num_single_layers=0)
-        groups = {"text_blocks": "text", "image_blocks": "image", "reference_blocks": "references", "joint_blocks": ""}
+        still = {"text_blocks": "text", "reference_blocks": "references"}
+        groups = still | {"image_blocks": "image", "joint_blocks": ""}
         counts = {name: cfg.num_layers if group else cfg.num_single_layers for name, group in groups.items()}
         return StreamParts(
             blocks=tuple(counts.items()),
             step_layers=dict.fromkeys(groups, ()),
             makers={name: functools.partial(_block, cfg, group) for name, group in groups.items()},
             rest=lambda rngs: Flux3(bare, rngs=rngs, attention=self.attention, split_head_dim=self.split_head_dim),
+            still=still if self._rests else {},
+            references=("reference_blocks",),
         )
 
     def step_vector(

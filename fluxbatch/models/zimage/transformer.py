@@ -266,6 +266,7 @@ class ZImage(nnx.Module):
             step_layers=dict.fromkeys(groups, ()),
             makers={name: functools.partial(_block, cfg, group) for name, group in groups.items()},
             rest=lambda rngs: ZImage(bare, rngs=rngs, attention=self.attention, split_head_dim=self.split_head_dim),
+            still={"text_blocks": "text"},
         )
 
     def step_vector(
