@@ -17,10 +17,10 @@ def qkv(b, h, l, k, m=None):
     return [jax.random.normal(key, (b, h, n, k)) for key, n in zip(keys, (l, m or l, m or l), strict=True)]
 
 
-def reference(q, k, v):
+def reference(q, k, v, bias=0.0):
     """In float64, written out."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
-    scores = q @ k.swapaxes(-1, -2) / np.sqrt(q.shape[-1])
+    scores = q @ k.swapaxes(-1, -2) / np.sqrt(q.shape[-1]) + bias
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     return weights / weights.sum(-1, keepdims=True) @ v
 
@@ -42,6 +42,25 @@ def test_splash_in_interpret_mode(length, blocks, keys):
     got = attention.splash(*inputs, blocks=blocks, interpret=True)
     assert got.shape == inputs[0].shape
     assert np.abs(np.asarray(got) - reference(*inputs)).max() < 1e-4
+
+
+@pytest.mark.parametrize("l,m", [(7, 7), (96, 33), (1100, 1100)])
+def test_factors_are_a_bias(l, m):
+    """The product of a query's number and a key's is added to its score, in each row by itself; of splash too."""
+    q, k, v = qkv(2, 3, l, 8, m)
+    of_queries, of_keys = (jax.random.normal(jax.random.key(n), (2, n)) for n in (l, m))
+    bias = np.asarray(of_queries)[:, None, :, None] * np.asarray(of_keys)[:, None, None]
+    expected = reference(q, k, v, bias)
+    plain, blocked = (
+        np.asarray(jax.jit(attend)(q, k, v, (of_queries, of_keys)))
+        for attend in (attention.dot_product, attention.blocked)
+    )
+    assert np.abs(plain - expected).max() < 5e-6 and np.abs(blocked - expected).max() < 5e-6
+    assert np.abs(expected - reference(q, k, v)).max() > 0.1
+    if m < l:
+        wide = qkv(2, 3, l, 128, m)
+        got = attention.splash(*wide, (of_queries, of_keys), interpret=True)
+        assert np.abs(np.asarray(got) - reference(*wide, bias)).max() < 1e-4
 
 
 def test_splash_blocks_divide_what_they_pad_to():
@@ -91,8 +110,10 @@ name, *options = sys.argv[1].split()
 (device, *_) = topologies.get_topology_desc(platform="tpu", topology_name=name, **dict(o.split("=") for o in options)).devices
 for length in (4352, 4608):
     x = jax.ShapeDtypeStruct((1, 24, length, 128), jnp.bfloat16, sharding=jax.sharding.SingleDeviceSharding(device))
-    program = jax.jit(functools.partial(attention.splash, chip=device.device_kind)).lower(x, x, x)
-    program.compile(compiler_options={"xla_tpu_scoped_vmem_limit_kib": "65536"})
+    one = jax.ShapeDtypeStruct((1, length), jnp.bfloat16, sharding=x.sharding)
+    for factors in [], [(one, one)]:
+        program = jax.jit(functools.partial(attention.splash, chip=device.device_kind)).lower(x, x, x, *factors)
+        program.compile(compiler_options={"xla_tpu_scoped_vmem_limit_kib": "65536"})
 """
 
 

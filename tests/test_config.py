@@ -424,7 +424,7 @@ WRONG = [
     ("gpus=8", "gpus", "did you mean sharding?"),
     ("sharding.tp=8", "sharding.tp", "did you mean sharding.ici_tensor_parallelism?"),
     ("model=flux-shnell", "model=flux-shnell", "did you mean flux-schnell?"),
-    ("flux_name=flux2", "model=flux2", "one of flex-1-alpha, flux-canny"),
+    ("flux_name=flux2", "model=flux2", "one of chroma, flex-1-alpha, flux-canny"),
     ("hardware=npu", "hardware=npu", "auto, cpu, gpu, tpu"),
     ("num_inference_steps=abc", "num_inference_steps=abc", "a whole number"),
     ("seed=1.5", "seed=1.5", "a whole number"),

@@ -94,6 +94,10 @@ def test_a_checkpoint_of_a_repository(hub, published, golden):
         open_checkpoint(model(name, **apart))
         assert weights(hub.fetched) == {file}
 
+    open_checkpoint(model(published, t5=str(golden / "dev")))  # what other families call text_encoder is not CLIP
+    assert weights(hub.fetched) >= folders - {"text_encoder_2/model.safetensors"}
+    assert "text_encoder_2/model.safetensors" not in hub.fetched
+
 
 def test_a_component_of_a_repository(hub, published, golden):
     """By the repository's name, its folder there or what lies at its top; by a file's, nothing else that is large."""

@@ -60,7 +60,7 @@ def test_every_model_of_the_configuration_can_be_planned():
     read = [yaml.safe_load(path.read_text()) for path in (ROOT / "conf/model").glob("*.yaml")]
     named = {model["pretrained_model_name_or_path"] for model in read}
     assert {"black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.1-schnell", "flux-mini"} <= named
-    assert len(named) == 21
+    assert len(named) == 22
     known = {of["repository"] for of in published.published().values()}
     assert {name for name in named if not (EMBEDDED / name).is_dir()} <= known
 

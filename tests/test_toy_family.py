@@ -130,6 +130,7 @@ def test_both_families_are_found():
     variants = ["flux1", "flux1-kontext", "flux1-fill", "flux1-control"]
     assert [family.name for family in registry.families()] == [
         *variants,
+        "chroma",
         "flux2-dev",
         "flux2-klein",
         "flux3-klein",

@@ -29,8 +29,9 @@ FLUX = "transformer/diffusion_pytorch_model.safetensors"
 VAE = "vae/diffusion_pytorch_model.safetensors"
 
 
-def bfl_flux(t: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """diffusers' names to Black Forest Labs', written down apart from the tables under test."""
+def bfl_flux(t: dict[str, np.ndarray], join=np.concatenate) -> dict[str, np.ndarray]:
+    """diffusers' names to Black Forest Labs', written down apart from the tables under test. Without modulation, if
+    there is none."""
     out = {}
     for old, new in {
         "x_embedder": "img_in",
@@ -44,7 +45,8 @@ def bfl_flux(t: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         "time_text_embed.guidance_embedder.linear_2": "guidance_in.out_layer",
     }.items():
         out |= {f"{new}.{end}": t[f"{old}.{end}"] for end in ("weight", "bias") if f"{old}.{end}" in t}
-    for end in ("weight", "bias"):
+    modulated = "norm_out.linear.weight" in t
+    for end in ("weight", "bias") if modulated else ():
         scale, shift = np.split(t[f"norm_out.linear.{end}"], 2)
         out[f"final_layer.adaLN_modulation.1.{end}"] = np.concatenate([shift, scale])
     for i in sorted({int(n.split(".")[1]) for n in t if n.startswith("transformer_blocks.")}):
@@ -61,8 +63,8 @@ def bfl_flux(t: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         }.items():
             mod, qkv, norms, proj, ff = names
             for end in ("weight", "bias"):
-                out[f"{dst}{stream}_mod.lin.{end}"] = t[f"{src}{mod}.linear.{end}"]
-                out[f"{dst}{stream}_attn.qkv.{end}"] = np.concatenate([t[f"{src}attn.{n}.{end}"] for n in qkv])
+                out |= {f"{dst}{stream}_mod.lin.{end}": t[f"{src}{mod}.linear.{end}"]} if modulated else {}
+                out[f"{dst}{stream}_attn.qkv.{end}"] = join([t[f"{src}attn.{n}.{end}"] for n in qkv])
                 out[f"{dst}{stream}_attn.proj.{end}"] = t[f"{src}attn.{proj}.{end}"]
                 out[f"{dst}{stream}_mlp.0.{end}"] = t[f"{src}{ff}.net.0.proj.{end}"]
                 out[f"{dst}{stream}_mlp.2.{end}"] = t[f"{src}{ff}.net.2.{end}"]
@@ -71,8 +73,8 @@ def bfl_flux(t: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     for i in sorted({int(n.split(".")[1]) for n in t if n.startswith("single_transformer_blocks.")}):
         src, dst = f"single_transformer_blocks.{i}.", f"single_blocks.{i}."
         for end in ("weight", "bias"):
-            out[f"{dst}modulation.lin.{end}"] = t[f"{src}norm.linear.{end}"]
-            out[f"{dst}linear1.{end}"] = np.concatenate(
+            out |= {f"{dst}modulation.lin.{end}": t[f"{src}norm.linear.{end}"]} if modulated else {}
+            out[f"{dst}linear1.{end}"] = join(
                 [t[f"{src}{n}.{end}"] for n in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")]
             )
             out[f"{dst}linear2.{end}"] = t[f"{src}proj_out.{end}"]

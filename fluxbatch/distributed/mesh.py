@@ -277,22 +277,25 @@ class Layout:
         return [part.reshape(*x.shape[:axis], -1, *x.shape[axis + 1 :]) for part in parts]
 
     def attention(self, attend: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-        """``attend`` for each device's images, heads and queries, over the keys of all tokens.
+        """``attend`` for each device's images, heads and queries, over the keys of all tokens; ``factors``: of queries
+        and of keys ``[B, L]``, if there are any.
 
         Not left to the compiler: it cannot divide a kernel, nor a loop over heads.
         """
         if self.mesh is None:
             return attend
 
-        def divided(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        def placed(
+            q: jax.Array, k: jax.Array, v: jax.Array, factors: tuple[jax.Array, jax.Array] | None = None
+        ) -> jax.Array:
             names = ("batch", "heads", "tokens")
             sizes = zip(names, q.shape, strict=False)
             own = P(*(RULES[name] if self._divides(name, size) else None for name, size in sizes))
-            return jax.shard_map(
-                attend, mesh=self.mesh, in_specs=(own, P(*own[:2]), P(*own[:2])), out_specs=own, check_vma=False
-            )(q, k, v)
+            specs = own, P(*own[:2]), P(*own[:2]), None if factors is None else (P(own[0], own[2]), P(own[0]))
+            divided = jax.shard_map(attend, mesh=self.mesh, in_specs=specs, out_specs=own, check_vma=False)
+            return divided(q, k, v, factors)
 
-        return divided
+        return placed
 
     def _joined(self, name: str, sizes: Sequence[int]) -> int:
         return _groups(self.mesh, RULES[name], sizes)

@@ -1,4 +1,4 @@
-"""Attention by name. Shapes: B batch, H heads, L queries, M keys, K head width."""
+"""Attention by name. Shapes: B batch, H heads, L queries, M keys, K and V their and values' width in a head."""
 
 from __future__ import annotations
 
@@ -13,17 +13,24 @@ from jaxtyping import Array, Float
 
 Queries = Float[Array, "B H L K"]
 Keys = Float[Array, "B H M K"]
-AttentionFn = Callable[[Array, Array, Array], Array]
+Values = Float[Array, "B H M V"]
+Attended = Float[Array, "B H L V"]
+# A bias of scores as products: of a number of each query and one of each key.
+Factors = tuple[Float[Array, "B L"], Float[Array, "B M"]]
+AttentionFn = Callable[..., Array]  # of queries, keys, values, and factors if there are any
 
 # A CPU makes this many float32 scores at once fastest all together; more, a head or a few queries at a time.
 _CPU_SCORES = 1 << 20
 
 
 def dot_product(
-    q: Queries, k: Keys, v: Keys, *, bias: Float[Array, "... L M"] | None = None, scale: float | None = None
-) -> Queries:
-    """Softmax attention written out: float32 scores, no mask but ``bias``, of all heads or rows or of each."""
+    q: Queries, k: Keys, v: Values, factors: Factors | None = None, *, bias: Float[Array, "... L M"] | None = None,
+    scale: float | None = None,
+) -> Attended:  # fmt: skip
+    """Softmax attention written out: float32 scores, no mask but ``factors``, or ``bias`` of all heads or rows or of
+    each."""
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    bias = _product(factors) if factors is not None else bias
     scores = jnp.einsum("bhlk,bhmk->bhlm", q, k, preferred_element_type=jnp.float32) * scale
     if bias is not None:
         scores = scores + bias
@@ -35,7 +42,19 @@ def dot_product(
     ).astype(v.dtype)
 
 
-def blocked(q: Queries, k: Keys, v: Keys) -> Queries:
+def _product(factors: Factors) -> Float[Array, "B 1 L M"]:
+    """The bias that they are the factors of."""
+    of_queries, of_keys = factors
+    return of_queries[:, None, :, None] * of_keys[:, None, None, :]
+
+
+def _with_channel(x: Array, numbers: Float[Array, "B L"]) -> Array:
+    """``[B, H, L, K + 1]``: queries or keys with their factors of a bias as one channel more."""
+    channel = jnp.broadcast_to(numbers[:, None, :, None], (*x.shape[:3], 1))
+    return jnp.concatenate([x, channel.astype(x.dtype)], axis=-1)
+
+
+def blocked(q: Queries, k: Keys, v: Keys, factors: Factors | None = None) -> Queries:
     """``dot_product``, a (batch, head) pair or a block of queries at a time.
 
     For the CPU, where many scores cost twice the time, and for long sequences whose ``[L, M]`` scores would not
@@ -44,32 +63,38 @@ def blocked(q: Queries, k: Keys, v: Keys) -> Queries:
     b, h, l, d = q.shape
     m = k.shape[2]
     if b * h * l * m <= _CPU_SCORES:
-        return dot_product(q, k, v)
+        return dot_product(q, k, v, factors)
+    scale = 1 / math.sqrt(d)
+    if factors is not None:
+        q, k = _with_channel(q, factors[0] / scale), _with_channel(k, factors[1])
     block = l
     while block * m > 4 * _CPU_SCORES and block % 2 == 0:
         block //= 2
-    q = q.reshape(b * h, l // block, block, d)
-    k, v = k.reshape(b * h, 1, m, d), v.reshape(b * h, 1, m, d)
+    q = q.reshape(b * h, l // block, block, -1)
+    k, v = k.reshape(b * h, 1, m, -1), v.reshape(b * h, 1, m, d)
 
     def head(qkv: tuple[Array, Array, Array]) -> Array:
         q, k, v = qkv
 
         def one(q: Array) -> Array:
-            return dot_product(q[None, None], k[None], v[None])[0, 0]
+            return dot_product(q[None, None], k[None], v[None], scale=scale)[0, 0]
 
         return jax.lax.map(one, q) if q.shape[0] > 1 else one(q[0])[None]
 
     return jax.lax.map(head, (q, k, v)).reshape(b, h, l, d)
 
 
-def cudnn(q: Queries, k: Keys, v: Keys) -> Queries:
-    """cuDNN's fused attention (the kernels TransformerEngine calls too); bfloat16 or float16."""
+def cudnn(q: Queries, k: Keys, v: Keys, factors: Factors | None = None) -> Queries:
+    """cuDNN's fused attention (the kernels TransformerEngine calls too); bfloat16 or float16. A bias is written down:
+    most GPUs have no kernel for a channel more."""
+    bias = None if factors is None else _product(factors).astype(q.dtype)
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
-    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn").swapaxes(1, 2)
+    return jax.nn.dot_product_attention(q, k, v, bias, implementation="cudnn").swapaxes(1, 2)
 
 
 def splash(
-    q: Queries, k: Keys, v: Keys, *, chip: str = "", blocks: Mapping[str, int] | None = None, interpret: bool = False
+    q: Queries, k: Keys, v: Keys, factors: Factors | None = None, *, chip: str = "",
+    blocks: Mapping[str, int] | None = None, interpret: bool = False,
 ) -> Queries:  # fmt: skip
     """Splash attention (Pallas, TPU). Tokens are padded to a whole number of blocks and masked out
     with segment ids; ``blocks``: sizes that are not to be chosen."""
@@ -92,10 +117,10 @@ def splash(
     attend = kernel.make_splash_mha(mask, block_sizes=block_sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
     real = [jnp.pad(jnp.ones(x.shape[2], jnp.int32), (0, n)) for x, n in zip((q, k), over, strict=True)]
     ids = kernel.SegmentIds(q=real[0], kv=real[1])
-    q, k, v = (
-        jnp.pad(x, ((0, 0), (0, 0), (0, n), (0, 0)))
-        for x, n in ((q / math.sqrt(width), over[0]), (k, over[1]), (v, over[1]))
-    )
+    q = q / math.sqrt(width)
+    if factors is not None:
+        q, k = map(_with_channel, (q, k), factors)
+    q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, n), (0, 0))) for x, n in ((q, over[0]), (k, over[1]), (v, over[1])))
     return jax.vmap(attend, in_axes=(0, 0, 0, None))(q, k, v, ids)[:, :, :length].astype(v.dtype)
 
 

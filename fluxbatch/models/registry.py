@@ -12,8 +12,9 @@ from fluxbatch.models.family import Family
 
 @functools.cache
 def families() -> tuple[type[Family], ...]:
-    """All of them, by folder name, and as each definition lists its own."""
-    folders = sorted(module.name for module in pkgutil.iter_modules(models.__path__) if module.ispkg)
+    """All of them, FLUX.1 first and the others by folder name, and as each definition lists its own."""
+    folders = [module.name for module in pkgutil.iter_modules(models.__path__) if module.ispkg]
+    folders.sort(key=lambda name: (name != "flux1", name))
     definitions = [importlib.import_module(f"{models.__name__}.{folder}.definition") for folder in folders]
     return tuple(family for definition in definitions for family in definition.FAMILIES)
 

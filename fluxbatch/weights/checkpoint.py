@@ -237,11 +237,14 @@ def check_homes(family: type[Family], model: Model) -> None:
 def _wanted(model: Model) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """What to fetch of the base model's repository; and with a denoiser that is a file of it. No weights of what
     the configuration names apart."""
-    every = [(name, component) for family in families() for name, component in family.components.items()]
-    apart = {name for name, component in every if component.home and getattr(model, component.home)}
-    names = dict.fromkeys(name for name, _ in every if name not in apart)
+    homes = {family: {component.home for component in family.components.values()} for family in families()}
+    apart = {home for home in set().union(*homes.values()) if home and getattr(model, home)}
+    # one name may be of another component in another family
+    fitting = [family for family in families() if apart <= homes[family]]
+    parts = [part for family in fitting for part in family.components.items() if part[1].home not in apart]
+    names = dict.fromkeys(name for name, _ in parts)
     denoisers = {family.denoiser for family in families()}
-    decoders = [family.components[family.decoder] for family in families() if family.decoder not in apart]
+    decoders = [component for name, component in parts if name in {family.decoder for family in fitting}]
     beside = [f"{name}/*" for name in names if name not in denoisers]
     beside += [file for decoder in decoders for file in decoder.files]
     return (*SMALL, *(f"{name}/*" for name in names)), (*SMALL, *dict.fromkeys(beside))

@@ -45,6 +45,7 @@ class Case:
     text: int  # tokens of a prompt
     batches: tuple[int, ...]
     checkpoint: str  # as random_flux.py calls it
+    passes: int = 1  # evaluations a step: two where guidance leads away from a negative prompt
 
 
 CASES = {
@@ -59,6 +60,8 @@ CASES = {
     "klein-4b": Case(48, 1024, 4, 1.0, 512, (1, 4, 8), "klein-4b"),
     "z-image-tiny": Case(4, 64, 2, 0.0, 128, (2,), "z-image-tiny"),
     "z-image": Case(48, 1024, 8, 0.0, 512, (1, 4, 8), "z-image"),
+    "chroma-tiny": Case(4, 64, 2, 5.0, 32, (2,), "chroma-tiny", 2),
+    "chroma": Case(8, 1024, 35, 5.0, 512, (1, 4, 8), "chroma", 2),
     "flux2-dev": Case(8, 1024, 50, 4.0, 512, (1, 4), "flux2-dev"),  # 112 GB of disk, and a GPU of 80 GB and more
 }
 
@@ -204,7 +207,7 @@ def flops(checkpoint: pathlib.Path, case: Case) -> int:
         application.main(lambda job: jobs.append(job) or 0, argv=words)
     spec = open_model_spec(jobs[0], "cpu", jax.devices()[:1])
     step = spec.family.step_flops(case.side, case.side, spec.inputs)
-    return case.steps * step + spec.family.decode_flops(case.side, case.side)
+    return case.steps * case.passes * step + spec.family.decode_flops(case.side, case.side)
 
 
 def compare(model: str, case: Case, ways: Sequence[str], rounds: int, kept: pathlib.Path, peak: float) -> None:

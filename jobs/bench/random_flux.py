@@ -6,6 +6,7 @@ python jobs/bench/random_flux.py DIR dev         # FLUX.1's sizes, 12 G + T5-XXL
 python jobs/bench/random_flux.py DIR klein-4b    # FLUX.2 klein's, 4 G + Qwen3-4B: 16 GB
 python jobs/bench/random_flux.py DIR flux2-dev   # 32 G + Mistral Small 3: 112 GB
 python jobs/bench/random_flux.py DIR z-image     # Z-Image-Turbo's, 6 G + Qwen3-4B: 21 GB
+python jobs/bench/random_flux.py DIR chroma      # Chroma1-HD's, 9 G + T5-XXL: 28 GB
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ import yaml
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
+    ChromaPipeline,
+    ChromaTransformer2DModel,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Pipeline,
@@ -39,12 +42,14 @@ from transformers import (
     Qwen3ForCausalLM,
     T5Config,
     T5EncoderModel,
+    T5TokenizerFast,
 )
 
 ROOT = pathlib.Path(__file__).parents[2]
 MINI = ROOT / "fluxbatch/checkpoints/flux-mini"
 FLUX2 = {"klein-tiny": "FLUX.2-klein-4B", "klein-4b": "FLUX.2-klein-4B", "flux2-dev": "FLUX.2-dev"}  # sizes by file
 Z_IMAGE = {"z-image-tiny": "z-image-turbo", "z-image": "z-image-turbo"}
+CHROMA = {"chroma-tiny": "Chroma1-HD", "chroma": "Chroma1-HD"}
 SIZES = {  # double, single, heads; T5's blocks, width and hidden width; VAE's channels; guidance
     "tiny": (1, 1, 1, 1, 64, 128, (32, 32, 32, 32), False),  # to try the bench
     "middle": (4, 8, 9, 2, 512, 1024, (64, 128, 256, 256), False),
@@ -170,6 +175,34 @@ def write_z_image(folder: pathlib.Path, name: str) -> int:
     return sum(p.numel() for p in transformer.parameters())
 
 
+def write_chroma(folder: pathlib.Path, name: str) -> int:
+    """Chroma by the sizes that come with fluxbatch, ``chroma-tiny`` with few and narrow layers of everything; returns
+    the transformer's parameters."""
+    known, sizes, words, vae = _known(CHROMA[name])
+    if small := name == "chroma-tiny":
+        sizes |= dict(num_attention_heads=1, num_layers=1, num_single_layers=1, joint_attention_dim=64)
+        sizes |= dict(approximator_hidden_dim=64, approximator_layers=1)
+        words |= dict(d_model=64, d_ff=128, num_heads=1, num_layers=1)
+        vae |= dict(block_out_channels=[32] * 4)
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float32 if small else torch.bfloat16)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        transformer = ChromaTransformer2DModel(**sizes)
+        levels = len(vae["block_out_channels"])
+        autoencoder = AutoencoderKL(
+            down_block_types=["DownEncoderBlock2D"] * levels, up_block_types=["UpDecoderBlock2D"] * levels, **vae
+        )
+        encoder = T5EncoderModel(T5Config(**words))
+    ChromaPipeline(
+        transformer=transformer,
+        text_encoder=encoder,
+        vae=autoencoder,
+        tokenizer=T5TokenizerFast.from_pretrained(MINI / "tokenizer_2"),
+        scheduler=FlowMatchEulerDiscreteScheduler(**known["scheduler"]),
+    ).save_pretrained(folder)
+    return sum(p.numel() for p in transformer.parameters())
+
+
 def _known(file: str) -> tuple[dict[str, Any], ...]:
     """All that comes with fluxbatch of a checkpoint, and of it the sizes of transformer, text encoder and VAE."""
     known = yaml.safe_load((ROOT / "fluxbatch/checkpoints" / f"{file}.yaml").read_text())
@@ -185,7 +218,8 @@ def _golden(name: str) -> ModuleType:
 
 
 if __name__ == "__main__":
-    makers = dict.fromkeys(SIZES, write) | dict.fromkeys(FLUX2, write_flux2) | dict.fromkeys(Z_IMAGE, write_z_image)
+    makers = dict.fromkeys(SIZES, write) | dict.fromkeys(FLUX2, write_flux2)
+    makers |= dict.fromkeys(Z_IMAGE, write_z_image) | dict.fromkeys(CHROMA, write_chroma)
     if len(sys.argv) != 3 or sys.argv[2] not in makers:
         sys.exit(__doc__)
     maker = makers[sys.argv[2]]

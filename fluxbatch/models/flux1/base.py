@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -14,6 +14,7 @@ from fluxbatch.models import autoencoder_cost, autoencoder_keys
 from fluxbatch.models.autoencoder import Decoder, VaeConfig
 from fluxbatch.models.family import (
     Component,
+    Conditioning,
     Family,
     Footprint,
     Pictures,
@@ -44,10 +45,10 @@ class Flux1(Family):
 
     name = "flux1"
     pipelines: ClassVar[tuple[str, ...]] = ("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline")
-    encoders = ("text_encoder", "text_encoder_2")
-    conditioning = PromptEmbeds
+    encoders: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2")
+    conditioning: Callable[..., Conditioning] = PromptEmbeds
     lora = LORA
-    file_patterns = ("flux*",)
+    file_patterns: ClassVar[tuple[str, ...]] = ("flux*",)
     leftovers = r"text_encoders\.\w+\.(logit_scale|text_projection(\.weight)?)"  # of ComfyUI's text encoders in a whole
     components = {
         "transformer": Component(
@@ -286,16 +287,16 @@ class Flux1(Family):
         return cost.clip(self.clip, self.clip.max_position_embeddings) + cost.t5(self.t5, inputs[1].length)
 
     def step_flops(self, height: int, width: int, inputs: Sequence[TextInput], mode: Mode = PLAIN) -> int:
-        return cost.flux_step(self.transformer, self.tokens(height, width, mode), inputs[1].length)
+        return cost.flux_step(self.transformer, self.tokens(height, width, mode), inputs[-1].length)
 
     def decode_flops(self, height: int, width: int) -> int:
         return autoencoder_cost.decode_flops(self.vae, height, width)
 
     def encode_bytes(self, at: Footprint, inputs: Sequence[TextInput]) -> int:
-        return cost.encode_bytes(self.t5, self.clip, at, inputs[1].length)
+        return max(cost.t5_bytes(self.t5, at, inputs[1].length), cost.clip_bytes(self.clip, at))
 
     def denoise_bytes(self, at: Footprint, inputs: Sequence[TextInput]) -> int:
-        return cost.denoise_bytes(self.transformer, at, self.tokens(at.height, at.width, at.mode), inputs[1].length)
+        return cost.denoise_bytes(self.transformer, at, self.tokens(at.height, at.width, at.mode), inputs[-1].length)
 
     def decode_bytes(self, at: Footprint) -> int:
         return autoencoder_cost.decode_bytes(self.vae, at)

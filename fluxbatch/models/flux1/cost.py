@@ -65,13 +65,21 @@ def denoise_bytes(cfg: FluxConfig, at: Footprint, tokens: int, text: int) -> int
     return modulation + gathered + 2 * width + 6 * width // at.mesh["tensor"] + scores
 
 
-def encode_bytes(t5: T5Config, clip: ClipConfig, at: Footprint, text: int) -> int:
-    """Scores in float32, twice, T5's bias, and what a block works on; on a CPU also the layer that it cuts from its
+def t5_bytes(cfg: T5Config, at: Footprint, text: int) -> int:
+    """Scores in float32, twice, the bias, and what a block works on; on a CPU also the layer that it cuts from its
     stack."""
-    scores, length = 4 * t5.num_heads * text**2, clip.max_position_embeddings
-    of_t5 = scores * (1 + 2 * at.images) + 4 * at.images * text * t5.d_model * at.activation_bytes
-    of_clip = 4 * at.images * length * (clip.num_attention_heads * length + 4 * clip.hidden_size)
-    layer_t5 = t5.d_model * (4 * t5.num_heads * t5.d_kv + 3 * t5.d_ff)
-    layer_clip = clip.hidden_size * (4 * clip.hidden_size + 2 * clip.intermediate_size)
-    cut = at.weight_bytes if at.platform == "cpu" else 0
-    return max(of_t5 + cut * layer_t5, of_clip + cut * layer_clip)
+    scores = 4 * cfg.num_heads * text**2
+    layer = cfg.d_model * (4 * cfg.num_heads * cfg.d_kv + 3 * cfg.d_ff)
+    return scores * (1 + 2 * at.images) + 4 * at.images * text * cfg.d_model * at.activation_bytes + _cut(at) * layer
+
+
+def clip_bytes(cfg: ClipConfig, at: Footprint) -> int:
+    """The same without a bias, all in float32."""
+    d, length = cfg.hidden_size, cfg.max_position_embeddings
+    layer = d * (4 * d + 2 * cfg.intermediate_size)
+    return 4 * at.images * length * (cfg.num_attention_heads * length + 4 * d) + _cut(at) * layer
+
+
+def _cut(at: Footprint) -> int:
+    """Bytes of a number of a layer that is cut from its stack."""
+    return at.weight_bytes if at.platform == "cpu" else 0

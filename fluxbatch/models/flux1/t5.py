@@ -97,7 +97,8 @@ class Block(nnx.Module):
 
 
 class T5Encoder(nnx.Module):
-    """Token ids ``[B, T]`` → states ``[B, T, d_model]`` in ``dtype``; padding is attended, as FLUX does."""
+    """Token ids ``[B, T]`` → states ``[B, T, d_model]`` in ``dtype``; padding is attended, as FLUX does, but where a
+    ``mask`` ``[B, T]`` is 0."""
 
     def __init__(self, cfg: T5Config, *, rngs: nnx.Rngs | None, layout: Layout = Layout()):
         self.cfg, self.layout = cfg, layout
@@ -107,11 +108,13 @@ class T5Encoder(nnx.Module):
         self.blocks = stack(cfg.num_layers, lambda r: Block(cfg, rngs=r), rngs)
         self.final_norm = RMSNorm(cfg.d_model, eps=cfg.layer_norm_epsilon, rngs=rngs)
 
-    def __call__(self, ids: Array, dtype: Any = jnp.float32) -> Array:
+    def __call__(self, ids: Array, dtype: Any = jnp.float32, mask: Array | None = None) -> Array:
         cfg = self.cfg
         buckets = relative_buckets(
             ids.shape[1], cfg.relative_attention_num_buckets, cfg.relative_attention_max_distance
         )
         bias = self.relative_bias[...].astype(jnp.float32)[buckets].transpose(2, 0, 1)
+        if mask is not None:
+            bias = jnp.where(mask[:, None, None, :] > 0, bias, np.finfo(np.float32).min)
         x = scan(self.blocks, lambda block, x: block(x, bias), self.embed(ids, dtype), self.layout)
         return self.final_norm(x)

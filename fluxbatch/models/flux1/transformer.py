@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, Self, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +43,7 @@ class FluxConfig:
     axes_dims_rope: tuple[int, ...]
 
     @classmethod
-    def from_json(cls, config: Mapping[str, Any]) -> FluxConfig:
+    def from_json(cls, config: Mapping[str, Any]) -> Self:
         """Reads ``transformer/config.json``; ValueError for what this model cannot be."""
         axes = tuple(config.get("axes_dims_rope", (16, 56, 56)))
         head = config["attention_head_dim"]
