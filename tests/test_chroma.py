@@ -23,6 +23,7 @@ from test_weights_layouts import bfl_flux
 from fluxbatch.lora.formats import read_key
 from fluxbatch.models.chroma import transformer
 from fluxbatch.models.chroma.lora import LORA
+from fluxbatch.models.flux1 import cost as flux1_cost
 from fluxbatch.models.flux1.transformer import rope_table
 from fluxbatch.weights.precision import Precision
 
@@ -72,6 +73,16 @@ def test_a_row_that_cannot_be(cli, tmp_path):
     words = f"pretrained_model_name_or_path={MODEL}", f"manifest={tmp_path / 'rows.jsonl'}", "resolution=32", *WORDS
     code, said = cli(*words, f"output_dir={tmp_path}", entry="plan")
     assert code == 2 and "rows.jsonl:1: control_image: expected none" in said
+
+
+def test_an_index_that_cannot_be(cli, beside, tmp_path):
+    folder, index = beside("model"), json.loads((MODEL / "model_index.json").read_text())
+    os.symlink(MODEL / "transformer", folder / "transformer")
+    os.unlink(folder / "model_index.json")
+    (folder / "model_index.json").write_text(json.dumps(index | {"_masked_padding": "false"}))
+    words = f"pretrained_model_name_or_path={folder}", "prompt=x", "resolution=32", *WORDS
+    code, said = cli(*words, f"output_dir={tmp_path}", entry="plan")
+    assert code == 2 and 'model_index.json: _masked_padding is "false", expected true or false' in said
 
 
 PUBLISHED = dict(in_channels=64, num_layers=19, num_single_layers=38, attention_head_dim=128, num_attention_heads=24,
@@ -154,7 +165,7 @@ def test_converted_streamed_resumed_and_replayed(cli, draw, tmp_path):
         assert np.array_equal(copied[row["id"]], expected[row["id"]])
         assert np.array_equal(again[row["id"]], expected[row["id"]])
         assert np.abs(streamed[row["id"]].astype(int) - expected[row["id"]]).max() <= 1
-    code, err = cli("id=g3", f"output_dir={tmp_path}", "run_name=run", entry="replay")
+    code, err = cli("id=g1", f"output_dir={tmp_path}", "run_name=run", entry="replay")
     assert code == 0, err
     code, err = cli(f"output_dir={tmp_path}", "run_name=run", entry="verify")
     assert code == 0, err
@@ -305,3 +316,21 @@ def mixed():
 @pytest.mark.slow
 def test_mixed_rows(draw):
     check_mixed_rows(draw, MODEL, ["all", "context 2"], rows=mixed())
+
+
+def test_cost_is_the_compilers():
+    """Of a step, to 3 %: what is linear in the tokens is not counted."""
+    sizes = dict(attention_head_dim=32, num_attention_heads=4, joint_attention_dim=64, in_channels=16, num_layers=1)
+    more = dict(num_single_layers=1, axes_dims_rope=[8, 12, 12], approximator_hidden_dim=256, approximator_layers=2)
+    cfg = transformer.ChromaConfig.from_json(sizes | more)
+    graph, state = nnx.split(transformer.Chroma(cfg, rngs=None))
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((1, 128, 16), (1, 64, 64), (1, 64), (1, 2))]
+
+    def step(state, img, states, mask, sigmas):
+        model, text = nnx.merge(graph, state), transformer.PromptEmbeds(states, mask)
+        mod = jax.tree.map(lambda x: x[:, 0], model.step_inputs(text, sigmas, jnp.ones(1), jnp.float32))
+        positions = rope_table(64, 8, 16, cfg.axes_dims_rope)
+        return model.velocity(img, model.embed(text, positions, jnp.float32), mod, positions)
+
+    counted = jax.jit(step).lower(state, *shapes).compile().cost_analysis()["flops"]
+    assert counted == pytest.approx(flux1_cost.flux_step(cfg, 128, 64) + cfg.approximator_flops, rel=0.03)

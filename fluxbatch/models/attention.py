@@ -106,7 +106,8 @@ def splash(
     )
 
     heads, length, width = q.shape[1:]
-    sizes = splash_blocks(k.shape[2], chip, blocks) | {"block_q": splash_blocks(length, chip, blocks)["block_q"]}
+    sizes = splash_blocks(k.shape[2], chip, blocks, factors is not None)
+    sizes |= {"block_q": splash_blocks(length, chip, blocks)["block_q"]}
     over = [-x.shape[2] % sizes[block] for x, block in ((q, "block_q"), (k, "block_kv"))]
     mask = masks.MultiHeadMask([masks.FullMask((length + over[0], k.shape[2] + over[1])) for _ in range(heads)])
     # Keys and values as the compiler's products with kernels leave them, tokens last: it would otherwise make these
@@ -124,11 +125,14 @@ def splash(
     return jax.vmap(attend, in_axes=(0, 0, 0, None))(q, k, v, ids)[:, :, :length].astype(v.dtype)
 
 
-def splash_blocks(length: int, chip: str = "", given: Mapping[str, int] | None = None) -> dict[str, int]:
+def splash_blocks(
+    length: int, chip: str = "", given: Mapping[str, int] | None = None, wide: bool = False
+) -> dict[str, int]:  # fmt: skip
     """Block sizes that divide the padded length with the least padding, queries first. ``chip``: JAX's name of the
-    device; more than 256 keys at once do not fit the vector memory of "TPU v4". The others need the larger limit
-    (``xla_tpu_scoped_vmem_limit_kib``) that conf/hardware gives them. ``given``: some that are settled, in multiples of
-    128; the rest goes with them, as block_kv must be a multiple of block_kv_compute.
+    device; more than 256 keys at once do not fit the vector memory of "TPU v4", or more than 128 that are ``wide``, of
+    more than 128 channels. The others need the larger limit (``xla_tpu_scoped_vmem_limit_kib``) that conf/hardware
+    gives them. ``given``: some that are settled, in multiples of 128; the rest goes with them, as block_kv must be a
+    multiple of block_kv_compute.
 
     Measured for FLUX: 2304/2304/768 is best at 4,608 tokens and 2176 at 4,352 on v6e; blocks that
     do not divide cost a whole extra block (2176 at 4,608 pads to 6,528: 2.5 times the time).
@@ -138,7 +142,8 @@ def splash_blocks(length: int, chip: str = "", given: Mapping[str, int] | None =
     given = given or {}
     kv, compute = given.get("block_kv", size), given.get("block_kv_compute")
     if compute is None:
-        compute = max(s for s in range(128, min(kv, 256 if chip == "TPU v4" else 768) + 1, 128) if kv % s == 0)
+        most = 768 if chip != "TPU v4" else 128 if wide else 256
+        compute = max(s for s in range(128, min(kv, most) + 1, 128) if kv % s == 0)
     elif "block_kv" not in given:
         kv = compute * max(1, size // compute)
     return {"block_q": given.get("block_q", size), "block_kv": kv, "block_kv_compute": compute}

@@ -49,6 +49,12 @@ class ChromaConfig(FluxConfig):
         """Of modulation: three of each single block, twelve of each double one, two of the last layer."""
         return 3 * self.num_single_layers + 12 * self.num_layers + 2
 
+    @property
+    def approximator_flops(self) -> int:
+        """Of one time."""
+        hidden, ends = self.approximator_hidden_dim, self.approximator_num_channels + self.width
+        return 2 * self.vectors * hidden * (2 * self.approximator_layers * hidden + ends)
+
 
 class PromptEmbeds(NamedTuple):
     """What is read of a prompt."""
