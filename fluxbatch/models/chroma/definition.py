@@ -134,7 +134,7 @@ class ChromaFamily(Flux1):
         return super().step_flops(height, width, inputs, mode) + self.transformer.approximator_flops
 
     def encode_bytes(self, at: Footprint, inputs: Sequence[TextInput]) -> int:
-        return cost.t5_bytes(self.t5, at, inputs[0].length)
+        return cost.t5_bytes(self.t5, at, inputs[0].length, masked=True)
 
     def denoise_bytes(self, at: Footprint, inputs: Sequence[TextInput]) -> int:
         """On a GPU the bias of all scores is written down, once for all heads."""

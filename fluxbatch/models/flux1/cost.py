@@ -47,11 +47,12 @@ def clip(cfg: ClipConfig, tokens: int) -> int:
 
 
 def denoise_bytes(cfg: FluxConfig, at: Footprint, tokens: int, text: int) -> int:
-    """The modulation of some steps, and in a single block: the sequence and its normed form, and in heads and hidden
-    units q, k, v and the MLP's four widths; what else there is differs from compiler to compiler. ``tokens``, ``text``:
-    of an image."""
+    """The modulation of some steps, for each prompt, and in a single block: the sequence and its normed form, and in
+    heads and hidden units q, k, v and the MLP's four widths; what else there is differs from compiler to compiler.
+    ``tokens``, ``text``: of an image."""
     d = cfg.width
-    modulation = at.images * at.steps * d * at.activation_bytes * (12 * cfg.num_layers + 3 * cfg.num_single_layers + 2)
+    vectors = 12 * cfg.num_layers + 3 * cfg.num_single_layers + 2
+    modulation = at.passes * at.images * at.steps * vectors * d * at.activation_bytes
     width = at.images * (tokens + text) // at.mesh["context"] * d * at.activation_bytes
     layer = 12 * d * d * at.weight_bytes // at.mesh["tensor"]  # of a single block; a double one has twice that
     if at.platform == "cpu":  # cuts each layer from its stack
@@ -65,12 +66,14 @@ def denoise_bytes(cfg: FluxConfig, at: Footprint, tokens: int, text: int) -> int
     return modulation + gathered + 2 * width + 6 * width // at.mesh["tensor"] + scores
 
 
-def t5_bytes(cfg: T5Config, at: Footprint, text: int) -> int:
-    """Scores in float32, twice, the bias, and what a block works on; on a CPU also the layer that it cuts from its
-    stack."""
-    scores = 4 * cfg.num_heads * text**2
+def t5_bytes(cfg: T5Config, at: Footprint, text: int, masked: bool = False) -> int:
+    """Scores in float32, twice, the bias, of each row if there is a mask, and what a block works on; on a CPU also the
+    layer that it cuts from its stack."""
+    scores, biases = 4 * cfg.num_heads * text**2, at.images if masked else 1
     layer = cfg.d_model * (4 * cfg.num_heads * cfg.d_kv + 3 * cfg.d_ff)
-    return scores * (1 + 2 * at.images) + 4 * at.images * text * cfg.d_model * at.activation_bytes + _cut(at) * layer
+    return (
+        scores * (biases + 2 * at.images) + 4 * at.images * text * cfg.d_model * at.activation_bytes + _cut(at) * layer
+    )
 
 
 def clip_bytes(cfg: ClipConfig, at: Footprint) -> int:
