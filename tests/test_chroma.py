@@ -256,6 +256,21 @@ def test_adapters_of_the_text_encoder():
         assert site.component == "text_encoder" and site.targets[0].at() == "blocks.q.kernel"
 
 
+def test_an_adapter_of_flux1(cli, tmp_path):
+    """What Chroma has not is a line for each, or left out."""
+    shapes = {"transformer_blocks.0.attn.to_q": (16, 16), "transformer_blocks.0.norm1.linear": (96, 16)}
+    tensors = files.Maker(0).peft({f"transformer.{name}": shape for name, shape in shapes.items()})
+    tensors |= files.Maker(1).lora({"lora_te1_text_model_encoder_layers_0_mlp_fc1": (32, 16)})
+    files.save(tmp_path / "a.safetensors", tensors)
+    words = f"pretrained_model_name_or_path={MODEL}", "prompt=x", "resolution=32", *WORDS, f"output_dir={tmp_path}"
+    words = *words, *files.arrays({"a": tmp_path / "a.safetensors"})
+    code, said = cli(*words, entry="plan")
+    assert code == 2 and said.count("leads nowhere in this model") == len(tensors) - 2
+    assert "transformer.transformer_blocks.0.norm1.linear" in said and "lora_te1_text_model" in said
+    code, said = cli(*words, "lora_config.strict=false", entry="plan")
+    assert code == 0, said
+
+
 FORMATS = {
     "diffusers": ("transformer.", lambda m, shapes: m.peft(shapes), False),
     "kohya": ("lora_unet_", lambda m, shapes: m.lora(shapes), True),

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import GOLDEN, images, psnr
+from flax import nnx
 from flux2_pipeline import opened
 from test_chroma import original_names
 from test_flux2 import sizes, tensors
@@ -169,6 +170,17 @@ def test_parts(generate, tmp_path):
     positions = rope_table(48, 3, 5, model.cfg.axes_dims_rope)
     ours = model.velocity(jnp.asarray(latents.numpy()), model.embed(text, positions, jnp.float32), mod, positions)
     assert np.abs(np.asarray(ours) - velocity.numpy()).max() < 1e-3 * np.abs(velocity.numpy()).max()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_norms_of_the_approximator(dtype):
+    """torch's of no eps; values so small that eps tells."""
+    x = torch.randn(3, 16, generator=torch.Generator().manual_seed(0)).mul_(3e-4).to(getattr(torch, dtype))
+    theirs = torch.nn.RMSNorm(16, dtype=x.dtype)(x).detach().float().numpy()
+    norm = transformer.Layer(16, rngs=nnx.Rngs(0)).norm
+    ours = np.asarray(norm(jnp.asarray(x.float().numpy(), dtype)), np.float32)
+    assert np.abs(ours - theirs).max() < 0.01 * np.abs(theirs).max()
+    assert np.abs(theirs[0]).mean() < 0.7  # without an eps it would be about 0.8
 
 
 def test_numbers_are_rounded_as_diffusers_rounds_them():

@@ -195,15 +195,13 @@ def _apart(x: Array) -> Array:
 class RMSNorm(nnx.Module):
     """Scale-only norm over the last axis, in float32."""
 
-    def __init__(self, width: int, *, eps: float | None, rngs: nnx.Rngs | None, axis: Axis = None):
-        """``eps``: None for that of the dtype it reads, as torch has it."""
+    def __init__(self, width: int, *, eps: float, rngs: nnx.Rngs | None, axis: Axis = None):
         self.scale = param(rngs, (width,), (axis,), ones)
         self.eps = eps
 
     def __call__(self, x: Array) -> Array:
         y = x.astype(jnp.float32)
-        eps = jnp.finfo(x.dtype).eps if self.eps is None else self.eps  # type: ignore[no-untyped-call]
-        y = y * _apart(jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps))
+        y = y * _apart(jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps))
         return (y * self.scale[...].astype(jnp.float32)).astype(x.dtype)
 
 

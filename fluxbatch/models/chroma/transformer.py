@@ -25,6 +25,8 @@ from fluxbatch.models.layers import Linear, RMSNorm, scan, stack
 
 Array = jax.Array
 
+EPS = float(np.finfo(np.float32).eps)  # of the approximator's norms: torch's own, in half precision too
+
 
 @dataclasses.dataclass(frozen=True)
 class ChromaConfig(FluxConfig):
@@ -105,7 +107,7 @@ class Layer(nnx.Module):
     """``[…, hidden]`` → the same."""
 
     def __init__(self, width: int, *, rngs: nnx.Rngs | None):
-        self.norm = RMSNorm(width, eps=None, rngs=rngs)
+        self.norm = RMSNorm(width, eps=EPS, rngs=rngs)
         self.in_layer = Linear(width, width, ("mlp", "embed"), rngs=rngs)
         self.out_layer = Linear(width, width, ("embed", "mlp"), rngs=rngs)
 
