@@ -58,6 +58,8 @@ CASES = {
     "dev": Case(16, 1024, 28, 3.5, 512, (1, 4, 8), "dev"),
     "klein-tiny": Case(4, 64, 2, 1.0, 128, (2,), "klein-tiny"),
     "klein-4b": Case(48, 1024, 4, 1.0, 512, (1, 4, 8), "klein-4b"),
+    "flux3-tiny": Case(4, 64, 2, 1.0, 80, (2,), "flux3-tiny"),
+    "flux3-klein": Case(48, 1024, 16, 1.0, 80, (1, 4, 8), "flux3-klein"),
     "z-image-tiny": Case(4, 64, 2, 0.0, 128, (2,), "z-image-tiny"),
     "z-image": Case(48, 1024, 8, 0.0, 512, (1, 4, 8), "z-image"),
     "chroma-tiny": Case(4, 64, 2, 5.0, 32, (2,), "chroma-tiny", 2),
@@ -215,7 +217,7 @@ def compare(model: str, case: Case, ways: Sequence[str], rounds: int, kept: path
     checkpoint, work = kept / "checkpoints" / case.checkpoint, kept / model
     if case.checkpoint == "flux-mini":
         checkpoint = ROOT / "fluxbatch/checkpoints/flux-mini"
-    elif not (checkpoint / "model_index.json").exists():  # it is written last
+    elif not any(checkpoint.glob("*model_index.json")):  # it is written last
         subprocess.run(
             [sys.executable, HERE.parent / "random_flux.py", checkpoint, case.checkpoint], check=True, stdout=sys.stderr
         )

@@ -5,6 +5,7 @@ python jobs/bench/random_flux.py DIR middle      # 0.3 G parameters, float32: fo
 python jobs/bench/random_flux.py DIR dev         # FLUX.1's sizes, 12 G + T5-XXL, bfloat16: 34 GB, made on the GPU
 python jobs/bench/random_flux.py DIR klein-4b    # FLUX.2 klein's, 4 G + Qwen3-4B: 16 GB
 python jobs/bench/random_flux.py DIR flux2-dev   # 32 G + Mistral Small 3: 112 GB
+python jobs/bench/random_flux.py DIR flux3-klein # FLUX.3 klein's, 6 G + Qwen3-VL-4B's language model: 19 GB
 python jobs/bench/random_flux.py DIR z-image     # Z-Image-Turbo's, 6 G + Qwen3-4B: 21 GB
 python jobs/bench/random_flux.py DIR chroma      # Chroma1-HD's, 9 G + T5-XXL: 28 GB
 """
@@ -12,6 +13,7 @@ python jobs/bench/random_flux.py DIR chroma      # Chroma1-HD's, 9 G + T5-XXL: 2
 from __future__ import annotations
 
 import importlib.util
+import json
 import pathlib
 import shutil
 import sys
@@ -29,6 +31,7 @@ from diffusers import (
     Flux2KleinPipeline,
     Flux2Pipeline,
     Flux2Transformer2DModel,
+    Flux3Transformer2DModel,
     FluxTransformer2DModel,
     ZImagePipeline,
     ZImageTransformer2DModel,
@@ -40,6 +43,8 @@ from transformers import (
     Mistral3ForConditionalGeneration,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
@@ -48,6 +53,7 @@ from transformers import (
 ROOT = pathlib.Path(__file__).parents[2]
 MINI = ROOT / "fluxbatch/checkpoints/flux-mini"
 FLUX2 = {"klein-tiny": "FLUX.2-klein-4B", "klein-4b": "FLUX.2-klein-4B", "flux2-dev": "FLUX.2-dev"}  # sizes by file
+FLUX3 = {"flux3-tiny": "flux-3-image-klein", "flux3-klein": "flux-3-image-klein"}
 Z_IMAGE = {"z-image-tiny": "z-image-turbo", "z-image": "z-image-turbo"}
 CHROMA = {"chroma-tiny": "Chroma1-HD", "chroma": "Chroma1-HD"}
 SIZES = {  # double, single, heads; T5's blocks, width and hidden width; VAE's channels; guidance
@@ -145,6 +151,38 @@ def write_flux2(folder: pathlib.Path, name: str) -> int:
     return sum(p.numel() for p in transformer.parameters())
 
 
+def write_flux3(folder: pathlib.Path, name: str) -> int:
+    """FLUX.3 klein by the sizes that come with fluxbatch, ``flux3-tiny`` with few and narrow layers of everything;
+    returns the transformer's parameters. Nothing sees pictures in its text encoder but a layer for form's sake."""
+    known, sizes, speaks, vae = _known(FLUX3[name])
+    words = speaks["text_config"] | {"tie_word_embeddings": True}
+    if small := name == "flux3-tiny":
+        sizes |= dict(num_attention_heads=1, num_layers=1, num_single_layers=1, joint_attention_dim=8 * 64)
+        words |= dict(hidden_size=64, intermediate_size=128, num_attention_heads=1, num_key_value_heads=1)
+        vae |= dict(block_out_channels=[32] * 4)
+    thirds = {"mrope_section": [24, 20, 20], "mrope_interleaved": True}
+    words["rope_parameters"] = {"rope_type": "default", "rope_theta": float(words.pop("rope_theta")), **thirds}
+    sees = dict(depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=words["hidden_size"])
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float32 if small else torch.bfloat16)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        transformer = Flux3Transformer2DModel(**sizes)
+        levels = len(vae["block_out_channels"])
+        autoencoder = AutoencoderKLFlux2(
+            down_block_types=["DownEncoderBlock2D"] * levels, up_block_types=["UpDecoderBlock2D"] * levels, **vae
+        )
+        config = Qwen3VLConfig(
+            text_config=words, vision_config=sees | {"deepstack_visual_indexes": [0]}, tie_word_embeddings=True
+        )
+        encoder = Qwen3VLForConditionalGeneration(config)
+    tokenizer = _golden("generate_flux3").tokenizer()
+    parts = {"transformer": transformer, "vae": autoencoder, "text_encoder": encoder, "tokenizer": tokenizer}
+    for part, module in parts.items():
+        module.save_pretrained(folder / part)
+    (folder / "modular_model_index.json").write_text(json.dumps({"_class_name": known["pipeline"]}))
+    return sum(p.numel() for p in transformer.parameters())
+
+
 def write_z_image(folder: pathlib.Path, name: str) -> int:
     """Z-Image by the sizes that come with fluxbatch, ``z-image-tiny`` with few and narrow layers of everything; returns
     the transformer's parameters."""
@@ -219,7 +257,8 @@ def _golden(name: str) -> ModuleType:
 
 if __name__ == "__main__":
     makers = dict.fromkeys(SIZES, write) | dict.fromkeys(FLUX2, write_flux2)
-    makers |= dict.fromkeys(Z_IMAGE, write_z_image) | dict.fromkeys(CHROMA, write_chroma)
+    makers |= dict.fromkeys(FLUX3, write_flux3) | dict.fromkeys(Z_IMAGE, write_z_image)
+    makers |= dict.fromkeys(CHROMA, write_chroma)
     if len(sys.argv) != 3 or sys.argv[2] not in makers:
         sys.exit(__doc__)
     maker = makers[sys.argv[2]]
