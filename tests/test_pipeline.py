@@ -23,6 +23,7 @@ from fluxbatch.models.flux1.transformer import Flux, FluxConfig, rope_table, tim
 from fluxbatch.models.network import Pictures
 from fluxbatch.models.schedulers import FlowMatchEuler
 from fluxbatch.types import PLAIN
+from fluxbatch.weights.precision import Precision
 
 FLUX = FluxConfig(16, 16, 2, 3, 4, 16, 24, 16, True, (4, 6, 6))
 
@@ -30,7 +31,7 @@ FLUX = FluxConfig(16, 16, 2, 3, 4, 16, 24, 16, True, (4, 6, 6))
 class Loaded:
     """A network whose weights are there."""
 
-    missing, here = 0, True
+    missing, here, dtype = 0, True, Precision.of(np.float32)
 
     def __init__(self, module):
         self._parts = nnx.split(module)

@@ -303,6 +303,19 @@ def test_memory_against_the_compiler(side, images):
     assert phases["decode"].weights == needs["denoise"].held + needs["decode"].held + modulators(engine)
 
 
+@pytest.mark.parametrize("part", ["encode", "denoise"])
+def test_a_cpu_brings_one_layer_at_a_time_to_float32(part):
+    """Not all of a stack of bfloat16."""
+    types = "weights_dtype=bfloat16", "activations_dtype=bfloat16"
+    (small,), (large,) = (
+        aot.needs(
+            opened("flux-mini", "resolution=128", "max_sequence_length=32", *words)[1], 1, 128, 128, PLAIN, [part]
+        )
+        for words in (types, ())
+    )
+    assert small.held * 2 == large.held and small.temporaries < large.temporaries < large.held
+
+
 @pytest.mark.parametrize(
     ("platform", "side", "sharded", "figure"),
     [

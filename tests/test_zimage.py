@@ -18,9 +18,13 @@ from safetensors.numpy import load_file
 from test_flux2_run import WEIGHTS, change, check_adapter, check_bytes, check_mixed_rows, drawn, modules
 from test_published import cache, planned  # noqa: F401
 
+from fluxbatch.generation.steps import STEPS
 from fluxbatch.lora.formats import read_key
+from fluxbatch.models.family import Footprint
 from fluxbatch.models.zimage import cost, keys, latents, qwen3, transformer
 from fluxbatch.models.zimage.lora import LORA
+from fluxbatch.types import Mode
+from fluxbatch.weights.published import published
 
 WORDS = "max_sequence_length=512", "hardware=cpu"
 MODEL = GOLDEN / "zimage"
@@ -347,6 +351,39 @@ def test_cost_is_the_compilers():
 
     counted = jax.jit(step).lower(state, *shapes).compile().cost_analysis()["flops"]
     assert counted == pytest.approx(cost.step(cfg, 128, 64), rel=0.03)
+
+
+TPU, FSDP = {"platform": "tpu"}, {"platform": "tpu", "fsdp": 4}
+CPU, SMALL = {"platform": "cpu", "numbers": 4}, {"platform": "cpu"}
+
+
+@pytest.mark.parametrize(
+    ("where", "images", "side", "text", "figure"),
+    [
+        (TPU, 1, 1024, 96, 0.235),
+        (TPU, 4, 1024, 96, 0.998),
+        (TPU, 1, 1024, 512, 0.275),  # with a negative prompt
+        (FSDP, 1, 1024, 96, 0.452),
+        (CPU, 1, 512, 96, 0.742),
+        (CPU, 4, 512, 96, 1.013),
+        (CPU, 2, 256, 512, 0.773),
+        (CPU, 1, 1024, 96, 1.042),
+        (CPU, 1, 2048, 96, 2.642),
+        (SMALL, 1, 512, 96, 0.718),
+        (SMALL, 4, 512, 96, 1.037),
+        (SMALL, 1, 1024, 96, 0.916),
+        (SMALL, 1, 2048, 96, 2.051),
+    ],
+)
+def test_memory_of_a_step_against_the_compilers(where, images, side, text, figure):
+    """``figure``: GiB that Z-Image-Turbo's step takes beside weights, once compiled by hand: v6e-1, v6e-4 with fsdp, and
+    a CPU in float32 and bfloat16."""
+    known = published()["tongyi-mai/z-image-turbo"]["components"]["transformer"]
+    numbers, mesh = where.get("numbers", 2), {"fsdp": where.get("fsdp", 1), "context": 1, "tensor": 1}
+    weights, mode = 4 if where["platform"] == "cpu" else 2, Mode(negative=figure == 0.275)
+    at = Footprint(images, side, side, where["platform"], numbers, weights, mesh, False, STEPS, 1, mode)
+    found = cost.denoise_bytes(transformer.ZImageConfig.from_json(known), at, (side // 16) ** 2, text)
+    assert found == pytest.approx(figure * 2**30, rel=0.15)
 
 
 def test_text_encoder_is_read_but_for_its_last_layer():

@@ -61,9 +61,12 @@ class Pipeline:
         self._since: float | None = None  # when the devices got the first program of those under way
         self._pictures: Any = None  # the last ones, perhaps still to be drawn
 
+        platform = mesh.devices.flat[0].platform
+        common = {"compiler_options": programs.compiler_options(platform, networks[family.denoiser].dtype.rest)}
+
         def jit(function: Callable[..., Any], *bound: Any, **options: Any) -> jax.stages.Wrapped:
             function = functools.partial(function, *bound)  # of its own, so that its programs go with this pipeline
-            return jax.jit(function, out_shardings=batch_sharding(mesh), **options)
+            return jax.jit(function, out_shardings=batch_sharding(mesh), **common | options)
 
         self._encode = jit(programs.encode, family, static_argnames=("graphs", "dtype"))
         self._step_inputs = jit(programs.step_inputs, static_argnames=("graph", "dtype"))
@@ -83,7 +86,6 @@ class Pipeline:
         self._embed = jit(programs.embed, static_argnames=("graph", "dtype"))
         self._block = jit(programs.block, static_argnames=("block_graph", "graph"))
         self._step = jit(programs.step, scheduler.step, static_argnames="graph", donate_argnames="latents")
-        platform = mesh.devices.flat[0].platform
         at_once = programs.pixels_at_once(platform)
         self._encode_pictures = jit(
             functools.partial(programs.encode_pictures, family, at_once=at_once), static_argnames=("graph", "dtype")

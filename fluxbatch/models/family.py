@@ -175,6 +175,10 @@ class Footprint:
         """Prompts that lead an image."""
         return 2 if self.mode.negative else 1
 
+    def score_bytes(self, heads: int, tokens: int) -> int:
+        """Of the scores of tokens that attend to each other, in float32, if they are written down."""
+        return 4 * self.images * heads * tokens**2 // (self.mesh["context"] * self.mesh["tensor"]) if self.scores else 0
+
 
 class Family(abc.ABC):
     """A model family. Class attributes describe its checkpoints; an instance has the configs of one."""

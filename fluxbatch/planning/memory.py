@@ -110,8 +110,8 @@ class Situation:
         height, width, mode = max(self.sizes, key=functools.partial(tokens, spec))
         activation, precision = jnp.dtype(spec.activations_dtype).itemsize, spec.precision(spec.family.denoiser)
         weight = (precision.kernels or precision.rest).itemsize
-        if precision.kernels and self.platform == "cpu":
-            weight += activation  # the layer that is cut from its stack, and the same cast
+        if self.platform == "cpu":  # the layer that is cut from its stack, as it is multiplied or beside that
+            weight = weight + activation if precision.kernels else max(weight, 4)
         at_once = together(self.images, height, width, pixels_at_once(self.platform))
         mesh = dict(spec.mesh.shape)
         return Footprint(

@@ -58,11 +58,7 @@ def denoise_bytes(cfg: FluxConfig, at: Footprint, tokens: int, text: int) -> int
     if at.platform == "cpu":  # cuts each layer from its stack
         return modulation + max(layer + 13 * width, 2 * layer + 6 * width)
     gathered = layer + layer // 2 if at.mesh["fsdp"] > 1 else 0  # three quarters of a double block: its MLPs come ahead
-    scores = (
-        4 * at.images * cfg.num_attention_heads * (tokens + text) ** 2 // (at.mesh["context"] * at.mesh["tensor"])
-        if at.scores
-        else 0
-    )
+    scores = at.score_bytes(cfg.num_attention_heads, tokens + text)
     return modulation + gathered + 2 * width + 6 * width // at.mesh["tensor"] + scores
 
 

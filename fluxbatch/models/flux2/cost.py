@@ -46,23 +46,19 @@ def encode(cfg: DecoderConfig, layers: tuple[int, ...], tokens: int) -> int:
     return 2 * max(layers) * tokens * (products + 2 * tokens * inner)
 
 
-def denoise_bytes(cfg: Any, at: Footprint, tokens: int, text: int, modulation: int = 17) -> int:
+def denoise_bytes(cfg: Any, at: Footprint, tokens: int, text: int, modulation: int = 17, largest: int = 2) -> int:
     """As FLUX.1's: in a single block the sequence and its normed form, and in heads and hidden units q, k, v and the
     MLP's halves; besides what texts are embedded to. ``tokens``: of an image and its references; ``text``: of one.
-    ``cfg``: of a model with ``width``, ``hidden`` and ``num_attention_heads``; ``modulation``: of a step, in widths."""
+    ``cfg``: of a model with ``width``, ``hidden`` and ``num_attention_heads``; ``modulation``: of a step, in widths;
+    ``largest``: a block of the most weights, in single ones."""
     d, hidden = cfg.width, cfg.hidden
     beside = at.passes * at.images * (at.steps * modulation + text) * d * at.activation_bytes
     width = at.images * (tokens + text) // at.mesh["context"] * at.activation_bytes
-    # of a single block; a double one has twice that
     layer = (4 * d * d + 3 * d * hidden) * at.weight_bytes // at.mesh["tensor"]
     if at.platform == "cpu":  # cuts each layer from its stack
-        return beside + max(layer + width * (7 * d + 2 * hidden), 2 * layer + 6 * width * d)
+        return beside + max(layer + width * (7 * d + 2 * hidden), largest * layer + 6 * width * d)
     gathered = layer + layer // 2 if at.mesh["fsdp"] > 1 else 0
-    scores = (
-        4 * at.images * cfg.num_attention_heads * (tokens + text) ** 2 // (at.mesh["context"] * at.mesh["tensor"])
-        if at.scores
-        else 0
-    )
+    scores = at.score_bytes(cfg.num_attention_heads, tokens + text)
     return beside + gathered + width * 2 * d + width * (3 * d + 2 * hidden) // at.mesh["tensor"] + scores
 
 

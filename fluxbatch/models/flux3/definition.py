@@ -152,8 +152,8 @@ class Klein(Flux2Family):
         return cost.step(self.flux3, image, inputs[0].length, self.tokens(height, width, mode) - image)
 
     def denoise_bytes(self, at: Footprint, inputs: Sequence[TextInput]) -> int:
-        tokens = self.tokens(at.height, at.width, at.mode)
-        return flux2_cost.denoise_bytes(self.flux3, at, tokens, inputs[0].length, cost.modulation(self.flux3))
+        tokens, modulation = self.tokens(at.height, at.width, at.mode), cost.modulation(self.flux3)
+        return flux2_cost.denoise_bytes(self.flux3, at, tokens, inputs[0].length, modulation, largest=1)
 
 
 FAMILIES = (Klein,)

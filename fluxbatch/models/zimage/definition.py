@@ -191,8 +191,7 @@ class ZImageFamily(Family):
         return flux2_cost.encode_bytes(self.qwen3, self.qwen3.layers, at, inputs[0].length)
 
     def denoise_bytes(self, at: Footprint, inputs: Sequence[TextInput]) -> int:
-        tokens = self._padded(at.height, at.width)
-        return flux2_cost.denoise_bytes(self.transformer, at, tokens, inputs[0].length, modulation=1)
+        return cost.denoise_bytes(self.transformer, at, self._padded(at.height, at.width), inputs[0].length)
 
     def decode_bytes(self, at: Footprint) -> int:
         return autoencoder_cost.decode_bytes(self.vae, at)
