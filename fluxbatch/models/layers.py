@@ -11,7 +11,7 @@ compiled program contracts over ``in``.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -98,29 +98,31 @@ class Linear(nnx.Module):
         self.scale: nnx.Param[Any] | None = nnx.data(None)
         self.lora: LowRank | None = nnx.data(None)
 
-    def __call__(self, x: Array) -> Array:
-        read, size = self._read(x)
-        kernel, wide = self.kernel[...].astype(read.dtype).reshape(-1, x.shape[-1]), self._wide(read)
-        y = jax.lax.dot_general(read, kernel, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=wide)
-        y = self._finished(y, size, x.dtype, (-1,))
-        return y if self.lora is None else y + self.lora(x)
+    def __call__(self, *parts: Array, layout: Layout = Layout()) -> Array:
+        """Of what ``parts`` are side by side. Each is brought to eight bits before it is joined: half the bytes."""
+        read, size = self._read(*parts)
+        x = read[0] if len(read) == 1 else layout.join(read, -1, "mlp")
+        kernel, wide = self.kernel[...].astype(x.dtype).reshape(-1, x.shape[-1]), self._wide(x)
+        y = jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=wide)
+        y = self._finished(y, size, parts[0].dtype, (-1,))
+        return y if self.lora is None else y + self.lora(layout.join(parts, -1, "mlp"))
 
     def to_heads(self, x: Array, heads: int, split_head_dim: bool = True) -> Array:
         """``[B, L, in]`` → ``[B, H, L, K]``. ``split_head_dim`` contracts straight into heads-major
         layout (no transpose of activations); otherwise the flat product is reshaped."""
         if not split_head_dim:
             return split_heads(self(x), heads)
-        read, size = self._read(x)
+        (read,), size = self._read(x)
         kernel = self.kernel[...].astype(read.dtype).reshape(heads, -1, x.shape[-1])
         y = jnp.einsum("bld,hkd->bhlk", read, kernel, preferred_element_type=self._wide(read))
         y = self._finished(y, None if size is None else size[:, None], x.dtype, (heads, 1, -1))
         return y if self.lora is None else y + split_heads(self.lora(x), heads)
 
-    def _read(self, x: Array) -> tuple[Array, Array | None]:
+    def _read(self, *parts: Array) -> tuple[Sequence[Array], Array | None]:
         """What is multiplied, and the sizes of its tokens if they are in eight bits."""
         if self.scale is None or not self.tokens or not self.scale.get_metadata().get("products"):
-            return x, None
-        return tokens_in(self.kernel[...].dtype, x)
+            return parts, None
+        return tokens_in(self.kernel[...].dtype, *parts)
 
     def _wide(self, read: Array) -> Any:
         """The dtype of products: of integers they would leave float16, and be rounded twice in bfloat16."""
@@ -141,13 +143,15 @@ class Linear(nnx.Module):
         return y.astype(dtype)
 
 
-def tokens_in(dtype: Any, x: Array) -> tuple[Array, Array]:
-    """``[..., D]`` in eight bits, and the float32 size ``[..., 1]`` of each token: its largest magnitude becomes the
-    largest number of ``dtype``. A token that is not finite has products that are not."""
-    wide, limit = x.astype(jnp.float32), EIGHT_BITS[dtype.name]
-    largest = jnp.max(jnp.abs(wide), axis=-1, keepdims=True)
-    scaled = wide * (limit / jnp.where(largest == 0, 1, largest))  # a TPU divides far more slowly
-    return (jnp.round(scaled) if dtype == jnp.int8 else scaled).astype(dtype), largest / limit
+def tokens_in(dtype: Any, *parts: Array) -> tuple[list[Array], Array]:
+    """Tokens whose parts are ``[..., D]`` in eight bits, and the float32 size ``[..., 1]`` of each token: its largest
+    magnitude becomes the largest number of ``dtype``. A token that is not finite has products that are not."""
+    limit = EIGHT_BITS[dtype.name]
+    most = [jnp.max(jnp.abs(x.astype(jnp.float32)), axis=-1, keepdims=True) for x in parts]
+    largest = functools.reduce(jnp.maximum, most)
+    factor = limit / jnp.where(largest == 0, 1, largest)  # a TPU divides far more slowly
+    scaled = [x.astype(jnp.float32) * factor for x in parts]
+    return [(jnp.round(x) if dtype == jnp.int8 else x).astype(dtype) for x in scaled], largest / limit
 
 
 def split_heads(x: Array, heads: int) -> Array:

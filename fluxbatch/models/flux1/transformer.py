@@ -149,8 +149,8 @@ class SingleBlock(nnx.Module):
         y = jax.lax.optimization_barrier(modulate(x, shift, scale))  # a TPU would make it anew in each of the products
         q, k, v = self.qkv(y, model.split_head_dim)
         attended = from_heads(model.attention(rotate(q, rope), rotate(k, rope), v))
-        joined = model.layout.join([attended, gelu_tanh(self.mlp_in(y))], -1, "mlp")
-        return model.residual(gated(x, gate, self.out(joined)))
+        out = self.out(attended, gelu_tanh(self.mlp_in(y)), layout=model.layout)
+        return model.residual(gated(x, gate, out))
 
 
 def without_modulators(block: Block) -> Block:

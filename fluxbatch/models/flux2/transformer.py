@@ -165,8 +165,8 @@ class SingleBlock(nnx.Module):
         y = jax.lax.optimization_barrier(modulate(x, shift, scale))  # a TPU would make it anew in each of the products
         q, k, v = self.qkv(y, model.split_head_dim)
         attended = from_heads(model.attention(rotate(q, rope), rotate(k, rope), v))
-        joined = model.layout.join([attended, swiglu(self.mlp_gate(y), self.mlp_up(y))], -1, "mlp")
-        return model.residual(gated(x, gate, self.out(joined)))
+        out = self.out(attended, swiglu(self.mlp_gate(y), self.mlp_up(y)), layout=model.layout)
+        return model.residual(gated(x, gate, out))
 
 
 def sinusoids(x: Array, channels: int) -> Array:
