@@ -1,6 +1,7 @@
 """What the models are made of, against the same written plainly."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -96,6 +97,20 @@ def test_a_bias_is_added_in_float32():
     exact = np.asarray(y.astype(jnp.bfloat16), np.float64) + np.asarray(bias, np.float64)
     assert np.abs(half - exact).max() <= 2**-8 * np.abs(exact).max()
     assert np.array_equal(half, np.asarray(jnp.asarray(exact, jnp.float32).astype(jnp.bfloat16), np.float64))
+
+
+def test_half_precision_on_a_cpu_is_read_as_it_lies():
+    """XLA:CPU has no product into bfloat16 that is fast, and would make layers float32 as it takes them of a stack."""
+    model = Flux(FluxConfig(4, 4, 2, 3, 2, 8, 16, 8, True, (2, 2, 4)), rngs=nnx.Rngs(0))
+    graph, state = nnx.split(model)
+    state = jax.tree.map(lambda x: x.astype(jnp.bfloat16), state)
+    x = [jnp.ones(shape, jnp.bfloat16) for shape in ((1, 6, 4), (1, 5, 16), (1, 8))]
+    rope = rope_table(5, 2, 3, (2, 2, 4))
+    program = jax.jit(lambda state, *x: nnx.merge(graph, state)(*x, jnp.ones(1), jnp.ones(1), rope))
+    hlo = program.lower(state, *x).compile().as_text()
+    taken = [*re.findall(r"= (\w+)\[\S* dynamic-slice\(", hlo)]
+    assert len(taken) > 20 and "f32" not in taken, taken
+    assert set(re.findall(r"= (\w+)\[\S* dot\(", hlo)) == {"f32"}
 
 
 MODELS = {

@@ -102,8 +102,7 @@ class Linear(nnx.Module):
         """Of what ``parts`` are side by side. Each is brought to eight bits before it is joined: half the bytes."""
         read, size = self._read(*parts)
         x = read[0] if len(read) == 1 else layout.join(read, -1, "mlp")
-        kernel, wide = self.kernel[...].astype(x.dtype).reshape(-1, x.shape[-1]), self._wide(x)
-        y = jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=wide)
+        y = self._product("...i,oi->...o", x, self.kernel[...].reshape(-1, x.shape[-1]))
         y = self._finished(y, size, parts[0].dtype, (-1,))
         return y if self.lora is None else y + self.lora(layout.join(parts, -1, "mlp"))
 
@@ -113,8 +112,7 @@ class Linear(nnx.Module):
         if not split_head_dim:
             return split_heads(self(x), heads)
         (read,), size = self._read(x)
-        kernel = self.kernel[...].astype(read.dtype).reshape(heads, -1, x.shape[-1])
-        y = jnp.einsum("bld,hkd->bhlk", read, kernel, preferred_element_type=self._wide(read))
+        y = self._product("bld,hkd->bhlk", read, self.kernel[...].reshape(heads, -1, x.shape[-1]))
         y = self._finished(y, None if size is None else size[:, None], x.dtype, (heads, 1, -1))
         return y if self.lora is None else y + split_heads(self.lora(x), heads)
 
@@ -124,9 +122,17 @@ class Linear(nnx.Module):
             return parts, None
         return tokens_in(self.kernel[...].dtype, *parts)
 
-    def _wide(self, read: Array) -> Any:
-        """The dtype of products: of integers they would leave float16, and be rounded twice in bfloat16."""
-        return None if self.scale is None else jnp.int32 if read.dtype == jnp.int8 else jnp.float32
+    def _product(self, subscripts: str, x: Array, kernel: Array) -> Array:
+        """Of integers it would leave float16, and be rounded twice in bfloat16, if it were not wide."""
+        into = lambda dtype: functools.partial(jnp.einsum, subscripts, preferred_element_type=dtype)  # noqa: E731
+        kernel = kernel.astype(x.dtype)
+        if self.scale is not None:
+            return into(jnp.int32 if x.dtype == jnp.int8 else jnp.float32)(x, kernel)
+        if x.dtype != jnp.bfloat16:
+            return into(None)(x, kernel)
+        # What XLA:CPU leaves its products to multiplies bfloat16 into float32 alone.
+        wide = lambda x, kernel: into(jnp.float32)(x, kernel).astype(x.dtype)  # noqa: E731
+        return jax.lax.platform_dependent(x, kernel, cpu=wide, default=into(None))
 
     def _finished(self, y: Array, size: Array | None, dtype: Any, shape: tuple[int, ...]) -> Array:
         """The product scaled, if it is to be, and with its bias, in float32; ``shape``: of outputs beside ``y``.
@@ -270,19 +276,26 @@ def scan(
     if not layout.divides_weights:
         state = jax.tree.map(_by_heads, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
-    def body(carry: Any, both: tuple[Any, Any]) -> tuple[Any, None]:
-        layer, own = both
-        return call(nnx.merge(graph, gathered(layer, layout)), carry, *([] if beside is None else [own])), None
+    places = range(len(jax.tree.leaves(state)[0]))[part]
 
-    count = len(jax.tree.leaves(state)[0])
-    if (places := range(count)[part]) == range(count):
-        return jax.lax.scan(body, carry, (state, beside))[0]
-
-    def turn(i: Array, carry: Any) -> Any:  # a scan would be over a copy of these layers
-        at = lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False)  # noqa: E731
-        return body(carry, jax.tree.map(at, (state, beside)))[0]
+    def turn(i: Array, carry: Any) -> Any:
+        layer, own = jax.tree.map(lambda x: _taken(x, i), (state, beside))
+        return call(nnx.merge(graph, gathered(layer, layout)), carry, *([] if beside is None else [own]))
 
     return jax.lax.fori_loop(places.start, places.stop, turn, carry)
+
+
+def _taken(stacked: Array, i: Array) -> Array:
+    """``stacked[i]``."""
+    plain = functools.partial(jax.lax.dynamic_index_in_dim, keepdims=False, allow_negative_indices=False)
+    if stacked.dtype != jnp.bfloat16 or jax.__version_info__ >= (0, 12):
+        return plain(stacked, i)
+
+    def bits(stacked: Array, i: Array) -> Array:  # before jax 0.12 XLA:CPU would make each number float32, and back
+        taken = plain(jax.lax.bitcast_convert_type(stacked, jnp.uint16), i)
+        return jax.lax.bitcast_convert_type(taken, jnp.bfloat16)
+
+    return jax.lax.platform_dependent(stacked, i, cpu=bits, default=plain)
 
 
 def _by_heads(leaf: nnx.Variable[Any]) -> nnx.Variable[Any]:
@@ -295,7 +308,9 @@ def _by_heads(leaf: nnx.Variable[Any]) -> nnx.Variable[Any]:
 def each(layers: nnx.Module, call: Callable[..., Array], layout: Layout) -> Array:
     """``call(layer)`` of all layers of a ``stack``: ``[layers, …]``."""
     graph, state = nnx.split(layers)
-    return jax.lax.map(lambda layer: call(nnx.merge(graph, gathered(layer, layout))), state)
+    at = lambda i: jax.tree.map(lambda x: _taken(x, i), state)  # noqa: E731
+    count = len(jax.tree.leaves(state)[0])
+    return jax.lax.map(lambda i: call(nnx.merge(graph, gathered(at(i), layout))), jnp.arange(count))
 
 
 def gathered(state: Any, layout: Layout) -> Any:
