@@ -124,14 +124,19 @@ class Linear(nnx.Module):
 
     def _product(self, subscripts: str, x: Array, kernel: Array) -> Array:
         """Of integers it would leave float16, and be rounded twice in bfloat16, if it were not wide."""
-        into = lambda dtype: functools.partial(jnp.einsum, subscripts, preferred_element_type=dtype)  # noqa: E731
+
+        def into(dtype: Any) -> Callable[[Array, Array], Array]:
+            return functools.partial(jnp.einsum, subscripts, preferred_element_type=dtype)
+
+        def wide(x: Array, kernel: Array) -> Array:
+            return into(jnp.float32)(x, kernel).astype(x.dtype)
+
         kernel = kernel.astype(x.dtype)
         if self.scale is not None:
             return into(jnp.int32 if x.dtype == jnp.int8 else jnp.float32)(x, kernel)
         if x.dtype != jnp.bfloat16:
             return into(None)(x, kernel)
-        # What XLA:CPU leaves its products to multiplies bfloat16 into float32 alone.
-        wide = lambda x, kernel: into(jnp.float32)(x, kernel).astype(x.dtype)  # noqa: E731
+        # XLA:CPU's library multiplies bfloat16 into float32 alone.
         return jax.lax.platform_dependent(x, kernel, cpu=wide, default=into(None))
 
     def _finished(self, y: Array, size: Array | None, dtype: Any, shape: tuple[int, ...]) -> Array:
@@ -275,7 +280,6 @@ def scan(
     graph, state = nnx.split(layers)
     if not layout.divides_weights:
         state = jax.tree.map(_by_heads, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
-
     places = range(len(jax.tree.leaves(state)[0]))[part]
 
     def turn(i: Array, carry: Any) -> Any:
@@ -308,9 +312,11 @@ def _by_heads(leaf: nnx.Variable[Any]) -> nnx.Variable[Any]:
 def each(layers: nnx.Module, call: Callable[..., Array], layout: Layout) -> Array:
     """``call(layer)`` of all layers of a ``stack``: ``[layers, …]``."""
     graph, state = nnx.split(layers)
-    at = lambda i: jax.tree.map(lambda x: _taken(x, i), state)  # noqa: E731
-    count = len(jax.tree.leaves(state)[0])
-    return jax.lax.map(lambda i: call(nnx.merge(graph, gathered(at(i), layout))), jnp.arange(count))
+
+    def one(i: Array) -> Array:
+        return call(nnx.merge(graph, gathered(jax.tree.map(lambda x: _taken(x, i), state), layout)))
+
+    return jax.lax.map(one, jnp.arange(len(jax.tree.leaves(state)[0])))
 
 
 def gathered(state: Any, layout: Layout) -> Any:

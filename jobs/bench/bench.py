@@ -51,6 +51,8 @@ class Case:
 CASES = {
     "flux-mini": Case(64, 128, 4, 0.0, 32, (1, 8, 16), "flux-mini"),
     "tiny": Case(4, 64, 2, 0.0, 32, (2,), "tiny"),
+    "heads-6": Case(64, 128, 4, 0.0, 64, (1, 8), "heads-6"),
+    "heads-16": Case(16, 256, 4, 0.0, 128, (1, 4), "heads-16"),
     "middle": Case(8, 512, 4, 0.0, 128, (1,), "middle"),
     "schnell": Case(
         48, 1024, 4, 3.5, 256, (1, 4, 8), "dev"

@@ -58,6 +58,8 @@ Z_IMAGE = {"z-image-tiny": "z-image-turbo", "z-image": "z-image-turbo"}
 CHROMA = {"chroma-tiny": "Chroma1-HD", "chroma": "Chroma1-HD"}
 SIZES = {  # double, single, heads; T5's blocks, width and hidden width; VAE's channels; guidance
     "tiny": (1, 1, 1, 1, 64, 128, (32, 32, 32, 32), False),  # to try the bench
+    "heads-6": (2, 4, 6, 2, 256, 512, (32, 64, 128, 128), False),
+    "heads-16": (2, 4, 16, 2, 512, 1024, (64, 128, 256, 256), False),
     "middle": (4, 8, 9, 2, 512, 1024, (64, 128, 256, 256), False),
     "dev": (19, 38, 24, 24, 4096, 10240, (128, 256, 512, 512), True),
 }
