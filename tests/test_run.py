@@ -255,13 +255,15 @@ def test_guidance_that_nothing_reads_is_remarked_on(cli, golden, tmp_path):
 def test_what_was_probably_not_meant_is_said_in_a_line(cli, golden, tmp_path):
     rows = [
         {"prompt": "short", "negative_prompt": "blurry", "guidence_scale": 2.0},
-        {"prompt": "word " * 40, "prompt_2": "short"},
+        {"prompt": "word " * 40, "prompt_2": "short", "true_cfg_scale": 3.0},
     ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     code, err = cli(*flags(golden, tmp_path, manifest=tmp_path / "rows.jsonl", resolution=32, num_inference_steps=1))
     said = [line.removeprefix("fluxbatch: ") for line in err.splitlines() if line.startswith("fluxbatch: ")]
     assert code == 0 and said == [
         "negative_prompt decides nothing (1 rows have one): no guidance leads away from it",
+        "true_cfg_scale decides nothing (1 rows have one above 1): no negative prompt is with it, or guidance_scale is "
+        "what leads away from one in this model",
         "fields that decide nothing: guidence_scale (1 rows; did you mean guidance_scale?)",
         "CLIP reads 24 tokens: 1 rows are cut: rows.jsonl:2 has 162",
     ]

@@ -55,7 +55,7 @@ def lines(job: Job, spec: ModelSpec, given: Sequence[Row], rows: Sequence[Row], 
     yield from mixed(spec, given)
     yield from unguided(spec, rows)
     yield from unread_texts(spec, rows)
-    yield from idle_negatives(given, rows)
+    yield from idle_leading(given, rows)
     yield from overridden(job.sweep, rows)
     yield from left_out(rows, spec.provenance)
     yield from columns.lines(rows)
@@ -102,11 +102,15 @@ def unguided(spec: ModelSpec, rows: Sequence[Row]) -> Iterator[str]:
         yield f"guidance_scale decides nothing ({count:,} rows have one): the checkpoint has no guidance embedding"
 
 
-def idle_negatives(given: Sequence[Row], rows: Sequence[Row]) -> Iterator[str]:
-    """That rows have a negative prompt, and no guidance that leads away from it."""
-    idle = zip(given, rows, strict=True)
-    if count := sum(bool(was.negative_prompt) and not row.mode.negative for was, row in idle):
+def idle_leading(given: Sequence[Row], rows: Sequence[Row]) -> Iterator[str]:
+    """That rows have a negative prompt, and no guidance that leads away from it; or such guidance, and nothing that it
+    leads away from."""
+    both = [*zip(given, rows, strict=True)]
+    if count := sum(bool(was.negative_prompt) and not row.mode.negative for was, row in both):
         yield f"negative_prompt decides nothing ({count:,} rows have one): no guidance leads away from it"
+    if count := sum(was.true_cfg_scale > 1 and not (row.mode.negative and row.true_cfg_scale > 1) for was, row in both):
+        why = "no negative prompt is with it, or guidance_scale is what leads away from one in this model"
+        yield f"true_cfg_scale decides nothing ({count:,} rows have one above 1): {why}"
 
 
 def unread_texts(spec: ModelSpec, rows: Sequence[Row]) -> Iterator[str]:
