@@ -102,6 +102,28 @@ def test_a_picture_comes_from_a_server(tmp_path):
         server.shutdown()
 
 
+class Cut(http.server.SimpleHTTPRequestHandler):
+    """A server that goes away before its answer is whole."""
+
+    def copyfile(self, source, outputfile):
+        outputfile.write(source.read()[:-5])
+
+
+def test_a_picture_that_is_cut_off_or_too_long_is_not_read(tmp_path, monkeypatch):
+    picture = seen(saved(tmp_path / "a.png"))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Cut, directory=tmp_path)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with pytest.raises(ValueError, match="IncompleteRead.* 5 more expected"):
+            files.look(dataclasses.replace(picture, url=f"http://127.0.0.1:{server.server_port}/a.png"))
+        server.shutdown()
+    size = (tmp_path / "a.png").stat().st_size
+    monkeypatch.setattr(files, "MAX_BYTES", size)
+    assert files.look(picture).sha256 == picture.sha256
+    monkeypatch.setattr(files, "MAX_BYTES", size - 1)
+    with pytest.raises(ValueError, match="a file of more than"):
+        files.look(picture)
+
+
 class Served(http.server.BaseHTTPRequestHandler):
     """Pictures that say of themselves what their names say: a tag, a weak one, a date, one of just now, nothing."""
 

@@ -19,6 +19,7 @@ from fluxbatch.storage.registry import read_bytes
 from fluxbatch.types import Picture, public
 
 MAX_PIXELS = 1 << 28  # of a picture that is read: more is taken for an attack, or a mistake
+MAX_BYTES = 1 << 29  # of its file, of which several are read at once
 _ORIENTATION, _SIDEWAYS = 0x0112, 5  # EXIF: from 5 on height and width are exchanged
 # How Pillow calls what has a plain meaning as RGB
 _PLAIN = ("1", "L", "P", "RGB", "CMYK", "YCbCr", "HSV", "LAB")
@@ -104,12 +105,19 @@ def read(picture: Picture, side: int | None = None) -> Image.Image:
 
 def _data(picture: Picture) -> tuple[bytes, str | None]:
     """The file, and its version if a web server says so."""
+    data, version = _read(picture, MAX_BYTES + 1)
+    if len(data) > MAX_BYTES:
+        raise ValueError(f"{public(picture.path)}: a file of more than {MAX_BYTES >> 20:,} MiB")
+    return data, version
+
+
+def _read(picture: Picture, most: int) -> tuple[bytes, str | None]:
     try:
         if picture.url.startswith(web.SCHEMES):
-            return web.read(picture.url)
+            return web.read(picture.url, most)
         if "://" not in picture.url and not _is_plain(picture.url):
             raise ValueError(f"{picture.path}: a pipe or a device, expected a file")
-        return read_bytes(picture.url), None
+        return read_bytes(picture.url, most), None
     except urllib.error.HTTPError as error:
         kind = Missing if error.code in (404, 410) else ValueError
         raise kind(f"{public(picture.path)}: the server answers {error.code} {error.reason}") from None

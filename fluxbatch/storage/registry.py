@@ -70,10 +70,10 @@ def _matches(parts: Sequence[str], wanted: Sequence[str]) -> bool:
     return bool(parts) and fnmatchcase(parts[0], wanted[0]) and _matches(parts[1:], wanted[1:])
 
 
-def read_bytes(url: str) -> bytes:
-    """All bytes of the file at a local path or an address in a bucket."""
+def read_bytes(url: str, most: int = -1) -> bytes:
+    """All bytes of the file at a local path or an address in a bucket, or the first of them."""
     with open_stream(url) as stream:
-        return stream.read()
+        return stream.read(most)
 
 
 def _library(url: str) -> Any:

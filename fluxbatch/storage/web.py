@@ -17,10 +17,12 @@ _SETTLED = 3.0  # a file that changes twice within a second has the same date be
 _THREADS = 16
 
 
-def read(url: str) -> tuple[bytes, str | None]:
-    """The file, and its version. Raises OSError or HTTPException."""
+def read(url: str, most: int) -> tuple[bytes, str | None]:
+    """The file, or so many of its first bytes, and its version. Raises OSError or HTTPException."""
     with urllib.request.urlopen(url, timeout=_SECONDS) as answer:
-        data = cast(bytes, answer.read())
+        data = cast(bytes, answer.read(most))
+        if len(data) < most and answer.length:  # cut off, which it tells only those who ask for everything
+            raise http.client.IncompleteRead(data, answer.length)
         return data, _version(answer.headers)
 
 
