@@ -100,11 +100,15 @@ class Linear(nnx.Module):
 
     def __call__(self, *parts: Array, layout: Layout = Layout()) -> Array:
         """Of what ``parts`` are side by side. Each is brought to eight bits before it is joined: half the bytes."""
+
+        def joined(parts: Sequence[Array]) -> Array:
+            return parts[0] if len(parts) == 1 else layout.join(parts, -1, "mlp")
+
         read, size = self._read(*parts)
-        x = read[0] if len(read) == 1 else layout.join(read, -1, "mlp")
+        x = joined(read)
         y = self._product("...i,oi->...o", x, self.kernel[...].reshape(-1, x.shape[-1]))
         y = self._finished(y, size, parts[0].dtype, (-1,))
-        return y if self.lora is None else y + self.lora(layout.join(parts, -1, "mlp"))
+        return y if self.lora is None else y + self.lora(joined(parts))
 
     def to_heads(self, x: Array, heads: int, split_head_dim: bool = True) -> Array:
         """``[B, L, in]`` → ``[B, H, L, K]``. ``split_head_dim`` contracts straight into heads-major
