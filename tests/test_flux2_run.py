@@ -144,6 +144,37 @@ def check_adapter(draw, folder, row, file, scale, plain, expected):
     assert psnr(beside["none"], plain) >= 60
 
 
+ADAPTERS = {  # what is before a module's name, and how it is written
+    "diffusers": ("transformer.", lambda m, shapes: m.peft(shapes)),
+    "kohya": ("lora_unet_", lambda m, shapes: m.lora(shapes)),
+}
+
+
+def check_adapters(draw, model, other, file, named, row, name):
+    """All linear layers of a transformer with these ``named`` tensors changed: merged, and beside the weights, as a
+    checkpoint in ``other`` that was changed by the formula."""
+    prefix, write = ADAPTERS[name]
+
+    def path(module):
+        return prefix + (module.replace(".", "_") if prefix.endswith("_") else module)
+
+    weights = {key: x for key, x in named.items() if key.endswith(".weight")}
+    shapes = {path(module): shape for module, shape in modules(weights).items()}
+    adapter = write(files.Maker(3, size=0.2, ranks=(2, 4), alphas=(1.0, 2.0)), shapes)
+    files.save(file, adapter)
+    changed = {
+        key: x + 0.7 * change(adapter, path(key.removesuffix(".weight"))).astype(np.float32)
+        if key in weights and x.ndim == 2
+        else x
+        for key, x in named.items()
+    }
+    (other / "transformer").mkdir()
+    shutil.copy(model / "transformer/config.json", other / "transformer")
+    files.save(other / WEIGHTS, changed)
+    plain, expected = (draw(folder, [row], folder.name)[row["id"]] for folder in (model, other))
+    check_adapter(draw, model, row, file, 0.7, plain, expected)
+
+
 def check_mixed_rows(draw, folder, meshes, *words, rows=None):
     """The same pictures at any batch size on any mesh, to one of 255 levels."""
     rows = rows or mixed()

@@ -15,7 +15,7 @@ import pytest
 from conftest import GOLDEN, metadata, psnr
 from flax import nnx
 from safetensors.numpy import load_file
-from test_flux2_run import WEIGHTS, change, check_adapter, check_bytes, check_mixed_rows, drawn, modules
+from test_flux2_run import ADAPTERS, WEIGHTS, check_adapters, check_bytes, check_mixed_rows, drawn
 from test_published import cache, planned  # noqa: F401
 
 from fluxbatch.generation.steps import STEPS
@@ -274,41 +274,11 @@ def test_names_of_layers_in_adapters(key):
     assert {layer for _, layer, _ in places("diffusion_model.layers.17.attention.qkv.lora_A.weight")} == {17}
 
 
-FORMATS = {
-    "diffusers": ("transformer.", lambda m, shapes: m.peft(shapes), False),
-    "kohya": ("lora_unet_", lambda m, shapes: m.lora(shapes), True),
-}
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", ADAPTERS)
 def test_adapters(draw, beside, tmp_path, name):
-    """All linear layers changed: merged, and beside the weights, as a checkpoint that was changed by the formula."""
-    prefix, write, original = FORMATS[name]
-    own, row = tensors(), golden_rows()[3]
-    named = original_names(own) if original else own
-    weights = {name: x for name, x in named.items() if name.endswith(".weight")}
-
-    def path(module):
-        return prefix + (module.replace(".", "_") if prefix.endswith("_") else module)
-
-    adapter = write(
-        files.Maker(3, size=0.2, ranks=(2, 4), alphas=(1.0, 2.0)),
-        {path(module): shape for module, shape in modules(weights).items()},
-    )
-    files.save(tmp_path / "a.safetensors", adapter)
-    changed = {
-        name: x + 0.7 * change(adapter, path(name.removesuffix(".weight"))).astype(np.float32)
-        if name in weights and x.ndim == 2
-        else x
-        for name, x in named.items()
-    }
-    folder = beside("changed")
-    (folder / "transformer").mkdir()
-    shutil.copy(MODEL / "transformer/config.json", folder / "transformer")
-    files.save(folder / WEIGHTS, changed)
-    plain, expected = draw(MODEL, [row], "plain")["g3"], draw(folder, [row], "changed")["g3"]
-    check_adapter(draw, MODEL, row, tmp_path / "a.safetensors", 0.7, plain, expected)
+    named = original_names(tensors()) if name == "kohya" else tensors()
+    check_adapters(draw, MODEL, beside("changed"), tmp_path / "a.safetensors", named, golden_rows()[3], name)
 
 
 # ---- mixed rows
