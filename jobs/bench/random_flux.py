@@ -132,10 +132,7 @@ def write_flux2(folder: pathlib.Path, name: str) -> int:
     torch.set_default_dtype(torch.float32 if small else torch.bfloat16)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         transformer = Flux2Transformer2DModel(**flux)
-        levels = len(vae["block_out_channels"])
-        autoencoder = AutoencoderKLFlux2(
-            down_block_types=["DownEncoderBlock2D"] * levels, up_block_types=["UpDecoderBlock2D"] * levels, **vae
-        )
+        autoencoder = _autoencoder(AutoencoderKLFlux2, vae)
         if klein:
             encoder = Qwen3ForCausalLM(Qwen3Config(**words, rope_parameters=rope, tie_word_embeddings=True))
         else:
@@ -169,10 +166,7 @@ def write_flux3(folder: pathlib.Path, name: str) -> int:
     torch.set_default_dtype(torch.float32 if small else torch.bfloat16)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         transformer = Flux3Transformer2DModel(**sizes)
-        levels = len(vae["block_out_channels"])
-        autoencoder = AutoencoderKLFlux2(
-            down_block_types=["DownEncoderBlock2D"] * levels, up_block_types=["UpDecoderBlock2D"] * levels, **vae
-        )
+        autoencoder = _autoencoder(AutoencoderKLFlux2, vae)
         config = Qwen3VLConfig(
             text_config=words, vision_config=sees | {"deepstack_visual_indexes": [0]}, tie_word_embeddings=True
         )
@@ -200,10 +194,7 @@ def write_z_image(folder: pathlib.Path, name: str) -> int:
         transformer = ZImageTransformer2DModel(**sizes)
         for pad in (transformer.x_pad_token, transformer.cap_pad_token):  # what the class leaves as memory has it
             torch.nn.init.normal_(pad, std=0.02)
-        levels = len(vae["block_out_channels"])
-        autoencoder = AutoencoderKL(
-            down_block_types=["DownEncoderBlock2D"] * levels, up_block_types=["UpDecoderBlock2D"] * levels, **vae
-        )
+        autoencoder = _autoencoder(AutoencoderKL, vae)
         encoder = Qwen3ForCausalLM(Qwen3Config(**words, rope_parameters=rope, tie_word_embeddings=True))
     ZImagePipeline(
         transformer=transformer,
@@ -228,10 +219,7 @@ def write_chroma(folder: pathlib.Path, name: str) -> int:
     torch.set_default_dtype(torch.float32 if small else torch.bfloat16)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         transformer = ChromaTransformer2DModel(**sizes)
-        levels = len(vae["block_out_channels"])
-        autoencoder = AutoencoderKL(
-            down_block_types=["DownEncoderBlock2D"] * levels, up_block_types=["UpDecoderBlock2D"] * levels, **vae
-        )
+        autoencoder = _autoencoder(AutoencoderKL, vae)
         encoder = T5EncoderModel(T5Config(**words))
     ChromaPipeline(
         transformer=transformer,
@@ -241,6 +229,11 @@ def write_chroma(folder: pathlib.Path, name: str) -> int:
         scheduler=FlowMatchEulerDiscreteScheduler(**known["scheduler"]),
     ).save_pretrained(folder)
     return sum(p.numel() for p in transformer.parameters())
+
+
+def _autoencoder(kind: Any, sizes: dict[str, Any]) -> Any:
+    levels = len(sizes["block_out_channels"])
+    return kind(down_block_types=["DownEncoderBlock2D"] * levels, up_block_types=["UpDecoderBlock2D"] * levels, **sizes)
 
 
 def _known(file: str) -> tuple[dict[str, Any], ...]:
