@@ -47,8 +47,8 @@ Count = Int[Array, ""]
 # 2.2 and 2.3. Over flux-mini's 12 channels it gains nothing, and its first run took as long as two more.
 _NARROW = 16
 _YNN, _SUMS = "xla_cpu_experimental_ynn_fusion_type", "LIBRARY_FUSION_TYPE_REDUCE"
-# XLA:CPU multiplies in float32. Before it loops over a stack of bfloat16 it would bring all its layers to that, beside
-# the weights, in twice their memory; so it brings each layer in its turn.
+# Where XLA:CPU multiplies bfloat16 weights in float32, it would bring all layers of a stack to that before it loops
+# over them, beside the weights, in twice their memory; so it brings each layer in its turn.
 _CPU_STACKS = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
 # libtpu looks longer for the tiles of a convolution the more room they have: a decoder of 256×256 is compiled in 68 s
 # with this, and not within 220 s with what conf/hardware gives the transformer. (Which of the two runs faster was not

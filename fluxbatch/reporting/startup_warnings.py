@@ -105,10 +105,12 @@ def unguided(spec: ModelSpec, rows: Sequence[Row]) -> Iterator[str]:
 def idle_leading(given: Sequence[Row], rows: Sequence[Row]) -> Iterator[str]:
     """That rows have a negative prompt, and no guidance that leads away from it; or such guidance, and nothing that it
     leads away from."""
-    both = [*zip(given, rows, strict=True)]
-    if count := sum(bool(was.negative_prompt) and not row.mode.negative for was, row in both):
+    negatives, scales = (zip(given, rows, strict=True) for _ in range(2))  # no list: there may be a million
+    if count := sum(bool(was.negative_prompt) and not row.mode.negative for was, row in negatives):
         yield f"negative_prompt decides nothing ({count:,} rows have one): no guidance leads away from it"
-    if count := sum(was.true_cfg_scale > 1 and not (row.mode.negative and row.true_cfg_scale > 1) for was, row in both):
+    if count := sum(
+        was.true_cfg_scale > 1 and not (row.mode.negative and row.true_cfg_scale > 1) for was, row in scales
+    ):
         why = "no negative prompt is with it, or guidance_scale is what leads away from one in this model"
         yield f"true_cfg_scale decides nothing ({count:,} rows have one above 1): {why}"
 
